@@ -1,0 +1,225 @@
+// Register-tiled products for skinny matrices, fp32, for the CPU kernels.
+//
+// A tile of kMR x kNR accumulators stays in registers while the contraction runs. Three operand
+// layouts are enough for every product of the operators:
+//   panels    [ceil(cols / kNR)][rows][kNR]  row blocks converted to fp32, and the packed weights
+//   row-major [rows][ld]                     fp32 row blocks taken in place, and the r-wide middle
+//   columns   element (i, k) at [k][i]       the transposed operand of the weight gradients
+// Sums over the contraction run in index order for every element, so a result does not depend on
+// how rows are dealt to threads.
+#ifndef PETAL_CPU_GEMM_H
+#define PETAL_CPU_GEMM_H
+
+#include "cpu_simd.h"
+
+namespace petal {
+namespace PETAL_ISA {
+
+// The left operand: element (i, k) at p[(k / width) * panel + i * row + k % width].
+struct Rows {
+  const float* p;
+  int64_t row;
+  int64_t width;
+  int64_t panel;
+};
+
+PETAL_INLINE Rows row_major(const float* p, int64_t ld) { return {p, ld, INT64_MAX, 0}; }
+PETAL_INLINE Rows panels(const float* p, int64_t rows) { return {p, kNR, kNR, rows * kNR}; }
+
+template <int M>
+struct Tile {
+  vf v[M][2];
+};
+
+// Row indices as a parameter pack: subscripts that are constants from the start let the compiler
+// keep the whole tile in registers (a loop it unrolls later does not).
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct MakeIndices : MakeIndices<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeIndices<0, I...> {
+  typedef Indices<I...> type;
+};
+
+template <int M, int... I>
+PETAL_INLINE void clear_impl(Tile<M>& t, Indices<I...>) {
+  ((t.v[I][0] = vf{}, t.v[I][1] = vf{}), ...);
+}
+template <int M>
+PETAL_INLINE void clear(Tile<M>& t) { clear_impl(t, typename MakeIndices<M>::type()); }
+
+template <bool kColumns, int M, int... I>
+PETAL_INLINE void mac_impl(Tile<M>& t, const float* a, int64_t ld, const float* b, int64_t K,
+                           Indices<I...>) {
+  for (int64_t k = 0; k < K; ++k) {
+    const vf b0 = load(b), b1 = load(b + kVL);
+    b += kNR;
+    ((t.v[I][0] += splat(a[kColumns ? I : I * ld]) * b0,
+      t.v[I][1] += splat(a[kColumns ? I : I * ld]) * b1), ...);
+    a += kColumns ? ld : 1;
+  }
+}
+
+// t += A[0:M, 0:K] B[0:K, 0:kNR], element (i, k) of A at a[i * ld + k], or a[k * ld + i] (kColumns).
+template <bool kColumns, int M>
+PETAL_INLINE void mac(Tile<M>& t, const float* a, int64_t ld, const float* b, int64_t K) {
+  mac_impl<kColumns>(t, a, ld, b, K, typename MakeIndices<M>::type());
+}
+
+// The same with A taken from row i0 of a row operand.
+template <int M>
+PETAL_INLINE void mac_rows(Tile<M>& t, const Rows& a, int64_t i0, const float* b, int64_t K) {
+  const float* pa = a.p + i0 * a.row;
+  for (; K > a.width; K -= a.width, pa += a.panel, b += a.width * kNR) {
+    mac<false>(t, pa, a.row, b, a.width);
+  }
+  mac<false>(t, pa, a.row, b, K);
+}
+
+// f(row of the tile, first vector, second vector) for every row.
+template <int M, typename F, int... I>
+PETAL_INLINE void each_impl(Tile<M>& t, const F& f, Indices<I...>) {
+  (f(I, t.v[I][0], t.v[I][1]), ...);
+}
+template <int M, typename F>
+PETAL_INLINE void each(Tile<M>& t, const F& f) {
+  each_impl(t, f, typename MakeIndices<M>::type());
+}
+
+// body(Height<M>(), i) over tiles that cover rows [0, rows): full tiles, then a few lower ones.
+template <int M>
+struct Height {
+  static constexpr int value = M;
+};
+template <typename Body>
+PETAL_INLINE void for_row_tiles(int64_t rows, const Body& body) {
+  int64_t i = 0;
+  for (; i + kMR <= rows; i += kMR) body(Height<kMR>(), i);
+  if (kMR > 8 && i + 8 <= rows) body(Height<8>(), i), i += 8;
+  if (i + 4 <= rows) body(Height<4>(), i), i += 4;
+  if (i + 2 <= rows) body(Height<2>(), i), i += 2;
+  if (i < rows) body(Height<1>(), i);
+}
+
+// A block of fp32 results, tile (row i, panel j) at p + j * panel + i * row.
+struct Block {
+  float* p;
+  int64_t row;
+  int64_t panel;
+};
+
+template <int M>
+PETAL_INLINE void read(Tile<M>& t, const Block& c, int64_t i, int64_t j) {
+  const float* p = c.p + j * c.panel + i * c.row;
+  each(t, [=](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
+    v0 = load(p + r * c.row);
+    v1 = load(p + r * c.row + kVL);
+  });
+}
+
+template <int M>
+PETAL_INLINE void write(Tile<M>& t, const Block& c, int64_t i, int64_t j) {
+  float* p = c.p + j * c.panel + i * c.row;
+  each(t, [=](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
+    store(p + r * c.row, v0);
+    store(p + r * c.row + kVL, v1);
+  });
+}
+
+// c (+)= A[rows, K] B[K, n_panels * kNR]. B is packed, one panel every b_panel floats.
+inline void gemm(const Block& c, bool accumulate, const Rows& a, int64_t rows, int64_t K,
+                 const float* b, int64_t b_panel, int64_t n_panels) {
+  for (int64_t j = 0; j < n_panels; ++j) {
+    for_row_tiles(rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
+      Tile<decltype(height)::value> t;
+      accumulate ? read(t, c, i, j) : clear(t);
+      mac_rows(t, a, i, b + j * b_panel, K);
+      write(t, c, i, j);
+    });
+  }
+}
+
+// c (+)= A^T B with A [rows, cols_a] row-major and B in panels of `rows` rows: the weight gradients.
+inline void gemm_columns(const Block& c, bool accumulate, const float* a, int64_t lda, int64_t cols_a,
+                         const float* b, int64_t b_panel, int64_t rows, int64_t n_panels) {
+  for (int64_t j = 0; j < n_panels; ++j) {
+    for_row_tiles(cols_a, [&](auto height, int64_t i) __attribute__((always_inline)) {
+      Tile<decltype(height)::value> t;
+      accumulate ? read(t, c, i, j) : clear(t);
+      mac<true>(t, a + i, lda, b + j * b_panel, rows);
+      write(t, c, i, j);
+    });
+  }
+}
+
+// Rows [0, rows) and columns [0, cols) of a matrix in storage type T -> fp32 panels of `height` rows,
+// padded with zeros to whole panels.
+template <typename T>
+inline void to_panels(float* dst, const T* src, int64_t ld, int64_t rows, int64_t cols, int64_t height) {
+  for (int64_t j = 0; j < cols; j += kNR) {
+    float* out = dst + j * height;
+    const T* in = src + j;
+    const int64_t n = least(kNR, cols - j);
+    for (int64_t i = 0; i < rows; ++i, out += kNR, in += ld) {
+      store(out, n >= kVL ? load(in) : load_part(in, n));
+      store(out + kVL, n == kNR ? load(in + kVL) : n > kVL ? load_part(in + kVL, n - kVL) : vf{});
+    }
+  }
+}
+
+// The same into rows of `width` floats, a multiple of kNR.
+template <typename T>
+inline void to_rows(float* dst, int64_t width, const T* src, int64_t ld, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < width; j += kVL) {
+      const int64_t n = least(kVL, cols - j);
+      store(dst + i * width + j,
+            n == kVL ? load(src + i * ld + j) : n > 0 ? load_part(src + i * ld + j, n) : vf{});
+    }
+  }
+}
+
+template <typename T>
+inline void from_rows(T* dst, int64_t ld, const float* src, int64_t width, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; j += kVL) {
+      const vf v = load(src + i * width + j);
+      cols - j >= kVL ? store(dst + i * ld + j, v) : store_part(dst + i * ld + j, v, cols - j);
+    }
+  }
+}
+
+// Rounds an fp32 block to T and back: what storing it would have done.
+template <typename T>
+inline void round_rows(float* p, int64_t n) {
+  if (sizeof(T) == sizeof(float)) return;
+  T tmp[kVL];
+  for (int64_t i = 0; i < n; i += kVL) {
+    store(tmp, load(p + i));
+    store(p + i, load(tmp));
+  }
+}
+
+// Panel j of the right operand B[K, cols], element (k, c) at src[k * sk + c * sc] -> dst[K][kNR].
+template <typename T>
+inline void pack_panel(float* dst, const T* src, int64_t sk, int64_t sc, int64_t K, int64_t cols, int64_t j) {
+  const int64_t n = least(kNR, cols - j * kNR);
+  src += j * kNR * sc;
+  if (sc == 1 && n == kNR) {
+    for (int64_t k = 0; k < K; ++k) {
+      store(dst + k * kNR, load(src + k * sk));
+      store(dst + k * kNR + kVL, load(src + k * sk + kVL));
+    }
+    return;
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    for (int64_t c = 0; c < n; ++c) dst[k * kNR + c] = to_float(src[k * sk + c * sc]);
+    for (int64_t c = n; c < kNR; ++c) dst[k * kNR + c] = 0.0f;
+  }
+}
+
+}  // namespace PETAL_ISA
+}  // namespace petal
+
+#endif

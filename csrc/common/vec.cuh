@@ -1,0 +1,75 @@
+// Element types and 8-wide accesses: conversion to and from fp32 (round to nearest even), one 8-column group per call.
+#pragma once
+
+#include "device.cuh"
+
+namespace petal {
+
+template <typename T>
+constexpr int kVec = 16 / static_cast<int>(sizeof(T));  // elements of one 16-byte access
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float v);
+template <>
+__device__ __forceinline__ float from_float<float>(float v) {
+  return v;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float v) {
+  return __float2half_rn(v);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+
+template <typename T>
+struct alignas(16) Pack {
+  T e[kVec<T>];
+};
+
+// Eight consecutive elements as fp32; the ones from `valid` on read as zero and are not touched.
+template <typename T>
+__device__ __forceinline__ void load8(float (&v)[8], const T* p, int valid, bool vec) {
+  if (vec && valid == 8) {
+#pragma unroll
+    for (int i = 0; i < 8; i += kVec<T>) {
+      const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(p + i);
+#pragma unroll
+      for (int j = 0; j < kVec<T>; ++j) v[i + j] = to_float(pack.e[j]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = i < valid ? to_float(p[i]) : 0.0f;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void store8(T* p, const float (&v)[8], int valid, bool vec) {
+  if (vec && valid == 8) {
+#pragma unroll
+    for (int i = 0; i < 8; i += kVec<T>) {
+      Pack<T> pack;
+#pragma unroll
+      for (int j = 0; j < kVec<T>; ++j) pack.e[j] = from_float<T>(v[i + j]);
+      *reinterpret_cast<Pack<T>*>(p + i) = pack;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i < valid) p[i] = from_float<T>(v[i]);
+    }
+  }
+}
+
+// How many of `width` columns a group starting at `col` holds, at most `most`.
+__device__ __forceinline__ int valid_columns(int64_t col, int64_t width, int most) {
+  const int64_t left = width - col;
+  return left >= most ? most : (left > 0 ? static_cast<int>(left) : 0);
+}
+
+}  // namespace petal

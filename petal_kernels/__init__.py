@@ -1,0 +1,45 @@
+"""Fused kernels for parameter-efficient tuning of vision-language models.
+
+Importing this package imports torch and nothing else: no GPU is queried, no extension is loaded and neither Triton
+nor transformers is imported before a call needs them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+from petal_kernels._runtime.backends import explain, use_backend
+from petal_kernels.ops.lowrank_linear import lowrank_linear
+from petal_kernels.ops.mode_contract import mode_contract
+
+if TYPE_CHECKING:
+    from petal_kernels import nn as nn
+    from petal_kernels.hf import Attachment as Attachment
+    from petal_kernels.hf import PetalConfig as PetalConfig
+    from petal_kernels.hf import attach as attach
+
+_LAZY = {"attach": "hf", "Attachment": "hf", "PetalConfig": "hf"}
+
+__all__ = [
+    "Attachment",
+    "PetalConfig",
+    "__version__",
+    "attach",
+    "explain",
+    "lowrank_linear",
+    "mode_contract",
+    "nn",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in ("nn", "hf", "tools"):
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

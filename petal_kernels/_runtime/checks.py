@@ -1,0 +1,68 @@
+"""Argument checks of the public functions: each raises once, naming the argument, what is wanted and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` -> ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(name: str, value: Any) -> Tensor:
+    """Raise TypeError unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: want a Tensor, got {type(value).__name__}")
+    return value
+
+
+def check_floating(name: str, value: Any) -> Tensor:
+    """Raise unless ``value`` is a floating-point tensor of a supported dtype."""
+    tensor = check_tensor(name, value)
+    if tensor.dtype not in FLOATING:
+        wanted = ", ".join(dtype_name(d) for d in FLOATING)
+        raise TypeError(f"{name}: want dtype {wanted}, got {dtype_name(tensor.dtype)}")
+    return tensor
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype], why: str = "") -> None:
+    """Raise TypeError unless the dtype is one of ``allowed``."""
+    if tensor.dtype not in allowed:
+        wanted = " or ".join(dict.fromkeys(dtype_name(d) for d in allowed))
+        raise TypeError(f"{name}: want dtype {wanted}{why}, got {dtype_name(tensor.dtype)}")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raise ValueError unless the tensor lies on ``device``."""
+    if tensor.device != device:
+        raise ValueError(f"{name}: want device {device}, got {tensor.device}")
+
+
+def check_shape(name: str, tensor: Tensor, wanted: Sequence[int | str]) -> None:
+    """Raise ValueError unless the shape matches ``wanted``; a string stands for any size and is shown as given."""
+    ok = tensor.dim() == len(wanted) and all(
+        isinstance(w, str) or w == s for w, s in zip(wanted, tensor.shape, strict=False)
+    )
+    if not ok:
+        shown = ", ".join(str(w) for w in wanted)
+        raise ValueError(f"{name}: want shape [{shown}], got {list(tensor.shape)}")
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name}: want one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_number(name: str, value: Any) -> float:
+    """Raise TypeError unless ``value`` is an int or a float (a tensor is refused: it would need a host sync)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: want a float, got {type(value).__name__}")
+    return float(value)

@@ -1,0 +1,164 @@
+"""Triton building blocks of two or more operators: the dropout tile, and the host's view of the device.
+
+``dropout_keep`` draws the keep mask of ``_runtime/philox.py`` for a tile: one Philox4x32-7 call serves eight columns,
+its four words split into 16-bit lanes that are joined back in column order. Importing this file needs the triton
+package, nothing else: no device is touched.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from petal_kernels._runtime import philox
+
+MAX_POINTERS = 4
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def dropout_keep(seed, stream, offs_m, col0, COLS: tl.constexpr, threshold):  # type: ignore[no-untyped-def]
+    """Keep mask ``[len(offs_m), COLS]`` of columns ``col0 ..``; ``col0`` is a multiple of 8.
+
+    ``stream`` is the generator's offset plus the stream's number, ``offs_m`` int64 rows.
+    """
+    GROUPS: tl.constexpr = COLS // 8
+    row_lo = (offs_m & 0xFFFFFFFF).to(tl.uint32)[:, None]
+    row_hi = (offs_m >> 32).to(tl.uint32)[:, None]
+    group = (col0 // 8 + tl.arange(0, GROUPS)).to(tl.uint32)[None, :]
+    # Fully shaped counters: the first rounds would otherwise run on [M, 1] and [1, G] vectors, whose layouts
+    # differ from the tile's and cost conversions.
+    row_lo, group = tl.broadcast(row_lo, group)
+    row_hi, group = tl.broadcast(row_hi, group)
+    last = tl.zeros_like(group) + (stream & 0xFFFFFFFF).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, row_lo, row_hi, group, last, 7)
+    # join appends the fastest axis: first the word's high index bit, then its low one, then the half.
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    lanes = tl.join(words & 0xFFFF, words >> 16)
+    keep = lanes.to(tl.int32) >= threshold
+    return tl.reshape(keep, (offs_m.shape[0], COLS))
+
+
+@triton.jit
+def pick(k, a, b, c, d):  # type: ignore[no-untyped-def]
+    """The k-th of four scalars (sizes, strides or pointers of one type), k known only at run time."""
+    return tl.where(k == 0, a, tl.where(k == 1, b, tl.where(k == 2, c, d)))
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter: fixed when the kernel files are first imported."""
+    return not isinstance(pick, triton.JITFunction)
+
+
+def device_reasons(*tensors: Tensor | None) -> list[str]:
+    """Why Triton kernels cannot run on these tensors, whatever the operator."""
+    reasons = []
+    present = [t for t in tensors if t is not None]
+    dtypes = dict.fromkeys(t.dtype for t in present)
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            reasons.append(f"has no {str(dtype).removeprefix('torch.')} kernels")
+    device = present[0].device
+    if interpreted():
+        if device.type != "cpu":
+            reasons.append("the interpreter (TRITON_INTERPRET=1) needs CPU tensors")
+        if torch.bfloat16 in dtypes:
+            reasons.append("the interpreter (TRITON_INTERPRET=1) multiplies bfloat16 wrongly")
+    elif device.type != "cuda":
+        reasons.append("needs a CUDA device (or TRITON_INTERPRET=1)")
+    elif _capability(device.index or 0) < (8, 0):
+        reasons.append("needs compute capability 8.0 or newer")
+    return reasons
+
+
+@functools.lru_cache(maxsize=None)
+def _capability(index: int) -> tuple[int, int]:
+    major, minor = torch.cuda.get_device_capability(index)
+    return major, minor
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What launch tables are keyed by: ``arch`` is 80, 90, 100, or 0 for the interpreter's small tiles."""
+
+    arch: int
+    processors: int
+
+
+_INTERPRETER = Machine(0, 2)
+
+
+@functools.lru_cache(maxsize=None)
+def _cuda_machine(index: int) -> Machine:
+    major, _ = _capability(index)
+    # 8.x and the consumer chips (12.x) share mma.sync and at least 99 KiB of shared memory per block.
+    arch = {9: 90, 10: 100, 11: 100}.get(major, 80)
+    return Machine(arch, torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def machine(t: Tensor) -> Machine:
+    """The machine a tensor lies on."""
+    return _INTERPRETER if t.device.type == "cpu" else _cuda_machine(t.device.index or 0)
+
+
+def precision() -> str:
+    """``input_precision`` of fp32 products: IEEE unless torch was told otherwise."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def padded_rank(rank: int) -> int:
+    """The power of two, at least 16, that a tile spans for ``rank`` columns."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def four(values: list[Any]) -> list[Any]:
+    """Pad per-output arguments to the kernels' four slots; the padding is never selected."""
+    return values + values[:1] * (MAX_POINTERS - len(values))
+
+
+def drop_scale(dropout: float) -> float:
+    """The multiplier of kept elements, 1 without dropout."""
+    return philox.keep_scale(dropout) if philox.threshold(dropout) > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One launch configuration: block sizes by constexpr name, warps and pipeline stages."""
+
+    blocks: tuple[tuple[str, int], ...]
+    warps: int
+    stages: int
+
+    def keywords(self) -> dict[str, Any]:
+        """As keyword arguments of a launch."""
+        return {**dict(self.blocks), "num_warps": self.warps, "num_stages": self.stages}
+
+
+def tile(warps: int, stages: int, **blocks: int) -> Tile:
+    """A row of a launch table."""
+    return Tile(tuple(blocks.items()), warps, stages)
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One compiled form that a launch table can ask for; the cross-compile check walks these."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, int]
+    archs: tuple[int, ...]
+    tensor_cores: bool
+
+
+def on_device(t: Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's device the current one: Triton launches on the current device, whatever its arguments."""
+    return torch.cuda.device(t.device) if t.device.type == "cuda" else nullcontext()

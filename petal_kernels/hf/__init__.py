@@ -1,0 +1,8 @@
+"""Attaching the modules to Hugging Face models. Works on model objects; imports no model library."""
+
+from petal_kernels.hf.attach import Attachment, attach
+from petal_kernels.hf.config import PetalConfig
+from petal_kernels.hf.merging import MergeReport
+from petal_kernels.hf.report import Report
+
+__all__ = ["Attachment", "MergeReport", "PetalConfig", "Report", "attach"]

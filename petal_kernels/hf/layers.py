@@ -1,0 +1,327 @@
+"""What runs inside an adapted stack: the factors of one forward, and the layers that receive them.
+
+Once per forward of the stack, before the first layer and therefore outside every checkpointed
+region, `Factors` is built: P_k of all modes and U_img x_img of the image branch. Each layer gets it
+as a keyword argument, bound into the checkpointed call, so that a recompute in the backward sees
+the factors of its own forward, whatever has run since. While the layer's forward runs, its
+projections find them in the layer's slot.
+
+Reentrant checkpointing runs a layer first without and then with gradients and does not detach
+keyword arguments: a graph shared by the layers would be backwarded once per layer. A layer that
+runs without gradients while its factors carry a graph is therefore recomputed from the parameters:
+it contracts its own modes and projects its own image features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from petal_kernels.nn.frozen_linear import (
+    MERGED_TRAINING,
+    FrozenLinear,
+    compute_dtype,
+    frozen_lowrank,
+)
+from petal_kernels.nn.mode_approximation import ModeApproximation
+from petal_kernels.nn.published import published_context, published_residual
+from petal_kernels.nn.residual import ScaleShift, batch_context
+
+
+class PetalAdapter(nn.Module):
+    """Everything trainable, registered once on the model as `petal`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleDict()
+        self.layers = nn.ModuleDict()
+
+    def branch(self, name: str) -> ModeApproximation:
+        module = self.branches[name]
+        assert isinstance(module, ModeApproximation)
+        return module
+
+    def pair(self, layer: int, block: str) -> ScaleShift:
+        pairs = self.layers[str(layer)]
+        assert isinstance(pairs, nn.ModuleDict)
+        module = pairs[block]
+        assert isinstance(module, ScaleShift)
+        return module
+
+
+class State:
+    """Shared by all slots of one attachment."""
+
+    def __init__(self, adapter: PetalAdapter, *, published: bool, context: bool) -> None:
+        self.adapter = adapter
+        self.published = published
+        self.context = context
+        self.enabled = True
+        self.merged = False
+        self.layers: list[nn.Module] = []
+        self.factors: Factors | None = None  # only while the stack's forward runs
+
+
+class Factors:
+    """The products of one forward that do not depend on the tokens, and U_img x_img."""
+
+    def __init__(self, adapter: PetalAdapter, dtype: torch.dtype, image: Tensor | None) -> None:
+        self.grad = torch.is_grad_enabled()
+        self.reentrant: set[int] = set()
+        self.ups = {
+            name: adapter.branch(name).contract(dtype=dtype) for name in adapter.branches
+        }
+        self.hidden: Tensor | None = None
+        self.source: Tensor | None = None
+        self.version = 0
+        if image is not None and "image" in adapter.branches:
+            self.source, self.version = image, _version(image)
+            self.hidden = _project(image, adapter.branch("image").down)
+
+    def hidden_of(self, x: Tensor) -> Tensor | None:
+        if self.hidden is None or x is not self.source or self.version != _version(x):
+            return None
+        return self.hidden
+
+
+def _project(x: Tensor, down: Tensor) -> Tensor:
+    dtype = compute_dtype(x)
+    down = down.to(device=x.device, dtype=dtype)
+    if x.dtype == dtype:
+        return F.linear(x, down)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(dtype), down)
+
+
+def _version(x: Tensor) -> int:
+    # A compiled graph is functional; inference tensors keep no version.
+    if torch.compiler.is_compiling() or x.is_inference():
+        return 0
+    return x._version
+
+
+class LayerCall:
+    """One run of one layer: its factors, its blocks' outputs, results waiting to be fetched."""
+
+    def __init__(self, factors: Factors | None) -> None:
+        self.factors = factors
+        self.a: Tensor | None = None
+        self.c: Tensor | None = None
+        self.waiting: dict[str, Waiting] = {}
+        self.local: dict[str, tuple[Tensor, ...]] = {}
+
+
+class Waiting:
+    """Outputs of a group computed for its first member; each is handed out once."""
+
+    def __init__(self, x: Tensor, outputs: tuple[Tensor, ...]) -> None:
+        self.x, self.version, self.grad = x, _version(x), torch.is_grad_enabled()
+        self.outputs: list[Tensor | None] = list(outputs)
+
+    def take(self, position: int, x: Tensor) -> Tensor | None:
+        if x is not self.x or self.version != _version(x) or self.grad != torch.is_grad_enabled():
+            return None
+        output, self.outputs[position] = self.outputs[position], None
+        return output
+
+
+class LayerSlot:
+    """Where the parts of one layer meet; a plain object, so that it is copied with the model."""
+
+    def __init__(self, state: State, index: int, modes: dict[str, slice]) -> None:
+        self.state, self.index, self.modes = state, index, modes
+        self.self_pair = False
+        self.cross_pair = False
+        self.call: LayerCall | None = None
+
+    def begin(self, factors: Factors | None) -> LayerCall:
+        if factors is not None:
+            if factors.grad and not torch.is_grad_enabled():
+                factors.reentrant.add(self.index)
+            elif self.index in factors.reentrant:
+                factors = None
+        return LayerCall(factors)
+
+    def ups(self, call: LayerCall, branch: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """P_k of this layer's modes of `branch`, from the shared factors or contracted here."""
+        modes = self.modes[branch]
+        if call.factors is not None:
+            return call.factors.ups[branch][modes]
+        if branch not in call.local:
+            factors = self.state.adapter.branch(branch)
+            call.local[branch] = factors.contract(modes, dtype=dtype)
+        return call.local[branch]
+
+    def finish(self, call: LayerCall, y: Tensor) -> Tensor:
+        if not self.state.enabled:
+            return y
+        adapter, add = self.state.adapter, _residual(self.state.published)
+        if self.self_pair and call.a is not None:
+            y = add(y, call.a, adapter.pair(self.index, "self"))
+        if self.cross_pair and call.c is not None:
+            pair, queries = adapter.pair(self.index, "cross"), call.c.shape[1]
+            if queries == y.shape[1]:
+                return add(y, call.c, pair)
+            y = torch.cat([add(y[:, :queries], call.c, pair), y[:, queries:]], dim=1)
+        return y
+
+
+def _residual(published: bool) -> Any:
+    return published_residual if published else _fused_residual
+
+
+def _fused_residual(y: Tensor, a: Tensor, pair: ScaleShift) -> Tensor:
+    return pair(y, a)
+
+
+class ModeGroup:
+    """Projections of one layer that read one input: the first one called computes them all."""
+
+    def __init__(self, slot: LayerSlot, name: str, branch: str) -> None:
+        self.slot, self.name, self.branch = slot, name, branch
+        self.members: list[ModeLinear] = []
+        self.merged = False
+
+    def run(self, position: int, x: Tensor) -> Tensor:
+        member, state = self.members[position], self.slot.state
+        if not state.enabled:
+            return member.base(x)
+        if self.merged:
+            if member.training:
+                raise RuntimeError(MERGED_TRAINING)
+            return member.base(x)
+        call = self.slot.call
+        if call is None:  # called outside its layer: nobody would fetch the others
+            return self._compute(LayerCall(None), x, [member])[0]
+        waiting = call.waiting.get(self.name)
+        output = waiting.take(position, x) if waiting is not None else None
+        if output is None:
+            outputs = self._compute(call, x, self.members)
+            output = outputs[position]
+            if len(outputs) > 1:
+                call.waiting[self.name] = Waiting(x, outputs)
+                call.waiting[self.name].outputs[position] = None
+        return output
+
+    def _compute(
+        self, call: LayerCall, x: Tensor, members: list[ModeLinear]
+    ) -> tuple[Tensor, ...]:
+        factors = self.slot.state.adapter.branch(self.branch)
+        ups = self.slot.ups(call, self.branch, compute_dtype(x))
+        first = self.slot.modes[self.branch].start
+        return frozen_lowrank(
+            x,
+            [member.base for member in members],
+            factors.down,
+            [ups[member.mode - first] for member in members],
+            hidden=call.factors.hidden_of(x) if call.factors and self.branch == "image" else None,
+            dropout=factors.dropout,
+            training=members[0].training,
+        )
+
+
+class ModeLinear(FrozenLinear):
+    """A projection with its mode, served by its group."""
+
+    def __init__(self, base: nn.Module, group: ModeGroup, mode: int) -> None:
+        super().__init__(base)
+        self.mode = mode
+        self.group = group
+        self.position = len(group.members)
+        group.members.append(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.group.run(self.position, x)
+
+
+class AdaptedLayer:
+    """Mixin put in front of a layer's own class; restored by assigning that class back."""
+
+    _petal_slot: LayerSlot
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Before the checkpoint wrapper binds the keywords, so that the recompute sees these factors.
+        kwargs.setdefault("petal_factors", self._petal_slot.state.factors)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def forward(self, *args: Any, petal_factors: Factors | None = None, **kwargs: Any) -> Any:
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "nn.DataParallel runs replicas of one module in threads, which adapted layers do "
+                "not support; use DistributedDataParallel"
+            )
+        slot = self._petal_slot
+        call, previous = slot.begin(petal_factors), slot.call
+        slot.call = call
+        try:
+            return slot.finish(call, super().forward(*args, **kwargs))  # type: ignore[misc]
+        finally:
+            slot.call = previous
+
+
+_ADAPTED: dict[type, type] = {}
+
+
+def adapted_class(cls: type) -> type:
+    """The subclass of `cls` whose instances take part in an attachment, made once per class."""
+    if cls not in _ADAPTED:
+        _ADAPTED[cls] = type(f"Petal{cls.__name__}", (AdaptedLayer, cls), {"__module__": __name__})
+    return _ADAPTED[cls]
+
+
+# The hooks are plain functions that find their slot through the module they run on: a copied model
+# then uses its own slot, not the original's.
+
+
+def capture_self(module: nn.Module, args: Any, output: Tensor) -> None:
+    slot: LayerSlot = module.__dict__["_petal_slot"]
+    if slot.call is not None:
+        slot.call.a = output
+
+
+def capture_cross(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    slot: LayerSlot = module.__dict__["_petal_slot"]
+    call, state = slot.call, slot.state
+    if call is None or not state.enabled:
+        return None
+    if state.context and call.a is not None:
+        add = published_context if state.published else batch_context
+        output = add(output, call.a)
+    call.c = output
+    return output
+
+
+def enter_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of the stack: builds the factors of this forward."""
+    state: State = module.__dict__["_petal_state"]
+    if not state.enabled:
+        return None
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if not (state.published or state.merged):
+        image = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
+        state.factors = Factors(state.adapter, compute_dtype(hidden), image)
+    if _needs_grad_input(state.layers, hidden):
+        # Reentrant checkpointing returns nothing to differentiate unless an input requires grad.
+        hidden = hidden.detach().requires_grad_()
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
+    return None
+
+
+def leave_stack(module: nn.Module, args: Any, output: Any) -> None:
+    state: State = module.__dict__["_petal_state"]
+    state.factors = None
+
+
+def _needs_grad_input(layers: list[nn.Module], hidden: Tensor) -> bool:
+    if hidden.requires_grad or not torch.is_grad_enabled():
+        return False
+    for layer in layers:
+        if layer.training and getattr(layer, "gradient_checkpointing", False):
+            function = getattr(layer, "_gradient_checkpointing_func", None)
+            return getattr(function, "keywords", {}).get("use_reentrant") is not False
+    return False

@@ -1,0 +1,179 @@
+"""Frozen linears with a low-rank update: the wrapper and the one call that serves a whole group.
+
+`FrozenLinear` stands where an `nn.Linear` (or anything called like one) stood. It shares the base's
+own parameter, buffer and child dictionaries, so that state_dict keys, `.to()`, sharding and
+optimizers see the very objects they saw before, and it keeps the base itself, untouched, to call it
+or to give it back.
+
+`frozen_lowrank` computes y_k = base_k(x) + drop(h) P_k^T for all members of a group. It reads a
+base's weight only when that is plainly there (`weight_is_plain`): a quantised, sharded, hooked,
+parametrised or otherwise special base is called, and only the update is fused.
+
+Dtypes: the compute dtype is autocast's where autocast is on, else x's; the update is computed and
+added in it, whatever the adapter's own dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from petal_kernels.ops.lowrank_linear import lowrank_linear
+
+MERGED_TRAINING = (
+    "the adapter is merged into the base weights and cannot be trained; call unmerge() first"
+)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear of `x` would run here: autocast's if it is on, else x's."""
+    device = x.device.type
+    if x.dtype != torch.float64 and _autocast_on(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _autocast_on(device: str) -> bool:
+    # torch has no autocast for meta tensors and raises when asked about it.
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def weight_is_plain(base: nn.Module) -> bool:
+    """Whether `base.weight` may be read: exactly an nn.Linear, no hook, no sharding, no override."""
+    return not why_not_plain(base)
+
+
+def why_not_plain(base: nn.Module) -> str:
+    """Why `base.weight` must not be read; empty when it may be."""
+    if type(base) is not nn.Linear:
+        return f"base is a {type(base).__name__}, not exactly nn.Linear"
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
+        return "base has hooks"
+    if base._backward_pre_hooks:
+        return "base has hooks"
+    if "forward" in base.__dict__ or hasattr(base, "_hf_hook"):
+        return "base has its forward replaced"
+    weight = base._parameters.get("weight")
+    if type(weight) is not nn.Parameter:
+        return f"base weight is a {type(weight).__name__}"
+    if hasattr(weight, "ds_id"):
+        return "base weight is partitioned by DeepSpeed"
+    return ""
+
+
+class FrozenLinear(nn.Module):
+    """A base layer seen through its own dictionaries; subclasses say what is added to it."""
+
+    base: nn.Module
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        # Not a child: a child would change the state_dict keys and hide the shared dictionaries.
+        self.__dict__["base"] = base
+        self._parameters = base._parameters
+        self._buffers = base._buffers
+        self._non_persistent_buffers_set = base._non_persistent_buffers_set
+        self._modules = base._modules
+        self.training = base.training
+
+    @property
+    def in_features(self) -> int:
+        return int(self.base.in_features)  # type: ignore[arg-type]
+
+    @property
+    def out_features(self) -> int:
+        return int(self.base.out_features)  # type: ignore[arg-type]
+
+    def train(self, mode: bool = True) -> FrozenLinear:
+        super().train(mode)
+        self.base.training = mode
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.base._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.base._load_from_state_dict(*args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x)
+
+    def extra_repr(self) -> str:
+        return f"base={type(self.base).__name__}({self.in_features}, {self.out_features})"
+
+
+def frozen_lowrank(
+    x: Tensor,
+    bases: Sequence[nn.Module],
+    down: Tensor,
+    ups: Sequence[Tensor],
+    *,
+    hidden: Tensor | None = None,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> tuple[Tensor, ...]:
+    """y_k = bases[k](x) + drop(x down^T) ups[k]^T in one operator call.
+
+    `hidden` replaces x down^T where the caller has it already (shared by several groups); `down` is
+    then not used.
+    """
+    dtype = compute_dtype(x)
+    x_c = x if x.dtype == dtype else x.to(dtype)
+    plain = all(weight_is_plain(base) for base in bases)
+    if plain and all(_is_frozen(base, dtype) for base in bases):
+        weights = [base.weight for base in bases]
+        biases = [base.bias for base in bases]
+        return _update(x_c, down, ups, hidden, dropout, training, weights=weights, biases=biases)
+    # A special base gets x as the model hands it over; a plain one the copy that is kept anyway.
+    outs = [
+        F.linear(x_c, base.weight, base.bias) if weight_is_plain(base) else base(x)
+        for base in bases
+    ]
+    if all(out.dtype == dtype and out.shape[:-1] == x.shape[:-1] for out in outs):
+        return _update(x_c, down, ups, hidden, dropout, training, base=outs)
+    updates = _update(x_c, down, ups, hidden, dropout, training)
+    return tuple(out + update.to(out.dtype) for out, update in zip(outs, updates, strict=True))
+
+
+def _is_frozen(base: nn.Module, dtype: torch.dtype) -> bool:
+    weight, bias = base.weight, base.bias
+    if weight.requires_grad or weight.dtype != dtype:
+        return False
+    return bias is None or (bias.dtype == dtype and not bias.requires_grad)  # type: ignore[union-attr]
+
+
+def _update(
+    x: Tensor,
+    down: Tensor,
+    ups: Sequence[Tensor],
+    hidden: Tensor | None,
+    dropout: float,
+    training: bool,
+    **base: Any,
+) -> tuple[Tensor, ...]:
+    dtype = x.dtype
+    down = _near(down, x)
+    ups = [_near(up, x) for up in ups]
+    if hidden is not None:
+        hidden = hidden.to(device=x.device, dtype=dtype)
+    kwargs = dict(base, hidden=hidden, dropout=dropout, training=training)
+    needs_x = hidden is None or "weights" in base
+    down_arg = None if hidden is not None else down
+    if not _autocast_on(x.device.type):
+        return lowrank_linear(x if needs_x else None, down_arg, ups, **kwargs)
+    # The dtypes are settled above: inside, a product that autocast re-rounds would be a fault.
+    with torch.autocast(x.device.type, enabled=False):
+        return lowrank_linear(x if needs_x else None, down_arg, ups, **kwargs)
+
+
+def _near(t: Tensor, x: Tensor) -> Tensor:
+    """`t` on x's device and in a dtype the operator takes beside x (its own or float32)."""
+    if t.dtype != x.dtype and t.dtype != torch.float32:
+        t = t.to(x.dtype)
+    elif x.dtype == torch.float64:
+        t = t.to(x.dtype)
+    return t if t.device == x.device else t.to(x.device)

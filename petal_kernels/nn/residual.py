@@ -1,0 +1,57 @@
+"""Scale/shift residual and batch context, the two small parts that PETAL keeps from Aurora.
+
+Residual: a layer's output gains  0.1 (a * s + t),  a being the output of one of its attention
+blocks (after the block's LayerNorm) and s, t vectors of the hidden width drawn from N(0, 0.0002^2).
+Context: the output c of a cross-attention block gains, at its first token only,  0.1 mean_b a_q[b, 0]
+with the mean over the batch; gradients flow to every sample, in evaluation too. A residual that
+reads c reads it after this addition: c is what the layer itself goes on with.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+RESIDUAL_SCALE = 0.1
+CONTEXT_SCALE = 0.1
+INIT_STD = 0.0002
+
+
+class ScaleShift(nn.Module):
+    """Adds 0.1 (a * scale + shift) to `y`, computed in y's dtype."""
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if features < 1:
+            raise ValueError(f"features: want an integer >= 1, got {features}")
+        self.features = features
+        self.scale = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
+        self.shift = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.scale.normal_(0.0, INIT_STD)
+        self.shift.normal_(0.0, INIT_STD)
+
+    def forward(self, y: Tensor, a: Tensor) -> Tensor:
+        # The factor goes onto the vectors, so that the tokens are read and written once per operand.
+        scale = (RESIDUAL_SCALE * self.scale).to(y.dtype)
+        shift = (RESIDUAL_SCALE * self.shift).to(y.dtype)
+        return torch.addcmul(y, a.to(y.dtype), scale).add_(shift)
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}"
+
+
+def batch_context(c: Tensor, a: Tensor) -> Tensor:
+    """`c` [B, T, D] with 0.1 * mean over the batch of a[:, 0] added to its first token."""
+    context = CONTEXT_SCALE * a[:, 0].mean(dim=0)
+    # A new tensor: somebody's hook may hold the block's output, so it is not written in place.
+    return torch.cat([c[:, :1] + context.to(c.dtype), c[:, 1:]], dim=1)

@@ -1,0 +1,228 @@
+"""Launch tables of ``lowrank_linear``'s Triton kernels, and the list of compiled forms they can ask for.
+
+A row is keyed by kernel, architecture bucket and size bucket: "small" has at most 2048 rows, "fp32" is IEEE products
+without tensor cores, "_wide" a rank above 64 in the kernels that hold all of R in one tile. Architecture 0 is the
+interpreter: tiles so small that every test has several programs on every axis. Nothing is tuned at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from petal_kernels._runtime.triton_lib import Machine, Shipped, Tile, padded_rank, tile
+from petal_kernels.ops.lowrank_linear import triton_gemm_ext as gx
+from petal_kernels.ops.lowrank_linear import triton_kernels as tk
+
+SMALL_ROWS = 2048
+ARCHS = (80, 90, 100)
+# Kernels that step through R in slices of at most this, so that any rank fits the same tile.
+RANK_SLICE = 64
+
+_SHRINK_80 = {
+    "small": tile(4, 4, BLOCK_M=16, BLOCK_K=64),
+    "large": tile(4, 4, BLOCK_M=64, BLOCK_K=64),
+    "small_wide": tile(4, 3, BLOCK_M=16, BLOCK_K=32),
+    "large_wide": tile(8, 3, BLOCK_M=64, BLOCK_K=32),
+    "fp32": tile(4, 2, BLOCK_M=32, BLOCK_K=16),
+    "fp32_wide": tile(8, 2, BLOCK_M=32, BLOCK_K=16),
+}
+_EXPAND_80 = {
+    "small": tile(4, 2, BLOCK_M=32, BLOCK_O=64),
+    "large": tile(4, 2, BLOCK_M=64, BLOCK_O=128),
+    "fp32": tile(4, 2, BLOCK_M=32, BLOCK_O=64),
+}
+_DH_80 = {
+    "small": tile(4, 4, BLOCK_M=16, BLOCK_O=64),
+    "large": tile(4, 4, BLOCK_M=64, BLOCK_O=64),
+    "small_wide": tile(4, 3, BLOCK_M=16, BLOCK_O=32),
+    "large_wide": tile(8, 3, BLOCK_M=64, BLOCK_O=32),
+    "fp32": tile(4, 2, BLOCK_M=32, BLOCK_O=16),
+    "fp32_wide": tile(8, 2, BLOCK_M=32, BLOCK_O=16),
+}
+_TN_80 = {
+    "small": tile(4, 3, BLOCK_M=64, BLOCK_O=64),
+    "large": tile(4, 3, BLOCK_M=64, BLOCK_O=64),
+    "small_wide": tile(8, 3, BLOCK_M=32, BLOCK_O=64),
+    "large_wide": tile(8, 3, BLOCK_M=32, BLOCK_O=64),
+    "fp32": tile(4, 2, BLOCK_M=16, BLOCK_O=32),
+    "fp32_wide": tile(8, 2, BLOCK_M=16, BLOCK_O=32),
+}
+_GEMM_80 = {
+    "small": tile(4, 3, BLOCK_M=64, BLOCK_O=64, BLOCK_K=64, GROUP_M=8),
+    "large": tile(8, 3, BLOCK_M=128, BLOCK_O=128, BLOCK_K=32, GROUP_M=8),
+    "fp32": tile(4, 2, BLOCK_M=64, BLOCK_O=32, BLOCK_K=16, GROUP_M=8),
+}
+_DX_80 = {
+    "small": tile(4, 3, BLOCK_M=64, BLOCK_O=64, BLOCK_K=64, GROUP_M=8),
+    "large": tile(8, 3, BLOCK_M=128, BLOCK_O=32, BLOCK_K=128, GROUP_M=8),
+    "fp32": tile(4, 2, BLOCK_M=64, BLOCK_O=16, BLOCK_K=32, GROUP_M=8),
+}
+
+_INTERPRETER = {
+    "shrink": tile(1, 1, BLOCK_M=16, BLOCK_K=32),
+    "expand": tile(1, 1, BLOCK_M=32, BLOCK_O=32),
+    "dh": tile(1, 1, BLOCK_M=32, BLOCK_O=32),
+    "tn": tile(1, 1, BLOCK_M=16, BLOCK_O=32),
+    "gemm_ext": tile(1, 1, BLOCK_M=32, BLOCK_O=32, BLOCK_K=32, GROUP_M=2),
+    "dx": tile(1, 1, BLOCK_M=32, BLOCK_O=32, BLOCK_K=32, GROUP_M=2),
+}
+
+TABLE: dict[tuple[str, int], dict[str, Tile]] = {
+    ("shrink", 80): _SHRINK_80,
+    ("shrink", 90): _SHRINK_80,
+    ("shrink", 100): _SHRINK_80,
+    ("expand", 80): _EXPAND_80,
+    ("expand", 90): {**_EXPAND_80, "large": tile(8, 2, BLOCK_M=128, BLOCK_O=128)},
+    ("expand", 100): {**_EXPAND_80, "large": tile(8, 2, BLOCK_M=128, BLOCK_O=128)},
+    ("dh", 80): _DH_80,
+    ("dh", 90): _DH_80,
+    ("dh", 100): _DH_80,
+    ("tn", 80): _TN_80,
+    ("tn", 90): _TN_80,
+    ("tn", 100): _TN_80,
+    ("gemm_ext", 80): _GEMM_80,
+    ("gemm_ext", 90): {
+        **_GEMM_80,
+        "large": tile(8, 3, BLOCK_M=128, BLOCK_O=256, BLOCK_K=64, GROUP_M=8),
+    },
+    ("gemm_ext", 100): {
+        **_GEMM_80,
+        "large": tile(8, 3, BLOCK_M=128, BLOCK_O=128, BLOCK_K=64, GROUP_M=8),
+    },
+    ("dx", 80): _DX_80,
+    ("dx", 90): {
+        **_DX_80,
+        "large": tile(8, 3, BLOCK_M=128, BLOCK_O=64, BLOCK_K=256, GROUP_M=8),
+    },
+    ("dx", 100): {
+        **_DX_80,
+        "large": tile(8, 3, BLOCK_M=128, BLOCK_O=64, BLOCK_K=128, GROUP_M=8),
+    },
+}
+
+
+def swaps(machine: Machine, rows: int) -> bool:
+    """Whether shrink and dh compute the transposed product, whose rows are R: pays when row tiles are small."""
+    return rows <= (40 if machine.arch == 0 else SMALL_ROWS)
+
+
+def choose(kernel: str, machine: Machine, rows: int, itemsize: int, rank: int) -> dict[str, Any]:
+    """Launch keywords: the table's row and BLOCK_R."""
+    padded = padded_rank(rank)
+    whole = kernel in ("shrink", "dh", "tn")
+    block_r = padded if whole else min(padded, RANK_SLICE)
+    if machine.arch == 0:
+        return {**_INTERPRETER[kernel].keywords(), "BLOCK_R": block_r}
+    table = TABLE[kernel, machine.arch]
+    if itemsize == 4:
+        size = "fp32"
+    else:
+        size = "small" if rows <= SMALL_ROWS else "large"
+    if whole and padded > RANK_SLICE:
+        size += "_wide"
+    return {**table[size].keywords(), "BLOCK_R": block_r}
+
+
+_POINTERS = {
+    "shrink": ("x", "u", "h"),
+    "expand": ("y*", "base*", "p*", "h"),
+    "dh": ("dy*", "p*", "g"),
+    "tn": ("big*", "x", "small", "dh", "part"),
+    "gemm_ext": ("y*", "w*", "b*", "p*", "x", "h"),
+    "dx": ("dx", "dy*", "w*", "dh", "u"),
+    "reduce": ("part", "d*", "du"),
+}
+_PARAMETERS = ("p", "u", "d", "du")  # may be float32 beside 16-bit activations
+_KERNELS = {
+    "shrink": tk._lowrank_linear_shrink_kernel,
+    "expand": tk._lowrank_linear_expand_kernel,
+    "dh": tk._lowrank_linear_bwd_dh_kernel,
+    "tn": tk._lowrank_linear_bwd_tn_kernel,
+    "reduce": tk._lowrank_linear_bwd_reduce_kernel,
+    "gemm_ext": gx._lowrank_linear_gemm_ext_kernel,
+    "dx": gx._lowrank_linear_bwd_dx_kernel,
+}
+# The constexpr switches worth compiling; each row is one compiled form.
+_FORMS: dict[str, tuple[dict[str, bool], ...]] = {
+    "shrink": ({"DROPOUT": False}, {"DROPOUT": True}),
+    "expand": (
+        {"HAS_BASE": True, "P_TRANSPOSED": False, "DROP_H": True, "DROP_Y": False},
+        {"HAS_BASE": True, "P_TRANSPOSED": True, "DROP_H": False, "DROP_Y": False},
+        {"HAS_BASE": True, "P_TRANSPOSED": True, "DROP_H": False, "DROP_Y": True},
+        {"HAS_BASE": False, "P_TRANSPOSED": True, "DROP_H": True, "DROP_Y": False},
+    ),
+    "dh": (
+        {"DROPOUT": True, "SEPARATE": False, "P_TRANSPOSED": False},
+        {"DROPOUT": False, "SEPARATE": True, "P_TRANSPOSED": True},
+    ),
+    "tn": (
+        {"DROP_SMALL": True, "DROP_X": False},
+        {"DROP_SMALL": False, "DROP_X": False},
+        {"DROP_SMALL": False, "DROP_X": True},
+    ),
+    "gemm_ext": (
+        {"HAS_BIAS": True, "W_TRANSPOSED": False, "P_TRANSPOSED": False, "DROPOUT": True},
+        {"HAS_BIAS": False, "W_TRANSPOSED": True, "P_TRANSPOSED": True, "DROPOUT": False},
+    ),
+    "dx": ({"W_TRANSPOSED": False, "DROPOUT": True}, {"W_TRANSPOSED": True, "DROPOUT": False}),
+    "reduce": ({"HAS_UPS": True, "HAS_DOWN": True, "P_TRANSPOSED": False},),
+}
+
+
+def _signature(kernel: str, element: str, parameter: str) -> dict[str, str]:
+    """Argument types by name, of what the launcher passes."""
+    types: dict[str, str] = {"rng_ptr": "*i64", "part_ptr": "*fp32"}
+    for name in _POINTERS[kernel]:
+        if name == "part":
+            continue
+        kind = "*" + (parameter if name.rstrip("*") in _PARAMETERS else element)
+        names = [f"{name[:-1]}{i}" for i in range(4)] if name.endswith("*") else [name]
+        types.update({f"{n}_ptr": kind for n in names})
+    for n in ("alpha", "alpha_u", "keep_scale"):
+        types[n] = "fp32"
+    wanted = [a for a in _KERNELS[kernel].arg_names if not a.isupper() or a in "NDRK"]
+    return {a: types.get(a, "i32") for a in wanted}
+
+
+def shipped_configs() -> Iterator[Shipped]:
+    """Every compiled form the tables can ask for: kernel x architecture x size x dtype x switches."""
+    for (kernel, arch), sizes in TABLE.items():
+        for size, row in sizes.items():
+            elements = ("fp32",) if size.startswith("fp32") else ("bf16",)
+            if size.endswith("_wide"):
+                ranks = (128, 256)
+            else:
+                ranks = (16, 64) if kernel in ("shrink", "dh", "tn") else (64,)
+            for element in elements:
+                for rank in ranks:
+                    for form in _FORMS[kernel]:
+                        yield _shipped(kernel, arch, size, row, element, rank, form)
+    for arch in ARCHS:
+        row = REDUCE
+        yield _shipped("reduce", arch, "all", row, "bf16", 64, _FORMS["reduce"][0])
+
+
+REDUCE = tile(4, 2, BLOCK_O=32)
+
+
+def _shipped(
+    kernel: str, arch: int, size: str, row: Tile, element: str, rank: int, form: dict[str, bool]
+) -> Shipped:
+    constexprs: dict[str, Any] = {**dict(row.blocks), **form, "BLOCK_R": rank}
+    if kernel != "reduce":
+        constexprs["PRECISION"] = "ieee"
+    if kernel in ("shrink", "dh"):
+        constexprs["SWAP"] = size.startswith("small")
+    flags = "+".join(name.lower() for name, on in form.items() if on)
+    # Trained parameters are float32 by default, also beside 16-bit activations.
+    parameter = "fp32" if kernel in ("shrink", "dx", "reduce") else element
+    return Shipped(
+        f"{kernel} {element} r{rank} {size} {flags}",
+        _KERNELS[kernel],
+        _signature(kernel, element, parameter),
+        constexprs,
+        {"num_warps": row.warps, "num_stages": row.stages},
+        (arch,),
+        element != "fp32" and kernel != "reduce",
+    )

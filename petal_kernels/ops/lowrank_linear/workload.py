@@ -1,0 +1,243 @@
+"""Inputs, traffic, flops and baselines of ``lowrank_linear``; read by tests and benchmarks only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from petal_kernels._runtime import philox
+
+DIFFERENTIABLE = ("x", "down", "ups", "biases", "base", "hidden", "core")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape. ``lead`` are x's leading dims; ``base`` is "weights", "outputs" or "none"."""
+
+    name: str
+    lead: tuple[int, ...]
+    width: int
+    rank: int
+    outs: tuple[int, ...]
+    base: str = "weights"
+    bias: bool = True
+    dropout: float = 0.0
+    dropout_at: str = "bottleneck"
+    hidden: bool = False
+    scale: float = 1.0
+    layout: str = "contiguous"
+    frozen_x: bool = False
+    float_parameters: bool = False
+    transposed_ups: bool = False
+    plan: str = "auto"
+
+    @property
+    def rows(self) -> int:
+        """N, the product of the leading dims."""
+        return torch.Size(self.lead).numel()
+
+
+_QKV = (48, 48, 48)
+
+CASES = (
+    Case("qkv", (3, 50), 64, 16, _QKV),
+    Case("qkv-dropout", (3, 50), 64, 16, _QKV, dropout=0.25),
+    Case("qkv-outputs", (3, 50), 64, 16, _QKV, base="outputs", dropout=0.1),
+    Case("qkv-odd", (3, 47), 83, 19, (37, 53, 41), dropout=0.1, scale=0.5),
+    Case("outputs-odd", (211,), 83, 19, (37, 53, 41), base="outputs", dropout=0.1, scale=-0.5),
+    Case("update-alone", (5, 31), 40, 8, (24, 24), base="none", dropout=0.1),
+    Case("lora", (150,), 72, 16, (80,), dropout=0.1, dropout_at="input", scale=2.0),
+    Case("lora-odd", (2, 73), 77, 13, (45,), base="outputs", dropout=0.3, dropout_at="input"),
+    Case("lora-qkv", (2, 75), 64, 16, _QKV, dropout=0.1, dropout_at="input"),
+    Case("lora-no-dropout", (150,), 72, 16, (80,), bias=False, plan="merge"),
+    Case("aurora-vit", (2, 70), 64, 16, _QKV, dropout=0.1, dropout_at="mode"),
+    Case("aurora-vit-odd", (141,), 51, 11, (33, 70), base="outputs", dropout=0.2, dropout_at="mode"),
+    Case("aurora-vit-no-dropout", (2, 70), 64, 16, _QKV, dropout_at="mode"),
+    Case("image-kv", (2, 65), 88, 16, (64, 64), base="outputs", hidden=True, dropout=0.1),
+    Case("image-kv-weights", (2, 65), 88, 16, (64, 64), hidden=True, dropout=0.1, frozen_x=True),
+    Case("image-kv-odd", (129,), 88, 21, (51, 67), base="outputs", hidden=True, dropout=0.1),
+    Case("frozen-x", (140,), 64, 16, _QKV, dropout=0.1, frozen_x=True),
+    Case("sliced-sequence", (3, 41), 64, 16, _QKV, dropout=0.1, layout="sliced"),
+    Case("strided-rows", (130,), 64, 16, (48,), layout="strided", base="outputs"),
+    Case("column-major", (130,), 64, 16, (48,), layout="transposed"),
+    Case("float-parameters", (3, 45), 64, 16, _QKV, dropout=0.1, float_parameters=True),
+    Case("transposed-ups", (3, 45), 64, 16, _QKV, dropout=0.1, transposed_ups=True),
+    Case("rank-1", (3, 30), 17, 1, (9, 9), dropout=0.5),
+    Case("rank-wide", (140,), 96, 130, (100,), dropout=0.1),
+    Case("four", (140,), 32, 8, (16, 24, 32, 40), dropout=0.1),
+    Case("one-row", (1,), 64, 16, _QKV, dropout=0.1),
+    Case("empty", (0, 7), 64, 16, _QKV, dropout=0.1),
+    Case("augment", (3, 50), 64, 16, _QKV, dropout=0.1, plan="augment"),
+    Case("augment-odd", (211,), 83, 19, (37, 53), scale=0.5, plan="augment"),
+    Case("extend", (3, 50), 64, 16, _QKV, dropout=0.1, plan="extend"),
+    Case("extend-odd", (211,), 83, 19, (37, 53), dropout=0.1, scale=0.5, plan="extend"),
+    Case("merge-qkv", (211,), 83, 19, (37, 53), scale=0.5, plan="merge"),
+)
+
+SHAPES = (
+    Case("qformer self qkv N=1024", (32, 32), 768, 64, (768,) * 3, dropout=0.1),
+    Case("qformer self qkv N=4096", (64, 64), 768, 64, (768,) * 3, dropout=0.1),
+    Case("qformer self qkv N=4096, update", (64, 64), 768, 64, (768,) * 3, "outputs", dropout=0.1),
+    Case("qformer cross q N=512", (16, 32), 768, 64, (768,), dropout=0.1),
+    Case(
+        "qformer image kv N=4112", (16, 257), 1408, 64, (768,) * 2, "outputs",
+        dropout=0.1, hidden=True,
+    ),
+    Case("lora d=1024 N=2048", (2048,), 1024, 16, (1024,), dropout=0.1, dropout_at="input"),
+)
+
+
+def _layout(t: Tensor, layout: str) -> Tensor:
+    """The same values with other strides."""
+    if layout == "sliced":
+        return torch.cat((t, t[:, :5]), dim=1)[:, : t.shape[1]]
+    if layout == "strided":
+        return torch.cat((t, t), dim=-1)[..., : t.shape[-1]]
+    if layout == "transposed":
+        return t.t().contiguous().t()
+    return t
+
+
+def make_inputs(
+    case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, Any]:
+    """Keyword arguments for the public function (with ``plan``), its reference and its baselines."""
+    g = torch.Generator().manual_seed(seed)
+
+    def place(*shape: int, divisor: float = 1.0, parameter: bool = False) -> Tensor:
+        t = torch.randn(shape, generator=g, dtype=torch.float64) / divisor
+        wide = parameter and case.float_parameters and dtype.itemsize == 2
+        return t.to(torch.float32 if wide else dtype).to(device)
+
+    d, r = case.width, case.rank
+    inputs: dict[str, Any] = {"x": None, "down": None}
+    if not case.hidden or case.base == "weights":
+        inputs["x"] = _layout(place(*case.lead, d), case.layout)
+    if case.hidden:
+        inputs["hidden"] = place(*case.lead, r)
+    else:
+        inputs["down"] = place(r, d, divisor=d**0.5, parameter=True)
+    inputs["ups"] = [place(o, r, divisor=r**0.5, parameter=True) for o in case.outs]
+    if case.transposed_ups:
+        inputs["ups"] = [u.t().contiguous().t() for u in inputs["ups"]]
+    if case.base == "weights":
+        inputs["weights"] = [place(o, d, divisor=d**0.5) for o in case.outs]
+        inputs["biases"] = [place(o) for o in case.outs] if case.bias else None
+    elif case.base == "outputs":
+        inputs["base"] = [place(*case.lead, o) for o in case.outs]
+    if case.dropout_at == "mode":
+        inputs["core"] = place(len(case.outs), r, r, divisor=r**0.5, parameter=True)
+    inputs.update(scale=case.scale, dropout=case.dropout, dropout_at=case.dropout_at)
+    if case.dropout:
+        inputs["rng"] = torch.tensor([0x1234_5678_9ABC + seed, 0xFFFF_FFFE], device=device)
+    return inputs
+
+
+def options(case: Case) -> dict[str, Any]:
+    """Arguments of the public function that the reference does not have, and tensors that stay frozen."""
+    return {"plan": case.plan}
+
+
+def frozen(case: Case) -> tuple[str, ...]:
+    """Names of DIFFERENTIABLE inputs that this case does not train."""
+    return ("x",) if case.frozen_x or (case.hidden and case.base == "weights") else ()
+
+
+def bytes_moved(case: Case, dtype: torch.dtype) -> tuple[int, int]:
+    """Least bytes of forward and backward of plan ``update`` beyond the base GEMMs (PERFORMANCE: B.0).
+
+    Forward: x read for h, h written and read, every y read and written. Backward: every dy read twice (dh, dP), h
+    and dh once more each, x for dU, dx read and written.
+    """
+    n, d, r, e = case.rows, case.width, case.rank, dtype.itemsize
+    wide = sum(case.outs)
+    reads_x = 0 if case.hidden else n * d
+    fwd = reads_x + 2 * n * r + 2 * n * wide
+    dx = 0 if case.frozen_x or case.hidden else 2 * n * d
+    bwd = 2 * n * wide + 4 * n * r + reads_x + dx
+    return fwd * e, bwd * e
+
+
+def flops(case: Case) -> tuple[int, int]:
+    """Multiply-adds times two, base included where its weights are given; forward and backward."""
+    n, d, r, wide = case.rows, case.width, case.rank, sum(case.outs)
+    shrink = 0 if case.hidden else 2 * n * d * r
+    expand = 2 * n * r * wide
+    base = 2 * n * d * wide if case.base == "weights" else 0
+    dx = 0 if case.frozen_x or case.hidden else base + shrink
+    return shrink + expand + base, 2 * expand + shrink + dx
+
+
+def _rebase(y: Tensor, k: int, inputs: dict[str, Any]) -> Tensor:
+    if inputs.get("base") is not None:
+        return inputs["base"][k] + y
+    if inputs.get("weights") is not None:
+        biases = inputs.get("biases")
+        return F.linear(inputs["x"], inputs["weights"][k], biases and biases[k]) + y
+    return y
+
+
+def _drop(t: Tensor, inputs: dict[str, Any], site: str) -> Tensor:
+    return F.dropout(t, inputs["dropout"]) if inputs["dropout_at"] == site else t
+
+
+def published(**inputs: Any) -> tuple[Tensor, ...]:
+    """Every output by itself: its own down-projection, dropout, core product and up-projection, then the add.
+
+    The released code multiplies by M_k and V separately; the folded P_k = V M_k^T stands for both when no factors
+    are given, so ``published`` is asked for the factored form through ``factors=(modes' M [K, R, R], V [O, R])``.
+    """
+    outs = []
+    for k, up in enumerate(inputs["ups"]):
+        x = inputs["x"]
+        z = inputs.get("hidden")
+        z = F.linear(_drop(x, inputs, "input"), inputs["down"]) if z is None else z
+        z = _drop(z, inputs, "bottleneck")
+        if inputs.get("core") is not None:
+            z = _drop(z @ inputs["core"][k], inputs, "mode")
+        if inputs.get("factors") is not None:
+            m, v = inputs["factors"]
+            y = F.linear(z @ m[k], v)
+        else:
+            y = F.linear(z, up)
+        outs.append(_rebase(inputs["scale"] * y if inputs["scale"] != 1.0 else y, k, inputs))
+    return tuple(outs)
+
+
+def well_written(**inputs: Any) -> tuple[Tensor, ...]:
+    """The shared algebra in eager torch: one h, P_k folded, updates by addmm."""
+    x, hidden = inputs["x"], inputs.get("hidden")
+    h = F.linear(_drop(x, inputs, "input"), inputs["down"]) if hidden is None else hidden
+    outs = []
+    for k, up in enumerate(inputs["ups"]):
+        z = _drop(h, inputs, "bottleneck")
+        if inputs.get("core") is not None:
+            z = _drop(z @ inputs["core"][k], inputs, "mode")
+        z2 = z.reshape(-1, z.shape[-1])
+        if inputs.get("base") is not None:
+            y = inputs["base"][k]
+        elif inputs.get("weights") is not None:
+            biases = inputs.get("biases")
+            y = F.linear(x, inputs["weights"][k], biases and biases[k])
+        else:
+            outs.append(inputs["scale"] * F.linear(z, up))
+            continue
+        flat = torch.addmm(y.reshape(-1, y.shape[-1]), z2, up.t(), alpha=inputs["scale"])
+        outs.append(flat.view(y.shape))
+    return tuple(outs)
+
+
+BASELINES = {"published": published, "eager": well_written}
+
+
+def saved_bytes(case: Case, dtype: torch.dtype) -> int:
+    """Exact bytes kept for backward when everything trainable is trained, parameters excluded."""
+    h = 0 if case.hidden else case.rows * case.rank
+    x = 0 if case.hidden else case.rows * case.width
+    rng = 16 if philox.threshold(case.dropout) else 0
+    given = case.rows * case.rank if case.hidden else 0
+    return (h + x + given) * dtype.itemsize + rng

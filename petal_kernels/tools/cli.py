@@ -1,0 +1,57 @@
+"""The command `petal-kernels`: a table of subcommands, each a module with `main(arguments) -> exit code`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand; its module is imported only when it is asked for."""
+
+    module: str
+    summary: str
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        "petal_kernels.tools.demo",
+        "teach a small vision-language model a new instruction through fused PETAL layers",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    listing = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="petal-kernels",
+        description="Fused adapter layers for vision-language models.",
+        epilog=f"commands:\n{listing}\n\nHelp on one: petal-kernels COMMAND --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    parser.add_argument("command", nargs="?", choices=list(COMMANDS), metavar="COMMAND")
+    # Whatever follows the command belongs to it, --help included.
+    at = next((i for i, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
+    options = parser.parse_args(arguments[: at + 1])
+    if options.version:
+        from petal_kernels import __version__
+
+        print(f"petal-kernels {__version__}")
+        return 0
+    if options.command is None:
+        parser.print_help()
+        return 2
+    module = importlib.import_module(COMMANDS[options.command].module)
+    code: int = module.main(arguments[at + 1 :])
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

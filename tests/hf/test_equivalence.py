@@ -1,0 +1,116 @@
+"""The fused layers against the eager published form over the same parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from petal_kernels.hf import PetalConfig
+from tests.hf import compare, tiny
+
+FAMILIES = tuple(tiny.FAMILIES)
+VARIANTS = ("paper", "release")
+EXACT = 1e-11  # relative, in fp64: the two forms differ by the order of some thousand additions
+
+
+def _config(variant: str, dropout: float = 0.0, **values: object) -> PetalConfig:
+    return PetalConfig(r=6, variant=variant, dropout=dropout, scale=0.7, **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp64_outputs_and_gradients_are_the_published_ones(family: str, variant: str) -> None:
+    batch = compare.to_dtype(tiny.batch(family), torch.float64)
+    runs = [
+        compare.step(*compare.build(family, _config(variant), form, torch.float64), batch)
+        for form in ("fused", "published")
+    ]
+    compare.assert_close(*runs, EXACT)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp32_is_as_accurate_as_the_published_form(family: str, variant: str) -> None:
+    batch = tiny.batch(family)
+    fused, plain = (
+        compare.step(*compare.build(family, _config(variant), form), batch)
+        for form in ("fused", "published")
+    )
+    model, attachment = compare.build(family, _config(variant), "published", torch.float64)
+    exact = compare.step(model, attachment, compare.to_dtype(batch, torch.float64))
+    compare.assert_as_exact(fused, plain, exact)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_dropout_and_the_same_masks(
+    family: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(variant, dropout=0.3)
+    batch = compare.to_dtype(tiny.batch(family), torch.float64)
+    recorder = compare.MaskRecorder(monkeypatch)
+    fused = compare.step(*compare.build(family, config, "fused", torch.float64), batch)
+    model, attachment = compare.build(family, config, "published", torch.float64)
+    recorder.give_to(attachment, config.dropout)
+    compare.assert_close(fused, compare.step(model, attachment, batch), EXACT)
+    without = compare.build(family, _config(variant), "published", torch.float64)
+    assert compare.relative(fused.logits, compare.step(*without, batch).logits) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"context": "batch"},
+        {"use_cross_residual": False},
+        {"scale_shift": False},
+        {"core": "tucker"},
+        {"variant": "release", "core": "cp", "use_cross_residual": True},
+        {"variant": "release", "context": "none"},
+        {"target_modules": ["query", "value"]},
+        {"target_modules": ["cross.key"]},
+        {"target_modules": r".*layer\.[12]\.attention.*"},
+    ],
+    ids=str,
+)
+def test_options_apart_from_the_variants(values: dict[str, object]) -> None:
+    config = PetalConfig(**{"r": 3, "dropout": 0.0, **values})  # type: ignore[arg-type]
+    batch = compare.to_dtype(tiny.batch("instructblip"), torch.float64)
+    runs = [
+        compare.step(*compare.build("instructblip", config, form, torch.float64), batch)
+        for form in ("fused", "published")
+    ]
+    compare.assert_close(*runs, EXACT)
+
+
+def test_evaluation_without_gradients_is_the_published_one() -> None:
+    batch = compare.to_dtype(tiny.batch("instructblip"), torch.float64)
+    outs = []
+    for form in ("fused", "published"):
+        model, _ = compare.build("instructblip", _config("paper", 0.3), form, torch.float64)
+        with torch.no_grad():
+            outs.append(model.eval()(**batch).logits)
+        with torch.inference_mode():
+            assert compare.relative(model(**batch).logits, outs[-1]) <= EXACT
+    assert compare.relative(*outs) <= EXACT
+
+
+@pytest.mark.parametrize("form", ["fused", "published"])
+def test_the_released_context_mixes_the_batch_and_the_papers_does_not(form: str) -> None:
+    batch = compare.to_dtype(tiny.batch("instructblip"), torch.float64)
+    one = {name: value[:1] for name, value in batch.items()}
+    for variant, mixes in (("paper", False), ("release", True)):
+        model, _ = compare.build("instructblip", _config(variant), form, torch.float64)
+        with torch.no_grad():
+            apart = compare.relative(model(**one).logits, model(**batch).logits[:1])
+        assert (apart > 1e-6) == mixes
+
+
+def test_at_step_zero_only_scale_and_shift_act() -> None:
+    model = tiny.instructblip().double()
+    batch = compare.to_dtype(tiny.batch("instructblip"), torch.float64)
+    with torch.no_grad():
+        want = model(**batch).logits
+    attachment = compare.attach(model, PetalConfig(r=6, scale_shift=False, dropout=0.5))
+    model.double().train()
+    assert compare.relative(model(**batch).logits.detach(), want) <= EXACT
+    attachment.detach()
