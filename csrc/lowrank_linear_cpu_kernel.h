@@ -26,6 +26,7 @@ namespace {
 
 constexpr int64_t kChunk = 256;       // columns of dy packed at a time: block * kChunk floats fit L2
 constexpr int64_t kDepth = 1024;      // contraction length of the base product before it spills to memory
+constexpr uint64_t kStreamBytes = 4 << 20;
 
 PETAL_INLINE int64_t n_panels(int64_t cols) { return (cols + kNR - 1) / kNR; }
 PETAL_INLINE int64_t padded(int64_t cols) { return round_up(cols, kNR); }
@@ -60,7 +61,15 @@ struct Output {
   int64_t base_ld;
   const float* bias;
   int64_t cols;
+  bool streamed;
 };
+
+// Streaming needs whole vectors on their boundaries; it pays for results that no cache keeps.
+template <typename T>
+bool may_stream(const T* p, int64_t ld, int64_t total) {
+  return sizeof(T) == sizeof(float) && total * sizeof(T) >= kStreamBytes &&
+         reinterpret_cast<uintptr_t>(p) % (kVL * 4) == 0 && ld % kVL == 0;
+}
 
 template <typename T, int M>
 PETAL_INLINE void emit(Tile<M>& t, const Output<T>& o, int64_t i, int64_t j) {
@@ -74,6 +83,13 @@ PETAL_INLINE void emit(Tile<M>& t, const Output<T>& o, int64_t i, int64_t j) {
         v0 += load(base + r * o.base_ld);
         v1 += load(base + r * o.base_ld + kVL);
       });
+    }
+    if (o.streamed) {
+      each(t, [=](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
+        stream(out + r * o.ld, v0 + bias0);
+        stream(out + r * o.ld + kVL, v1 + bias1);
+      });
+      return;
     }
     each(t, [=](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
       store(out + r * o.ld, v0 + bias0);
@@ -170,7 +186,8 @@ void expand(const LowrankArgs& a, const LowrankOutput& o, const Rows& x, const f
             int64_t rows, float* spill) {
   const int64_t width = padded(a.R), cols = n_panels(o.width);
   const T* base = o.base ? static_cast<const T*>(o.base) + row0 * o.base_row : nullptr;
-  const Output<T> out = {static_cast<T*>(o.y) + row0 * o.width, o.width, base, o.base_row, o.bias, o.width};
+  const Output<T> out = {static_cast<T*>(o.y) + row0 * o.width, o.width, base, o.base_row, o.bias, o.width,
+                         may_stream(static_cast<T*>(o.y), o.width, a.N * o.width)};
   const Rows middle = row_major(m, width);
   const Block partial = {spill, kNR, a.block * kNR};
   int64_t first = 0;  // columns of x already contracted into `partial`
@@ -301,35 +318,30 @@ void add_ddown(const LowrankArgs& a, const BackwardBlock& b, int64_t split, bool
 }
 
 // dx = base part + mask * (dh U).
-template <typename T>
+template <typename T, bool kMasked>
 void write_dx(const LowrankArgs& a, const BackwardBlock& b, int64_t row0, int64_t rows) {
   T* dx = static_cast<T*>(a.dx) + row0 * a.D;
-  const Output<T> out = {dx, a.D, a.dx_has_base ? dx : nullptr, a.D, nullptr, a.D};
+  const Output<T> out = {dx, a.D, a.dx_has_base ? dx : nullptr, a.D, nullptr, a.D,
+                         !a.dx_has_base && may_stream(static_cast<T*>(a.dx), a.D, a.N * a.D)};
   const Rows dh = row_major(b.dh, padded(a.R));
   const Block base = {b.dx, kNR, a.block * kNR};
-  const bool masked = a.site == Site::kInput && a.dropout.threshold && a.down;
-  uint8_t bits[kMR * kVL];
+  const bool starts_from_base = b.dx && !kMasked;
   for (int64_t j = 0; j < n_panels(a.D); ++j) {
     for_row_tiles(rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
       constexpr int M = decltype(height)::value;
       if (a.dx_has_base && i + 3 * M <= rows) prefetch_rows(dx + (i + 2 * M) * a.D + j * kNR, a.D, M);
       Tile<M> t;
-      clear(t);
-      if (a.down && b.dx && !masked) read(t, base, i, j);
+      starts_from_base ? read(t, base, i, j) : clear(t);
       if (a.down) mac_rows(t, dh, i, a.down + j * a.R * kNR, a.R);
-      if (masked) {
+      if (kMasked) {
         const int64_t group = j * kNR / (8 * kVL) * (8 * kVL), col = j * kNR - group;
+        const float* from = b.dx ? base.p + j * base.panel + i * base.row : nullptr;
+        uint8_t bits[kMR * kVL];
         draw_bits(bits, a.dropout, 0, row0 + i, M, group);
         each(t, [&](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
           v0 *= multipliers(bits + r * kVL, col, a.dropout.scale);
           v1 *= multipliers(bits + r * kVL, col + kVL, a.dropout.scale);
-        });
-      }
-      if (b.dx && (masked || !a.down)) {
-        const float* from = base.p + j * base.panel + i * base.row;
-        each(t, [&](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
-          v0 += load(from + r * base.row);
-          v1 += load(from + r * base.row + kVL);
+          if (from) v0 += load(from + r * kNR), v1 += load(from + r * kNR + kVL);
         });
       }
       emit(t, out, i, j);
@@ -358,7 +370,11 @@ void backward_of(const LowrankArgs& a, int64_t split, int64_t row0, int64_t row1
     }
     if (a.dh) from_rows(static_cast<T*>(a.dh) + row * a.R, a.R, b.dh, padded(a.R), rows, a.R);
     if (a.ddown) add_ddown<T>(a, b, split, first, row, rows);
-    if (a.dx) write_dx<T>(a, b, row, rows);
+    if (a.dx && a.site == Site::kInput && a.dropout.threshold && a.down) {
+      write_dx<T, true>(a, b, row, rows);
+    } else if (a.dx) {
+      write_dx<T, false>(a, b, row, rows);
+    }
   }
 }
 

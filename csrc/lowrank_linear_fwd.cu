@@ -8,11 +8,11 @@
 //          copies where address and row stride allow (MatrixView::vec), element copies otherwise; rows, widths and R are multiples of nothing.
 // Grid     shrink: (row blocks, rank blocks, K if separate). expand: (row blocks, column tiles of all outputs): k is found from the
 //          tile, so outputs may differ in width and nothing is unrolled over k. update: (row blocks, column groups, K).
-// Traffic  shrink: a_k once per rank block (one for R <= 64 or 128), b_k from L2, out once. expand: base and out once, a and b from L2.
+// Traffic  shrink: a_k once per 64 (fp32: 32) columns of R, from DRAM once, b_k from L2, out once. expand: base and out once, a and b from L2.
 //          update: as expand, and x (K x column groups) times from L2; no block waits for another one's h.
 // Numerics fp32 accumulators and epilogue, one rounding per output element; h is rounded to T before it is expanded (T is what is saved).
 //          Dropped operand elements become exact zeros, the factor of the kept ones is applied to the fp32 result. fp32 products are IEEE FMAs.
-// Limits   K <= 4, R <= 256 (update: R <= 128). Every sum has a fixed order: same bits on every run.
+// Limits   K <= 4, R <= 256 (update: R <= 64). Every sum has a fixed order: same bits on every run.
 // Source   METHODS: y_k = x W_k^T + b_k + s drop_k(x U^T) P_k^T.
 #include "common/launchers.cuh"
 #include "common/pipeline.cuh"
@@ -30,6 +30,10 @@ __device__ __forceinline__ MaskSource mask_source(const Dropout& dropout) {
   }
   return mask;
 }
+
+// Columns of h per block. Tensor cores have multiplications to spare next to reading x, the FMA pipes have not: fewer padded columns in fp32.
+template <typename T>
+constexpr int kShrinkColumns = sizeof(T) == 2 ? 64 : 32;
 
 // Block shapes: the products of 64-row blocks split C over the warps, those of 16-row blocks split the contraction.
 template <typename T, int BM, int BN, bool B_KC>
@@ -63,16 +67,18 @@ __global__ void __launch_bounds__(kThreads) lowrank_shrink_kernel(const __grid_c
   PETAL_SHARED(shared);
   const typename Shape::Tiles ring{reinterpret_cast<T*>(shared)};
   float* const stage = reinterpret_cast<float*>(shared + Shape::Tiles::kBytes);
+  float* const sum = reinterpret_cast<float*>(shared + Shape::Tiles::kBytes + Shape::kStageBytes);
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * BM, col0 = static_cast<int64_t>(blockIdx.y) * BN;
   const int first = p.separate ? blockIdx.z : 0, last = p.separate ? first + 1 : p.outputs;
   const MaskSource mask = mask_source(p.dropout);
+  const float scale = p.scale * (p.mask_a || p.mask_out ? p.dropout.scale : 1.0f);
+  T* const out = static_cast<T*>(p.out.data) + (p.separate ? static_cast<int64_t>(first) * p.rank : 0);
 
   int64_t tiles = 0;
   for (int k = first; k < last; ++k) tiles += (p.widths[k] + kD - 1) / kD;
   Cursor ahead{first, 0}, here{first, 0};
   typename Shape::Product product;
   product.clear();
-  float total[Out::kPerThread][8] = {};
 
   run_pipeline(
       tiles,
@@ -95,31 +101,30 @@ __global__ void __launch_bounds__(kThreads) lowrank_shrink_kernel(const __grid_c
         product.step(ring.a(tile), ring.b(tile));
         const int k = here.k;
         if (!here.advance(p.widths, kD) || (!p.mask_out && here.k < last)) return;
-        // Every later store to the stage lies behind the barrier at the top of the pipeline, after these reads.
+        // Every later store to the stage lies behind the barrier at the top of the pipeline, after these reads. A masked sum over k
+        // is kept in shared memory, each group of columns by the thread that owns it: in registers it would cost occupancy.
         product.store(stage);
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < Out::kPerThread; ++i) {
           if (!Out::has(i)) continue;
+          const int64_t row = row0 + Out::row(i), col = col0 + Out::col(i);
           float v[8];
           Out::template read<Shape::Product::kCopies>(v, stage, i);
-          const uint32_t keep = p.mask_out ? mask.keep8(k, row0 + Out::row(i), col0 + Out::col(i)) : 0xFFu;
+          if (p.mask_out) {
+            const uint32_t keep = mask.keep8(k, row, col);
 #pragma unroll
-          for (int j = 0; j < 8; ++j) total[i][j] += (keep >> j) & 1u ? v[j] : 0.0f;
+            for (int j = 0; j < 8; ++j) v[j] = (keep >> j) & 1u ? v[j] : 0.0f;
+            if (last - first > 1) Out::accumulate(v, sum, i, k == first);
+          }
+          const int valid = here.k == last && row < p.rows ? valid_columns(col, p.rank, 8) : 0;
+          if (valid == 0) continue;
+#pragma unroll
+          for (int j = 0; j < 8; ++j) v[j] *= scale;
+          store8<T>(out + row * p.out.stride + col, v, valid, p.out.vec);
         }
         product.clear();
       });
-
-  const float scale = p.scale * (p.mask_a || p.mask_out ? p.dropout.scale : 1.0f);
-  T* const out = static_cast<T*>(p.out.data) + (p.separate ? static_cast<int64_t>(first) * p.rank : 0);
-#pragma unroll
-  for (int i = 0; i < Out::kPerThread; ++i) {
-    const int64_t row = row0 + Out::row(i), col = col0 + Out::col(i);
-    const int valid = Out::has(i) && row < p.rows ? valid_columns(col, p.rank, 8) : 0;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) total[i][j] *= scale;
-    if (valid > 0) store8<T>(out + row * p.out.stride + col, total[i], valid, p.out.vec);
-  }
 }
 
 // base + scale * mask * C for one staged tile of output k: shared by expand and update.
@@ -291,11 +296,14 @@ __global__ void __launch_bounds__(kThreads) lowrank_update_kernel(const __grid_c
       });
 }
 
-template <typename T, int BM, int BN, bool B_KC>
+template <typename T, int BM, bool B_KC>
 const char* shrink(const ShrinkParams& p, void* stream) {
-  using Shape = ShrinkShape<T, BM, BN, B_KC>;
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.rows, BM)), static_cast<unsigned>(ceil_div(p.rank, BN)), p.separate ? p.outputs : 1);
-  return launch(&lowrank_shrink_kernel<T, BM, BN, B_KC>, grid, Shape::Tiles::kBytes + Shape::kStageBytes, stream, p);
+  constexpr int kBN = kShrinkColumns<T>;
+  using Shape = ShrinkShape<T, BM, kBN, B_KC>;
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.rows, BM)), static_cast<unsigned>(ceil_div(p.rank, kBN)), p.separate ? p.outputs : 1);
+  const bool sums = p.mask_out && p.outputs > 1 && !p.separate;
+  const size_t bytes = Shape::Tiles::kBytes + Shape::kStageBytes + (sums ? sizeof(float) * Stage<BM, kBN>::kFloats : 0);
+  return launch(&lowrank_shrink_kernel<T, BM, kBN, B_KC>, grid, bytes, stream, p);
 }
 
 template <typename T, int BR, bool B_KC>
@@ -317,12 +325,9 @@ const char* update(UpdateParams p, void* stream) {
 const char* launch_lowrank_shrink(const ShrinkParams& params, void* stream) {
   return dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    constexpr int kNarrow = sizeof(T) == 2 ? 64 : 32, kWide = 2 * kNarrow;
-    const bool wide = params.rank > kNarrow;
     return dispatch_bool(params.b_rank_rows, [&](auto kc) {
       constexpr bool kKC = decltype(kc)::value;
-      if (params.small) return wide ? shrink<T, 16, kWide, kKC>(params, stream) : shrink<T, 16, kNarrow, kKC>(params, stream);
-      return wide ? shrink<T, 64, kWide, kKC>(params, stream) : shrink<T, 64, kNarrow, kKC>(params, stream);
+      return params.small ? shrink<T, 16, kKC>(params, stream) : shrink<T, 64, kKC>(params, stream);
     });
   });
 }
@@ -346,7 +351,7 @@ const char* launch_lowrank_update(UpdateParams params, void* stream) {
     using T = typename decltype(tag)::type;
     return dispatch_bool(params.expand.b_rank_columns, [&](auto kc) {
       constexpr bool kKC = decltype(kc)::value;
-      return params.expand.rank <= 64 ? update<T, 64, kKC>(params, stream) : update<T, 128, kKC>(params, stream);
+      return update<T, kMaxFusedRank, kKC>(params, stream);
     });
   });
 }

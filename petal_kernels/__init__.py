@@ -1,7 +1,7 @@
 """Fused kernels for parameter-efficient tuning of vision-language models.
 
-Importing this package imports torch and nothing else: no GPU is queried, no extension is loaded and neither Triton
-nor transformers is imported before a call needs them.
+Importing this package imports torch and nothing else: no GPU is queried, no extension is loaded and
+neither Triton nor transformers is imported before a call needs them.
 """
 
 from __future__ import annotations

@@ -32,7 +32,9 @@ def operators() -> list[Operator]:
     found = []
     for folder in sorted(p.parent for p in OPS.glob("*/op.py")):
         package = f"petal_kernels.ops.{folder.name}"
-        modules = (importlib.import_module(f"{package}.{m}") for m in ("op", "reference", "workload"))
+        modules = (
+            importlib.import_module(f"{package}.{m}") for m in ("op", "reference", "workload")
+        )
         found.append(Operator(folder.name, *modules))
     return found
 
@@ -86,9 +88,14 @@ def require_grad(inputs: dict[str, Any], names: tuple[str, ...]) -> dict[str, An
 
 
 def run(
-    function: Any, inputs: dict[str, Any], names: tuple[str, ...], douts: list[Tensor] | None = None, **options: Any
+    function: Any,
+    inputs: dict[str, Any],
+    names: tuple[str, ...],
+    douts: list[Tensor] | None = None,
+    **options: Any,
 ) -> tuple[list[Tensor], list[tuple[str, Tensor]]]:
-    """Outputs, and the gradients of the named inputs for the output gradients ``douts`` (drawn if None)."""
+    """Outputs, and the gradients of the named inputs for the output gradients ``douts`` (drawn if
+    None)."""
     inputs = require_grad(inputs, names)
     out = function(**inputs, **options)
     outs = [out] if isinstance(out, Tensor) else list(out)
@@ -98,10 +105,14 @@ def run(
     if douts is None:
         douts = output_gradients(outs)
     grads = torch.autograd.grad(
-        outs, [t for _, t in wanted], [d.to(o) for d, o in zip(douts, outs, strict=True)], allow_unused=True
+        outs,
+        [t for _, t in wanted],
+        [d.to(o) for d, o in zip(douts, outs, strict=True)],
+        allow_unused=True,
     )
     named = [
-        (n, torch.zeros_like(t) if g is None else g) for (n, t), g in zip(wanted, grads, strict=True)
+        (n, torch.zeros_like(t) if g is None else g)
+        for (n, t), g in zip(wanted, grads, strict=True)
     ]
     return [o.detach() for o in outs], named
 

@@ -1,4 +1,5 @@
-"""What every operator promises besides its values: opcheck, gradcheck, compile, saved bytes, no host sync, refusals."""
+"""What every operator promises besides its values: opcheck, gradcheck, compile, saved bytes, no
+host sync, refusals."""
 
 from __future__ import annotations
 
@@ -25,7 +26,11 @@ def small(op: discovery.Operator) -> list[Any]:
     return [c for c in op.workload.CASES if getattr(c, "plan", "auto") == "auto"][:12]
 
 
-SMALL = [pytest.param(op.name, c, id=f"{op.name}-{c.name}") for op in OPERATORS.values() for c in small(op)]
+SMALL = [
+    pytest.param(op.name, c, id=f"{op.name}-{c.name}")
+    for op in OPERATORS.values()
+    for c in small(op)
+]
 
 
 def options(op: discovery.Operator, case: Any) -> dict[str, Any]:
@@ -40,7 +45,8 @@ def runnable(op: discovery.Operator, case: Any, dtype: torch.dtype = torch.float
 
 @pytest.mark.parametrize(("name", "case"), SMALL)
 def test_gradcheck(name: str, case: Any) -> None:
-    """Numerical derivatives in fp64: of the reference, and of the operator's own Function and backward."""
+    """Numerical derivatives in fp64: of the reference, and of the operator's own Function and
+    backward."""
     op = OPERATORS[name]
     inputs = op.workload.make_inputs(case, torch.float64)
     names = discovery.trainable(op, case)
@@ -51,21 +57,28 @@ def test_gradcheck(name: str, case: Any) -> None:
         def f(*_: Tensor) -> Tensor:
             out = function(**inputs)
             outs = [out] if isinstance(out, Tensor) else out
-            return sum((o.square().sum() * (i + 1) for i, o in enumerate(outs)), torch.zeros((), dtype=torch.float64))
+            return sum(
+                (o.square().sum() * (i + 1) for i, o in enumerate(outs)),
+                torch.zeros((), dtype=torch.float64),
+            )
 
         return f
 
     for function in (op.reference.forward, op.public):
-        assert torch.autograd.gradcheck(scalar(function), tensors, fast_mode=True, atol=1e-4, nondet_tol=0.0)
+        assert torch.autograd.gradcheck(
+            scalar(function), tensors, fast_mode=True, atol=1e-4, nondet_tol=0.0
+        )
 
 
 @pytest.mark.parametrize(("name", "case"), SMALL)
 def test_double_backward_raises(name: str, case: Any) -> None:
     op = OPERATORS[name]
-    inputs = discovery.require_grad(op.workload.make_inputs(case, torch.float32), discovery.trainable(op, case))
+    inputs = discovery.require_grad(
+        op.workload.make_inputs(case, torch.float32), discovery.trainable(op, case)
+    )
     out = op.public(**inputs)
     total = out.square().sum() if isinstance(out, Tensor) else sum(o.square().sum() for o in out)
-    label, leaf = discovery.leaves(inputs, discovery.trainable(op, case))[0]
+    leaf = discovery.leaves(inputs, discovery.trainable(op, case))[0][1]
     (grad,) = torch.autograd.grad(total, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
@@ -118,15 +131,24 @@ def test_opcheck(name: str, case: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(op.op, "_forward_op", record(op.op._forward_op))
         patch.setattr(op.op, "_backward_op", record(op.op._backward_op))
-        discovery.run(op.public, op.workload.make_inputs(case, torch.float32), discovery.trainable(op, case))
+        discovery.run(
+            op.public, op.workload.make_inputs(case, torch.float32), discovery.trainable(op, case)
+        )
     assert len(calls) == 2
     for overload, args in calls:
         plain = tuple(
-            [t.detach() if isinstance(t, Tensor) else t for t in a] if isinstance(a, (list, tuple))
-            else a.detach() if isinstance(a, Tensor) else a
+            [t.detach() if isinstance(t, Tensor) else t for t in a]
+            if isinstance(a, (list, tuple))
+            else a.detach()
+            if isinstance(a, Tensor)
+            else a
             for a in args
         )
-        torch.library.opcheck(overload, plain, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
+        torch.library.opcheck(
+            overload,
+            plain,
+            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
+        )
 
 
 @pytest.mark.parametrize("mode", ["aot_eager", "inductor"])
@@ -149,22 +171,28 @@ def test_compile_fullgraph(name: str, mode: str) -> None:
 
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_meta_shapes(name: str, case: Any) -> None:
-    """On the meta device a call gives the shapes and dtypes of the real one, forward and backward."""
+    """On the meta device a call gives the shapes and dtypes of the real one, forward and
+    backward."""
     op = OPERATORS[name]
     names = discovery.trainable(op, case)
-    real_out, real_grads = discovery.run(op.public, op.workload.make_inputs(case, torch.float32), names)
+    real_out, real_grads = discovery.run(
+        op.public, op.workload.make_inputs(case, torch.float32), names
+    )
     inputs = op.workload.make_inputs(case, torch.float32)
     if "rng" in inputs:
         inputs["rng"] = inputs["rng"].to("meta")
     meta = discovery.map_tensors(inputs, lambda _, t: t.to("meta"))
     out, grads = discovery.run(op.public, meta, names)
     assert [(o.shape, o.dtype) for o in out] == [(o.shape, o.dtype) for o in real_out]
-    assert [(n, g.shape, g.dtype) for n, g in grads] == [(n, g.shape, g.dtype) for n, g in real_grads]
+    assert [(n, g.shape, g.dtype) for n, g in grads] == [
+        (n, g.shape, g.dtype) for n, g in real_grads
+    ]
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_saved_bytes(name: str, case: Any) -> None:
-    """What is kept for backward is an exact integer: the inputs' storages aside, nothing of size N x d."""
+    """What is kept for backward is an exact integer: the inputs' storages aside, nothing of size N
+    x d."""
     op = OPERATORS[name]
     if not hasattr(op.workload, "saved_bytes"):
         pytest.skip("saves its inputs only")
@@ -173,7 +201,9 @@ def test_saved_bytes(name: str, case: Any) -> None:
     inputs.pop("rng", None)  # drawn by the call, and counted
     everything = discovery.leaves(inputs, tuple(inputs))
     parameters = {
-        t.untyped_storage().data_ptr() for label, t in everything if not label.startswith(("x", "hidden"))
+        t.untyped_storage().data_ptr()
+        for label, t in everything
+        if not label.startswith(("x", "hidden"))
     }
     seen: dict[int, int] = {}
 
@@ -190,14 +220,17 @@ def test_saved_bytes(name: str, case: Any) -> None:
 
 @pytest.mark.parametrize(("name", "case"), SMALL)
 def test_no_host_synchronisation(name: str, case: Any) -> None:
-    """No value of a tensor is read on the host: nothing that would stall a GPU or break a CUDA graph."""
+    """No value of a tensor is read on the host: nothing that would stall a GPU or break a CUDA
+    graph."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     forbidden = ("_local_scalar_dense", "nonzero", "item", "masked_select", "is_nonzero")
     found: list[str] = []
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             if any(f in str(func) for f in forbidden):
                 found.append(str(func))
             return func(*args, **(kwargs or {}))
@@ -211,6 +244,42 @@ def test_no_host_synchronisation(name: str, case: Any) -> None:
     assert not found
 
 
+def far_apart(t: Tensor) -> Tensor:
+    """The same values with the rows of the first dim so far apart that the last begins beyond 2**31
+    elements.
+
+    The buffer is never touched between the rows, so the pages behind it are never allocated.
+    """
+    stride = 2**31 // (t.shape[0] - 1) + 1
+    inner = t.contiguous().stride()[1:]
+    buffer = torch.empty(stride * (t.shape[0] - 1) + t[0].numel(), dtype=t.dtype)
+    view = buffer.as_strided(t.shape, (stride, *inner))
+    return view.copy_(t)
+
+
+@pytest.mark.parametrize("name", list(OPERATORS))
+def test_offsets_beyond_32_bits(name: str) -> None:
+    op = OPERATORS[name]
+    case = op.workload.CASES[1]
+    names = discovery.trainable(op, case)
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        for backend in runnable(op, case, torch.float16):
+            inputs = op.workload.make_inputs(case, torch.float16)
+            near = discovery.run(op.public, inputs, names, backend=backend)
+            label = names[0]
+            far = discovery.run(
+                op.public, inputs | {label: far_apart(inputs[label])}, names, backend=backend
+            )
+            for a, b in zip(near[0], far[0], strict=True):
+                assert torch.equal(a, b), backend
+            for (leaf, a), (_, b) in zip(near[1], far[1], strict=True):
+                assert torch.equal(a, b), f"{backend} {leaf}"
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
 @pytest.mark.parametrize("name", list(OPERATORS))
 def test_nan_and_infinity_propagate(name: str) -> None:
     op = OPERATORS[name]
@@ -222,7 +291,9 @@ def test_nan_and_infinity_propagate(name: str) -> None:
             tensor.view(-1)[0] = value
             out = op.public(**inputs, backend=backend)
             outs = [out] if isinstance(out, Tensor) else out
-            assert not all(bool(torch.isfinite(o).all()) for o in outs), f"{backend} hid {value} in {label}"
+            assert not all(bool(torch.isfinite(o).all()) for o in outs), (
+                f"{backend} hid {value} in {label}"
+            )
 
 
 @pytest.mark.parametrize("name", list(OPERATORS))
@@ -230,9 +301,14 @@ def test_an_unknown_or_unable_backend_raises(name: str) -> None:
     op = OPERATORS[name]
     case = op.workload.CASES[0]
     inputs = op.workload.make_inputs(case, torch.float32)
-    with pytest.raises(ValueError, match=r"backend: want one of auto, cuda, triton, native, torch, got 'tirton'"):
+    with pytest.raises(
+        ValueError, match=r"backend: want one of auto, cuda, triton, native, torch, got 'tirton'"
+    ):
         op.public(**inputs, backend="tirton")
-    with pytest.raises(RuntimeError, match=rf"{name}: backend 'cuda' cannot run here: needs tensors on cuda, got cpu"):
+    with pytest.raises(
+        RuntimeError,
+        match=rf"{name}: backend 'cuda' cannot run here: needs tensors on cuda, got cpu",
+    ):
         op.public(**inputs, backend="cuda")
     with pytest.raises(ValueError, match="backend: want one of"):
         pk.use_backend("gpu")
@@ -256,7 +332,15 @@ def test_explain_lists_every_backend_with_its_reasons() -> None:
     op = OPERATORS["lowrank_linear"]
     inputs = op.workload.make_inputs(op.workload.CASES[0], torch.float32)
     text = str(pk.explain(pk.lowrank_linear, **inputs))
-    for word in ("cuda", "triton", "native", "torch", "needs tensors on cuda", "plan update", "plan merge"):
+    for word in (
+        "cuda",
+        "triton",
+        "native",
+        "torch",
+        "needs tensors on cuda",
+        "plan update",
+        "plan merge",
+    ):
         assert word in text
     with pytest.raises(TypeError, match="operator: want one of lowrank_linear, mode_contract"):
         pk.explain(torch.add, torch.ones(1), torch.ones(1))
@@ -281,13 +365,21 @@ def test_dropout_seed_follows_the_default_generator() -> None:
 
 
 def recovered_masks(backend: str, site: str, rng: Tensor, p: float, dtype: torch.dtype) -> Tensor:
-    """Identity projections expose the masks in the outputs; their gradients expose them in backward."""
+    """Identity projections expose the masks in the outputs; their gradients expose them in
+    backward."""
     n, r, k = 77, 24, 3
     eye = torch.eye(r, dtype=dtype)
     x = torch.ones(n, r, dtype=dtype, requires_grad=True)
     core = eye.expand(k, r, r).contiguous() if site == "mode" else None
     ys = pk.lowrank_linear(
-        x, eye.clone(), [eye.clone() for _ in range(k)], core=core, dropout=p, dropout_at=site, rng=rng, backend=backend
+        x,
+        eye.clone(),
+        [eye.clone() for _ in range(k)],
+        core=core,
+        dropout=p,
+        dropout_at=site,
+        rng=rng,
+        backend=backend,
     )
     forward = torch.stack(list(ys))
     backward = torch.stack([torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for y in ys])
@@ -303,6 +395,10 @@ def test_masks_equal_bit_for_bit_across_backends(site: str, p: float) -> None:
     for backend in runnable(op, op.workload.CASES[1]):
         for dtype in (torch.float32,) if backend == "triton" else (torch.float32, torch.bfloat16):
             streams = 1 if site == "input" else 3
-            want = philox.scaled_masks(rng, p, streams, 77, 24, torch.float32).to(dtype).expand(3, 77, 24)
+            want = (
+                philox.scaled_masks(rng, p, streams, 77, 24, torch.float32)
+                .to(dtype)
+                .expand(3, 77, 24)
+            )
             got = recovered_masks(backend, site, rng, p, dtype)
             assert torch.equal(got, want), f"{backend} {dtype}"

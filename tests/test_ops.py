@@ -1,7 +1,7 @@
 """Every operator x backend x case x dtype: outputs and all gradients against the fp64 reference.
 
-The rule: the error against fp64 is at most twice (outputs) or three times (gradients) that of the reference run by
-plain torch in the same dtype, plus a floor of a few rounding steps of the dtype.
+The rule: the error against fp64 is at most twice (outputs) or three times (gradients) that of the
+reference run by plain torch in the same dtype, plus a floor of a few rounding steps of the dtype.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPERATORS = {op.name: op for op in discovery.operators()}
 GRID = [
-    pytest.param(op.name, case, backend, dtype, id=f"{op.name}-{backend}-{case.name}-{str(dtype)[6:]}")
+    pytest.param(
+        op.name, case, backend, dtype, id=f"{op.name}-{backend}-{case.name}-{str(dtype)[6:]}"
+    )
     for op in OPERATORS.values()
     for case in op.workload.CASES
     for backend in discovery.backend_names(op)
@@ -57,9 +59,11 @@ def worst(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().max()) / (float(want.abs().max()) or 1.0)
 
 
-def unavailable(op: discovery.Operator, case: Any, backend: str, inputs: dict[str, Any]) -> str | None:
+def unavailable(
+    op: discovery.Operator, case: Any, backend: str, inputs: dict[str, Any]
+) -> str | None:
     """The backend's own reason for not running this case, read from ``explain``."""
-    plain = {k: v for k, v in inputs.items()}
+    plain = dict(inputs)
     options = getattr(op.workload, "options", lambda _: {})(case)
     import petal_kernels as pk
 
@@ -76,9 +80,13 @@ def check(label: str, got: Tensor, exact: Tensor, plain: Tensor, factor: float) 
     assert got.shape == exact.shape, f"{label}: shape {list(got.shape)}, want {list(exact.shape)}"
     assert got.dtype == plain.dtype, f"{label}: dtype {got.dtype}, want {plain.dtype}"
     mine, theirs = error(got, exact), error(plain, exact)
-    assert mine <= factor * theirs + eps / 4, f"{label}: rms error {mine:.3e}, plain torch {theirs:.3e}"
+    assert mine <= factor * theirs + eps / 4, (
+        f"{label}: rms error {mine:.3e}, plain torch {theirs:.3e}"
+    )
     mine, theirs = worst(got, exact), worst(plain, exact)
-    assert mine <= factor * theirs + 2 * eps, f"{label}: max error {mine:.3e}, plain torch {theirs:.3e}"
+    assert mine <= factor * theirs + 2 * eps, (
+        f"{label}: max error {mine:.3e}, plain torch {theirs:.3e}"
+    )
 
 
 @pytest.mark.parametrize(("name", "case", "backend", "dtype"), GRID)
@@ -101,8 +109,12 @@ def test_against_fp64(name: str, case: Any, backend: str, dtype: torch.dtype) ->
     assert [n for n, _ in got_grads] == [n for n, _ in exact_grads]
     for (label, g), (_, e), (_, p) in zip(got_grads, exact_grads, plain_grads, strict=True):
         check(f"gradient of {label}", g, e, p, 3.0)
-    again_out, again_grads = discovery.run(op.public, inputs, names, douts, backend=backend, **options)
-    for a, b in zip(got_out + [g for _, g in got_grads], again_out + [g for _, g in again_grads], strict=True):
+    again_out, again_grads = discovery.run(
+        op.public, inputs, names, douts, backend=backend, **options
+    )
+    for a, b in zip(
+        got_out + [g for _, g in got_grads], again_out + [g for _, g in again_grads], strict=True
+    ):
         assert torch.equal(a, b), "the same call twice gave other bits"
 
 
@@ -123,7 +135,9 @@ def test_reference_backward(name: str, case: Any) -> None:
     if not outs or outs[0].numel() == 0:
         pytest.skip("nothing to compare")
     douts = [d.to(o) for d, o in zip(discovery.output_gradients(outs), outs, strict=True)]
-    explicit = op.reference.backward(douts if len(douts) > 1 or name == "lowrank_linear" else douts[0], **inputs)
+    explicit = op.reference.backward(
+        douts if len(douts) > 1 or name == "lowrank_linear" else douts[0], **inputs
+    )
     found = discovery.leaves(explicit, names)
     assert [n for n, _ in found] == [n for n, _ in grads]
     for (label, want), (_, got) in zip(grads, found, strict=True):

@@ -8,8 +8,11 @@ import torch
 from petal_kernels._runtime import philox
 
 
-def scalar_philox(key: tuple[int, int], counter: tuple[int, int, int, int], rounds: int) -> list[int]:
-    """Philox4x32 on Python integers, written from the definition in Salmon et al. 2011, figure 4."""
+def scalar_philox(
+    key: tuple[int, int], counter: tuple[int, int, int, int], rounds: int
+) -> list[int]:
+    """Philox4x32 on Python integers, written from the definition in Salmon et al. 2011, figure
+    4."""
     mask = 0xFFFFFFFF
     k0, k1 = key
     c = list(counter)
@@ -23,11 +26,21 @@ def scalar_philox(key: tuple[int, int], counter: tuple[int, int, int, int], roun
 def test_scalar_form_gives_the_published_ten_round_vectors() -> None:
     """Known answers of Random123 for philox4x32-10."""
     ones = 0xFFFFFFFF
-    assert scalar_philox((0, 0), (0, 0, 0, 0), 10) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    assert scalar_philox((ones, ones), (ones,) * 4, 10) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    assert scalar_philox((0, 0), (0, 0, 0, 0), 10) == [
+        0x6627E8D5,
+        0xE169C58D,
+        0xBC57AC4C,
+        0x9B00DBD8,
+    ]
+    assert scalar_philox((ones, ones), (ones,) * 4, 10) == [
+        0x408F276D,
+        0x41C83B0E,
+        0xA20BC7C6,
+        0x6D5451FD,
+    ]
 
 
-@pytest.mark.parametrize("seed,offset", [(0, 0), (12345, 7), (-1, 2**32 - 1), (2**61 + 3, -5)])
+@pytest.mark.parametrize(("seed", "offset"), [(0, 0), (12345, 7), (-1, 2**32 - 1), (2**61 + 3, -5)])
 def test_lanes_are_the_scalar_generator(seed: int, offset: int) -> None:
     got = philox.lanes(torch.tensor([seed, offset]), 3, 5, 21)
     for k in range(3):
@@ -65,7 +78,9 @@ def test_scale_is_the_exact_inverse_of_the_kept_share() -> None:
     assert abs(philox.threshold(0.1) / philox.LEVELS - 0.1) < 2**-17
 
 
-@pytest.mark.parametrize("bad,kind", [(1.0, ValueError), (-0.1, ValueError), ("0.1", TypeError), (True, TypeError)])
+@pytest.mark.parametrize(
+    ("bad", "kind"), [(1.0, ValueError), (-0.1, ValueError), ("0.1", TypeError), (True, TypeError)]
+)
 def test_bad_probability(bad: object, kind: type[Exception]) -> None:
     with pytest.raises(kind, match="dropout: want"):
         philox.check_probability(bad)  # type: ignore[arg-type]

@@ -154,16 +154,25 @@ inline void gemm_columns(const Block& c, bool accumulate, const float* a, int64_
 }
 
 // Rows [0, rows) and columns [0, cols) of a matrix in storage type T -> fp32 panels of `height` rows,
-// padded with zeros to whole panels.
+// padded with zeros to whole panels. Rows are read a few ahead of their use: one row's columns are a
+// short run of lines, too short for the hardware to see the next row coming.
 template <typename T>
 inline void to_panels(float* dst, const T* src, int64_t ld, int64_t rows, int64_t cols, int64_t height) {
-  for (int64_t j = 0; j < cols; j += kNR) {
-    float* out = dst + j * height;
-    const T* in = src + j;
-    const int64_t n = least(kNR, cols - j);
-    for (int64_t i = 0; i < rows; ++i, out += kNR, in += ld) {
-      store(out, n >= kVL ? load(in) : load_part(in, n));
-      store(out + kVL, n == kNR ? load(in + kVL) : n > kVL ? load_part(in + kVL, n - kVL) : vf{});
+  constexpr int64_t kAhead = 6, kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < rows; ++i, dst += kNR, src += ld) {
+    if (i + kAhead < rows) {
+      for (int64_t j = 0; j < cols; j += kLine) __builtin_prefetch(src + kAhead * ld + j, 0, 3);
+    }
+    float* out = dst;
+    int64_t j = 0;
+    for (; j + kNR <= cols; j += kNR, out += height * kNR) {
+      store(out, load(src + j));
+      store(out + kVL, load(src + j + kVL));
+    }
+    if (j < cols) {
+      const int64_t n = cols - j;
+      store(out, n >= kVL ? load(src + j) : load_part(src + j, n));
+      store(out + kVL, n > kVL ? load_part(src + j + kVL, n - kVL) : vf{});
     }
   }
 }

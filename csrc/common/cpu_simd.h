@@ -123,6 +123,26 @@ PETAL_INLINE void store(fp16_t* p, vf v) {
 #endif
 }
 
+// Past the caches, for results larger than they are. p is on a vector boundary.
+PETAL_INLINE void stream(float* p, vf v) {
+#if defined(__AVX512F__) && PETAL_VL == 16
+  _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#elif defined(__AVX2__) && PETAL_VL == 8
+  _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
+#else
+  store(p, v);
+#endif
+}
+template <typename T>
+PETAL_INLINE void stream(T* p, vf v) { store(p, v); }
+
+// Orders streamed stores before whatever tells another thread that they are there.
+PETAL_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // The first n (< kVL) elements; what lies beyond is neither read nor written.
 template <typename T>
 PETAL_INLINE vf load_part(const T* p, int64_t n) {

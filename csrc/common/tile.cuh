@@ -23,7 +23,7 @@ template <typename T, int ROWS, int COLS>
 __device__ __forceinline__ void load_tile(T* tile, const T* data, int64_t stride, bool vec, int64_t row0, int64_t rows,
                                           int64_t col0, int64_t cols) {
   constexpr int kChunks = COLS / kVec<T>;
-#pragma unroll 4
+#pragma unroll 1  // copies do not wait for each other; unrolled, their addresses only cost registers
   for (int i = threadIdx.x; i < ROWS * kChunks; i += kThreads) {
     const int r = i / kChunks, c = (i % kChunks) * kVec<T>;
     T* const target = tile + r * kLd<T, COLS> + c;
@@ -68,14 +68,15 @@ __device__ __forceinline__ void mask_tile(T* tile, const MaskSource& mask, uint3
 }
 
 // C [BM, BN] += A [BM, DEPTH] B [BN, DEPTH]^T on tensor cores; warps WM x WN over C and WK over the contraction.
-// A tile: [BM][DEPTH] if A_KC else [DEPTH][BM]; B tile: [BN][DEPTH] if B_KC else [DEPTH][BN].
-template <typename T, int BM, int BN, int DEPTH, bool A_KC, bool B_KC, int WM, int WN, int WK>
+// A tile: [BM][DEPTH] if A_KC else [DEPTH][BM]; B tile: [BN][DEPTH] if B_KC else [DEPTH][BN]; LDA, LDB: elements from row to row where a tile
+// is a piece of a larger one.
+template <typename T, int BM, int BN, int DEPTH, bool A_KC, bool B_KC, int WM, int WN, int WK, int LDA = kLd<T, A_KC ? DEPTH : BM>,
+          int LDB = kLd<T, B_KC ? DEPTH : BN>>
 struct TileProduct {
   static_assert(WM * WN * WK * kWarp == kThreads, "four warps");
   static constexpr int kRows = BM / WM, kCols = BN / WN, kM = kRows / 16, kN = kCols / 8;
   static_assert(kM >= 1 && kN >= 2 && kN % 2 == 0 && DEPTH % (16 * WK) == 0, "warp tile");
   static constexpr int kCopies = WK;  // partial results in the stage
-  static constexpr int kLdA = A_KC ? kLd<T, DEPTH> : kLd<T, BM>, kLdB = B_KC ? kLd<T, DEPTH> : kLd<T, BN>;
   float acc[kM][kN][4];
 
   __device__ __forceinline__ void clear() {
@@ -99,18 +100,18 @@ struct TileProduct {
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         if constexpr (A_KC) {
-          ldmatrix_x4(fa[m], a + (row + m * 16 + low) * kLdA + depth + high);
+          ldmatrix_x4(fa[m], a + (row + m * 16 + low) * LDA + depth + high);
         } else {
-          ldmatrix_x4_trans(fa[m], a + (depth + even) * kLdA + row + m * 16 + odd);
+          ldmatrix_x4_trans(fa[m], a + (depth + even) * LDA + row + m * 16 + odd);
         }
       }
 #pragma unroll
       for (int n = 0; n < kN; n += 2) {
         uint32_t fb[4];
         if constexpr (B_KC) {
-          ldmatrix_x4(fb, b + (col + n * 8 + even) * kLdB + depth + odd);
+          ldmatrix_x4(fb, b + (col + n * 8 + even) * LDB + depth + odd);
         } else {
-          ldmatrix_x4_trans(fb, b + (depth + low) * kLdB + col + n * 8 + high);
+          ldmatrix_x4_trans(fb, b + (depth + low) * LDB + col + n * 8 + high);
         }
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
@@ -140,14 +141,13 @@ struct TileProduct {
 };
 
 // The same on the FMA pipes in IEEE fp32. A thread owns a kM x kN piece of C; along a contiguous operand its elements are runs of four.
-template <int BM, int BN, int DEPTH, bool A_KC, bool B_KC, int WM, int WN, int WK>
-struct TileProduct<float, BM, BN, DEPTH, A_KC, B_KC, WM, WN, WK> {
+template <int BM, int BN, int DEPTH, bool A_KC, bool B_KC, int WM, int WN, int WK, int LDA, int LDB>
+struct TileProduct<float, BM, BN, DEPTH, A_KC, B_KC, WM, WN, WK, LDA, LDB> {
   static constexpr int kAcross = BN >= 64 ? 16 : 8, kDown = kThreads / kAcross;  // threads along a row and a column of C
   static constexpr int kM = BM / kDown, kN = BN / kAcross;
   static_assert(kM >= 1 && kN >= 1 && DEPTH % 4 == 0, "thread tile");
   static constexpr int kCopies = 1;
-  static constexpr int kLdA = A_KC ? kLd<float, DEPTH> : kLd<float, BM>, kLdB = B_KC ? kLd<float, DEPTH> : kLd<float, BN>;
-  float acc[kM][kN];
+  float total[kM][kN];
 
   template <bool RUNS, int COUNT, int ACROSS>
   static __device__ __forceinline__ int index(int thread, int i) {
@@ -161,7 +161,7 @@ struct TileProduct<float, BM, BN, DEPTH, A_KC, B_KC, WM, WN, WK> {
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
-      for (int n = 0; n < kN; ++n) acc[m][n] = 0.0f;
+      for (int n = 0; n < kN; ++n) total[m][n] = 0.0f;
   }
 
   // Four contraction steps of one operand: v[index][step].
@@ -191,12 +191,14 @@ struct TileProduct<float, BM, BN, DEPTH, A_KC, B_KC, WM, WN, WK> {
     }
   }
 
+  // A stage is summed by itself and then added: the rounding error of a long contraction grows with the root of its stages, not of its elements.
   __device__ __forceinline__ void step(const float* a, const float* b) {
+    float acc[kM][kN] = {};
 #pragma unroll 2
     for (int k = 0; k < DEPTH; k += 4) {
       float va[kM][4], vb[kN][4];
-      fetch<A_KC, kM, kLdA>(va, a, k, [](int i) { return row(i); });
-      fetch<B_KC, kN, kLdB>(vb, b, k, [](int i) { return col(i); });
+      fetch<A_KC, kM, LDA>(va, a, k, [](int i) { return row(i); });
+      fetch<B_KC, kN, LDB>(vb, b, k, [](int i) { return col(i); });
 #pragma unroll
       for (int s = 0; s < 4; ++s)
 #pragma unroll
@@ -204,13 +206,17 @@ struct TileProduct<float, BM, BN, DEPTH, A_KC, B_KC, WM, WN, WK> {
 #pragma unroll
           for (int n = 0; n < kN; ++n) acc[m][n] = fmaf(va[m][s], vb[n][s], acc[m][n]);
     }
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; ++n) total[m][n] += acc[m][n];
   }
 
   __device__ __forceinline__ void store(float* stage) const {
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
-      for (int n = 0; n < kN; ++n) stage[row(m) * (BN + 8) + col(n)] = acc[m][n];
+      for (int n = 0; n < kN; ++n) stage[row(m) * (BN + 8) + col(n)] = total[m][n];
   }
 };
 
@@ -223,6 +229,18 @@ struct Stage {
   static __device__ __forceinline__ bool has(int i) { return kChunks % kThreads == 0 || threadIdx.x + i * kThreads < kChunks; }
   static __device__ __forceinline__ int row(int i) { return (threadIdx.x + i * kThreads) / (BN / 8); }
   static __device__ __forceinline__ int col(int i) { return (threadIdx.x + i * kThreads) % (BN / 8) * 8; }
+  // v = sum = v + sum, or v at the first call: a running sum in shared memory that only its owner touches.
+  static __device__ __forceinline__ void accumulate(float (&v)[8], float* sum, int i, bool first) {
+    if (!has(i)) return;
+    float* const p = sum + row(i) * (BN + 8) + col(i);
+#pragma unroll
+    for (int j = 0; j < 8; j += 4) {
+      Pack<float> pack = *reinterpret_cast<const Pack<float>*>(p + j);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) v[j + e] = pack.e[e] = first ? v[j + e] : pack.e[e] + v[j + e];
+      *reinterpret_cast<Pack<float>*>(p + j) = pack;
+    }
+  }
   template <int COPIES>
   static __device__ __forceinline__ void read(float (&v)[8], const float* stage, int i) {
 #pragma unroll

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device.cuh"
+#include "dispatch.h"
 
 namespace petal {
 
@@ -63,6 +64,27 @@ __device__ __forceinline__ void store8(T* p, const float (&v)[8], int valid, boo
     for (int i = 0; i < 8; ++i) {
       if (i < valid) p[i] = from_float<T>(v[i]);
     }
+  }
+}
+
+// Stores whose dtype is known at run time only.
+__device__ __forceinline__ void store_as(void* data, DType dtype, int64_t index, float v) {
+  if (dtype == DType::kFloat32) {
+    static_cast<float*>(data)[index] = v;
+  } else if (dtype == DType::kFloat16) {
+    static_cast<__half*>(data)[index] = from_float<__half>(v);
+  } else {
+    static_cast<__nv_bfloat16*>(data)[index] = from_float<__nv_bfloat16>(v);
+  }
+}
+
+__device__ __forceinline__ void store8_as(void* data, DType dtype, int64_t index, const float (&v)[8], int valid, bool vec) {
+  if (dtype == DType::kFloat32) {
+    store8<float>(static_cast<float*>(data) + index, v, valid, vec);
+  } else if (dtype == DType::kFloat16) {
+    store8<__half>(static_cast<__half*>(data) + index, v, valid, vec);
+  } else {
+    store8<__nv_bfloat16>(static_cast<__nv_bfloat16*>(data) + index, v, valid, vec);
   }
 }
 

@@ -1,8 +1,9 @@
-"""Which implementation of an operator runs: an ordered list of backends, each stating all its reasons against.
+"""Which implementation of an operator runs: an ordered list of backends, each stating all its
+reasons against.
 
-``auto`` takes the first backend without a reason. A backend asked for by name that cannot run raises and says
-why. A missing optional package is a reason; any other exception while importing an implementation is a bug and
-propagates.
+``auto`` takes the first backend without a reason. A backend asked for by name that cannot run
+raises and says why. A missing optional package is a reason; any other exception while importing an
+implementation is a bug and propagates.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ _MISSING: dict[str, Callable[[], str | None]] = {
 _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "native": ("cpu",)}
 
 _default: str | None = None
+
+
+def _interpreted(name: str, args: Sequence[Any]) -> bool:
+    """Triton on CPU tensors is its interpreter, for tests: it runs only when named."""
+    return name == "triton" and not any(a.is_cuda for a in args if isinstance(a, torch.Tensor))
 
 
 @functools.cache
@@ -90,7 +96,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``explain`` found: every backend with its reasons, the choice, and the operator's own notes."""
+    """What ``explain`` found: every backend with its reasons, the choice, and the operator's own
+    notes."""
 
     operator: str
     rows: tuple[tuple[str, tuple[str, ...]], ...]
@@ -122,7 +129,8 @@ def default_backend() -> str:
 class use_backend:  # noqa: N801 - used like a function, and as a context manager
     """Set the default backend, at once; as a context manager, until the block ends.
 
-    ``use_backend("triton")`` or ``with use_backend("torch"): ...``. Raises ValueError for an unknown name.
+    ``use_backend("triton")`` or ``with use_backend("torch"): ...``. Raises ValueError for an
+    unknown name.
     """
 
     def __init__(self, name: str) -> None:
@@ -152,11 +160,14 @@ def candidates(backends: Sequence[Backend], *args: Any) -> list[Candidate]:
 def select(operator: str, backends: Sequence[Backend], requested: str, *args: Any) -> Backend:
     """The backend to run: the named one, or the first that can.
 
-    Raises ValueError for an unknown name, RuntimeError for a named backend that cannot run, with all its reasons.
+    Raises ValueError for an unknown name, RuntimeError for a named backend that cannot run, with
+    all its reasons.
     """
     check_name(requested)
     for backend in backends:
         if requested not in (AUTO, backend.name):
+            continue
+        if requested == AUTO and _interpreted(backend.name, args):
             continue
         reasons = backend.reasons(*args)
         if not reasons:
@@ -177,10 +188,11 @@ def register_explainer(public: Callable[..., Any], explainer: Callable[..., Expl
 
 
 def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Which backends can run ``operator`` on these inputs, which one ``auto`` takes, and why not the others.
+    """Which backends can run ``operator`` on these inputs, which one ``auto`` takes, and why not
+    the others.
 
-    Takes the operator's own arguments; nothing is computed. ``print()`` the result for a table. Raises TypeError
-    if ``operator`` is not one of this package's operators.
+    Takes the operator's own arguments; nothing is computed. ``print()`` the result for a table.
+    Raises TypeError if ``operator`` is not one of this package's operators.
     """
     explainer = _explainers.get(operator)
     if explainer is None:

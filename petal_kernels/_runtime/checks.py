@@ -1,4 +1,5 @@
-"""Argument checks of the public functions: each raises once, naming the argument, what is wanted and what came."""
+"""Argument checks of the public functions: each raises once, naming the argument, what is wanted
+and what came."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, wanted: Sequence[int | str]) -> None:
-    """Raise ValueError unless the shape matches ``wanted``; a string stands for any size and is shown as given."""
+    """Raise ValueError unless the shape matches ``wanted``; a string stands for any size and is
+    shown as given."""
     ok = tensor.dim() == len(wanted) and all(
         isinstance(w, str) or w == s for w, s in zip(wanted, tensor.shape, strict=False)
     )
@@ -62,7 +64,8 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def check_number(name: str, value: Any) -> float:
-    """Raise TypeError unless ``value`` is an int or a float (a tensor is refused: it would need a host sync)."""
+    """Raise TypeError unless ``value`` is an int or a float (a tensor is refused: it would need a
+    host sync)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: want a float, got {type(value).__name__}")
     return float(value)

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 
+from petal_kernels import _build_info
+
 _LIBRARIES = Path(__file__).resolve().parent.parent / "lib"
 
 
-@functools.cache
-def _load(name: str) -> str | None:
-    path = _LIBRARIES / name
+def _load(part: str) -> str | None:
+    path = _LIBRARIES / f"libpetal_{part}.so"
     if not path.exists():
-        return f"the compiled library {name} is not built"
+        why = _build_info.reason(part) or f"{path.name} is missing"
+        return f"the compiled {part.upper()} kernels are not here: {why}. {_build_info.how()}"
     torch.ops.load_library(str(path))
     return None
 
@@ -34,19 +36,22 @@ def load_cuda_library() -> None:
         raise RuntimeError(reason)
 
 
+@functools.cache
 def cpu_library_reason() -> str | None:
-    """Why the C++ CPU kernels cannot be used, or None."""
-    return _load("libpetal_cpu.so")
+    """Why the C++ CPU kernels cannot be used, or None; loads them on the first call."""
+    return _load("cpu")
 
 
 @functools.cache
 def cuda_library_reason() -> str | None:
-    """Why the CUDA kernels cannot be used, or None."""
+    """Why the CUDA kernels cannot be used, or None; loads them on the first call."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
+    if not (_LIBRARIES / "libpetal_cuda.so").exists():
+        return _load("cuda")
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return _load("libpetal_cuda.so")
+    return _load("cuda")
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """The one handle on ``torch.library``: every raw operator lives in the namespace ``petal``.
 
-Raw operators are private and functional: they never write into an argument, and their outputs alias neither an
-argument nor each other. Gradients are attached one level up, by the ``autograd.Function`` of each ``op.py``.
+Raw operators are private and functional: they never write into an argument, and their outputs alias
+neither an argument nor each other. Gradients are attached one level up, by the
+``autograd.Function`` of each ``op.py``.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 def define(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Register ``petal::<schema>`` and return its overload, ready to call.
 
-    ``impl`` runs on real tensors of any device; ``fake`` says shapes, dtypes and devices only and serves meta
-    tensors, fake tensors and ``torch.compile``.
+    ``impl`` runs on real tensors of any device; ``fake`` says shapes, dtypes and devices only and
+    serves meta tensors, fake tensors and ``torch.compile``.
     """
     name = schema.split("(", 1)[0].strip()
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

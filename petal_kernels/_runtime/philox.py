@@ -1,14 +1,19 @@
-"""The dropout generator: one counter-based definition, in plain torch, that every backend reproduces bit for bit.
+"""The dropout generator: one counter-based definition, in plain torch, that every backend
+reproduces bit for bit.
 
 A mask is a pure function of a state and a position, so it is never stored: backward draws it again.
 
-* state ``rng``: int64 tensor ``[2] = (seed, offset)`` on the device of the activations. It is read where it lies,
-  never copied to the host, so a captured CUDA graph that redraws it redraws the masks.
-* generator: Philox4x32 (Salmon et al., SC 2011) with 7 rounds; key = the low and high half of ``seed``;
-  counter = ``(row low 32 bits, row high 32 bits, column // 8, (offset + stream) mod 2**32)``.
-* lanes: the four 32-bit words are eight 16-bit lanes, low half first; lane j serves column ``8 * (column // 8) + j``.
-* decision: an element is kept where ``lane >= threshold(p)`` and multiplied by ``keep_scale(p)``. The probability is
-  thereby a multiple of 1/65536 and the scale its exact inverse, the same float32 everywhere.
+* state ``rng``: int64 tensor ``[2] = (seed, offset)`` on the device of the activations. It is read
+  where it lies, never copied to the host, so a captured CUDA graph that redraws it redraws the
+  masks.
+* generator: Philox4x32 (Salmon et al., SC 2011) with 7 rounds; key = the low and high half of
+  ``seed``; counter = ``(row low 32 bits, row high 32 bits, column // 8, (offset + stream) mod
+  2**32)``.
+* lanes: the four 32-bit words are eight 16-bit lanes, low half first; lane j serves column ``8 *
+  (column // 8) + j``.
+* decision: an element is kept where ``lane >= threshold(p)`` and multiplied by ``keep_scale(p)``.
+  The probability is thereby a multiple of 1/65536 and the scale its exact inverse, the same float32
+  everywhere.
 
 ``row`` is the flat token index, ``stream`` tells the masks of one call apart (output k, or 0).
 """
@@ -43,15 +48,16 @@ def threshold(p: float) -> int:
 
 
 def keep_scale(p: float) -> float:
-    """What a kept element is multiplied by: 65536 / (65536 - threshold), to be rounded to float32."""
+    """What a kept element is multiplied by: 65536 / (65536 - threshold), to be rounded to
+    float32."""
     return LEVELS / (LEVELS - threshold(p))
 
 
 def draw(device: torch.device) -> Tensor:
     """A fresh state from torch's default generator of ``device``.
 
-    ``torch.manual_seed`` fixes it, activation checkpointing restores it, a CUDA graph advances it; there is no
-    host synchronisation.
+    ``torch.manual_seed`` fixes it, activation checkpointing restores it, a CUDA graph advances it;
+    there is no host synchronisation.
     """
     return torch.randint(0, 1 << 62, (2,), dtype=torch.int64, device=device)
 

@@ -8,6 +8,7 @@ package, nothing else: no device is touched.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -57,11 +58,11 @@ def interpreted() -> bool:
     return not isinstance(pick, triton.JITFunction)
 
 
-def device_reasons(*tensors: Tensor | None) -> list[str]:
-    """Why Triton kernels cannot run on these tensors, whatever the operator."""
+def device_reasons(*tensors: Tensor | None, dtypes: Iterable[torch.dtype] = ()) -> list[str]:
+    """Why Triton kernels cannot run on these tensors (or write these dtypes), whatever the operator."""
     reasons = []
     present = [t for t in tensors if t is not None]
-    dtypes = dict.fromkeys(t.dtype for t in present)
+    dtypes = dict.fromkeys((*(t.dtype for t in present), *dtypes))
     for dtype in dtypes:
         if dtype not in DTYPES:
             reasons.append(f"has no {str(dtype).removeprefix('torch.')} kernels")

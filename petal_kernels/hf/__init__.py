@@ -1,4 +1,4 @@
-"""Attaching the modules to Hugging Face models. Works on model objects; imports no model library."""
+"""Attaching the modules to Hugging Face models; works on objects and imports no model library."""
 
 from petal_kernels.hf.attach import Attachment, attach
 from petal_kernels.hf.config import PetalConfig

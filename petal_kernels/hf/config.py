@@ -26,9 +26,9 @@ class PetalConfig:
     core                "cp" (a vector lambda) or "tucker" (a full R x R x R core).
     dropout             on the r-wide middle, one mask per mode.
     scale               factor s of every update.
-    target_modules      which projections get a mode, as PEFT names them: a list of names (a module's
-                        path or its end) or one regular expression over the whole path; None: all
-                        that the model's table lists.
+    target_modules      which projections get a mode, as PEFT names them: a list of names (a
+                        module's path or its end) or one regular expression over the whole path;
+                        None: all that the model's table lists.
     modules_to_save     modules trained whole and stored with the adapter (names as above).
     context             "batch" adds the batch mean of the first query to the cross-attention output
                         (outputs then depend on the batch), "none" does not.

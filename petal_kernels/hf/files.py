@@ -188,7 +188,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as json (truncated?): {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: want a json object, got a {type(values).__name__}")
+        kind = type(values).__name__
+        raise ValueError(f"{path}: want a json object, got a {kind}")
     version = values.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise ValueError(
@@ -204,7 +205,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: method: want {METHOD!r}, got {values['method']!r}")
     for key in ("config", "base", "tensors"):
         if not isinstance(values[key], dict):
-            raise ValueError(f"{path}: {key}: want an object, got {values[key]!r}")
+            got = values[key]
+            raise ValueError(f"{path}: {key}: want an object, got {got!r}")
     return values
 
 

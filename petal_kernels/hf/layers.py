@@ -71,9 +71,7 @@ class Factors:
     def __init__(self, adapter: PetalAdapter, dtype: torch.dtype, image: Tensor | None) -> None:
         self.grad = torch.is_grad_enabled()
         self.reentrant: set[int] = set()
-        self.ups = {
-            name: adapter.branch(name).contract(dtype=dtype) for name in adapter.branches
-        }
+        self.ups = {name: adapter.branch(name).contract(dtype=dtype) for name in adapter.branches}
         self.hidden: Tensor | None = None
         self.source: Tensor | None = None
         self.version = 0
@@ -158,7 +156,8 @@ class LayerSlot:
     def finish(self, call: LayerCall, y: Tensor) -> Tensor:
         if not self.state.enabled:
             return y
-        adapter, add = self.state.adapter, _residual(self.state.published)
+        adapter = self.state.adapter
+        add = published_residual if self.state.published else fused_residual
         if self.self_pair and call.a is not None:
             y = add(y, call.a, adapter.pair(self.index, "self"))
         if self.cross_pair and call.c is not None:
@@ -169,12 +168,9 @@ class LayerSlot:
         return y
 
 
-def _residual(published: bool) -> Any:
-    return published_residual if published else _fused_residual
-
-
-def _fused_residual(y: Tensor, a: Tensor, pair: ScaleShift) -> Tensor:
-    return pair(y, a)
+def fused_residual(y: Tensor, a: Tensor, pair: ScaleShift) -> Tensor:
+    out: Tensor = pair(y, a)
+    return out
 
 
 class ModeGroup:
@@ -188,11 +184,11 @@ class ModeGroup:
     def run(self, position: int, x: Tensor) -> Tensor:
         member, state = self.members[position], self.slot.state
         if not state.enabled:
-            return member.base(x)
+            return FrozenLinear.forward(member, x)
         if self.merged:
             if member.training:
                 raise RuntimeError(MERGED_TRAINING)
-            return member.base(x)
+            return FrozenLinear.forward(member, x)
         call = self.slot.call
         if call is None:  # called outside its layer: nobody would fetch the others
             return self._compute(LayerCall(None), x, [member])[0]
@@ -206,9 +202,7 @@ class ModeGroup:
                 call.waiting[self.name].outputs[position] = None
         return output
 
-    def _compute(
-        self, call: LayerCall, x: Tensor, members: list[ModeLinear]
-    ) -> tuple[Tensor, ...]:
+    def _compute(self, call: LayerCall, x: Tensor, members: list[ModeLinear]) -> tuple[Tensor, ...]:
         factors = self.slot.state.adapter.branch(self.branch)
         ups = self.slot.ups(call, self.branch, compute_dtype(x))
         first = self.slot.modes[self.branch].start
@@ -243,7 +237,7 @@ class AdaptedLayer:
     _petal_slot: LayerSlot
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Before the checkpoint wrapper binds the keywords, so that the recompute sees these factors.
+        # Before the checkpoint wrapper binds the keywords: its recompute sees these factors.
         kwargs.setdefault("petal_factors", self._petal_slot.state.factors)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 

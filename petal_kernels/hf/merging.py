@@ -1,8 +1,8 @@
 """merge: W + s P U into the frozen weights, and back.
 
 Only what is a linear map of a projection's own input is folded, and only into weights that may be
-read. The sum is formed in float32 (float64 for a float64 base) and rounded once to the base's dtype;
-the original Parameter objects are kept aside, so that undoing is exact to the bit.
+read. The sum is formed in float32 (float64 for a float64 base) and rounded once to the base's
+dtype; the original Parameter objects are kept aside, so that undoing is exact to the bit.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ class MergeReport:
         return max(self.rounding.values(), default=0.0)
 
     def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
         lines = [
-            f"folded {len(self.folded)} projections into {str(self.dtype).removeprefix('torch.')} "
-            f"weights; rounding took at most {self.worst_rounding:.2e} of an update"
+            f"folded {len(self.folded)} projections into {dtype} weights",
+            f"rounding took at most {self.worst_rounding:.2e} of an update",
         ]
         lines += [f"kept as a module: {name} ({why})" for name, why in self.kept.items()]
         return "\n".join(lines)
@@ -85,15 +86,18 @@ def merge(attachment: Attachment) -> Merged:
         folded_branches.add(branch)
         for site, wrapper in members:
             factors = attachment.adapter.branch(branch)
-            merged.originals.append((wrapper.base, wrapper.base._parameters["weight"]))  # type: ignore[arg-type]
-            report.rounding[site.path] = _fold(wrapper.base, factors, site.mode)
-            report.dtype = wrapper.base._parameters["weight"].dtype  # type: ignore[union-attr]
+            weight = wrapper.base._parameters["weight"]
+            assert weight is not None
+            merged.originals.append((wrapper.base, weight))
+            report.dtype = weight.dtype
+            report.rounding[site.path] = _fold(wrapper.base, weight, factors, site.mode)
             report.folded.append(site.path)
         merged.flags.append(_flagged(members[0][1]))
     for branch in folded_branches - open_branches:
         for parameter in attachment.adapter.branch(branch).parameters():
             if parameter.requires_grad:
-                merged.frozen.append(parameter.requires_grad_(False))
+                parameter.requires_grad_(False)
+                merged.frozen.append(parameter)
     _list_kept(attachment, report)
     for flagged in merged.flags:
         flagged.merged = True
@@ -118,10 +122,8 @@ def _flagged(wrapper: FrozenLinear) -> Any:
     return wrapper
 
 
-def _fold(base: nn.Module, factors: ModeApproximation, mode: int) -> float:
+def _fold(base: nn.Module, weight: nn.Parameter, factors: ModeApproximation, mode: int) -> float:
     """Replaces base.weight by W + P U; the share of the update that rounding took."""
-    weight = base._parameters["weight"]
-    assert weight is not None
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     (up,) = factors.contract([mode], dtype=wide)
     update = (up @ factors.down.to(wide)).to(weight.device)

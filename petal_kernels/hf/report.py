@@ -46,22 +46,27 @@ class Report:
         return 100.0 * self.trainable / max(self.base_parameters, 1)
 
     def __str__(self) -> str:
-        header = ("module", "role", "shape", "backend", "trainable", "why")
-        table = [
-            (row.module, row.role, row.shape, row.backend, f"{row.trainable:,}", row.why)
-            for row in self.rows
-        ]
-        widths = [max(len(line[i]) for line in [header, *table]) for i in range(len(header) - 1)]
+        header = ("module", "role", "shape", "backend", "trainable")
+        notes = {
+            why: i for i, why in enumerate(dict.fromkeys(r.why for r in self.rows if r.why), 1)
+        }
+        table = [header]
+        for row in self.rows:
+            mark = f"[{notes[row.why]}]" if row.why else ""
+            backend = f"{row.backend} {mark}".strip()
+            table.append((row.module, row.role, row.shape, backend, f"{row.trainable:,}"))
+        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
         lines = []
-        for line in [header, *table]:
-            cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
-            lines.append("  ".join([*cells, line[-1]]).rstrip())
+        for line in table:
+            cells = [cell.ljust(width) for cell, width in zip(line[:-1], widths, strict=False)]
+            lines.append("  ".join([*cells, line[-1].rjust(widths[-1])]))
         lines.insert(1, "-" * len(lines[0]))
+        lines += [f"[{number}] {why}" for why, number in notes.items()]
+        lines += [f"base called, not read: {path} ({why})" for path, why in self.declined.items()]
         lines.append(
             f"{self.implementation}: {self.trainable:,} trainable parameters ({self.stored:,} "
             f"stored), {self.percent:.3f} % of the model's {self.base_parameters:,}"
         )
-        lines += [f"base called, not read: {path} ({why})" for path, why in self.declined.items()]
         return "\n".join(lines)
 
 
@@ -117,12 +122,10 @@ def _weight_kind(base: nn.Module) -> tuple[object, ...]:
     return () if weight is None else (weight.dtype, weight.device)
 
 
-def _backend(
-    sites: list[Site], factors: ModeApproximation, implementation: str
-) -> tuple[str, str]:
+def _backend(sites: list[Site], factors: ModeApproximation, implementation: str) -> tuple[str, str]:
     """The backend that a typical call of this group runs on, and why not a preferred one."""
     if implementation == "published":
-        return "eager", "the published form, one mode at a time"
+        return "eager", "eager: the published form, one mode at a time"
     plain = not any(why_not_plain(site.base) for site in sites)
     weight = sites[0].base._parameters.get("weight")
     dtype = weight.dtype if plain and weight is not None else torch.float32
@@ -137,12 +140,16 @@ def _backend(
         outs = torch.empty(_TYPICAL_ROWS, factors.out_features, **like)  # type: ignore[call-overload]
         base["base"] = [outs] * len(sites)
     ups, dropout = [up] * len(sites), factors.dropout
-    with torch.enable_grad():
-        found = explain(lowrank_linear, x, factors.down, ups, dropout=dropout, **base)
-    chosen = next(name for name, reasons in found.rows if not reasons)
+    try:
+        with torch.enable_grad():
+            found = explain(lowrank_linear, x, factors.down, ups, dropout=dropout, **base)
+    except RuntimeError as error:  # a backend asked for by name that cannot run here
+        return "none", str(error)
+    chosen = found.choice.removeprefix("runs on ").partition(",")[0]
+    plan = found.choice.partition(", ")[2] or "first choice"
     better = found.rows[: [name for name, _ in found.rows].index(chosen)]
     why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in better)
-    return chosen, why or "first choice"
+    return chosen, f"{chosen}: {plan}" + (f"; {why}" if why else "")
 
 
 def _shared_rows(adapter: PetalAdapter, extra: dict[str, nn.Module]) -> list[Row]:
@@ -153,13 +160,14 @@ def _shared_rows(adapter: PetalAdapter, extra: dict[str, nn.Module]) -> list[Row
         count = sum(p.numel() for p in parts if p.requires_grad)
         shape = ", ".join("x".join(map(str, p.shape)) for p in parts)
         role = f"shared factors ({factors.core_kind})"
-        rows.append(Row(f"petal.branches.{name}", role, shape, "", "U, V, core", count))
+        rows.append(Row(f"petal.branches.{name}", role, shape, "", "", count))
     for index, pairs in adapter.layers.items():
         count = sum(p.numel() for p in pairs.parameters() if p.requires_grad)
         names = ", ".join(name for name, _ in pairs.named_children())
         width = next(pairs.parameters()).numel()
-        rows.append(Row(f"petal.layers.{index}", "scale/shift", f"{width}", "", names, count))
+        shape = f"2 x {width} ({names})"
+        rows.append(Row(f"petal.layers.{index}", "scale/shift", shape, "", "", count))
     for path, module in extra.items():
         count = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        rows.append(Row(path, "modules_to_save", "", "", "trained whole", count))
+        rows.append(Row(path, "modules_to_save", "trained whole", "", "", count))
     return rows

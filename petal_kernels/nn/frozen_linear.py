@@ -16,13 +16,16 @@ added in it, whatever the adapter's own dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from petal_kernels.ops.lowrank_linear import lowrank_linear
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 MERGED_TRAINING = (
     "the adapter is merged into the base weights and cannot be trained; call unmerge() first"
@@ -43,7 +46,7 @@ def _autocast_on(device: str) -> bool:
 
 
 def weight_is_plain(base: nn.Module) -> bool:
-    """Whether `base.weight` may be read: exactly an nn.Linear, no hook, no sharding, no override."""
+    """Whether `base.weight` may be read: exactly nn.Linear, not hooked, sharded or overridden."""
     return not why_not_plain(base)
 
 
@@ -100,7 +103,8 @@ class FrozenLinear(nn.Module):
         self.base._load_from_state_dict(*args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x)
+        y: Tensor = self.base(x)
+        return y
 
     def extra_repr(self) -> str:
         return f"base={type(self.base).__name__}({self.in_features}, {self.out_features})"
@@ -123,15 +127,16 @@ def frozen_lowrank(
     """
     dtype = compute_dtype(x)
     x_c = x if x.dtype == dtype else x.to(dtype)
-    plain = all(weight_is_plain(base) for base in bases)
-    if plain and all(_is_frozen(base, dtype) for base in bases):
-        weights = [base.weight for base in bases]
-        biases = [base.bias for base in bases]
+    plain = [base if _is_plain_linear(base) else None for base in bases]
+    frozen = [base for base in plain if base is not None and _is_frozen(base, dtype)]
+    if len(frozen) == len(bases):
+        weights = [base.weight for base in frozen]
+        biases = [base.bias for base in frozen]
         return _update(x_c, down, ups, hidden, dropout, training, weights=weights, biases=biases)
     # A special base gets x as the model hands it over; a plain one the copy that is kept anyway.
-    outs = [
-        F.linear(x_c, base.weight, base.bias) if weight_is_plain(base) else base(x)
-        for base in bases
+    outs: list[Tensor] = [
+        base(x) if linear is None else F.linear(x_c, linear.weight, linear.bias)
+        for base, linear in zip(bases, plain, strict=True)
     ]
     if all(out.dtype == dtype and out.shape[:-1] == x.shape[:-1] for out in outs):
         return _update(x_c, down, ups, hidden, dropout, training, base=outs)
@@ -139,11 +144,13 @@ def frozen_lowrank(
     return tuple(out + update.to(out.dtype) for out, update in zip(outs, updates, strict=True))
 
 
-def _is_frozen(base: nn.Module, dtype: torch.dtype) -> bool:
-    weight, bias = base.weight, base.bias
-    if weight.requires_grad or weight.dtype != dtype:
-        return False
-    return bias is None or (bias.dtype == dtype and not bias.requires_grad)  # type: ignore[union-attr]
+def _is_plain_linear(base: nn.Module) -> TypeIs[nn.Linear]:
+    return weight_is_plain(base)
+
+
+def _is_frozen(base: nn.Linear, dtype: torch.dtype) -> bool:
+    parts = [base.weight] if base.bias is None else [base.weight, base.bias]
+    return all(part.dtype == dtype and not part.requires_grad for part in parts)
 
 
 def _update(
@@ -172,8 +179,6 @@ def _update(
 
 def _near(t: Tensor, x: Tensor) -> Tensor:
     """`t` on x's device and in a dtype the operator takes beside x (its own or float32)."""
-    if t.dtype != x.dtype and t.dtype != torch.float32:
-        t = t.to(x.dtype)
-    elif x.dtype == torch.float64:
+    if t.dtype != torch.float32 or x.dtype == torch.float64:
         t = t.to(x.dtype)
     return t if t.device == x.device else t.to(x.device)

@@ -10,8 +10,8 @@ U [R, D], V [O, R] and the core belong to the whole model; p_k [R] is all that a
 `forward` applies the modes that read one input: y_k = base_k + drop(x U^T) P_k^T.
 
 Initialisation: U kaiming-uniform(a=sqrt 5), V zero (so that every dW_k is zero at step 0), the
-Tucker core and each p_k xavier-uniform (p_k as an R x 1 matrix). The CP weights lambda start at one,
-the neutral choice: no initial value is published for them, and p_k already carries the scale.
+Tucker core and each p_k xavier-uniform (p_k as an R x 1 matrix). The CP weights lambda start at
+one, the neutral choice: no initial value is published for them, and p_k already carries the scale.
 """
 
 from __future__ import annotations
@@ -82,10 +82,9 @@ class ModeApproximation(nn.Module):
         self, index: slice | Sequence[int] | None = None, *, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, ...]:
         """P_k [out_features, r] of the modes `index` (all by default), rounded once to `dtype`."""
-        if index is None:
-            modes = self.modes
-        else:
-            modes = self.modes[index if isinstance(index, slice) else list(index)]
+        modes: Tensor = self.modes
+        if index is not None:
+            modes = modes[index if isinstance(index, slice) else list(index)]
         stacked = mode_contract(self.core, modes, self.up, scale=self.scale, dtype=dtype)
         # unbind, not indexing: the backward of K selects would add K zero-filled [K, O, R] tensors.
         return stacked.unbind(0)

@@ -29,7 +29,7 @@ class PublishedModeLinear(FrozenLinear):
         self.merged = False
         # References, not children: the factors are registered once, at the model's root.
         self.__dict__["factors"] = factors
-        self.__dict__["dropout"] = nn.Dropout(factors.dropout)
+        self.__dict__["dropout"] = nn.Dropout(factors.dropout).train(base.training)
 
     def train(self, mode: bool = True) -> PublishedModeLinear:
         super().train(mode)
@@ -50,8 +50,8 @@ class PublishedModeLinear(FrozenLinear):
         if self.merged and self.training:
             raise RuntimeError(MERGED_TRAINING)
         if self.merged or not self.enabled:
-            return self.base(x)
-        return self.base(x) + self.update(x)
+            return super().forward(x)
+        return super().forward(x) + self.update(x)
 
 
 def _weight_dtype(x: Tensor) -> torch.dtype:

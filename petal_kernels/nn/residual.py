@@ -2,9 +2,9 @@
 
 Residual: a layer's output gains  0.1 (a * s + t),  a being the output of one of its attention
 blocks (after the block's LayerNorm) and s, t vectors of the hidden width drawn from N(0, 0.0002^2).
-Context: the output c of a cross-attention block gains, at its first token only,  0.1 mean_b a_q[b, 0]
-with the mean over the batch; gradients flow to every sample, in evaluation too. A residual that
-reads c reads it after this addition: c is what the layer itself goes on with.
+Context: the output c of a cross-attention block gains, at its first token only, 0.1 times the mean
+over the batch of a_q[:, 0] (a's first query); gradients flow to every sample, in evaluation too. A
+residual that reads c reads it after this addition: c is what the layer itself goes on with.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ScaleShift(nn.Module):
         self.shift.normal_(0.0, INIT_STD)
 
     def forward(self, y: Tensor, a: Tensor) -> Tensor:
-        # The factor goes onto the vectors, so that the tokens are read and written once per operand.
+        # The factor goes onto the vectors: every token-sized operand is then passed over once.
         scale = (RESIDUAL_SCALE * self.scale).to(y.dtype)
         shift = (RESIDUAL_SCALE * self.shift).to(y.dtype)
         return torch.addcmul(y, a.to(y.dtype), scale).add_(shift)

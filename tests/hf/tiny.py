@@ -64,10 +64,11 @@ def _ready(model: nn.Module, seed: int) -> nn.Module:
     return model.eval()
 
 
-def instructblip(seed: int = 0) -> nn.Module:
+def instructblip(seed: int = 0, layers: int = 4) -> nn.Module:
     import transformers
 
     vision, qformer = _configs()
+    qformer["num_hidden_layers"] = layers
     config = transformers.InstructBlipConfig(
         vision_config=vision,
         qformer_config=qformer,

@@ -82,7 +82,9 @@ def _check_source(x: Any, down: Any, hidden: Any, weights: Sequence[Any]) -> tup
             raise ValueError(f"down: want R >= 1 and D >= 1, got {list(down.shape)}")
         return x, rank
     if down is not None:
-        raise ValueError("down: want None when hidden is given (hidden is already x down^T), got a Tensor")
+        raise ValueError(
+            "down: want None when hidden is given (hidden is already x down^T), got a Tensor"
+        )
     checks.check_floating("hidden", hidden)
     if hidden.dim() < 1 or hidden.shape[-1] < 1:
         raise ValueError(f"hidden: want shape [..., R] with R >= 1, got {list(hidden.shape)}")
@@ -97,8 +99,12 @@ def _check_source(x: Any, down: Any, hidden: Any, weights: Sequence[Any]) -> tup
 
 
 def _check_base(
-    first: Tensor, x: Tensor | None, ups: Sequence[Tensor], weights: Sequence[Any],
-    biases: Sequence[Any], base: Sequence[Any],
+    first: Tensor,
+    x: Tensor | None,
+    ups: Sequence[Tensor],
+    weights: Sequence[Any],
+    biases: Sequence[Any],
+    base: Sequence[Any],
 ) -> list[tuple[str, Tensor]]:
     found: list[tuple[str, Tensor]] = []
     for k, up in enumerate(ups):
@@ -145,7 +151,9 @@ def check(
     weights = () if weights is None else _check_sequence("weights", weights, len(ups))
     if biases is not None and not weights:
         raise ValueError("biases: want None unless weights are given, got a sequence")
-    biases = (None,) * len(weights) if biases is None else _check_sequence("biases", biases, len(ups))
+    biases = (
+        (None,) * len(weights) if biases is None else _check_sequence("biases", biases, len(ups))
+    )
     base = () if base is None else _check_sequence("base", base, len(ups))
     if base and weights:
         raise ValueError("base: want either weights or base, got both")
@@ -165,10 +173,13 @@ def check(
         want = "[K, R, R]" if core is None else "None"
         raise ValueError(
             f"core: want {want} with dropout_at={dropout_at!r}, got "
-            f"{'None' if core is None else 'a Tensor'}; elsewhere fold it into ups with mode_contract"
+            f"{'None' if core is None else 'a Tensor'}; elsewhere fold it into ups with "
+            "mode_contract"
         )
     if hidden is not None and dropout_at == "input":
-        raise ValueError("dropout_at: want 'bottleneck' or 'mode' when hidden is given, got 'input'")
+        raise ValueError(
+            "dropout_at: want 'bottleneck' or 'mode' when hidden is given, got 'input'"
+        )
     for name, t in same:
         checks.check_dtype(name, t, (first.dtype,), " like the activations")
     for name, t in parameters:
@@ -181,4 +192,5 @@ def check(
         checks.check_shape("rng", rng, (2,))
         checks.check_device("rng", rng, first.device)
     number = checks.check_number("scale", scale)
-    return Call(x, down, hidden, ups, weights, biases, base, core, number, float(dropout), dropout_at)
+    p = float(dropout)
+    return Call(x, down, hidden, ups, weights, biases, base, core, number, p, dropout_at)

@@ -43,8 +43,8 @@ def _problem(call: Call, inference: bool) -> planner.Problem:
 def _choose(call: Call, inference: bool, plan: str, backend: str) -> tuple[rt.Backend, str]:
     """The backend and the concrete plan.
 
-    A plan asked for by name runs on the first backend that has it. ``auto`` takes the cheapest plan of the selected
-    backend; for inference the library's ``merge`` competes with them.
+    A plan asked for by name runs on the first backend that has it. ``auto`` takes the cheapest plan
+    of the selected backend; for inference the library's ``merge`` competes with them.
     """
     problem = _problem(call, inference)
     if plan != "auto":
@@ -62,7 +62,8 @@ def _choose(call: Call, inference: bool, plan: str, backend: str) -> tuple[rt.Ba
 
 
 def _rows(t: Tensor) -> Tensor:
-    """Flatten the leading dims; copies only where no view has unit stride in the last dim and one row stride."""
+    """Flatten the leading dims; copies only where no view has unit stride in the last dim and one
+    row stride."""
     flat = t.reshape(-1, t.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
@@ -197,7 +198,8 @@ def _bwd(
 
 
 def _grad(of: Tensor | None, value: Tensor | None, like: Tensor, needed: bool) -> Tensor:
-    """A gradient as the fake promises it: contiguous, shaped like its tensor; empty where it is not needed."""
+    """A gradient as the fake promises it: contiguous, shaped like its tensor; empty where it is not
+    needed."""
     if of is None or not needed:
         return like.new_empty(0)
     return of.new_zeros(of.shape) if value is None else value.contiguous().view(of.shape)
@@ -232,26 +234,28 @@ def _bwd_fake(
 
 
 _forward_op = define(
-    "lowrank_linear_fwd(Tensor? x, Tensor? down, Tensor? hidden, Tensor[] ups, Tensor[] weights, "
-    "Tensor?[] biases, Tensor[] base, Tensor? core, Tensor? rng, float scale, float dropout, "
-    "str dropout_at, bool keep_hidden, str plan, str backend) -> (Tensor[], Tensor)",
+    "lowrank_linear_fwd(Tensor? x, Tensor? down, Tensor? hidden, Tensor[] ups, "
+    "Tensor[] weights, Tensor?[] biases, Tensor[] base, Tensor? core, Tensor? rng, float scale, "
+    "float dropout, str dropout_at, bool keep_hidden, str plan, str backend) "
+    "-> (Tensor[], Tensor)",
     _fwd,
     _fwd_fake,
 )
 _backward_op = define(
-    "lowrank_linear_bwd(Tensor[] dys, Tensor? x, Tensor h, Tensor? down, Tensor[] ups, Tensor[] weights, "
-    "Tensor? core, Tensor? rng, float scale, float dropout, str dropout_at, bool[] need, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor[], Tensor)",
+    "lowrank_linear_bwd(Tensor[] dys, Tensor? x, Tensor h, Tensor? down, Tensor[] ups, "
+    "Tensor[] weights, Tensor? core, Tensor? rng, float scale, float dropout, str dropout_at, "
+    "bool[] need, str backend) -> (Tensor, Tensor, Tensor, Tensor[], Tensor)",
     _bwd,
     _bwd_fake,
 )
 
 
 class LowRankLinearFunction(torch.autograd.Function):
-    """Saves x (where U is trained), h or the given hidden, the generator's state and the parameters."""
+    """Saves x (where U is trained), h or the given hidden, the generator's state and the
+    parameters."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor | None,
         down: Tensor | None,
@@ -307,7 +311,8 @@ class LowRankLinearFunction(torch.autograd.Function):
         want_biases = lists[outputs + weighted : outputs + 2 * weighted]
         want_base = lists[outputs + 2 * weighted :]
         if x is None and wants[0]:
-            # With U frozen dx needs no value of x, only its shape: an expanded scalar occupies nothing.
+            # With U frozen dx needs no value of x, only its shape: an expanded scalar occupies
+            # nothing.
             x = dys[0].new_empty(()).expand(ctx.x_shape)
         dx, ddown, dhidden, dups, dcore = _backward_op(
             dys,
@@ -359,8 +364,9 @@ def lowrank_linear(
 ) -> tuple[Tensor, ...]:
     """K frozen linears and their low-rank updates, which share one down-projection.
 
-    ``y_k = base_k + scale * drop_k(x down^T) ups[k]^T`` with ``base_k = x weights[k]^T + biases[k]``, or the given
-    ``base[k]``, or nothing. K = 3 serves q, k and v of one attention in one call; K = 1 is LoRA.
+    ``y_k = base_k + scale * drop_k(x down^T) ups[k]^T`` with ``base_k = x weights[k]^T +
+    biases[k]``, or the given ``base[k]``, or nothing. K = 3 serves q, k and v of one attention in
+    one call; K = 1 is LoRA.
 
     Dims: D input width, R rank, K outputs, O_k width of output k, any leading dims.
 
@@ -368,28 +374,35 @@ def lowrank_linear(
         x: ``[..., D]``; None when ``hidden`` is given without ``weights``.
         down: ``[R, D]``, shared by all outputs; None when ``hidden`` is given.
         ups: K tensors ``[O_k, R]``, or one ``[K, O, R]`` such as ``mode_contract`` returns.
-        weights, biases: the frozen base, K tensors ``[O_k, D]`` (any strides) and K of ``[O_k]`` or None.
+        weights, biases: the frozen base, K tensors ``[O_k, D]`` (any strides) and K of ``[O_k]`` or
+            None.
         base: instead of weights, the base's outputs, K tensors ``[..., O_k]``.
-        hidden: ``[..., R]``, an ``x down^T`` already computed, to share it between calls; gradients flow to it.
-        core: ``[K, R, R]``, only with ``dropout_at="mode"``: output k uses ``drop_k(x down^T core[k])``.
+        hidden: ``[..., R]``, an ``x down^T`` already computed, to share it between calls; gradients
+            flow to it.
+        core: ``[K, R, R]``, only with ``dropout_at="mode"``: output k uses ``drop_k(x down^T
+            core[k])``.
         scale: of the update.
         dropout: probability, rounded to a multiple of 1/65536; applied where ``training`` is true.
-        dropout_at: ``"bottleneck"`` (PETAL: one mask per output on x down^T), ``"input"`` (LoRA: one mask on x, for the
-            update only) or ``"mode"`` (Aurora's ViT: after the core).
-        rng: int64 ``[2]`` = (seed, offset); default: drawn from torch's default generator of the device.
-        plan: ``"auto"``, ``"update"``, ``"extend"``, ``"augment"`` or ``"merge"``; see ``planner.py``.
-        backend: a backend's name; default ``use_backend``'s, ``PETAL_BACKEND``'s or the first that can run.
+        dropout_at: ``"bottleneck"`` (PETAL: one mask per output on x down^T), ``"input"`` (LoRA:
+            one mask on x, for the update only) or ``"mode"`` (Aurora's ViT: after the core).
+        rng: int64 ``[2]`` = (seed, offset); default: drawn from torch's default generator of the
+            device.
+        plan: ``"auto"``, ``"update"``, ``"extend"``, ``"augment"`` or ``"merge"``; see
+            ``planner.py``.
+        backend: a backend's name; default ``use_backend``'s, ``PETAL_BACKEND``'s or the first that
+            can run.
 
     Returns:
         K tensors ``[..., O_k]``.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, by name. Activations, weights and base share one dtype;
-            ``down``, ``ups`` and ``core`` have the same or float32, and get their gradients in their own.
+        TypeError, ValueError: an argument that does not fit, by name. Activations, weights and base
+            share one dtype; ``down``, ``ups`` and ``core`` have the same or float32, and get their
+            gradients in their own.
         RuntimeError: a named backend that cannot run here, with its reasons.
 
-    Differentiable once (not in weights). Saved for backward: x where down is trained, N x R values, the state of
-    the generator and the parameters. Deterministic. Source: see ``reference.py``.
+    Differentiable once (not in weights). Saved for backward: x where down is trained, N x R values,
+    the state of the generator and the parameters. Deterministic. Source: see ``reference.py``.
     """
     call = check(x, down, ups, weights, biases, base, hidden, core, scale, dropout, dropout_at, rng)
     checks.check_choice("plan", plan, ("auto", *planner.PLANS))
@@ -401,7 +414,7 @@ def lowrank_linear(
     lists = (*call.ups, *call.weights, *call.biases, *call.base)
     trained = (x, down, hidden, core, *lists)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
-        ys: tuple[Tensor, ...] = LowRankLinearFunction.apply(
+        ys: tuple[Tensor, ...] = LowRankLinearFunction.apply(  # type: ignore[no-untyped-call]
             x,
             down,
             hidden,

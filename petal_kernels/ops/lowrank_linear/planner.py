@@ -1,15 +1,18 @@
 """Which exact plan ``lowrank_linear`` runs, by a cost model that can be printed.
 
-All plans compute the same function; they differ in what they move and how often they call the library:
+All plans compute the same function; they differ in what they move and how often they call the
+library:
 
     update   library GEMM of the base, then one read-modify-write pass for the update
-    extend   one GEMM whose inner loop runs on from D to D + R: no second pass over y (a Triton kernel)
-    augment  the same with the library: [x | m_k] is copied first
-    merge    W_k + scale * P_k U is formed once, then the base GEMM alone; inference without dropout only
+    extend   one GEMM whose inner loop runs on from D to D + R: no second pass over y (a Triton
+    kernel) augment  the same with the library: [x | m_k] is copied first
+    merge    W_k + scale * P_k U is formed once, then the base GEMM alone; inference without dropout
+    only
 
-The time of a plan is modelled as ``max(flops / rate, bytes / bandwidth) + launches * latency`` summed over its
-steps, with the constants of a device class below. ``MEASURED`` holds rows that a measurement decided otherwise; it
-is written by hand from the tables in ``benchmarks/results`` and wins over the model.
+The time of a plan is modelled as ``max(flops / rate, bytes / bandwidth) + launches * latency``
+summed over its steps, with the constants of a device class below. ``MEASURED`` holds rows that a
+measurement decided otherwise; it is written by hand from the tables in ``benchmarks/results`` and
+wins over the model.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ PLANS = ("update", "extend", "augment", "merge")
 
 @dataclass(frozen=True)
 class Machine:
-    """Constants of a device class: FLOP/s of a library GEMM, of a generated GEMM, bytes/s, seconds per launch."""
+    """Constants of a device class: FLOP/s of a library GEMM, of a generated GEMM, bytes/s, seconds
+    per launch."""
 
     gemm: float
     generated_gemm: float
@@ -30,7 +34,8 @@ class Machine:
     latency: float
 
 
-# GPU: an H200's 0.8 x 788 TFLOP/s and 4.3 TB/s for 16-bit, its fp32 pipe otherwise. CPU: two AVX2 cores.
+# GPU: an H200's 0.8 x 788 TFLOP/s and 4.3 TB/s for 16-bit, its fp32 pipe otherwise. CPU: two AVX2
+# cores.
 MACHINES = {
     ("cuda", 16): Machine(630e12, 0.93 * 630e12, 4.3e12, 5e-6),
     ("cuda", 32): Machine(45e12, 40e12, 4.3e12, 5e-6),
@@ -127,13 +132,13 @@ MEASURED: dict[tuple[str, int, int, int, int, int], str] = {}
 
 
 def rank_plans(plans: Iterable[str], p: Problem) -> list[Estimate]:
-    """The plans that may be chosen automatically, best first; a measured row comes before the model.
+    """The plans that may be chosen automatically, best first; a measured row comes before the
+    model.
 
-    ``merge`` is only ever chosen for inference: in training it would form the merged weights anew each step.
+    ``merge`` is only ever chosen for inference: in training it would form the merged weights anew
+    each step.
     """
-    estimates = [
-        estimate(plan, p) for plan in plans if plan != "merge" or p.inference
-    ]
+    estimates = [estimate(plan, p) for plan in plans if plan != "merge" or p.inference]
     usable = sorted((e for e in estimates if e.reason is None), key=lambda e: e.seconds)
     key = (p.device, 16 if p.itemsize == 2 else 32, bucket(p.rows), p.width, p.rank, len(p.outs))
     measured = MEASURED.get(key)

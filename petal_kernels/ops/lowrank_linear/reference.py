@@ -3,14 +3,15 @@
 With U = down [R, D], P_k = ups[k] [O_k, R], W_k = weights[k] [O_k, D] and x [..., D]:
 
     h    = drop_0(x) U^T   if dropout_at == "input", else x U^T          [..., R]
-    m_k  = drop_k(h)       dropout_at == "bottleneck": PETAL, Aurora's BERT (the mask acts before the core,
+    m_k  = drop_k(h)       dropout_at == "bottleneck": PETAL, Aurora's BERT (the mask acts before
+    the core,
                            which is folded into P_k = s V M_k^T by mode_contract)
-    m_k  = drop_k(h M_k)   dropout_at == "mode": Aurora's ViT (core[k] = M_k, the mask acts after it, P_k = V)
-    m_k  = h               dropout_at == "input": LoRA
+    m_k  = drop_k(h M_k)   dropout_at == "mode": Aurora's ViT (core[k] = M_k, the mask acts after
+    it, P_k = V) m_k  = h               dropout_at == "input": LoRA
     y_k  = base_k + scale * m_k P_k^T,   base_k = x W_k^T + b_k | base[k] | 0
 
-``drop_j`` multiplies by the mask of stream j of ``_runtime/philox.py``. Source: METHODS of PETAL arXiv 2312.12458
-(release: Tucker core; paper: CP), Aurora arXiv 2305.08381, LoRA arXiv 2106.09685.
+``drop_j`` multiplies by the mask of stream j of ``_runtime/philox.py``. Source: METHODS of PETAL
+arXiv 2312.12458 (release: Tucker core; paper: CP), Aurora arXiv 2305.08381, LoRA arXiv 2106.09685.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def _middles(
     if hidden is not None:
         h = hidden
     else:
-        assert x is not None and down is not None
+        assert x is not None
+        assert down is not None
         dropped = x
         if rng is not None and dropout_at == "input":
             dropped = x * _masks(rng, dropout, 1, x, x.shape[-1])[0]
@@ -71,7 +73,8 @@ def forward(
     dropout_at: str = "bottleneck",
     rng: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The K outputs. ``rng`` must be given where ``dropout`` > 0; parameters are rounded to the activations' dtype."""
+    """The K outputs. ``rng`` must be given where ``dropout`` > 0; parameters are rounded to the
+    activations' dtype."""
     if philox.threshold(dropout) == 0:
         rng = None
     middles = _middles(x, down, hidden, len(ups), core, dropout, dropout_at, rng)
@@ -105,8 +108,9 @@ def backward(
 ) -> dict[str, Tensor | list[Tensor]]:
     """Gradients by the written-out formulas.
 
-    g_k = scale * mask_k * (dy_k P_k);  dP_k = scale * dy_k^T m_k;  dh = sum_k g_k (mode: g_k M_k^T, dM_k = h^T g_k);
-    dU = dh^T drop(x);  dx = sum_k dy_k W_k + mask_0 * (dh U);  dbase_k = dy_k;  db_k = column sums of dy_k.
+    g_k = scale * mask_k * (dy_k P_k);  dP_k = scale * dy_k^T m_k;  dh = sum_k g_k (mode: g_k M_k^T,
+    dM_k = h^T g_k); dU = dh^T drop(x);  dx = sum_k dy_k W_k + mask_0 * (dh U);  dbase_k = dy_k;
+    db_k = column sums of dy_k.
     """
     if philox.threshold(dropout) == 0:
         rng = None
@@ -138,7 +142,8 @@ def backward(
     if hidden is not None:
         grads["hidden"] = dh.view(hidden.shape)
     else:
-        assert x is not None and down is not None
+        assert x is not None
+        assert down is not None
         x2 = x.reshape(-1, x.shape[-1])
         through = dh @ down
         if rng is not None and dropout_at == "input":

@@ -1,15 +1,18 @@
-"""``lowrank_linear`` on the torch backend: the shared algebra in library calls, on every device and dtype.
+"""``lowrank_linear`` on the torch backend: the shared algebra in library calls, on every device and
+dtype.
 
-One down-projection for all outputs, the core already folded into P_k, updates accumulated by the GEMM that computes
-them (``addmm``), and three exact plans:
+One down-projection for all outputs, the core already folded into P_k, updates accumulated by the
+GEMM that computes them (``addmm``), and three exact plans:
 
     update   y_k = linear(x, W_k, b_k), then y_k += scale * m_k P_k^T in place
-    augment  y_k = [x | scale * m_k] [W_k | P_k]^T: one GEMM with a longer inner dimension; copies x once
-    merge    y_k = linear(x, W_k + scale * P_k U, b_k): no update at all; needs dropout off. W_k + ... is formed in
-             fp32 and rounded once, so on a 16-bit base its error is that of storing the merged weight
+    augment  y_k = [x | scale * m_k] [W_k | P_k]^T: one GEMM with a longer inner dimension; copies x
+    once merge    y_k = linear(x, W_k + scale * P_k U, b_k): no update at all; needs dropout off.
+    W_k + ... is formed in
+             fp32 and rounded once, so on a 16-bit base its error is that of storing the merged
+             weight
 
-Parameters of another dtype are rounded to x's before the products. Numerics are torch's: 16-bit products accumulate
-in fp32 and every intermediate N x R tensor is rounded to x's dtype.
+Parameters of another dtype are rounded to x's before the products. Numerics are torch's: 16-bit
+products accumulate in fp32 and every intermediate N x R tensor is rounded to x's dtype.
 """
 
 from __future__ import annotations
@@ -83,10 +86,12 @@ def forward(
     if hidden is not None:
         h = hidden
     else:
-        assert x is not None and down is not None
+        assert x is not None
+        assert down is not None
         h = _drop_input(x, rng, dropout, dropout_at) @ down.to(x.dtype).t()
     if plan == "merge":
-        assert x is not None and down is not None
+        assert x is not None
+        assert down is not None
         return [
             F.linear(x, _merged(w, up, down, scale), b)
             for w, up, b in zip(weights, ups, biases, strict=True)

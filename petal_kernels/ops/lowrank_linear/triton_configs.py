@@ -60,12 +60,12 @@ _DX_80 = {
 }
 
 _INTERPRETER = {
-    "shrink": tile(1, 1, BLOCK_M=16, BLOCK_K=32),
-    "expand": tile(1, 1, BLOCK_M=32, BLOCK_O=32),
-    "dh": tile(1, 1, BLOCK_M=32, BLOCK_O=32),
-    "tn": tile(1, 1, BLOCK_M=16, BLOCK_O=32),
-    "gemm_ext": tile(1, 1, BLOCK_M=32, BLOCK_O=32, BLOCK_K=32, GROUP_M=2),
-    "dx": tile(1, 1, BLOCK_M=32, BLOCK_O=32, BLOCK_K=32, GROUP_M=2),
+    "shrink": tile(1, 1, BLOCK_M=64, BLOCK_K=32),
+    "expand": tile(1, 1, BLOCK_M=64, BLOCK_O=32),
+    "dh": tile(1, 1, BLOCK_M=64, BLOCK_O=32),
+    "tn": tile(1, 1, BLOCK_M=64, BLOCK_O=32),
+    "gemm_ext": tile(1, 1, BLOCK_M=64, BLOCK_O=32, BLOCK_K=32, GROUP_M=2),
+    "dx": tile(1, 1, BLOCK_M=64, BLOCK_O=32, BLOCK_K=32, GROUP_M=2),
 }
 
 TABLE: dict[tuple[str, int], dict[str, Tile]] = {
@@ -104,7 +104,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
 
 def swaps(machine: Machine, rows: int) -> bool:
     """Whether shrink and dh compute the transposed product, whose rows are R: pays when row tiles are small."""
-    return rows <= (40 if machine.arch == 0 else SMALL_ROWS)
+    return rows <= (130 if machine.arch == 0 else SMALL_ROWS)
 
 
 def choose(kernel: str, machine: Machine, rows: int, itemsize: int, rank: int) -> dict[str, Any]:

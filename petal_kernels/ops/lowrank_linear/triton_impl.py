@@ -341,7 +341,7 @@ class _Reduction:
         block_o = dict(REDUCE.blocks)["BLOCK_O"]
         tiles = sum(triton.cdiv(o, block_o) for o in [*outs, width])
         tk._lowrank_linear_bwd_reduce_kernel[(tiles, triton.cdiv(rank, block_r))](
-            part, *lib.four(list(douts) or [some]), some, rank, width, *outs, splits,
+            part, *lib.four(list(douts) or [some]), some, rank, width, *outs, splits, part.stride(0),
             self.alpha, self.alpha_u,
             HAS_UPS=bool(douts), HAS_DOWN=ddown is not None, P_TRANSPOSED=transposed,
             BLOCK_R=block_r, **REDUCE.keywords(),

@@ -360,6 +360,7 @@ def _lowrank_linear_bwd_reduce_kernel(  # type: ignore[no-untyped-def]
     out2,
     out3,
     splits,
+    stride_part,
     alpha,
     alpha_u,
     HAS_UPS: tl.constexpr,
@@ -374,11 +375,11 @@ def _lowrank_linear_bwd_reduce_kernel(  # type: ignore[no-untyped-def]
     offs_o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = (offs_o < O)[:, None] & (offs_r < R)[None, :]
-    total = (out0 + out1 + out2 + out3 + D).to(tl.int64) * R
     part = part_ptr + (row + offs_o).to(tl.int64)[:, None] * R + offs_r[None, :]
     acc = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)
-    for split in range(0, splits):
-        acc += tl.load(part + split * total, mask=mask, other=0.0)
+    for _ in range(0, splits):
+        acc += tl.load(part, mask=mask, other=0.0)
+        part += stride_part
     o = offs_o.to(tl.int64)[:, None]
     r = offs_r.to(tl.int64)[None, :]
     if HAS_UPS:

@@ -55,7 +55,9 @@ CASES = (
     Case("lora-qkv", (2, 75), 64, 16, _QKV, dropout=0.1, dropout_at="input"),
     Case("lora-no-dropout", (150,), 72, 16, (80,), bias=False, plan="merge"),
     Case("aurora-vit", (2, 70), 64, 16, _QKV, dropout=0.1, dropout_at="mode"),
-    Case("aurora-vit-odd", (141,), 51, 11, (33, 70), base="outputs", dropout=0.2, dropout_at="mode"),
+    Case(
+        "aurora-vit-odd", (141,), 51, 11, (33, 70), base="outputs", dropout=0.2, dropout_at="mode"
+    ),
     Case("aurora-vit-no-dropout", (2, 70), 64, 16, _QKV, dropout_at="mode"),
     Case("image-kv", (2, 65), 88, 16, (64, 64), base="outputs", hidden=True, dropout=0.1),
     Case("image-kv-weights", (2, 65), 88, 16, (64, 64), hidden=True, dropout=0.1, frozen_x=True),
@@ -84,8 +86,14 @@ SHAPES = (
     Case("qformer self qkv N=4096, update", (64, 64), 768, 64, (768,) * 3, "outputs", dropout=0.1),
     Case("qformer cross q N=512", (16, 32), 768, 64, (768,), dropout=0.1),
     Case(
-        "qformer image kv N=4112", (16, 257), 1408, 64, (768,) * 2, "outputs",
-        dropout=0.1, hidden=True,
+        "qformer image kv N=4112",
+        (16, 257),
+        1408,
+        64,
+        (768,) * 2,
+        "outputs",
+        dropout=0.1,
+        hidden=True,
     ),
     Case("lora d=1024 N=2048", (2048,), 1024, 16, (1024,), dropout=0.1, dropout_at="input"),
 )
@@ -105,7 +113,8 @@ def _layout(t: Tensor, layout: str) -> Tensor:
 def make_inputs(
     case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> dict[str, Any]:
-    """Keyword arguments for the public function (with ``plan``), its reference and its baselines."""
+    """Keyword arguments for the public function (with ``plan``), its reference and its
+    baselines."""
     g = torch.Generator().manual_seed(seed)
 
     def place(*shape: int, divisor: float = 1.0, parameter: bool = False) -> Tensor:
@@ -138,7 +147,8 @@ def make_inputs(
 
 
 def options(case: Case) -> dict[str, Any]:
-    """Arguments of the public function that the reference does not have, and tensors that stay frozen."""
+    """Arguments of the public function that the reference does not have, and tensors that stay
+    frozen."""
     return {"plan": case.plan}
 
 
@@ -148,10 +158,11 @@ def frozen(case: Case) -> tuple[str, ...]:
 
 
 def bytes_moved(case: Case, dtype: torch.dtype) -> tuple[int, int]:
-    """Least bytes of forward and backward of plan ``update`` beyond the base GEMMs (PERFORMANCE: B.0).
+    """Least bytes of forward and backward of plan ``update`` beyond the base GEMMs (PERFORMANCE:
+    B.0).
 
-    Forward: x read for h, h written and read, every y read and written. Backward: every dy read twice (dh, dP), h
-    and dh once more each, x for dU, dx read and written.
+    Forward: x read for h, h written and read, every y read and written. Backward: every dy read
+    twice (dh, dP), h and dh once more each, x for dU, dx read and written.
     """
     n, d, r, e = case.rows, case.width, case.rank, dtype.itemsize
     wide = sum(case.outs)
@@ -186,10 +197,12 @@ def _drop(t: Tensor, inputs: dict[str, Any], site: str) -> Tensor:
 
 
 def published(**inputs: Any) -> tuple[Tensor, ...]:
-    """Every output by itself: its own down-projection, dropout, core product and up-projection, then the add.
+    """Every output by itself: its own down-projection, dropout, core product and up-projection,
+    then the add.
 
-    The released code multiplies by M_k and V separately; the folded P_k = V M_k^T stands for both when no factors
-    are given, so ``published`` is asked for the factored form through ``factors=(modes' M [K, R, R], V [O, R])``.
+    The released code multiplies by M_k and V separately; the folded P_k = V M_k^T stands for both
+    when no factors are given, so ``published`` is asked for the factored form through
+    ``factors=(modes' M [K, R, R], V [O, R])``.
     """
     outs = []
     for k, up in enumerate(inputs["ups"]):

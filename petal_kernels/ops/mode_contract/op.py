@@ -33,10 +33,12 @@ def _select(
 
 
 def preferred(core: Tensor, modes: Tensor, up: Tensor | None) -> str:
-    """What ``auto`` means for these inputs: the library where it was measured faster, else the first backend.
+    """What ``auto`` means for these inputs: the library where it was measured faster, else the
+    first backend.
 
-    On a CPU the Tucker contraction and its fold are two well-shaped library GEMMs that no hand-written loop beats
-    (``benchmarks/run.py op mode_contract``); the diagonal core has no GEMM and runs fused.
+    On a CPU the Tucker contraction and its fold are two well-shaped library GEMMs that no
+    hand-written loop beats (``benchmarks/run.py op mode_contract``); the diagonal core has no GEMM
+    and runs fused.
     """
     if core.device.type == "cpu" and core.dim() == 3:
         return "torch"
@@ -69,7 +71,11 @@ def _bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if dout.numel() == 0:
-        return _grad(core, None, need[0]), _grad(modes, None, need[1]), _grad(up, None, need[2], core)
+        return (
+            _grad(core, None, need[0]),
+            _grad(modes, None, need[1]),
+            _grad(up, None, need[2], core),
+        )
     impl = _select(core, modes, up, dout.dtype, backend).load()
     dcore, dmodes, dup = impl.backward(dout.contiguous(), core, modes, up, scale, *need)
     return _grad(core, dcore, need[0]), _grad(modes, dmodes, need[1]), _grad(up, dup, need[2], core)
@@ -78,7 +84,8 @@ def _bwd(
 def _grad(
     of: Tensor | None, value: Tensor | None, needed: bool, like: Tensor | None = None
 ) -> Tensor:
-    """A gradient as the fake promises it: contiguous, shaped like its tensor; empty where it is not needed."""
+    """A gradient as the fake promises it: contiguous, shaped like its tensor; empty where it is not
+    needed."""
     if of is None or not needed:
         placed = of if of is not None else like
         assert placed is not None
@@ -120,7 +127,7 @@ class ModeContractFunction(torch.autograd.Function):
     """Saves core, modes and up; the mode matrices are recomputed in backward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         core: Tensor,
         modes: Tensor,
@@ -136,7 +143,7 @@ class ModeContractFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         core, modes, up = ctx.saved_tensors
         need = list(ctx.needs_input_grad[:3])
         grads = _backward_op(dout, core, modes, up, ctx.scale, need, ctx.backend)
@@ -150,9 +157,7 @@ def _check(core: Tensor, modes: Tensor, up: Tensor | None, dtype: torch.dtype | 
         rank = core.shape[0]
         checks.check_shape("core", core, (rank, rank, rank))
     elif core.dim() != 1:
-        raise ValueError(
-            f"core: want shape [R] (CP) or [R, R, R] (Tucker), got {list(core.shape)}"
-        )
+        raise ValueError(f"core: want shape [R] (CP) or [R, R, R] (Tucker), got {list(core.shape)}")
     rank = core.shape[0]
     if rank < 1:
         raise ValueError(f"core: want rank R >= 1, got {list(core.shape)}")
@@ -178,23 +183,27 @@ def mode_contract(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Contract the core with every mode vector of a model at once and fold the result into the up-projection.
+    """Contract the core with every mode vector of a model at once and fold the result into the
+    up-projection.
 
-    ``M_k = core x_3 p_k`` (Tucker) or ``diag(core * p_k)`` (CP), then ``P_k = scale * up M_k^T``. Call it once per
-    forward and hand ``P[k]`` to ``lowrank_linear``.
+    ``M_k = core x_3 p_k`` (Tucker) or ``diag(core * p_k)`` (CP), then ``P_k = scale * up M_k^T``.
+    Call it once per forward and hand ``P[k]`` to ``lowrank_linear``.
 
     Dims: K modes, R rank, O output width.
 
     Args:
-        core: ``[R, R, R]`` (Tucker core, released PETAL and Aurora) or ``[R]`` (CP's lambda, the papers).
+        core: ``[R, R, R]`` (Tucker core, released PETAL and Aurora) or ``[R]`` (CP's lambda, the
+            papers).
         modes: ``[K, R]``, row k is p_k.
         up: ``[O, R]``, V; without it the mode matrices themselves are returned.
         scale: multiplies the result.
         dtype: of the result; default core's. Products accumulate in fp32 and are rounded once.
-        backend: a backend's name; default ``use_backend``'s, ``PETAL_BACKEND``'s or the planner's choice.
+        backend: a backend's name; default ``use_backend``'s, ``PETAL_BACKEND``'s or the planner's
+            choice.
 
     Returns:
-        ``P [K, O, R]`` (a transposed view of ``[K, R, O]``), or ``scale * M [K, R, R]`` without ``up``.
+        ``P [K, O, R]`` (a transposed view of ``[K, R, O]``), or ``scale * M [K, R, R]`` without
+        ``up``.
 
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit, naming the argument.
@@ -209,7 +218,7 @@ def mode_contract(
     out_dtype = core.dtype if dtype is None else dtype
     tensors = (core, modes) if up is None else (core, modes, up)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        out = ModeContractFunction.apply(core, modes, up, scale, out_dtype, name)
+        out = ModeContractFunction.apply(core, modes, up, scale, out_dtype, name)  # type: ignore[no-untyped-call]
     else:
         out = _forward_op(core, modes, up, scale, out_dtype, name)
     result: Tensor = out if up is None else out.transpose(1, 2)
@@ -234,7 +243,10 @@ def _explain(
     if name == rt.AUTO and preferred(core, modes, up) == "torch":
         notes.append("plan: the library's GEMM, measured faster than a fused loop on this device")
     return rt.Explanation(
-        _NAME, tuple((c.backend.name, c.reasons) for c in rows), f"runs on {choice.name}", tuple(notes)
+        _NAME,
+        tuple((c.backend.name, c.reasons) for c in rows),
+        f"runs on {choice.name}",
+        tuple(notes),
     )
 
 

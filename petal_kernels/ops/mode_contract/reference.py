@@ -6,7 +6,8 @@ With modes p_k (rows of ``modes``), core C or lambda, and up-projection V:
     paper   (CP)      M_k       = diag(lambda * p_k)              PETAL's and Aurora's figures
     fold              P_k       = scale * V M_k^T                 [O, R]
 
-The variant is the core's shape: ``[R, R, R]`` or ``[R]``. Source: PETAL arXiv 2312.12458, Aurora arXiv 2305.08381.
+The variant is the core's shape: ``[R, R, R]`` or ``[R]``. Source: PETAL arXiv 2312.12458, Aurora
+arXiv 2305.08381.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def backward(
     """Gradients by the written-out formulas; ``dout`` is shaped like the output of ``forward``.
 
     dM_k = scale * dP_k^T V,  dV = scale * sum_k dP_k M_k,  dC[a, b, c] = sum_k dM_k[a, b] p_k[c],
-    dp_k[c] = sum_ab dM_k[a, b] C[a, b, c];  CP: dlambda = sum_k diag(dM_k) p_k,  dp_k = lambda diag(dM_k).
+    dp_k[c] = sum_ab dM_k[a, b] C[a, b, c];  CP: dlambda = sum_k diag(dM_k) p_k,  dp_k = lambda
+    diag(dM_k).
     """
     dout = dout.to(core.dtype)
     grads: dict[str, Tensor] = {}

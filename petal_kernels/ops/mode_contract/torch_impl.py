@@ -1,8 +1,9 @@
-"""``mode_contract`` on the torch backend: two library GEMMs in place of one small contraction per mode.
+"""``mode_contract`` on the torch backend: two library GEMMs in place of one small contraction per
+mode.
 
-All modes at once, M = reshape(C, R*R x R) modes^T; then one GEMM of [K*R, R] with V^T that lands directly in the
-stored layout PT [K, R, O]. 16-bit inputs are widened first, so that every product accumulates in fp32 and the
-result is rounded once.
+All modes at once, M = reshape(C, R*R x R) modes^T; then one GEMM of [K*R, R] with V^T that lands
+directly in the stored layout PT [K, R, O]. 16-bit inputs are widened first, so that every product
+accumulates in fp32 and the result is rounded once.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ import torch
 from torch import Tensor
 
 
-def unsupported(
-    core: Tensor, modes: Tensor, up: Tensor | None, dtype: torch.dtype
-) -> list[str]:
+def unsupported(core: Tensor, modes: Tensor, up: Tensor | None, dtype: torch.dtype) -> list[str]:
     """Runs everywhere."""
     return []
 

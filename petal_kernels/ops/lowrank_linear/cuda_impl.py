@@ -1,0 +1,247 @@
+"""``lowrank_linear`` on CUDA: the CUDA C++ kernels of ``csrc/lowrank_linear_{fwd,bwd}.cu``, and the library's GEMM for the base.
+
+Maths (N rows, D input width, R rank, K outputs of widths O_k; T = x.dtype):
+
+    shrink      h = drop(x) U^T                                   [N, R] in T
+    expand      y_k = base_k + scale * drop_k(h) P_k^T            in place on a fresh base GEMM, or out of place on a given base
+    update      shrink and expand in one launch, for few rows
+    dh          dh = scale * sum_k mask_k * (dy_k P_k)            the shrink kernel; "mode": every k apart, then one GEMM with the cores
+    param_grad  dP_k = scale * dy_k^T m_k, dU^T = drop(x)^T dh (and dcore_k^T = g_k^T h) of all outputs in one grid
+    dx          dx = sum_k dy_k W_k (library), then dx += mask * (dh U) by the expand kernel
+
+Shapes and strides: x, hidden, base and dy 2-D with unit column stride and any row stride; ups row-major or the transposed view of a
+row-major [R, O_k] (copied once when they are neither, or do not agree); down and core made row-major.
+Grid: in the headers of the .cu files. No block waits for another.
+Traffic, in elements: forward N D (x again, for h) + N R, then per output 2 N O_k (read-modify-write) + N R; backward per output N O_k
+(for dh) + N O_k (for dP) + N R, N D + N R for dU and 2 N D for dx. The eager chain adds a mask and a masked copy of every h, the
+product before scaling, and reads and writes each y twice more.
+Numerics: fp32 accumulators and epilogues; h, dh and the base are rounded to T, every output once. 16-bit products run on tensor cores
+(mma.sync), fp32 products are IEEE FMAs whatever allow_tf32 says. float32 factors next to 16-bit activations are rounded once to T.
+Gradients of factors are rounded once from fp32 to the factor's dtype. Every reduction has a fixed order: same bits on every run.
+Limits: exactly what ``unsupported`` says.
+Source: see ``reference.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PLANS = ("update",)
+
+MAX_OUTPUTS = 4
+MAX_RANK = 256
+MAX_FUSED_RANK = 64
+FUSED_ROWS = 1024  # up to here one launch saves more than recomputing h in every block costs
+SMALL_ROWS = 4096  # up to here 64-row blocks would leave multiprocessors idle
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_NO_MASK, _MASK_BIG, _MASK_SMALL = 0, 1, 2
+
+
+def _ops() -> Any:
+    return torch.ops.petal_cuda
+
+
+def unsupported(
+    x: Tensor | None,
+    down: Tensor | None,
+    hidden: Tensor | None,
+    ups: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    base: Sequence[Tensor],
+    core: Tensor | None,
+    dropout: float,
+    dropout_at: str,
+    plan: str,
+) -> list[str]:
+    """Every reason for not running on these tensors; an empty list says that they can."""
+    reasons = []
+    first = x if x is not None else hidden
+    assert first is not None
+    if first.device.type != "cuda":
+        reasons.append(f"wants CUDA tensors, got {first.device.type}")
+    if first.dtype not in _DTYPES:
+        reasons.append(f"wants float32, float16 or bfloat16, got {first.dtype}")
+    if plan not in ("auto", *PLANS):
+        reasons.append(f"has no plan {plan!r}")
+    if len(ups) > MAX_OUTPUTS:
+        reasons.append(f"wants at most {MAX_OUTPUTS} outputs, got {len(ups)}")
+    rank = ups[0].shape[1]
+    if rank > MAX_RANK:
+        reasons.append(f"wants a rank of at most {MAX_RANK}, got {rank}")
+    widest = max((up.shape[0] for up in ups), default=0)
+    if widest > 1 << 20:
+        reasons.append(f"wants outputs of at most {1 << 20} columns, got {widest}")
+    return reasons
+
+
+def _row_major(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t`` in ``dtype`` with unit column stride."""
+    t = t.to(dtype)
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def _factors(ups: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The ups in ``dtype`` and in one common layout of the two that the kernels read."""
+    cast = [up.to(dtype) for up in ups]
+    if all(up.stride(1) == 1 or up.shape[1] == 1 for up in cast):
+        return cast
+    if all(up.stride(0) == 1 and up.shape[1] > 1 for up in cast):
+        return cast
+    return [up.contiguous() for up in cast]
+
+
+def _modes(h: Tensor, core: Tensor, k: int) -> list[Tensor]:
+    """Columns of ``h [core_1 ... core_K]``, one GEMM for all outputs."""
+    joined = core.to(h.dtype).permute(1, 0, 2).reshape(core.shape[1], -1)
+    wide = torch.mm(h, joined)
+    return list(wide.split(core.shape[2], dim=1))[:k]
+
+
+def _shrink(
+    a: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    rng: Tensor | None,
+    scale: float,
+    dropout: float,
+    *,
+    mask_a: bool = False,
+    mask_out: bool = False,
+    separate: bool = False,
+) -> Tensor:
+    rows, rank = a[0].shape[0], factors[0].shape[1]
+    out = a[0].new_empty(rows, rank * len(a) if separate else rank)
+    small = rows <= SMALL_ROWS
+    _ops().lowrank_shrink(
+        a, factors, out, rng, scale, dropout, mask_a, mask_out, separate, small
+    )
+    return out
+
+
+def forward(
+    x: Tensor | None,
+    down: Tensor | None,
+    hidden: Tensor | None,
+    ups: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    base: Sequence[Tensor],
+    core: Tensor | None,
+    rng: Tensor | None,
+    scale: float,
+    dropout: float,
+    dropout_at: str,
+    plan: str,
+) -> tuple[list[Tensor], Tensor]:
+    """Outputs [N, O_k] and h [N, R]."""
+    assert plan in PLANS
+    first = x if x is not None else hidden
+    assert first is not None
+    factors = _factors(ups, first.dtype)
+    if weights:
+        assert x is not None
+        ys = [
+            torch.nn.functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)
+        ]
+        bases: Sequence[Tensor] = ys
+    else:
+        ys = [first.new_empty(first.shape[0], up.shape[0]) for up in ups]
+        bases = base
+    at_input = dropout_at == "input"
+    if hidden is None:
+        assert x is not None and down is not None
+        narrow = _row_major(down, x.dtype)
+        if core is None and x.shape[0] <= FUSED_ROWS and down.shape[0] <= MAX_FUSED_RANK:
+            h = x.new_empty(x.shape[0], down.shape[0])
+            _ops().lowrank_update(
+                x, narrow, h, factors, bases, ys, rng, scale, dropout, at_input, not at_input
+            )
+            return ys, h
+        h = _shrink([x], [narrow.t()], rng, 1.0, dropout, mask_a=at_input)
+    else:
+        h = hidden
+    middles = [h] if core is None else _modes(h, core, len(ups))
+    _ops().lowrank_expand(
+        middles, factors, bases, ys, rng, scale, dropout, not at_input, False
+    )
+    return ys, h
+
+
+def backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    h: Tensor,
+    down: Tensor | None,
+    ups: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    core: Tensor | None,
+    rng: Tensor | None,
+    scale: float,
+    dropout: float,
+    dropout_at: str,
+    need_dx: bool,
+    need_ddown: bool,
+    need_dups: bool,
+    need_dcore: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor] | None, Tensor | None]:
+    """dx, dh, ddown, dups, dcore."""
+    k, dtype, rank = len(ups), h.dtype, h.shape[1]
+    at_input = dropout_at == "input"
+    factors = _factors(ups, dtype)
+
+    # dh, and every g_k apart where a core follows.
+    g = _shrink(dys, factors, rng, scale, dropout, mask_out=not at_input, separate=core is not None)
+    gs = list(g.split(rank, dim=1)) if core is not None else []
+    dh = g
+    if core is not None:
+        dh = torch.mm(g, core.to(dtype).transpose(1, 2).reshape(k * rank, rank))
+
+    # dP_k first (their masks are the streams 0 .. K - 1), then dU and the cores.
+    bigs: list[Tensor] = []
+    smalls: list[Tensor] = []
+    outs: list[Tensor] = []
+    scales: list[float] = []
+    masks: list[int] = []
+    dups = None
+    if need_dups:
+        middles = [h] * k if core is None else _modes(h, core, k)
+        dups = [torch.empty_like(up, memory_format=torch.contiguous_format) for up in ups]
+        bigs += dys
+        smalls += middles
+        outs += dups
+        scales += [scale] * k
+        masks += [_NO_MASK if at_input else _MASK_SMALL] * k
+    ddown = None
+    if need_ddown and down is not None:
+        assert x is not None
+        ddown = torch.empty_like(down, memory_format=torch.contiguous_format)
+        bigs.append(x)
+        smalls.append(dh)
+        outs.append(ddown.t())
+        scales.append(1.0)
+        masks.append(_MASK_BIG if at_input else _NO_MASK)
+    if bigs:
+        _ops().lowrank_param_grad(bigs, smalls, outs, rng, scales, dropout, masks, 0)
+    dcore = None
+    if need_dcore and core is not None:
+        dcore = torch.empty_like(core, memory_format=torch.contiguous_format)
+        _ops().lowrank_param_grad(
+            gs, [h] * k, [d.t() for d in dcore], None, [1.0] * k, 0.0, [_NO_MASK] * k, 0
+        )
+
+    dx = None
+    if need_dx:
+        for dy, w in zip(dys, weights, strict=False):
+            dx = torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
+        if down is not None:
+            bases = [] if dx is None else [dx]
+            dx = h.new_empty(h.shape[0], down.shape[1]) if dx is None else dx
+            narrow = _row_major(down, dtype)
+            _ops().lowrank_expand(
+                [dh], [narrow.t()], bases, [dx], rng, 1.0, dropout, False, at_input
+            )
+    return dx, dh, ddown, dups, dcore

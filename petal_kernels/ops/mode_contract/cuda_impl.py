@@ -1,0 +1,106 @@
+"""``mode_contract`` on CUDA: the CUDA C++ kernels of ``csrc/mode_contract_{fwd,bwd}.cu``.
+
+Maths (K modes, R rank, O rows of V): ``PT[k, a, o] = s sum_b V[o, b] sum_c C[a, b, c] p_k[c]`` (Tucker) or
+``s lambda[a] p_k[a] V[o, a]`` (CP); without V ``s M`` itself. Gradients: ``dM = s dPT V``, ``dC = sum_k dM_k p_k^T``, ``dp_k = dM_k : C``,
+``dV = s sum_{k,a} dPT M``, with M computed again.
+Shapes: core [R, R, R] or [R], modes [K, R], up [O, R], dout [K, R, O], made contiguous; output PT [K, R, O] contiguous.
+Grid: a block owns one slab C[a, :, :] for all modes and folds V onto it (forward: also a group of column tiles); M never leaves shared memory.
+Traffic: the core once, PT once; backward reads dPT twice (dM; dV) and the core twice, writes dC once and fp32 partials of dp [R, K, R] and dV, each read once.
+The eager form contracts every mode apart: K times the core.
+Numerics: fp32 accumulators, one rounding per output element; 16-bit inputs run on tensor cores with M and dM split into two 16-bit halves, fp32 ones
+are IEEE FMAs. Fixed order of every sum: same bits on every run.
+Limits: exactly what ``unsupported`` says.
+Source: see ``reference.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_RANK = 256
+MAX_TILES = 4  # ceil(K / 64) * ceil(R / 64): the mode matrices of one slab in shared memory
+MAX_DIAGONAL_MODES = 1024
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _ops() -> Any:
+    return torch.ops.petal_cuda
+
+
+def unsupported(
+    core: Tensor, modes: Tensor, up: Tensor | None, dtype: torch.dtype
+) -> list[str]:
+    """Every reason for not running on these tensors; an empty list says that they can."""
+    reasons = []
+    if core.device.type != "cuda":
+        reasons.append(f"wants CUDA tensors, got {core.device.type}")
+    if core.dtype not in _DTYPES:
+        reasons.append(f"wants float32, float16 or bfloat16, got {core.dtype}")
+    elif dtype not in _DTYPES:
+        reasons.append(f"wants a float32, float16 or bfloat16 output, got {dtype}")
+    elif core.dtype != torch.float32 and dtype != core.dtype:
+        reasons.append(f"wants float32 factors for a {dtype} output, got {core.dtype}")
+    count, rank = modes.shape
+    if core.dim() == 3:
+        if rank > MAX_RANK:
+            reasons.append(f"wants a rank of at most {MAX_RANK}, got {rank}")
+        tiles = -(-count // 64) * -(-rank // 64)
+        if tiles > MAX_TILES:
+            reasons.append(
+                f"wants ceil(modes / 64) * ceil(rank / 64) <= {MAX_TILES}, got {tiles}"
+            )
+    elif count > MAX_DIAGONAL_MODES:
+        reasons.append(f"wants at most {MAX_DIAGONAL_MODES} modes, got {count}")
+    return reasons
+
+
+def forward(
+    core: Tensor, modes: Tensor, up: Tensor | None, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """PT [K, R, O], or scale * M [K, R, R] without ``up``."""
+    count, rank = modes.shape
+    out = core.new_empty((count, rank, rank if up is None else up.shape[0]), dtype=dtype)
+    _ops().mode_contract_fwd(
+        core.contiguous(),
+        modes.contiguous(),
+        None if up is None else up.contiguous(),
+        out,
+        scale,
+    )
+    return out
+
+
+def backward(
+    dout: Tensor,
+    core: Tensor,
+    modes: Tensor,
+    up: Tensor | None,
+    scale: float,
+    need_dcore: bool,
+    need_dmodes: bool,
+    need_dup: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of core, modes and up in their dtypes."""
+    need_dup = need_dup and up is not None
+    fold = up
+    if up is None and core.dim() == 3:
+        fold = torch.eye(modes.shape[1], dtype=core.dtype, device=core.device)
+    dcore = core.new_empty(core.shape) if need_dcore else None
+    dmodes = modes.new_empty(modes.shape) if need_dmodes else None
+    dup = up.new_empty(up.shape) if up is not None and need_dup else None
+    if need_dcore or need_dmodes or need_dup:
+        _ops().mode_contract_bwd(
+            dout.to(core.dtype).contiguous(),
+            core.contiguous(),
+            modes.contiguous(),
+            None if fold is None else fold.contiguous(),
+            dcore,
+            dmodes,
+            dup,
+            scale,
+        )
+    return dcore, dmodes, dup

@@ -1,0 +1,289 @@
+"""``mode_contract`` in Triton: contraction and fold in one kernel, mode matrices never stored; deterministic.
+
+Maths. Tucker core C [R, R, R], modes p_k (rows of [K, R]), V [O, R], s = scale, PT the stored transpose of P_k:
+
+    forward   M_k[a, b] = sum_c C[a, b, c] p_k[c];   PT[k, a, o] = s sum_b V[o, b] M_k[a, b];   without V: s M_k
+    backward  dM_k[a, b] = s sum_o dPT[k, a, o] V[o, b];        dC[a, b, c] = sum_k dM_k[a, b] p_k[c]
+              dp_k[c] = sum_ab dM_k[a, b] C[a, b, c];           dV[o, b] = s sum_ka dPT[k, a, o] M_k[a, b]
+    CP        M_k = diag(lambda p_k): the same, elementwise
+
+Shapes. core, modes contiguous (copied if not), V with any strides, output contiguous; K, R, O arbitrary; int64 addresses.
+core, modes and V share a dtype, fp32, fp16 or bf16; the output may have another of the three.
+
+Grid. fwd: a program owns the slab C[a] for up to BLOCK_K modes (all of a Q-Former's in one block) and one tile of o: it
+contracts BLOCK_B rows of the slab at a time and folds them at once, so neither M_k nor the slab is ever held whole.
+bwd_slab: a program owns a [b, c] tile of a slab, forms dM_k block by block of modes, writes its tile of dC once and its
+share of every dp_k. bwd_up: a program owns a tile of dV and a group of slabs, and forms M_k anew. sum: tiles of the
+result. CP: tiles of V, of (k, a) and of dV.
+
+Traffic (e bytes per element, e' of the output's; L2 serves the tiles of one slab, which run side by side):
+    fwd       (R^3 + K R + O R) e + K R O e';            per mode and eager: K R^3 e + 2 K R^2 e + ...
+    bwd_slab  (K R O) e' + (2 R^3 + K R + O R) e + 4 R ceil(R / BLOCK_B) K R (partials)
+    bwd_up    (K R O) e' + (R^3 + K R) e + 4 G O R (partials of G groups of slabs)
+    sum       4 x partials + the gradient
+    CP        fwd (R + K R + O R) e + K R O e';          bwd 2 K R O e' + (2 O R + 3 K R + 2 R) e + 8 K R
+Saved for backward: the inputs.
+
+Numerics. Accumulation in fp32 and one rounding, at the store: M_k and dM_k stay fp32. The product with a 16-bit C, p or V is
+done in that dtype; a product with M_k or dM_k is fp32: IEEE for fp32 inputs (unless
+``torch.backends.cuda.matmul.allow_tf32``), three TF32 products for 16-bit inputs, whose 8 or 11 bits are exact in TF32.
+Partials are summed in a fixed order: the same bits every time. NaN and Inf propagate.
+
+Limits (``unsupported``): fp32, fp16, bf16; a CUDA device of compute capability 8.0, or TRITON_INTERPRET=1 with CPU tensors,
+which excludes bf16 (the interpreter multiplies its bit patterns).
+
+Source: PETAL (arXiv 2312.12458), Aurora (arXiv 2305.08381). Kernels: ``triton_kernels.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from petal_kernels._runtime import triton_lib as lib
+from petal_kernels._runtime.triton_lib import Shipped, Tile, tile
+from petal_kernels.ops.mode_contract import triton_kernels as tk
+
+ARCHS = (80, 90, 100)
+_KERNELS = {
+    "fwd": tk._mode_contract_fwd_kernel,
+    "bwd_slab": tk._mode_contract_bwd_slab_kernel,
+    "bwd_up": tk._mode_contract_bwd_up_kernel,
+    "sum": tk._mode_contract_bwd_sum_kernel,
+    "cp_fwd": tk._mode_contract_cp_fwd_kernel,
+    "cp_bwd_modes": tk._mode_contract_cp_bwd_modes_kernel,
+    "cp_bwd_core": tk._mode_contract_cp_bwd_core_kernel,
+    "cp_bwd_up": tk._mode_contract_cp_bwd_up_kernel,
+}
+# One row serves every architecture: mma.sync and wgmma tiles of these sizes fit all of them.
+TABLE: dict[str, dict[str, Tile]] = {
+    "fwd": {
+        "16": tile(4, 2, BLOCK_K=64, BLOCK_O=64, BLOCK_B=32, BLOCK_C=64),
+        "32": tile(4, 2, BLOCK_K=64, BLOCK_O=64, BLOCK_B=16, BLOCK_C=16),
+    },
+    "bwd_slab": {
+        "16": tile(8, 2, BLOCK_K=64, BLOCK_O=64, BLOCK_B=64),
+        "32": tile(8, 2, BLOCK_K=32, BLOCK_O=16, BLOCK_B=64),
+    },
+    "bwd_up": {
+        "16": tile(4, 2, BLOCK_K=32, BLOCK_O=64, BLOCK_B=64, BLOCK_C=32),
+        "32": tile(8, 2, BLOCK_K=32, BLOCK_O=64, BLOCK_B=64, BLOCK_C=16),
+    },
+    "sum": {"32": tile(4, 1, BLOCK=512)},
+    "cp_fwd": {"32": tile(4, 1, BLOCK_A=16, BLOCK_O=128)},
+    "cp_bwd_modes": {"32": tile(4, 1, BLOCK_A=16, BLOCK_O=128)},
+    "cp_bwd_core": {"32": tile(1, 1, BLOCK_A=32)},
+    "cp_bwd_up": {"32": tile(4, 1, BLOCK_A=16, BLOCK_O=64)},
+}
+_INTERPRETER = {
+    "fwd": tile(1, 1, BLOCK_K=32, BLOCK_O=128, BLOCK_B=32, BLOCK_C=32),
+    "bwd_slab": tile(1, 1, BLOCK_K=32, BLOCK_O=128, BLOCK_B=32),
+    "bwd_up": tile(1, 1, BLOCK_K=32, BLOCK_O=128, BLOCK_B=32, BLOCK_C=32),
+    "sum": tile(1, 1, BLOCK=1024),
+    "cp_fwd": tile(1, 1, BLOCK_A=32, BLOCK_O=128),
+    "cp_bwd_modes": tile(1, 1, BLOCK_A=32, BLOCK_O=128),
+    "cp_bwd_core": tile(1, 1, BLOCK_A=16),
+    "cp_bwd_up": tile(1, 1, BLOCK_A=32, BLOCK_O=128),
+}
+
+
+def unsupported(
+    core: Tensor, modes: Tensor, up: Tensor | None, dtype: torch.dtype
+) -> list[str]:
+    """Every reason for not running on these tensors."""
+    return lib.device_reasons(core, modes, up, dtypes=(dtype,))
+
+
+def _choose(kernel: str, like: Tensor) -> dict[str, Any]:
+    if lib.machine(like).arch == 0:
+        return _INTERPRETER[kernel].keywords()
+    rows = TABLE[kernel]
+    return rows.get(str(8 * like.element_size()), rows["32"]).keywords()
+
+
+def _precisions(core: Tensor) -> dict[str, str]:
+    """Of products of the inputs, and of products with a mode matrix, which is fp32."""
+    if core.element_size() == 2:
+        return {"PRECISION": "ieee", "FOLD_PRECISION": "tf32x3"}
+    return {"PRECISION": lib.precision(), "FOLD_PRECISION": lib.precision()}
+
+
+def _v_arguments(up: Tensor | None, core: Tensor) -> tuple[Tensor, int, int, int]:
+    """V (or a stand-in that is never read), the output's width and V's strides."""
+    if up is None:
+        return core, core.shape[0], 0, 0
+    return up, up.shape[0], up.stride(0), up.stride(1)
+
+
+def forward(
+    core: Tensor, modes: Tensor, up: Tensor | None, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """PT [K, R, O], or scale * M [K, R, R] without ``up``."""
+    core, modes = core.contiguous(), modes.contiguous()
+    (k, rank), (v, width, stride_vo, stride_vb) = modes.shape, _v_arguments(up, core)
+    out = torch.empty((k, rank, width), dtype=dtype, device=core.device)
+    if out.numel() == 0:
+        return out
+    fold = up is not None
+    with lib.on_device(core):
+        if core.dim() == 1:
+            config = _choose("cp_fwd", core)
+            tiles = triton.cdiv(rank, config["BLOCK_A"]) * triton.cdiv(width, config["BLOCK_O"])
+            # Enough programs to fill the device; the modes of one program share their tile of V.
+            chunks = min(k, triton.cdiv(4 * lib.machine(core).processors, tiles))
+            each = triton.cdiv(k, chunks)
+            tk._mode_contract_cp_fwd_kernel[(tiles, triton.cdiv(k, each))](
+                core, modes, v, out, k, rank, width, stride_vo, stride_vb, each, scale,
+                FOLD=fold, **config,
+            )
+        else:
+            config = _choose("fwd", core)
+            tiles = triton.cdiv(k, config["BLOCK_K"]) * triton.cdiv(width, config["BLOCK_O"])
+            tk._mode_contract_fwd_kernel[(tiles, rank)](
+                core, modes, v, out, k, rank, width, stride_vo, stride_vb, scale,
+                FOLD=fold, **_precisions(core), **config,
+            )
+    return out
+
+
+def _sum(part: Tensor, out: Tensor, scale: float) -> None:
+    config = _choose("sum", part)
+    grid = (triton.cdiv(out.numel(), config["BLOCK"]),)
+    tk._mode_contract_bwd_sum_kernel[grid](part, out, out.numel(), part.shape[0], scale, **config)
+
+
+def backward(
+    dout: Tensor,
+    core: Tensor,
+    modes: Tensor,
+    up: Tensor | None,
+    scale: float,
+    need_dcore: bool,
+    need_dmodes: bool,
+    need_dup: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of core, modes and up in their dtypes."""
+    core, modes, dout = core.contiguous(), modes.contiguous(), dout.contiguous()
+    dcore = torch.empty_like(core) if need_dcore else None
+    dmodes = torch.empty_like(modes) if need_dmodes else None
+    dup = None
+    if need_dup and up is not None:
+        dup = torch.empty(up.shape, dtype=up.dtype, device=up.device)
+    with lib.on_device(core):
+        if core.dim() == 1:
+            _backward_cp(dout, core, modes, up, scale, dcore, dmodes, dup)
+        else:
+            if dcore is not None or dmodes is not None:
+                _backward_slabs(dout, core, modes, up, scale, dcore, dmodes)
+            if dup is not None:
+                _backward_up(dout, core, modes, scale, dup)
+    return dcore, dmodes, dup
+
+
+def _backward_slabs(
+    dout: Tensor, core: Tensor, modes: Tensor, up: Tensor | None, scale: float,
+    dcore: Tensor | None, dmodes: Tensor | None,
+) -> None:
+    (k, rank), (v, width, stride_vo, stride_vb) = modes.shape, _v_arguments(up, core)
+    config = _choose("bwd_slab", core)
+    tiles = triton.cdiv(rank, config["BLOCK_B"])
+    shares = rank * tiles if dmodes is not None else 0
+    part = torch.empty((shares, k, rank), dtype=torch.float32, device=core.device)
+    tk._mode_contract_bwd_slab_kernel[(tiles * tiles, rank)](
+        dout, core, modes, v, core if dcore is None else dcore, part, k, rank, width,
+        stride_vo, stride_vb, scale,
+        FOLD=up is not None, NEED_CORE=dcore is not None, NEED_MODES=dmodes is not None,
+        **_precisions(core), **config,
+    )
+    if dmodes is not None:
+        _sum(part, dmodes, 1.0)
+
+
+def _backward_up(dout: Tensor, core: Tensor, modes: Tensor, scale: float, dup: Tensor) -> None:
+    (k, rank), (width, _) = modes.shape, dup.shape
+    config = _choose("bwd_up", core)
+    tiles = triton.cdiv(width, config["BLOCK_O"]) * triton.cdiv(rank, config["BLOCK_B"])
+    wanted = triton.cdiv(2 * lib.machine(core).processors, tiles)
+    slabs = triton.cdiv(rank, max(1, min(rank, wanted)))
+    groups = triton.cdiv(rank, slabs)
+    part = torch.empty((groups, width, rank), dtype=torch.float32, device=core.device)
+    tk._mode_contract_bwd_up_kernel[(tiles, groups)](
+        dout, core, modes, part, k, rank, width, slabs, **_precisions(core), **config
+    )
+    _sum(part, dup, scale)
+
+
+def _backward_cp(
+    dout: Tensor, core: Tensor, modes: Tensor, up: Tensor | None, scale: float,
+    dcore: Tensor | None, dmodes: Tensor | None, dup: Tensor | None,
+) -> None:
+    (k, rank), (v, width, stride_vo, stride_vb) = modes.shape, _v_arguments(up, core)
+    if dcore is not None or dmodes is not None:
+        diagonal = torch.empty((k, rank), dtype=torch.float32, device=core.device)
+        config = _choose("cp_bwd_modes", core)
+        tk._mode_contract_cp_bwd_modes_kernel[(triton.cdiv(rank, config["BLOCK_A"]), k)](
+            dout, core, v, diagonal, diagonal if dmodes is None else dmodes, rank, width,
+            stride_vo, stride_vb, scale,
+            FOLD=up is not None, NEED_MODES=dmodes is not None, **config,
+        )
+        if dcore is not None:
+            config = _choose("cp_bwd_core", core)
+            tk._mode_contract_cp_bwd_core_kernel[(triton.cdiv(rank, config["BLOCK_A"]),)](
+                diagonal, modes, dcore, k, rank, **config
+            )
+    if dup is not None:
+        config = _choose("cp_bwd_up", core)
+        tiles = triton.cdiv(rank, config["BLOCK_A"]) * triton.cdiv(width, config["BLOCK_O"])
+        tk._mode_contract_cp_bwd_up_kernel[(tiles,)](
+            dout, core, modes, dup, k, rank, width, scale, **config
+        )
+
+
+_FORMS: dict[str, tuple[dict[str, bool], ...]] = {
+    "fwd": ({"FOLD": True}, {"FOLD": False}),
+    "bwd_slab": (
+        {"FOLD": True, "NEED_CORE": True, "NEED_MODES": True},
+        {"FOLD": False, "NEED_CORE": True, "NEED_MODES": True},
+    ),
+    "cp_fwd": ({"FOLD": True}, {"FOLD": False}),
+    "cp_bwd_modes": ({"FOLD": True, "NEED_MODES": True},),
+}
+
+
+def shipped_configs() -> Iterator[Shipped]:
+    """Every compiled form the tables can ask for: kernel x architecture x dtype x switches."""
+    for arch in ARCHS:
+        for kernel, rows in TABLE.items():
+            for bits, row in rows.items():
+                for form in _FORMS.get(kernel, ({},)):
+                    yield _shipped(kernel, arch, bits, row, form)
+
+
+def _shipped(kernel: str, arch: int, bits: str, row: Tile, form: dict[str, bool]) -> Shipped:
+    element = "bf16" if bits == "16" else "fp32"
+    tensor_cores = bits == "16"
+    constexprs: dict[str, Any] = {**dict(row.blocks), **form}
+    names = _KERNELS[kernel].arg_names
+    if "PRECISION" in names:
+        constexprs["PRECISION"] = "ieee"
+        constexprs["FOLD_PRECISION"] = "tf32x3" if tensor_cores else "ieee"
+    pointers = {n: "*" + element for n in names if n.endswith("_ptr")}
+    pointers.update({n: "*fp32" for n in ("part_ptr", "diagonal_ptr") if n in pointers})
+    flags = "+".join(name.lower() for name, on in form.items() if on)
+    return Shipped(
+        f"{kernel} {element} {flags}".rstrip(),
+        _KERNELS[kernel],
+        {
+            n: pointers.get(n, "fp32" if n == "scale" else "i32")
+            for n in names
+            if n not in constexprs
+        },
+        constexprs,
+        {"num_warps": row.warps, "num_stages": row.stages},
+        (arch,),
+        tensor_cores,
+    )

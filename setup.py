@@ -1,0 +1,309 @@
+"""Builds the compiled parts with ninja; everything else about the package is in pyproject.toml.
+
+    petal_kernels/lib/libpetal_cpu.so    g++, one object per kernel and instruction set, torch's stable ABI
+    petal_kernels/lib/libpetal_cuda.so   where nvcc is found; needs neither a GPU nor a torch with CUDA to build
+    petal_kernels/_host.<tag>.so         pybind11: build facts, CPU capability
+    petal_kernels/lib/build.json         what was built, or why not
+
+What cannot be built for want of a tool is left out with its reason; a source that does not compile is an error.
+PETAL_BUILD_CPU=0 and PETAL_BUILD_CUDA=0 leave a library out, PETAL_BUILD_CUDA=1 insists on it;
+PETAL_CUDA_ARCHS (default "80;90;100") lists the architectures, the last one is also kept as PTX.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = ROOT / "csrc"
+STABLE_ABI = "0x020b000000000000"  # torch 2.11
+ISAS = {
+    "generic": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c",
+}
+HOW = (
+    "To get the compiled kernels: install torch, ninja, pybind11, setuptools and a C++ compiler (and nvcc for CUDA), "
+    "then `pip install --no-build-isolation .`"
+)
+# The last two: GCC 12 warns about its own AVX-512 intrinsics.
+CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -Wno-uninitialized -Wno-maybe-uninitialized"
+
+
+def _package(name: str) -> Path | None:
+    spec = importlib.util.find_spec(name)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+def _compiler() -> str | None:
+    wanted = os.environ.get("CXX", "").split()
+    return next((c for c in (*wanted[:1], "g++", "clang++", "c++") if shutil.which(c)), None)
+
+
+def _ninja() -> str | None:
+    package = _package("ninja")
+    beside = Path(sys.executable).parent / "ninja"
+    if package is not None and beside.exists():
+        return str(beside)
+    return shutil.which("ninja")
+
+
+def _nvcc() -> str | None:
+    for home in ("CUDA_HOME", "CUDA_PATH"):
+        path = Path(os.environ.get(home, "")) / "bin" / "nvcc"
+        if os.environ.get(home) and path.exists():
+            return str(path)
+    return shutil.which("nvcc")
+
+
+def _version(tool: str) -> str:
+    out = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
+    lines = [line for line in out.splitlines() if line.strip()]
+    release = [line for line in lines if "release" in line]
+    return (release or lines)[0].strip()
+
+
+def _commit() -> tuple[str, str]:
+    command = ["git", "-C", str(ROOT), "log", "-1", "--format=%h %cs"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        found = []
+    return (found[0], found[1]) if len(found) == 2 else ("unknown", "unknown")
+
+
+@dataclass
+class Tools:
+    """What the environment offers, and for each product the reason why it cannot be built (None: it can)."""
+
+    cxx: str | None = field(default_factory=_compiler)
+    ninja: str | None = field(default_factory=_ninja)
+    nvcc: str | None = field(default_factory=_nvcc)
+    torch: Path | None = field(default_factory=lambda: _package("torch"))
+    pybind11: Path | None = field(default_factory=lambda: _package("pybind11"))
+    reasons: dict[str, str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        common = None
+        if self.cxx is None:
+            common = "no C++ compiler was found"
+        elif self.ninja is None:
+            common = "ninja was not found"
+        no_torch = None if self.torch else "torch was not in the build environment"
+        off = "it was switched off"
+        self.reasons["host"] = common or (None if self.pybind11 else "pybind11 was not found")
+        self.reasons["cpu"] = common or no_torch
+        if os.environ.get("PETAL_BUILD_CPU") == "0":
+            self.reasons["cpu"] = off
+        cuda = common or no_torch or (None if self.nvcc else "nvcc was not found")
+        if cuda is None and not list(SOURCES.glob("*_cuda.cpp")):
+            cuda = "there are no CUDA sources"
+        wish = os.environ.get("PETAL_BUILD_CUDA")
+        if wish == "1" and cuda is not None:
+            raise SystemExit(f"PETAL_BUILD_CUDA=1, but {cuda}")
+        self.reasons["cuda"] = off if wish == "0" else cuda
+
+
+class NinjaFile:
+    """build.ninja, one statement at a time; headers are tracked through depfiles."""
+
+    def __init__(self, build: Path) -> None:
+        self.build = build
+        self.lines = ["ninja_required_version = 1.5"]
+        self.products: list[Path] = []
+
+    def rule(self, name: str, command: str, depfile: bool = True) -> None:
+        self.lines.append(f"rule {name}\n  command = {command}\n  description = {name} $out")
+        if depfile:
+            self.lines.append("  depfile = $out.d\n  deps = gcc")
+
+    def edge(self, rule: str, out: Path, inputs: list[Path], flags: str = "") -> Path:
+        names = " ".join(str(i).replace(" ", "$ ") for i in inputs)
+        self.lines.append(f"build {str(out).replace(' ', '$ ')}: {rule} {names}\n  flags = {flags}")
+        return out
+
+    def product(self, path: Path) -> None:
+        self.products.append(path)
+
+    def run(self, ninja: str) -> None:
+        self.build.mkdir(parents=True, exist_ok=True)
+        (self.build / "build.ninja").write_text("\n".join(self.lines) + "\n")
+        subprocess.run([ninja, "-C", str(self.build)], check=True)
+
+
+def _torch_flags(torch: Path) -> str:
+    include = torch / "include"
+    return f"-DTORCH_TARGET_VERSION={STABLE_ABI} -isystem {include} -isystem {include}/torch/csrc/api/include"
+
+
+def _isas() -> list[str]:
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return list(ISAS) if x86 else ["generic"]
+
+
+def add_cpu(n: NinjaFile, tools: Tools) -> None:
+    """Kernels once per instruction set, the host side once, one library."""
+    assert tools.torch is not None
+    n.rule("cxx", f"{tools.cxx} {CXX_FLAGS} $flags -MMD -MF $out.d -c $in -o $out")
+    built = " ".join(f"-DPETAL_BUILT_{isa.upper()}" for isa in _isas())
+    host = f"{_torch_flags(tools.torch)} {built}"
+    objects = [
+        n.edge("cxx", n.build / f"{source.stem}.o", [source], host)
+        for source in sorted((*SOURCES.glob("*_cpu.cpp"), *SOURCES.glob("common/cpu_*.cpp")))
+    ]
+    for kernel in sorted(SOURCES.glob("*_cpu_kernel.h")):
+        for isa in _isas():
+            out = n.build / f"{kernel.stem}.{isa}.o"
+            objects.append(n.edge("cxx", out, [kernel], f"{ISAS[isa]} -DPETAL_ISA={isa} -x c++"))
+    n.rule(
+        "link_cpu",
+        f"{tools.cxx} -shared -o $out $in -L{tools.torch / 'lib'} -Wl,--no-as-needed -ltorch_cpu -lc10",
+        depfile=False,
+    )
+    n.product(n.edge("link_cpu", n.build / "libpetal_cpu.so", objects))
+
+
+def add_cuda(n: NinjaFile, tools: Tools) -> None:
+    """Device code for every architecture, the CUDA runtime linked in.
+
+    libtorch_cuda is named as a dependency through a stub of the same soname: at run time torch has loaded the real
+    one, at build time no torch with CUDA is needed.
+    """
+    assert tools.torch is not None
+    archs = cuda_archs()
+    codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
+    codes.append(f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    common = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden"
+    n.rule("nvcc", f"{tools.nvcc} {common} $flags -MD -MF $out.d -c $in -o $out")
+    objects = [
+        n.edge("nvcc", n.build / f"{s.stem}.cu.o", [s], " ".join(codes))
+        for s in sorted(SOURCES.glob("*.cu"))
+    ]
+    objects += [
+        n.edge("nvcc", n.build / f"{s.stem}.o", [s], f"-DUSE_CUDA {_torch_flags(tools.torch)}")
+        for s in sorted(SOURCES.glob("*_cuda.cpp"))
+    ]
+    stub = n.build / "stub"
+    stub.mkdir(parents=True, exist_ok=True)
+    (stub / "empty.cpp").write_text("")
+    n.rule("stub", f"{tools.cxx} -shared -Wl,-soname,libtorch_cuda.so -o $out $in", depfile=False)
+    named = n.edge("stub", stub / "libtorch_cuda.so", [stub / "empty.cpp"])
+    n.rule(
+        "link_cuda",
+        f"{tools.nvcc} -shared -cudart static -o $out $in -L{tools.torch / 'lib'} "
+        "-Xlinker --no-as-needed -ltorch_cpu -lc10",
+        depfile=False,
+    )
+    n.product(n.edge("link_cuda", n.build / "libpetal_cuda.so", [*objects, named]))
+
+
+def cuda_archs() -> list[str]:
+    """The architectures asked for, lowest first."""
+    wanted = os.environ.get("PETAL_CUDA_ARCHS", "80;90;100").replace(",", ";").replace(".", "")
+    return sorted((a.strip() for a in wanted.split(";") if a.strip()), key=int)
+
+
+def facts(tools: Tools) -> dict[str, str]:
+    """What doctor prints about the build."""
+    commit, date = _commit()
+    return {
+        "compiler": _version(tools.cxx) if tools.cxx else "none",
+        "flags": CXX_FLAGS,
+        "isas": ",".join(_isas()) if tools.reasons["cpu"] is None else "",
+        "nvcc": _version(tools.nvcc) if tools.nvcc and tools.reasons["cuda"] is None else "none",
+        "cuda_archs": ",".join(cuda_archs()) if tools.reasons["cuda"] is None else "",
+        "stable_abi": "torch 2.11",
+        "commit": commit,
+        "commit_date": date,
+    }
+
+
+def add_host(n: NinjaFile, tools: Tools, known: dict[str, str]) -> None:
+    """The pybind11 module; the facts are a generated header, rewritten only when they change."""
+    assert tools.pybind11 is not None
+    header = n.build / "facts.h"
+    rows = "".join(f"  {{{json.dumps(k)}, {json.dumps(v)}}},\n" for k, v in known.items())
+    text = f"static const char* const kFacts[][2] = {{\n{rows}}};\n"
+    if not header.exists() or header.read_text() != text:
+        n.build.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
+    include = f"-isystem {sysconfig.get_paths()['include']} -isystem {tools.pybind11 / 'include'} -I{n.build}"
+    n.rule("host", f"{tools.cxx} -O2 -std=c++17 -fPIC -fvisibility=hidden {include} -MMD -MF $out.d -c $in -o $out")
+    n.rule("link_host", f"{tools.cxx} -shared -o $out $in", depfile=False)
+    built = n.edge("host", n.build / "host_module.o", [SOURCES / "host_module.cpp"])
+    n.product(n.edge("link_host", n.build / f"_host{sysconfig.get_config_var('EXT_SUFFIX')}", [built]))
+
+
+class BuildKernels(build_ext):
+    """build_ext, run by ninja; never fails for want of a tool."""
+
+    def _target(self) -> Path:
+        return ROOT / "petal_kernels" if self.inplace else Path(self.build_lib).resolve() / "petal_kernels"
+
+    def run(self) -> None:
+        tools = Tools()
+        known = facts(tools)
+        n = NinjaFile(ROOT / "build" / "ninja")
+        if tools.reasons["cpu"] is None:
+            add_cpu(n, tools)
+        if tools.reasons["cuda"] is None:
+            add_cuda(n, tools)
+        if tools.reasons["host"] is None:
+            add_host(n, tools, known)
+        if n.products:
+            assert tools.ninja is not None
+            print(f"ninja: {shlex.join(p.name for p in n.products)}", flush=True)
+            n.run(tools.ninja)
+        self._install(n.products, {"reasons": tools.reasons, "facts": known})
+        for name, reason in tools.reasons.items():
+            if reason is not None:
+                print(f"petal-kernels: the {name} part is not built: {reason}", file=sys.stderr)
+        if any(tools.reasons.values()):
+            print(HOW, file=sys.stderr)
+
+    def _install(self, products: list[Path], record: dict[str, object]) -> None:
+        target = self._target()
+        lib = target / "lib"
+        lib.mkdir(parents=True, exist_ok=True)
+        stale = [*lib.glob("libpetal_*.so"), *target.glob("_host*.so")]
+        fresh = {(target if p.name.startswith("_host") else lib) / p.name: p for p in products}
+        for path in stale:
+            if path not in fresh:
+                path.unlink()
+        for path, built in fresh.items():
+            # Replaced, not overwritten: a process may have the old one mapped.
+            if not path.exists() or path.read_bytes() != built.read_bytes():
+                temporary = path.with_name(path.name + ".new")
+                shutil.copy2(built, temporary)
+                temporary.replace(path)
+        (lib / "build.json").write_text(json.dumps({**record, "how": HOW}, indent=1) + "\n")
+
+    def get_outputs(self) -> list[str]:
+        target = self._target()
+        found = [*target.glob("lib/libpetal_*.so"), *target.glob("_host*.so"), target / "lib" / "build.json"]
+        return [str(p) for p in found]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+    def copy_extensions_to_source(self) -> None:
+        """Nothing to copy: an in-place build writes into the source tree itself."""
+
+
+setup(
+    ext_modules=[Extension("petal_kernels._host", ["csrc/host_module.cpp"])],
+    cmdclass={"build_ext": BuildKernels},
+)

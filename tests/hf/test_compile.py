@@ -1,0 +1,54 @@
+"""torch.compile of adapted layers: no graph break, the same values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import petal_kernels as pk
+from tests.hf import compare, tiny
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("variant", ["paper", "release"])
+def test_the_whole_stack_compiles_without_a_graph_break(variant: str) -> None:
+    model = tiny.instructblip(layers=2)
+    config = pk.PetalConfig(r=4, variant=variant, dropout=0.0)  # type: ignore[arg-type]
+    attachment = pk.attach(model, config)
+    tiny.randomise(attachment.adapter)
+    stack = attachment.found.stack.train()
+    hidden, image = torch.randn(2, 12, 32), torch.randn(2, 5, 40)
+    kwargs = {"encoder_hidden_states": image, "query_length": 5}
+    runs = []
+    for run in (stack, torch.compile(stack, fullgraph=True, backend="aot_eager")):
+        for parameter in attachment.parameters():
+            parameter.grad = None
+        out = run(hidden, **kwargs).last_hidden_state
+        out.square().sum().backward()
+        runs.append(compare.Run(out.detach(), compare.gradients(attachment)))
+    compare.assert_close(runs[1], runs[0], 1e-5)
+
+
+def test_a_compiled_adapted_layer_with_dropout() -> None:
+    model = tiny.instructblip()
+    attachment = pk.attach(model, pk.PetalConfig(r=4, dropout=0.5))
+    tiny.randomise(attachment.adapter)
+    layer = attachment.found.layers[1].layer.train()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 12, 32)
+    outs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outs.append(compiled(x))
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+    outs[0].sum().backward()
+    assert attachment.adapter.branch("text").down.grad is not None

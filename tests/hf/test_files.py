@@ -1,0 +1,245 @@
+"""Adapter files: a round trip, and every way in which a file can be wrong, with its message."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import petal_kernels as pk
+from petal_kernels.hf import files
+from tests.hf import tiny
+
+
+@pytest.fixture(scope="module")
+def attachment() -> pk.Attachment:
+    attachment = pk.attach(tiny.blip2(), pk.PetalConfig(r=4))
+    tiny.randomise(attachment.adapter)
+    return attachment
+
+
+@pytest.fixture
+def saved(attachment: pk.Attachment, tmp_path: Path) -> Path:
+    attachment.save(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def _edit(folder: Path, **values: Any) -> None:
+    path = folder / files.CONFIG
+    content = json.loads(path.read_text())
+    for key, value in values.items():
+        if value is None:
+            del content[key]
+        elif isinstance(value, dict):
+            content[key].update(value)
+        else:
+            content[key] = value
+    path.write_text(json.dumps(content))
+
+
+def _replace_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes other tensors together with the size and digest that belong to them."""
+    import hashlib
+
+    save_file(tensors, folder / files.TENSORS)
+    data = (folder / files.TENSORS).read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    _edit(folder, tensors={"bytes": len(data), "sha256": digest})
+
+
+def _refused(attachment: pk.Attachment, folder: Path, *parts: str) -> None:
+    """Both ways of loading refuse it, name the file or key, and change nothing."""
+    before = {name: value.clone() for name, value in attachment.state_dict().items()}
+    pattern = ".*".join(re.escape(part) for part in parts)
+    with pytest.raises(ValueError, match=f"(?s){pattern}"):
+        attachment.load(folder)
+    after = attachment.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    model = tiny.blip2()
+    with pytest.raises(ValueError, match=f"(?s){pattern}"):
+        pk.attach(model, folder)
+    assert not hasattr(model, "petal")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_round_trip_in_place(attachment: pk.Attachment, saved: Path) -> None:
+    want = {name: value.clone() for name, value in attachment.state_dict().items()}
+    with torch.no_grad():
+        for parameter in attachment.adapter.parameters():
+            parameter.add_(1.0)
+    attachment.load(saved)
+    assert all(torch.equal(attachment.state_dict()[name], want[name]) for name in want)
+    assert sorted(path.name for path in saved.iterdir()) == [files.TENSORS, files.CONFIG]
+
+
+def test_shared_factors_are_stored_once(saved: Path) -> None:
+    names = list(load_file(saved / files.TENSORS))
+    assert len([n for n in names if n.startswith("branches.")]) == 2 * 4
+    content = json.loads((saved / files.CONFIG).read_text())
+    assert content["format_version"] == 1
+    assert content["method"] == "petal"
+    assert content["base"]["stack"] == "Blip2QFormerEncoder"
+    assert content["base"]["projections"]["cross.key"] == {"count": 2, "in": 40, "out": 32}
+
+
+def test_an_interrupted_save_leaves_the_old_adapter(
+    attachment: pk.Attachment, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    want = {name: value.clone() for name, value in attachment.state_dict().items()}
+    monkeypatch.setattr(files.os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        attachment.save(saved)
+    monkeypatch.undo()
+    attachment.load(saved)
+    assert all(torch.equal(attachment.state_dict()[name], want[name]) for name in want)
+
+
+def test_truncated_tensors(attachment: pk.Attachment, saved: Path) -> None:
+    path = saved / files.TENSORS
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    _refused(attachment, saved, files.TENSORS, f"want {len(data)} bytes", "truncated")
+
+
+def test_truncated_config(attachment: pk.Attachment, saved: Path) -> None:
+    path = saved / files.CONFIG
+    path.write_text(path.read_text()[:40])
+    _refused(attachment, saved, files.CONFIG, "not readable as json")
+
+
+def test_damaged_tensors(attachment: pk.Attachment, saved: Path) -> None:
+    path = saved / files.TENSORS
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    _refused(attachment, saved, files.TENSORS, "sha256: want", "damaged")
+
+
+def test_two_files_of_different_saves(attachment: pk.Attachment, saved: Path) -> None:
+    tensors = load_file(saved / files.TENSORS)
+    tensors["branches.text.up"] = tensors["branches.text.up"] + 1.0
+    data = (saved / files.CONFIG).read_bytes()
+    _replace_tensors(saved, tensors)
+    (saved / files.CONFIG).write_bytes(data)
+    _refused(attachment, saved, files.TENSORS, "not of one save")
+
+
+def test_mis_shaped(attachment: pk.Attachment, saved: Path) -> None:
+    tensors = load_file(saved / files.TENSORS)
+    tensors["branches.text.up"] = tensors["branches.text.up"][:, :2].contiguous()
+    _replace_tensors(saved, tensors)
+    _refused(attachment, saved, "branches.text.up: want shape [32, 4], got [32, 2]")
+
+
+def test_another_dtype(attachment: pk.Attachment, saved: Path) -> None:
+    tensors = load_file(saved / files.TENSORS)
+    tensors["branches.text.up"] = tensors["branches.text.up"].half()
+    _replace_tensors(saved, tensors)
+    _refused(attachment, saved, "branches.text.up: want torch.float32, got torch.float16")
+
+
+def test_missing_and_unexpected_keys(attachment: pk.Attachment, saved: Path) -> None:
+    tensors = load_file(saved / files.TENSORS)
+    tensors["branches.text.gate"] = tensors.pop("branches.text.up")
+    _replace_tensors(saved, tensors)
+    _refused(
+        attachment,
+        saved,
+        "missing keys ['branches.text.up'], unexpected keys ['branches.text.gate']",
+    )
+
+
+def test_a_pickle_with_a_safetensors_name(attachment: pk.Attachment, saved: Path) -> None:
+    torch.save({"x": torch.ones(2)}, saved / files.TENSORS)
+    _refused(attachment, saved, files.TENSORS, "got a pickle, which is refused")
+
+
+def test_not_a_safetensors_file(attachment: pk.Attachment, saved: Path) -> None:
+    import hashlib
+
+    data = b"not a tensor file at all"
+    (saved / files.TENSORS).write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    _edit(saved, tensors={"bytes": len(data), "sha256": digest})
+    _refused(attachment, saved, files.TENSORS, "not a safetensors file")
+
+
+def test_a_pickle_path(attachment: pk.Attachment, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.bin"
+    torch.save({"x": torch.ones(2)}, path)
+    _refused(attachment, path, "adapter.bin: a pickle can run code")
+
+
+def test_a_directory_with_a_pickle_only(attachment: pk.Attachment, tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "adapter_model.bin")
+    _refused(attachment, tmp_path, "missing ['adapter.safetensors'", "adapter_model.bin is refused")
+
+
+def test_a_newer_format(attachment: pk.Attachment, saved: Path) -> None:
+    _edit(saved, format_version=2)
+    _refused(attachment, saved, files.CONFIG, "format_version: want at most 1, got 2")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"format_version": "1"}, "format_version: want 1, got '1'"),
+        ({"method": "vlpet"}, "method: want 'petal', got 'vlpet'"),
+        ({"base": None}, "missing ['base']"),
+        ({"variant": "release"}, "variant: want 'paper' as in config, got 'release'"),
+        ({"config": {"rank": 4}}, "got unknown ['rank']"),
+        ({"config": {"r": 0}}, "r: want an integer >= 1, got 0"),
+        (
+            {"base": {"stack": "Other"}},
+            "base.stack: the adapter was trained on a base with 'Other'",
+        ),
+        ({"base": {"layers": 12}}, "base.layers"),
+        ({"base": {"more": 1}}, "base.more: this model has no such entry"),
+    ],
+    ids=str,
+)
+def test_config_that_does_not_fit(
+    attachment: pk.Attachment, saved: Path, values: dict[str, Any], message: str
+) -> None:
+    _edit(saved, **values)
+    _refused(attachment, saved, files.CONFIG, message)
+
+
+def test_another_base(saved: Path) -> None:
+    model = tiny.instructblip()
+    with pytest.raises(ValueError, match=r"base.stack.*'Blip2QFormerEncoder'.*'InstructBlip"):
+        pk.attach(model, saved)
+
+
+def test_another_configuration(saved: Path) -> None:
+    attachment = pk.attach(tiny.blip2(), pk.PetalConfig(r=8))
+    with pytest.raises(ValueError, match=r"config.r: want 8 as attached, got 4"):
+        attachment.load(saved)
+    attachment = pk.attach(tiny.blip2(), pk.PetalConfig(r=4, dropout=0.5))
+    attachment.load(saved)  # dropout is no property of the tensors
+
+
+def test_paths_that_are_no_adapter(attachment: pk.Attachment, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere: no such directory"):
+        attachment.load(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="want a directory"):
+        attachment.load(tmp_path / "file")
+    with pytest.raises(ValueError, match="want a directory to save into"):
+        attachment.save(tmp_path / "adapter.bin")
+
+
+def test_state_dict_round_trip_is_as_strict(attachment: pk.Attachment) -> None:
+    state = {name: value.clone() for name, value in attachment.state_dict().items()}
+    attachment.load_state_dict(state)
+    del state["branches.text.up"]
+    with pytest.raises(ValueError, match=r"state_dict: missing keys \['branches.text.up'\]"):
+        attachment.load_state_dict(state)

@@ -1,0 +1,315 @@
+"""The demo at tiny sizes: what it splits, compares, saves and resumes is what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mlxtend")
+pytest.importorskip("matplotlib")
+pytest.importorskip("transformers")
+
+import petal_kernels as pk
+from petal_kernels.tools import cli
+from petal_kernels.tools.demo import app, compare, data, report, tasks, train
+from petal_kernels.tools.demo import model as small
+
+TINY = train.Settings(steps=6, batch=8, rank=4, pictures=48, held_out=24)
+
+
+@pytest.fixture(scope="module")
+def cached() -> tuple[train.Cached, train.Cached]:
+    return train.cache(small.load(), TINY)
+
+
+@pytest.fixture(autouse=True)
+def cache_once(cached: tuple[train.Cached, train.Cached], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same pictures for every run of the demo in this file: reading the digits takes seconds."""
+    monkeypatch.setattr(app, "cache", lambda model, settings: cached)
+
+
+@pytest.fixture
+def trainer(cached: tuple[train.Cached, train.Cached]) -> Callable[[], train.Trainer]:
+    def make() -> train.Trainer:
+        model = small.load()
+        torch.manual_seed(TINY.seed)
+        attachment = pk.attach(model, train.adapter_config(TINY))
+        return train.Trainer(model, attachment, train.Batches(cached[0], TINY), TINY)
+
+    return make
+
+
+def options(out: Path, **changes: object) -> app.Options:
+    base = app.Options(out, TINY, compare_steps=2, timed_steps=1, evaluations=3)
+    return replace(base, **changes)
+
+
+def test_no_digit_image_is_in_both_splits(cached: tuple[train.Cached, train.Cached]) -> None:
+    training, held = data.load_digits()
+    assert training.labels.numel() == 4000 and held.labels.numel() == 1000
+    assert torch.bincount(held.labels).tolist() == [100] * 10
+    assert not set(training.source.tolist()) & set(held.source.tolist())
+    assert set(cached[0].pairs.source.flatten().tolist()) <= set(training.source.tolist())
+    assert set(cached[1].pairs.source.flatten().tolist()) <= set(held.source.tolist())
+
+
+def test_pictures_show_the_labelled_digits_and_repeat_from_a_seed() -> None:
+    images = torch.zeros(2, data.DIGIT, data.DIGIT, dtype=torch.uint8)
+    images[1, 8:20, 8:20] = 255
+    digits = data.Digits(images, torch.tensor([0, 1]), torch.tensor([0, 1]))
+    pairs = data.draw_pairs(digits, 40, seed=3, augment=True)
+    again = data.draw_pairs(digits, 40, seed=3, augment=True)
+    assert torch.equal(pairs.pictures, again.pictures) and torch.equal(pairs.left, again.left)
+    assert pairs.pictures.shape == (40, 1, data.IMAGE_SIZE, data.IMAGE_SIZE)
+    empty = pairs.pictures.min()
+    lit_left = (pairs.pictures[..., : data.HALF] > empty).flatten(1).any(1)
+    lit_right = (pairs.pictures[..., data.HALF :] > empty).flatten(1).any(1)
+    assert torch.equal(lit_left, pairs.left == 1) and torch.equal(lit_right, pairs.right == 1)
+
+
+def test_answers_follow_the_instructions_and_the_new_word_is_never_in_an_old_one() -> None:
+    left, right = torch.tensor([3]), torch.tensor([8])
+    said = {
+        entry.text: tasks.WORDS[int(entry.answer(left, right))] for entry in (*tasks.OLD, tasks.NEW)
+    }
+    assert said == {
+        "left digit ?": "3",
+        "right digit ?": "8",
+        "smaller digit ?": "3",
+        "left even ?": "no",
+        "right even ?": "yes",
+        "larger digit ?": "8",
+    }
+    assert all("larger" not in entry.text for entry in tasks.OLD)
+
+
+def test_cached_features_give_the_models_own_logits_and_generate_says_the_same(
+    cached: tuple[train.Cached, train.Cached],
+) -> None:
+    model, held = small.load(), cached[1]
+    ids = tasks.question_ids((tasks.OLD[0],)).expand(len(held), -1)
+    logits = small.answer_logits(model, held.features, ids)
+    prompt = torch.tensor([[tasks.IMAGE] * small.QUERIES + [tasks.BOS]] * len(held))
+    whole = model(
+        pixel_values=held.pairs.pictures.expand(-1, 3, -1, -1),
+        qformer_input_ids=ids,
+        input_ids=prompt,
+    ).logits[:, small.QUERIES :]
+    torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+    words = [tasks.WORDS[i] for i in logits[:, 0].argmax(-1).tolist()]
+    assert app._generate(model, held, tasks.OLD[0]) == words[: app._SHOWN]
+
+
+def test_committed_model_reads_held_out_digits_and_does_not_know_the_new_word() -> None:
+    assert small.WEIGHTS.stat().st_size <= 8_000_000
+    model = small.load()
+    settings = replace(TINY, held_out=300, pictures=1)
+    shares = train.all_accuracies(model, train.cache(model, settings)[1])
+    assert shares["left digit ?"] >= 0.9 and shares["right digit ?"] >= 0.9
+    assert shares["larger digit ?"] < 0.7
+
+
+def test_weights_that_are_missing_or_do_not_fit_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    with pytest.raises(FileNotFoundError, match="demo.pretrain"):
+        small.load(tmp_path / "none.safetensors")
+    tensors = load_file(small.WEIGHTS)
+    del tensors["query_tokens"]
+    save_file(tensors, tmp_path / "short.safetensors")
+    with pytest.raises(ValueError, match=r"missing \['query_tokens'\]"):
+        small.load(tmp_path / "short.safetensors")
+
+
+def test_both_forms_walk_one_curve_and_the_fused_one_keeps_less(
+    cached: tuple[train.Cached, train.Cached],
+) -> None:
+    batches = train.Batches(cached[0], TINY)
+    found = compare.compare(batches, TINY, steps=4, timed=1, tick=lambda done, total: None)
+    assert found.agrees and len(found.fused_losses) == 4
+    assert 0.0 < found.bound < 1e-3
+    assert found.saved_bytes["frozen"] < found.saved_bytes["fused"] < found.saved_bytes["published"]
+    assert compare.Comparison.from_dict(found.as_dict()) == found
+
+
+def test_a_wrong_scale_of_a_tenth_of_a_percent_breaks_the_bound(
+    cached: tuple[train.Cached, train.Cached], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attach = pk.attach
+
+    def faulty(model: torch.nn.Module, config: pk.PetalConfig, *, implementation: str) -> object:
+        if implementation == "fused":
+            config = replace(config, scale=1.001)
+        return attach(model, config, implementation=implementation)
+
+    monkeypatch.setattr(pk, "attach", faulty)
+    settings = replace(TINY, batch=32)
+    batches = train.Batches(cached[0], settings)
+    found = compare.compare(batches, settings, steps=8, timed=0, tick=lambda done, total: None)
+    assert not found.agrees
+    assert compare.largest_difference([1.0, float("nan")], [1.0, 1.0]) == float("inf")
+
+
+def test_saved_bytes_count_a_storage_once_and_no_parameter(
+    cached: tuple[train.Cached, train.Cached], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = torch.nn.Linear(4, 4, bias=False)
+    x = torch.randn(8, 4)
+
+    def loss(module: torch.nn.Module, batch: object) -> torch.Tensor:
+        return (module(x) + module(x[:4]).sum()).sum()
+
+    monkeypatch.setattr(compare, "batch_loss", loss)
+    batch = train.Batches(cached[0], TINY)[0]
+    assert compare.saved_bytes(form, batch) == x.untyped_storage().nbytes()
+
+
+def test_a_resumed_run_walks_the_same_curve_bit_for_bit(
+    trainer: Callable[[], train.Trainer], tmp_path: Path
+) -> None:
+    whole = trainer()
+    torch.manual_seed(5)
+    wanted = list(whole.run(6))
+    first = trainer()
+    torch.manual_seed(5)
+    list(first.run(3))
+    checkpoint = first.save(tmp_path, {"any": 1})
+    second = trainer()
+    torch.manual_seed(99)
+    second.restore(checkpoint)
+    list(second.run(6))
+    assert second.curve.losses == wanted
+    for name, value in whole.attachment.state_dict().items():
+        assert torch.equal(value, second.attachment.state_dict()[name]), name
+
+
+def test_a_checkpoint_that_could_not_be_written_leaves_the_one_before(
+    trainer: Callable[[], train.Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = trainer()
+    list(running.run(1))
+    first = running.save(tmp_path, {})
+    list(running.run(2))
+
+    def full(*args: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(torch, "save", full)
+        running.save(tmp_path, {})
+    assert train.checkpoints(tmp_path) == [first]
+    last = running.save(tmp_path, {})
+    assert train.checkpoints(tmp_path) == [last]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_resume_ends_where_an_unbroken_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.run(options(tmp_path / "whole")) == 0
+    step = train.Trainer.step
+
+    def interrupted(self: train.Trainer) -> float:
+        loss = step(self)
+        # The comparison uses trainers too; it runs in evaluation mode.
+        if self.model.training and self.step_number == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    broken = tmp_path / "broken"
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "step", interrupted)
+        assert app.run(options(broken)) == 130
+    assert [path.name for path in train.checkpoints(broken)] == ["checkpoint-000003"]
+    assert not (broken / "report.json").exists()
+    assert f"petal-kernels demo --resume --out {broken}" in capsys.readouterr().out
+    assert app.run(options(broken, resume=True)) == 0
+
+    def read(name: str) -> dict[str, object]:
+        found: dict[str, object] = json.loads((tmp_path / name / "report.json").read_text())
+        return found
+
+    whole, resumed = read("whole"), read("broken")
+    for key in ("training", "after", "answers", "before", "baselines"):
+        assert whole[key] == resumed[key], key
+
+
+def test_report_holds_what_was_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(options(tmp_path)) == 0
+    figures = json.loads((tmp_path / "report.json").read_text())
+    assert figures["question"] == "larger digit ?"
+    assert set(figures["before"]) == set(figures["after"])
+    assert figures["before"].keys() == {entry.text for entry in (*tasks.OLD, tasks.NEW)}
+    assert len(figures["training"]["losses"]) == TINY.steps
+    assert figures["training"]["accuracy_steps"] == [2, 4, 6]
+    assert figures["settings"]["seed"] == TINY.seed
+    assert figures["versions"]["torch"] == torch.__version__
+    assert figures["machine"]["threads"] == torch.get_num_threads()
+    assert figures["comparison"]["agrees"] is True
+    assert figures["detached_answers_as_before"] is True
+    assert "commit" in figures and figures["seconds"] > 0
+    for name in ("curves.png", "answers.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG"), name
+    printed = capsys.readouterr().out
+    for word in ("larger digit ?", "always the left digit", "coincide", "s left", "trained"):
+        assert word in printed, word
+    loaded = small.load()
+    attachment = pk.attach(loaded, str(tmp_path / "adapter"))
+    assert attachment.config.r == TINY.rank
+
+
+def test_curves_that_differ_end_in_exit_code_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare, "curve_bound", lambda published, controls: -1.0)
+    assert app.run(options(tmp_path)) == 1
+    assert "DO NOT COINCIDE" in capsys.readouterr().out
+
+
+def test_bad_options_are_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], trainer: Callable[[], train.Trainer]
+) -> None:
+    cases = [
+        (["--resume", "--out", str(tmp_path)], "--resume: want a checkpoint in"),
+        (["--steps", "0"], "--steps: want a number >= 1, got 0"),
+        (["--compare-steps", "0"], "--compare-steps: want a number >= 1, got 0"),
+    ]
+    running = trainer()
+    list(running.run(1))
+    running.save(tmp_path / "run", {})
+    other = ["--resume", "--out", str(tmp_path / "run"), "--steps", "7"]
+    cases.append((other, "--steps: want 6, as in"))
+    for arguments, message in cases:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["demo", *arguments])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_command_line_lists_commands_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "demo" in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"petal-kernels {pk.__version__}"
+    with pytest.raises(SystemExit):
+        cli.main(["paint"])
+    assert "paint" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["demo", "--help"])
+    assert stopped.value.code == 0
+    assert "--resume" in capsys.readouterr().out
+
+
+def test_report_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*args: object, **kwargs: object) -> object:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(report.subprocess, "run", absent)
+    assert report.machine()["commit"] is None
