@@ -1,11 +1,12 @@
 """Builds the compiled parts with ninja; everything else about the package is in pyproject.toml.
 
-    petal_kernels/lib/libpetal_cpu.so    g++, one object per kernel and instruction set, torch's stable ABI
-    petal_kernels/lib/libpetal_cuda.so   where nvcc is found; needs neither a GPU nor a torch with CUDA to build
-    petal_kernels/_host.<tag>.so         pybind11: build facts, CPU capability
-    petal_kernels/lib/build.json         what was built, or why not
+    petal_kernels/lib/libpetal_cpu.so   g++, one object per kernel and instruction set, stable ABI
+    petal_kernels/lib/libpetal_cuda.so  where nvcc is found; needs no GPU and no torch with CUDA
+    petal_kernels/_host.<tag>.so        pybind11: build facts, CPU capability
+    petal_kernels/lib/build.json        what was built, or why not
 
-What cannot be built for want of a tool is left out with its reason; a source that does not compile is an error.
+What cannot be built for want of a tool is left out with its reason; a source that does not compile
+is an error.
 PETAL_BUILD_CPU=0 and PETAL_BUILD_CUDA=0 leave a library out, PETAL_BUILD_CUDA=1 insists on it;
 PETAL_CUDA_ARCHS (default "80;90;100") lists the architectures, the last one is also kept as PTX.
 """
@@ -36,11 +37,14 @@ ISAS = {
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c",
 }
 HOW = (
-    "To get the compiled kernels: install torch, ninja, pybind11, setuptools and a C++ compiler (and nvcc for CUDA), "
-    "then `pip install --no-build-isolation .`"
+    "To get the compiled kernels: install torch, ninja, pybind11, setuptools and a C++ compiler "
+    "(and nvcc for CUDA), then `pip install --no-build-isolation .`"
 )
 # The last two: GCC 12 warns about its own AVX-512 intrinsics.
-CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -Wno-uninitialized -Wno-maybe-uninitialized"
+CXX_FLAGS = (
+    "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas "
+    "-Wno-uninitialized -Wno-maybe-uninitialized"
+)
 
 
 def _package(name: str) -> Path | None:
@@ -87,7 +91,7 @@ def _commit() -> tuple[str, str]:
 
 @dataclass
 class Tools:
-    """What the environment offers, and for each product the reason why it cannot be built (None: it can)."""
+    """What the environment offers, and why a product cannot be built with it (None: it can)."""
 
     cxx: str | None = field(default_factory=_compiler)
     ninja: str | None = field(default_factory=_ninja)
@@ -146,7 +150,8 @@ class NinjaFile:
 
 def _torch_flags(torch: Path) -> str:
     include = torch / "include"
-    return f"-DTORCH_TARGET_VERSION={STABLE_ABI} -isystem {include} -isystem {include}/torch/csrc/api/include"
+    api = include / "torch" / "csrc" / "api" / "include"
+    return f"-DTORCH_TARGET_VERSION={STABLE_ABI} -isystem {include} -isystem {api}"
 
 
 def _isas() -> list[str]:
@@ -170,7 +175,8 @@ def add_cpu(n: NinjaFile, tools: Tools) -> None:
             objects.append(n.edge("cxx", out, [kernel], f"{ISAS[isa]} -DPETAL_ISA={isa} -x c++"))
     n.rule(
         "link_cpu",
-        f"{tools.cxx} -shared -o $out $in -L{tools.torch / 'lib'} -Wl,--no-as-needed -ltorch_cpu -lc10",
+        f"{tools.cxx} -shared -o $out $in -L{tools.torch / 'lib'} "
+        "-Wl,--no-as-needed -ltorch_cpu -lc10",
         depfile=False,
     )
     n.product(n.edge("link_cpu", n.build / "libpetal_cpu.so", objects))
@@ -179,8 +185,8 @@ def add_cpu(n: NinjaFile, tools: Tools) -> None:
 def add_cuda(n: NinjaFile, tools: Tools) -> None:
     """Device code for every architecture, the CUDA runtime linked in.
 
-    libtorch_cuda is named as a dependency through a stub of the same soname: at run time torch has loaded the real
-    one, at build time no torch with CUDA is needed.
+    libtorch_cuda is named as a dependency through a stub of the same soname: at run time torch has
+    loaded the real one, at build time no torch with CUDA is needed.
     """
     assert tools.torch is not None
     archs = cuda_archs()
@@ -240,18 +246,29 @@ def add_host(n: NinjaFile, tools: Tools, known: dict[str, str]) -> None:
     if not header.exists() or header.read_text() != text:
         n.build.mkdir(parents=True, exist_ok=True)
         header.write_text(text)
-    include = f"-isystem {sysconfig.get_paths()['include']} -isystem {tools.pybind11 / 'include'} -I{n.build}"
-    n.rule("host", f"{tools.cxx} -O2 -std=c++17 -fPIC -fvisibility=hidden {include} -MMD -MF $out.d -c $in -o $out")
+    python = sysconfig.get_paths()["include"]
+    include = f"-isystem {python} -isystem {tools.pybind11 / 'include'} -I{n.build}"
+    flags = "-O2 -std=c++17 -fPIC -fvisibility=hidden"
+    n.rule(
+        "host",
+        f"{tools.cxx} {flags} {include} -MMD -MF $out.d -c $in -o $out",
+    )
     n.rule("link_host", f"{tools.cxx} -shared -o $out $in", depfile=False)
     built = n.edge("host", n.build / "host_module.o", [SOURCES / "host_module.cpp"])
-    n.product(n.edge("link_host", n.build / f"_host{sysconfig.get_config_var('EXT_SUFFIX')}", [built]))
+    n.product(
+        n.edge("link_host", n.build / f"_host{sysconfig.get_config_var('EXT_SUFFIX')}", [built])
+    )
 
 
 class BuildKernels(build_ext):
     """build_ext, run by ninja; never fails for want of a tool."""
 
     def _target(self) -> Path:
-        return ROOT / "petal_kernels" if self.inplace else Path(self.build_lib).resolve() / "petal_kernels"
+        return (
+            ROOT / "petal_kernels"
+            if self.inplace
+            else Path(self.build_lib).resolve() / "petal_kernels"
+        )
 
     def run(self) -> None:
         tools = Tools()
@@ -293,7 +310,11 @@ class BuildKernels(build_ext):
 
     def get_outputs(self) -> list[str]:
         target = self._target()
-        found = [*target.glob("lib/libpetal_*.so"), *target.glob("_host*.so"), target / "lib" / "build.json"]
+        found = [
+            *target.glob("lib/libpetal_*.so"),
+            *target.glob("_host*.so"),
+            target / "lib" / "build.json",
+        ]
         return [str(p) for p in found]
 
     def get_output_mapping(self) -> dict[str, str]:
@@ -303,7 +324,8 @@ class BuildKernels(build_ext):
         """Nothing to copy: an in-place build writes into the source tree itself."""
 
 
-setup(
-    ext_modules=[Extension("petal_kernels._host", ["csrc/host_module.cpp"])],
-    cmdclass={"build_ext": BuildKernels},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("petal_kernels._host", ["csrc/host_module.cpp"])],
+        cmdclass={"build_ext": BuildKernels},
+    )

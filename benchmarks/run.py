@@ -15,6 +15,8 @@ it are equal.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import subprocess
 import sys
@@ -93,8 +95,6 @@ def bench_ops(
     names: list[str], dtype: torch.dtype, device: torch.device, rounds: int, quick: bool
 ) -> list[Any]:
     """Every shape of every named operator."""
-    import importlib
-
     results = []
     for name in names:
         workload = importlib.import_module(f"petal_kernels.ops.{name}.workload")
@@ -138,6 +138,63 @@ def bench_qformer(device: torch.device, rounds: int, quick: bool) -> list[Any]:
         + ", ".join(f"{k} {100 * v:.1f} %" for k, v in tax.items())
     )
     return [result | {"adapter_tax": tax}]
+
+
+def bench_plans(dtype: torch.dtype, device: torch.device, rounds: int, quick: bool) -> list[Any]:
+    """Every plan of the selected backend against the planner's choice, inference and training."""
+    workload = importlib.import_module("petal_kernels.ops.lowrank_linear.workload")
+    results = []
+    for case in workload.SHAPES[:1] if quick else workload.SHAPES:
+        for training in (False, True):
+            inputs = workload.make_inputs(case, dtype, device)
+            if not training:
+                inputs["dropout"] = 0.0
+                inputs.pop("rng", None)
+            results.append(_plans_of(case.name, inputs, training, device, rounds))
+    worst = max((r["behind_best"] for r in results), default=0.0)
+    print(f"\nthe planner is at most {100 * worst:.1f} % behind the best plan")
+    return results
+
+
+def _plans_of(
+    name: str, inputs: dict[str, Any], training: bool, device: torch.device, rounds: int
+) -> dict[str, Any]:
+    def run(plan: str, backend: str) -> Callable[[], object]:
+        def call() -> object:
+            with torch.set_grad_enabled(training):
+                return pk.lowrank_linear(**inputs, plan=plan, backend=backend)
+
+        return call
+
+    if training:
+        inputs["down" if inputs["down"] is not None else "hidden"].requires_grad_()
+    with torch.set_grad_enabled(training):
+        choice = pk.explain(pk.lowrank_linear, **inputs)
+    providers = {}
+    for name_of_backend in dict.fromkeys((choice.backend, "torch")):
+        backend = next(b for b in lowrank_op.BACKENDS if b.name == name_of_backend)
+        for plan in backend.load().PLANS:
+            if training and plan == "merge":
+                continue  # never chosen in training: it would form the merged weights each step
+            step = run(plan, backend.name)
+            with contextlib.suppress(ValueError):  # a plan that does not apply to this case
+                step()
+                providers[f"{backend.name} {plan}"] = step
+    rows = timing.compare(providers, device, rounds, progress=progress)
+    best = min(t.median for t in rows.values())
+    label = f"{choice.backend} {choice.plan}"
+    behind = rows[label].median / best - 1.0
+    print(f"\n{name}, {'training' if training else 'inference'}: planner takes {label}")
+    for provider, t in rows.items():
+        print(f"  {provider:<18}{t.median:10.3f} ms")
+    print(f"  behind the best {100 * behind:.1f} %, drift {100 * timing.drift(rows):.1f} %", flush=True)
+    return {
+        "scenario": f"plans {name} {'training' if training else 'inference'}",
+        "choice": label,
+        "behind_best": round(behind, 4),
+        "drift": round(timing.drift(rows), 4),
+        "milliseconds": {k: round(t.median, 4) for k, t in rows.items()},
+    }
 
 
 def bench_overhead(device: torch.device, rounds: int) -> list[Any]:
@@ -184,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="benchmarks.run", description=__doc__.splitlines()[0] if __doc__ else ""
     )
-    parser.add_argument("what", choices=["op", "layer", "qformer", "overhead"])
+    parser.add_argument("what", choices=["op", "layer", "qformer", "plans", "overhead"])
     parser.add_argument("names", nargs="*", help="operators, default all")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--rounds", type=int, default=20)
@@ -216,6 +273,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     elif args.what == "layer":
         results = bench_layer(device, args.rounds, args.quick)
+    elif args.what == "plans":
+        results = bench_plans(DTYPES[args.dtype], device, args.rounds, args.quick)
     elif args.what == "overhead":
         results = bench_overhead(device, args.rounds)
     else:

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "common/cpu_torch.h"
+#include "common/cpu_pack.h"
 
 namespace petal {
 namespace {
@@ -29,61 +29,6 @@ constexpr int64_t kSplitRows = 512;         // rows that share one partial of ea
 constexpr int64_t kMaxSplits = 64;
 constexpr int64_t kSerialWork = 1 << 20;    // multiply-adds below which threads cost more than they do
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// A right operand to be packed: B[depth, cols], element (k, c) at src[k * sk + c * sc].
-struct Operand {
-  const float** packed;
-  const void* src;
-  CpuType type;
-  int64_t sk, sc, depth, cols;
-};
-
-class Packer {
- public:
-  // rows_k: the contraction runs over dim 0 of t, else over dim 1.
-  void add(const float** packed, const Tensor& t, const char* name, bool rows_k) {
-    STD_TORCH_CHECK(t.dim() == 2, name, ": want a matrix, got ", t.dim(), " dimensions");
-    const int k = rows_k ? 0 : 1;
-    add(packed, t.const_data_ptr(), cpu_type(t, name), t.stride(k), t.stride(1 - k), t.size(k), t.size(1 - k));
-  }
-  void add(const float** packed, const void* src, CpuType type, int64_t sk, int64_t sc, int64_t depth, int64_t cols) {
-    operands_.push_back({packed, src, type, sk, sc, depth, cols});
-  }
-  int64_t floats(int64_t panel) const {
-    int64_t n = 0;
-    for (const Operand& o : operands_) n += ceil_div(o.cols, panel) * panel * o.depth;
-    return n;
-  }
-  void run(float* out, const LowrankKernels& kernel, bool parallel) const {
-    struct Job {
-      const Operand* operand;
-      float* dst;
-      int64_t begin, end;
-    };
-    std::vector<Job> jobs;
-    for (const Operand& o : operands_) {
-      const int64_t panels = ceil_div(o.cols, kernel.panel);
-      for (int64_t j = 0; j < panels; j += kPanelsPerJob) {
-        jobs.push_back({&o, out, j, std::min(panels, j + kPanelsPerJob)});
-      }
-      *o.packed = out;
-      out += panels * kernel.panel * o.depth;
-    }
-    run_tasks(static_cast<int64_t>(jobs.size()), parallel, [&](const auto& next) {
-      for (int64_t i = next(); i >= 0; i = next()) {
-        const Job& job = jobs[i];
-        const Operand& o = *job.operand;
-        kernel.pack(job.dst, o.src, o.type, o.sk, o.sc, o.depth, o.cols, job.begin, job.end);
-      }
-    });
-  }
-
- private:
-  static constexpr int64_t kPanelsPerJob = 4;
-  std::vector<Operand> operands_;
-};
-
 Site site_of(int64_t site) {
   STD_TORCH_CHECK(site >= 0 && site <= 2, "site: want 0, 1 or 2, got ", site);
   return static_cast<Site>(site);
@@ -92,7 +37,7 @@ Site site_of(int64_t site) {
 int64_t block_rows(const LowrankArgs& a, const LowrankKernels& kernel, bool whole_rows) {
   int64_t rows = kBlockRows;
   if (whole_rows) rows = std::max<int64_t>(48, std::min(rows, kBlockBytes / 4 / std::max<int64_t>(a.D, 1)));
-  return std::max<int64_t>(1, rows / kernel.tile_rows) * kernel.tile_rows;
+  return std::max<int64_t>(1, rows / kernel.operands.tile_rows) * kernel.operands.tile_rows;
 }
 
 // Multiply-adds of a call, to decide whether threads are worth waking.
@@ -115,6 +60,7 @@ void forward(Optional x, Optional down, Optional hidden, Tensors ups, Tensors we
   const LowrankKernels& kernel = kernels();
   const int64_t count = static_cast<int64_t>(ups.size());
   STD_TORCH_CHECK(count > 0 && ys.size() == ups.size(), "ups: want one matrix per output");
+  STD_TORCH_CHECK(biases.empty() || biases.size() == ups.size(), "biases: want one per output");
   LowrankArgs a = {};
   a.N = like.size(0), a.R = ups[0].size(1), a.K = count;
   a.scale = static_cast<float>(scale), a.site = site_of(site);
@@ -132,7 +78,6 @@ void forward(Optional x, Optional down, Optional hidden, Tensors ups, Tensors we
     STD_TORCH_CHECK(down && x && down->size(0) == a.R && down->size(1) == a.D, "down: want [", a.R, ", ", a.D, "]");
     packer.add(&a.down, *down, "down", false);
   }
-  Tensors widened;  // biases in fp32, padded to whole panels
   for (int64_t k = 0; k < count; ++k) {
     LowrankOutput& o = outs[k];
     o.width = ups[k].size(0);
@@ -140,10 +85,10 @@ void forward(Optional x, Optional down, Optional hidden, Tensors ups, Tensors we
     packer.add(&o.up, ups[k], "ups", false);
     if (!weights.empty()) {
       packer.add(&o.weight, weights[k], "weights", false);
-      if (biases.size() > static_cast<size_t>(k) && biases[k]) {
-        const Tensor& b = *biases[k];
-        packer.add(&o.bias, b.const_data_ptr(), cpu_type(b, "biases"), 0, b.stride(0), 1, o.width);
-      }
+    }
+    if (!biases.empty() && biases[k]) {
+      const Tensor& b = *biases[k];
+      packer.add(&o.bias, b.const_data_ptr(), cpu_type(b, "biases"), 0, b.stride(0), 1, o.width);
     }
     if (!base.empty()) {
       check_rows(base[k], "base", a.N, o.width, type);
@@ -160,8 +105,8 @@ void forward(Optional x, Optional down, Optional hidden, Tensors ups, Tensors we
   if (h) a.h = h->mutable_data_ptr();
   const bool parallel = worth_threads(a);
   a.block = block_rows(a, kernel, !weights.empty() || type != CpuType::kFloat32);
-  Scratch packed(packer.floats(kernel.panel));
-  packer.run(packed.data(), kernel, parallel);
+  Scratch packed(packer.floats(kernel.operands.panel));
+  packer.run(packed.data(), kernel.operands, parallel);
   run_tasks(ceil_div(a.N, a.block), parallel, [&](const auto& next) {
     int64_t i = next();
     if (i < 0) return;
@@ -171,14 +116,6 @@ void forward(Optional x, Optional down, Optional hidden, Tensors ups, Tensors we
     }
   });
 }
-
-// A gradient to be reduced from partials: [R, cols] as element (r, c) at data[r * sr + c * sc].
-struct Gradient {
-  void* data;
-  CpuType type;
-  int64_t sr, sc, cols;
-  const float* partials;
-};
 
 // Absent outputs are given as nullopt or an empty list.
 void backward(Tensors dys, Optional x, Tensor h, Optional down, Tensors ups, Tensors weights, Optional core,
@@ -220,11 +157,12 @@ void backward(Tensors dys, Optional x, Tensor h, Optional down, Tensors ups, Ten
   }
   const int64_t splits = std::clamp<int64_t>(ceil_div(a.N, kSplitRows), 1, kMaxSplits);
   const int64_t split_rows = ceil_div(a.N, splits);
-  const int64_t packed_floats = packer.floats(kernel.panel);
+  const int64_t packed_floats = packer.floats(kernel.operands.panel);
+  const int64_t panel = kernel.operands.panel;
   int64_t partial_floats = 0;
   const auto partial = [&](int64_t cols) {
     const int64_t at = partial_floats;
-    partial_floats += splits * ceil_div(cols, kernel.panel) * kernel.panel * a.R;
+    partial_floats += splits * ceil_div(cols, panel) * panel * a.R;
     return at;
   };
   const int64_t ddown_at = ddown ? partial(a.D) : 0;
@@ -235,6 +173,7 @@ void backward(Tensors dys, Optional x, Tensor h, Optional down, Tensors ups, Ten
   }
   Scratch work(packed_floats + partial_floats);
   float* partials = work.data() + packed_floats;
+  if (a.N == 0) std::fill_n(partials, partial_floats, 0.0f);
   std::vector<Gradient> gradients;
   if (ddown) {
     a.ddown = partials + ddown_at;
@@ -253,7 +192,7 @@ void backward(Tensors dys, Optional x, Tensor h, Optional down, Tensors ups, Ten
   }
   const bool parallel = worth_threads(a);
   a.block = std::min(block_rows(a, kernel, dx && !weights.empty()), std::max<int64_t>(split_rows, 1));
-  packer.run(work.data(), kernel, parallel);
+  packer.run(work.data(), kernel.operands, parallel);
   run_tasks(splits, parallel, [&](const auto& next) {
     int64_t s = next();
     if (s < 0) return;
@@ -262,16 +201,7 @@ void backward(Tensors dys, Optional x, Tensor h, Optional down, Tensors ups, Ten
       kernel.backward(a, type, s, s * split_rows, std::min(a.N, (s + 1) * split_rows), scratch.data());
     }
   });
-  std::vector<std::pair<const Gradient*, int64_t>> jobs;
-  for (const Gradient& g : gradients) {
-    for (int64_t j = 0; j < ceil_div(g.cols, kernel.panel); ++j) jobs.emplace_back(&g, j);
-  }
-  run_tasks(static_cast<int64_t>(jobs.size()), parallel, [&](const auto& next) {
-    for (int64_t i = next(); i >= 0; i = next()) {
-      const Gradient& g = *jobs[i].first;
-      kernel.reduce(g.data, g.type, g.sr, g.sc, g.partials, splits, a.R, g.cols, jobs[i].second);
-    }
-  });
+  reduce_all(gradients, splits, a.R, kernel.operands, parallel);
 }
 
 }  // namespace

@@ -46,14 +46,7 @@ struct LowrankArgs {
 };
 
 struct LowrankKernels {
-  int64_t panel;          // kNR
-  int64_t tile_rows;      // kMR
-  // Panels [j0, j1) of the right operand B[K, cols], element (k, c) at src[k * sk + c * sc].
-  void (*pack)(float* dst, const void* src, CpuType, int64_t sk, int64_t sc, int64_t K, int64_t cols,
-               int64_t j0, int64_t j1);
-  // Sum of `splits` partials of panel j, in order, rounded to element (r, c) at dst[r * sr + c * sc].
-  void (*reduce)(void* dst, CpuType, int64_t sr, int64_t sc, const float* partials, int64_t splits,
-                 int64_t R, int64_t cols, int64_t j);
+  CpuOperands operands;
   // Floats of scratch for one call of forward / backward.
   int64_t (*forward_scratch)(const LowrankArgs&, CpuType);
   int64_t (*backward_scratch)(const LowrankArgs&, CpuType);

@@ -16,8 +16,8 @@
 #ifndef PETAL_LOWRANK_LINEAR_CPU_KERNEL_H
 #define PETAL_LOWRANK_LINEAR_CPU_KERNEL_H
 
+#include "common/cpu_block.h"
 #include "common/cpu_dropout.h"
-#include "common/cpu_gemm.h"
 #include "lowrank_linear_cpu.h"
 
 namespace petal {
@@ -26,98 +26,11 @@ namespace {
 
 constexpr int64_t kChunk = 256;       // columns of dy packed at a time: block * kChunk floats fit L2
 constexpr int64_t kDepth = 1024;      // contraction length of the base product before it spills to memory
-constexpr uint64_t kStreamBytes = 4 << 20;
-
-PETAL_INLINE int64_t n_panels(int64_t cols) { return (cols + kNR - 1) / kNR; }
-PETAL_INLINE int64_t padded(int64_t cols) { return round_up(cols, kNR); }
 
 PETAL_INLINE int64_t widest(const LowrankArgs& a) {
   int64_t width = 0;
   for (int64_t k = 0; k < a.K; ++k) width = width < a.outs[k].width ? a.outs[k].width : width;
   return width;
-}
-
-// Hands out consecutive pieces of a scratch buffer.
-struct Arena {
-  float* p;
-  PETAL_INLINE float* take(int64_t n) {
-    float* out = p;
-    p += round_up(n, 16);
-    return out;
-  }
-};
-
-template <typename T>
-struct Storage {
-  static constexpr bool kFloat = sizeof(T) == sizeof(float);
-};
-
-// Tile -> storage: t + bias + base, columns beyond `cols` left out.
-template <typename T>
-struct Output {
-  T* out;
-  int64_t ld;
-  const T* base;
-  int64_t base_ld;
-  const float* bias;
-  int64_t cols;
-  bool streamed;
-};
-
-// Streaming needs whole vectors on their boundaries; it pays for results that no cache keeps.
-template <typename T>
-bool may_stream(const T* p, int64_t ld, int64_t total) {
-  return sizeof(T) == sizeof(float) && total * sizeof(T) >= kStreamBytes &&
-         reinterpret_cast<uintptr_t>(p) % (kVL * 4) == 0 && ld % kVL == 0;
-}
-
-template <typename T, int M>
-PETAL_INLINE void emit(Tile<M>& t, const Output<T>& o, int64_t i, int64_t j) {
-  const int64_t col = j * kNR, n = o.cols - col;
-  T* out = o.out + i * o.ld + col;
-  const T* base = o.base ? o.base + i * o.base_ld + col : nullptr;
-  const vf bias0 = o.bias ? load(o.bias + col) : vf{}, bias1 = o.bias ? load(o.bias + col + kVL) : vf{};
-  if (n >= kNR) {
-    if (base) {
-      each(t, [=](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
-        v0 += load(base + r * o.base_ld);
-        v1 += load(base + r * o.base_ld + kVL);
-      });
-    }
-    if (o.streamed) {
-      each(t, [=](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
-        stream(out + r * o.ld, v0 + bias0);
-        stream(out + r * o.ld + kVL, v1 + bias1);
-      });
-      return;
-    }
-    each(t, [=](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
-      store(out + r * o.ld, v0 + bias0);
-      store(out + r * o.ld + kVL, v1 + bias1);
-    });
-    return;
-  }
-  float rest[M][kNR];
-  each(t, [&](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
-    store(rest[r], v0 + bias0);
-    store(rest[r] + kVL, v1 + bias1);
-  });
-  for (int r = 0; r < M; ++r) {
-    for (int64_t c = 0; c < n; c += kVL) {
-      const int64_t m = least(kVL, n - c);
-      vf v = load(rest[r] + c);
-      if (base) v += load_part(base + r * o.base_ld + c, m);
-      store_part(out + r * o.ld + c, v, m);
-    }
-  }
-}
-
-// Brings the lines that the tile after next will add to into cache: rows are far apart, so the
-// hardware does not see them coming.
-template <typename T>
-PETAL_INLINE void prefetch_rows(const T* p, int64_t ld, int64_t rows) {
-  if (p == nullptr) return;
-  for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(p + r * ld, 0, 3);
 }
 
 // The block of x as a row operand: in place for fp32, else (or where it is masked) converted.
@@ -235,6 +148,7 @@ void forward_of(const LowrankArgs& a, int64_t row0, int64_t rows, float* scratch
     if (k == 0 || !same) masked_middle<T>(m, middle, a, k, h, row0, rows);
     expand<T>(a, a.outs[k], x, m, row0, rows, arena.p);
   }
+  stream_fence();
 }
 
 // ---- backward
@@ -376,43 +290,10 @@ void backward_of(const LowrankArgs& a, int64_t split, int64_t row0, int64_t row1
       write_dx<T, false>(a, b, row, rows);
     }
   }
+  stream_fence();
 }
 
-// ---- packing and reduction
-
-template <typename T>
-void pack_of(float* dst, const void* src, int64_t sk, int64_t sc, int64_t K, int64_t cols, int64_t j0,
-             int64_t j1) {
-  for (int64_t j = j0; j < j1; ++j) {
-    pack_panel(dst + j * K * kNR, static_cast<const T*>(src), sk, sc, K, cols, j);
-  }
-}
-
-template <typename T>
-void reduce_of(void* dst, int64_t sr, int64_t sc, const float* partials, int64_t splits, int64_t R,
-               int64_t cols, int64_t j) {
-  const int64_t stride = n_panels(cols) * R * kNR, n = least(kNR, cols - j * kNR);
-  partials += j * R * kNR;
-  T* out = static_cast<T*>(dst) + j * kNR * sc;
-  for (int64_t r = 0; r < R; ++r, partials += kNR) {
-    vf v0 = load(partials), v1 = load(partials + kVL);
-    for (int64_t s = 1; s < splits; ++s) {
-      v0 += load(partials + s * stride);
-      v1 += load(partials + s * stride + kVL);
-    }
-    T row[kNR];
-    store(row, v0);
-    store(row + kVL, v1);
-    for (int64_t c = 0; c < n; ++c) out[r * sr + c * sc] = row[c];
-  }
-}
-
-#define PETAL_BY_TYPE(type, call)                     \
-  switch (type) {                                     \
-    case CpuType::kFloat32: { typedef float T; call; } break;  \
-    case CpuType::kFloat16: { typedef fp16_t T; call; } break; \
-    case CpuType::kBFloat16: { typedef bf16_t T; call; } break; \
-  }
+// ---- the table
 
 int64_t forward_scratch(const LowrankArgs& a, CpuType type) {
   PETAL_BY_TYPE(type, return forward_scratch_of<T>(a));
@@ -428,19 +309,11 @@ void forward(const LowrankArgs& a, CpuType type, int64_t row0, int64_t rows, flo
 void backward(const LowrankArgs& a, CpuType type, int64_t split, int64_t row0, int64_t row1, float* scratch) {
   PETAL_BY_TYPE(type, backward_of<T>(a, split, row0, row1, scratch));
 }
-void pack(float* dst, const void* src, CpuType type, int64_t sk, int64_t sc, int64_t K, int64_t cols,
-          int64_t j0, int64_t j1) {
-  PETAL_BY_TYPE(type, pack_of<T>(dst, src, sk, sc, K, cols, j0, j1));
-}
-void reduce(void* dst, CpuType type, int64_t sr, int64_t sc, const float* partials, int64_t splits,
-            int64_t R, int64_t cols, int64_t j) {
-  PETAL_BY_TYPE(type, reduce_of<T>(dst, sr, sc, partials, splits, R, cols, j));
-}
-
 }  // namespace
 
 const LowrankKernels& lowrank_kernels() {
-  static const LowrankKernels table = {kNR, kMR, pack, reduce, forward_scratch, backward_scratch, forward, backward};
+  static const LowrankKernels table = {
+      {kNR, kMR, pack, reduce}, forward_scratch, backward_scratch, forward, backward};
   return table;
 }
 

@@ -1,5 +1,6 @@
-// lowrank_linear on CUDA: checks, parameter structs and registration of petal_cuda::lowrank_*. Kernels: lowrank_linear_{fwd,bwd}.cu.
-// These functions write into tensors their caller has allocated; they are called by ops/lowrank_linear/cuda_impl.py only.
+// lowrank_linear on CUDA: checks, parameter structs and registration of petal_cuda::lowrank_*.
+// Kernels: lowrank_linear_{fwd,bwd}.cu. These functions write into tensors their caller has
+// allocated; they are called by ops/lowrank_linear/cuda_impl.py only.
 #include "common/torch_boundary.h"
 #include "lowrank_linear.h"
 
@@ -10,29 +11,38 @@ using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
 
 void check_count(size_t count, const char* name) {
-  STD_TORCH_CHECK(count >= 1 && count <= kMaxOutputs, name, ": want 1 to ", kMaxOutputs, " outputs, got ", count);
+  STD_TORCH_CHECK(count >= 1 && count <= kMaxOutputs, name, ": want 1 to ", kMaxOutputs,
+                  " outputs, got ", count);
 }
 
 void check_rank(int64_t rank, int64_t most, const char* name) {
-  STD_TORCH_CHECK(rank >= 1 && rank <= most, name, ": want a rank from 1 to ", most, ", got ", rank);
+  STD_TORCH_CHECK(rank >= 1 && rank <= most, name, ": want a rank from 1 to ", most, ", got ",
+                  rank);
 }
 
 void check_same_dtype(const Tensor& tensor, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, ": want the dtype of the activations");
+  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name,
+                  ": want the dtype of the activations");
 }
 
-// A factor [width, R] as it lies in memory: either row-major, or the transposed view of a row-major [R, width].
-MatrixView factor(const Tensor& tensor, int64_t width, int64_t rank, bool rank_columns, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == width && tensor.size(1) == rank, name, ": want [", width, ", ", rank, "]");
+// A factor [width, R] as it lies in memory: either row-major, or the transposed view of a row-major
+// [R, width].
+MatrixView factor(const Tensor& tensor, int64_t width, int64_t rank, bool rank_columns,
+                  const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == width && tensor.size(1) == rank, name,
+                  ": want [", width, ", ", rank, "]");
   if (rank_columns) return matrix(tensor, width, rank, name);
   return matrix(torch::stable::transpose(tensor, 0, 1), rank, width, name);
 }
 
-bool has_rank_columns(const Tensor& tensor) { return tensor.size(1) == 1 || tensor.stride(1) == 1; }
+bool has_rank_columns(const Tensor& tensor) {
+  return tensor.size(1) == 1 || tensor.stride(1) == 1;
+}
 
-// out = scale * sum_k mask_k (drop(a_k) b_k), b_k = factors[k] as a [width_k, R] matrix in one of its two layouts, all in the same one.
-void lowrank_shrink(Tensors a, Tensors factors, Tensor out, MaybeTensor rng, double scale, double dropout, bool mask_a, bool mask_out,
-                    bool separate, bool small) {
+// out = scale * sum_k mask_k (drop(a_k) b_k), b_k = factors[k] as a [width_k, R] matrix in one of
+// its two layouts, all in the same one.
+void lowrank_shrink(Tensors a, Tensors factors, Tensor out, MaybeTensor rng, double scale,
+                    double dropout, bool mask_a, bool mask_out, bool separate, bool small) {
   check_count(a.size(), "lowrank_shrink");
   STD_TORCH_CHECK(factors.size() == a.size(), "lowrank_shrink: want as many factors as inputs");
   ShrinkParams p = {};
@@ -53,7 +63,8 @@ void lowrank_shrink(Tensors a, Tensors factors, Tensor out, MaybeTensor rng, dou
   p.separate = separate;
   p.out = matrix(out, p.rows, separate ? p.outputs * p.rank : p.rank, "lowrank_shrink: out");
   // With separate outputs a 16-byte store must also start on a multiple of 16 bytes for every k.
-  p.out.vec = p.out.vec && (!separate || p.rank * static_cast<int64_t>(out.element_size()) % 16 == 0);
+  p.out.vec =
+      p.out.vec && (!separate || p.rank * static_cast<int64_t>(out.element_size()) % 16 == 0);
   p.scale = static_cast<float>(scale);
   p.dropout = dropout_of(rng, dropout);
   p.mask_a = mask_a && p.dropout.rng != nullptr;
@@ -63,11 +74,14 @@ void lowrank_shrink(Tensors a, Tensors factors, Tensor out, MaybeTensor rng, dou
   check_launch(launch_lowrank_shrink(p, device.stream()), "lowrank_shrink");
 }
 
-ExpandParams expand_params(const Tensors& a, const Tensors& factors, const Tensors& bases, const Tensors& outs, const MaybeTensor& rng, double scale,
+ExpandParams expand_params(const Tensors& a, const Tensors& factors, const Tensors& bases,
+                           const Tensors& outs, const MaybeTensor& rng, double scale,
                            double dropout, bool mask_a, bool mask_out, const char* name) {
   check_count(outs.size(), name);
-  STD_TORCH_CHECK(factors.size() == outs.size() && (a.size() == outs.size() || a.size() == 1), name, ": want as many factors as outputs");
-  STD_TORCH_CHECK(bases.empty() || bases.size() == outs.size(), name, ": want no base or one per output");
+  STD_TORCH_CHECK(factors.size() == outs.size() && (a.size() == outs.size() || a.size() == 1), name,
+                  ": want as many factors as outputs");
+  STD_TORCH_CHECK(bases.empty() || bases.size() == outs.size(), name,
+                  ": want no base or one per output");
   STD_TORCH_CHECK(!mask_out || outs.size() == 1, name, ": a mask on the product wants one output");
   ExpandParams p = {};
   p.dtype = dtype_of(outs[0], name);
@@ -97,20 +111,24 @@ ExpandParams expand_params(const Tensors& a, const Tensors& factors, const Tenso
   return p;
 }
 
-// outs[k] = bases[k] + scale * mask (drop_k(a_k) factors[k]^T); a: one for all outputs or one each; bases[k] may be outs[k].
-void lowrank_expand(Tensors a, Tensors factors, Tensors bases, Tensors outs, MaybeTensor rng, double scale, double dropout, bool mask_a,
-                    bool mask_out) {
-  const ExpandParams p = expand_params(a, factors, bases, outs, rng, scale, dropout, mask_a, mask_out, "lowrank_expand");
+// outs[k] = bases[k] + scale * mask (drop_k(a_k) factors[k]^T); a: one for all outputs or one each;
+// bases[k] may be outs[k].
+void lowrank_expand(Tensors a, Tensors factors, Tensors bases, Tensors outs, MaybeTensor rng,
+                    double scale, double dropout, bool mask_a, bool mask_out) {
+  const ExpandParams p = expand_params(a, factors, bases, outs, rng, scale, dropout, mask_a,
+                                       mask_out, "lowrank_expand");
   const Device device(outs[0]);
   check_launch(launch_lowrank_expand(p, device.stream()), "lowrank_expand");
 }
 
 // hidden = drop(x) down^T, outs[k] = bases[k] + scale * drop_k(hidden) factors[k]^T, in one launch.
-void lowrank_update(Tensor x, Tensor down, Tensor hidden, Tensors factors, Tensors bases, Tensors outs, MaybeTensor rng, double scale, double dropout,
-                    bool mask_x, bool mask_hidden) {
+void lowrank_update(Tensor x, Tensor down, Tensor hidden, Tensors factors, Tensors bases,
+                    Tensors outs, MaybeTensor rng, double scale, double dropout, bool mask_x,
+                    bool mask_hidden) {
   STD_TORCH_CHECK(!(mask_x && mask_hidden), "lowrank_update: want one place of dropout");
   UpdateParams p = {};
-  p.expand = expand_params({hidden}, factors, bases, outs, rng, scale, dropout, mask_hidden, false, "lowrank_update");
+  p.expand = expand_params({hidden}, factors, bases, outs, rng, scale, dropout, mask_hidden, false,
+                           "lowrank_update");
   check_rank(p.expand.rank, kMaxFusedRank, "lowrank_update");
   check_same_dtype(x, hidden, "lowrank_update: x");
   check_same_dtype(down, hidden, "lowrank_update: down");
@@ -122,14 +140,17 @@ void lowrank_update(Tensor x, Tensor down, Tensor hidden, Tensors factors, Tenso
   check_launch(launch_lowrank_update(p, device.stream()), "lowrank_update");
 }
 
-// outs[j] = scales[j] * drop(bigs[j])^T drop(smalls[j]) as a [width_j, R] tensor of any strides. masks[j]: 0 none, 1 big (stream 0), 2 small (stream j).
-// splits: 0 chooses.
-void lowrank_param_grad(Tensors bigs, Tensors smalls, Tensors outs, MaybeTensor rng, std::vector<double> scales, double dropout,
-                        std::vector<int64_t> masks, int64_t splits) {
+// outs[j] = scales[j] * drop(bigs[j])^T drop(smalls[j]) as a [width_j, R] tensor of any strides.
+// masks[j]: 0 none, 1 big (stream 0), 2 small (stream j). splits: 0 chooses.
+void lowrank_param_grad(Tensors bigs, Tensors smalls, Tensors outs, MaybeTensor rng,
+                        std::vector<double> scales, double dropout, std::vector<int64_t> masks,
+                        int64_t splits) {
   const size_t jobs = bigs.size();
-  STD_TORCH_CHECK(jobs >= 1 && jobs <= kMaxJobs, "lowrank_param_grad: want 1 to ", kMaxJobs, " reductions, got ", jobs);
-  STD_TORCH_CHECK(smalls.size() == jobs && outs.size() == jobs && scales.size() == jobs && masks.size() == jobs,
-                  "lowrank_param_grad: want lists of one length");
+  STD_TORCH_CHECK(jobs >= 1 && jobs <= kMaxJobs, "lowrank_param_grad: want 1 to ", kMaxJobs,
+                  " reductions, got ", jobs);
+  STD_TORCH_CHECK(
+      smalls.size() == jobs && outs.size() == jobs && scales.size() == jobs && masks.size() == jobs,
+      "lowrank_param_grad: want lists of one length");
   ParamGradParams p = {};
   p.dtype = dtype_of(bigs[0], "lowrank_param_grad");
   p.rows = bigs[0].size(0);
@@ -146,8 +167,8 @@ void lowrank_param_grad(Tensors bigs, Tensors smalls, Tensors outs, MaybeTensor 
     columns += job.width;
     job.big = matrix(bigs[j], p.rows, job.width, "lowrank_param_grad: big");
     job.small = matrix(smalls[j], p.rows, p.rank, "lowrank_param_grad: small");
-    STD_TORCH_CHECK(outs[j].dim() == 2 && outs[j].size(0) == job.width && outs[j].size(1) == p.rank, "lowrank_param_grad: out: want [", job.width,
-                    ", ", p.rank, "]");
+    STD_TORCH_CHECK(outs[j].dim() == 2 && outs[j].size(0) == job.width && outs[j].size(1) == p.rank,
+                    "lowrank_param_grad: out: want [", job.width, ", ", p.rank, "]");
     job.mask_big = masks[j] == 1 && p.dropout.rng != nullptr;
     job.mask_small = masks[j] == 2 && p.dropout.rng != nullptr;
     job.stream = static_cast<uint32_t>(j);
@@ -159,7 +180,8 @@ void lowrank_param_grad(Tensors bigs, Tensors smalls, Tensors outs, MaybeTensor 
   }
   const Device device(outs[0]);
   p.splits = splits > 0 ? splits : lowrank_splits(p.rows, widths, p.jobs, p.rank);
-  Tensor partial = torch::stable::new_empty(outs[0], {p.splits, columns, p.rank}, ScalarType::Float);
+  Tensor partial =
+      torch::stable::new_empty(outs[0], {p.splits, columns, p.rank}, ScalarType::Float);
   p.partial = static_cast<float*>(partial.data_ptr());
   check_launch(launch_lowrank_param_grad(p, device.stream()), "lowrank_param_grad");
 }
@@ -169,16 +191,20 @@ void lowrank_param_grad(Tensors bigs, Tensors smalls, Tensors outs, MaybeTensor 
 
 PETAL_LIBRARY_FRAGMENT(PETAL_CUDA_LIBRARY, m) {
   m.def(
-      "lowrank_shrink(Tensor[] a, Tensor[] factors, Tensor(a!) out, Tensor? rng, float scale, float dropout, bool mask_a, bool mask_out, "
+      "lowrank_shrink(Tensor[] a, Tensor[] factors, Tensor(a!) out, Tensor? rng, float scale, "
+      "float dropout, bool mask_a, bool mask_out, "
       "bool separate, bool small) -> ()");
   m.def(
-      "lowrank_expand(Tensor[] a, Tensor[] factors, Tensor[] bases, Tensor(a!)[] outs, Tensor? rng, float scale, float dropout, bool mask_a, "
+      "lowrank_expand(Tensor[] a, Tensor[] factors, Tensor[] bases, Tensor(a!)[] outs, Tensor? "
+      "rng, float scale, float dropout, bool mask_a, "
       "bool mask_out) -> ()");
   m.def(
-      "lowrank_update(Tensor x, Tensor down, Tensor(a!) hidden, Tensor[] factors, Tensor[] bases, Tensor(b!)[] outs, Tensor? rng, float scale, "
+      "lowrank_update(Tensor x, Tensor down, Tensor(a!) hidden, Tensor[] factors, Tensor[] bases, "
+      "Tensor(b!)[] outs, Tensor? rng, float scale, "
       "float dropout, bool mask_x, bool mask_hidden) -> ()");
   m.def(
-      "lowrank_param_grad(Tensor[] bigs, Tensor[] smalls, Tensor(a!)[] outs, Tensor? rng, float[] scales, float dropout, int[] masks, int splits) "
+      "lowrank_param_grad(Tensor[] bigs, Tensor[] smalls, Tensor(a!)[] outs, Tensor? rng, float[] "
+      "scales, float dropout, int[] masks, int splits) "
       "-> ()");
 }
 

@@ -3,11 +3,18 @@ first imported."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from tests import triton_audit  # noqa: E402 - numpy and the variable above first
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    with contextlib.suppress(ImportError):
+        triton_audit.hasten_interpreter()
 
 torch.set_num_threads(int(os.environ.get("PETAL_TEST_THREADS", "2")))

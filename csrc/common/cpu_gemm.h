@@ -210,19 +210,43 @@ inline void round_rows(float* p, int64_t n) {
   }
 }
 
+typedef float v4 __attribute__((vector_size(16)));
+typedef float v4_mem __attribute__((vector_size(16), aligned(4), may_alias));
+
+// dst[i * to + j] = src[j * from + i] for i, j < 4.
+PETAL_INLINE void transpose4(float* dst, int64_t to, const float* src, int64_t from) {
+  const v4 a = *reinterpret_cast<const v4_mem*>(src), b = *reinterpret_cast<const v4_mem*>(src + from);
+  const v4 c = *reinterpret_cast<const v4_mem*>(src + 2 * from);
+  const v4 d = *reinterpret_cast<const v4_mem*>(src + 3 * from);
+  const v4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const v4 cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd1 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  *reinterpret_cast<v4_mem*>(dst) = __builtin_shufflevector(ab0, cd0, 0, 1, 4, 5);
+  *reinterpret_cast<v4_mem*>(dst + to) = __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7);
+  *reinterpret_cast<v4_mem*>(dst + 2 * to) = __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5);
+  *reinterpret_cast<v4_mem*>(dst + 3 * to) = __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7);
+}
+
 // Panel j of the right operand B[K, cols], element (k, c) at src[k * sk + c * sc] -> dst[K][kNR].
 template <typename T>
 inline void pack_panel(float* dst, const T* src, int64_t sk, int64_t sc, int64_t K, int64_t cols, int64_t j) {
   const int64_t n = least(kNR, cols - j * kNR);
   src += j * kNR * sc;
+  int64_t k = 0;
   if (sc == 1 && n == kNR) {
-    for (int64_t k = 0; k < K; ++k) {
+    for (; k < K; ++k) {
       store(dst + k * kNR, load(src + k * sk));
       store(dst + k * kNR + kVL, load(src + k * sk + kVL));
     }
-    return;
+  } else if (sk == 1 && n == kNR) {
+    float block[kNR * kVL];
+    for (; k + kVL <= K; k += kVL) {
+      for (int64_t c = 0; c < kNR; ++c) store(block + c * kVL, load(src + c * sc + k));
+      for (int64_t c = 0; c < kNR; c += 4) {
+        for (int64_t i = 0; i < kVL; i += 4) transpose4(dst + (k + i) * kNR + c, kNR, block + c * kVL + i, kVL);
+      }
+    }
   }
-  for (int64_t k = 0; k < K; ++k) {
+  for (; k < K; ++k) {
     for (int64_t c = 0; c < n; ++c) dst[k * kNR + c] = to_float(src[k * sk + c * sc]);
     for (int64_t c = n; c < kNR; ++c) dst[k * kNR + c] = 0.0f;
   }

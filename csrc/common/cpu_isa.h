@@ -20,6 +20,18 @@ struct CpuDropout {
   float scale;
 };
 
+// What every table of kernels begins with: the tile's shape and the handling of operands.
+struct CpuOperands {
+  int64_t panel;      // columns of a packed panel
+  int64_t tile_rows;  // rows of a register tile
+  // Panels [j0, j1) of the right operand B[K, cols], element (k, c) at src[k * sk + c * sc].
+  void (*pack)(float* dst, const void* src, CpuType, int64_t sk, int64_t sc, int64_t K, int64_t cols,
+               int64_t j0, int64_t j1);
+  // Sum of `splits` partials of panel j, in order, rounded to element (r, c) at dst[r * sr + c * sc].
+  void (*reduce)(void* dst, CpuType, int64_t sr, int64_t sc, const float* partials, int64_t splits,
+                 int64_t R, int64_t cols, int64_t j);
+};
+
 enum class Isa : int32_t { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
 
 #define PETAL_DECLARE_PER_ISA(function) \

@@ -1,5 +1,6 @@
-// An fp32 intermediate as an operand of tensor cores: v = hi + lo with both halves in the 16-bit type, so that a product with it loses 2^-17 (bf16) or
-// less in place of 2^-9 and the result is rounded once. In fp32 it is kept as it is.
+// An fp32 intermediate as an operand of tensor cores: v = hi + lo with both halves in the 16-bit
+// type, so that a product with it loses 2^-17 (bf16) or less in place of 2^-9 and the result is
+// rounded once. In fp32 it is kept as it is.
 #pragma once
 
 #include "tile.cuh"
@@ -31,7 +32,8 @@ __device__ __forceinline__ void keep_parts(T* block, const float* stage) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float hi = to_float(from_float<T>(v[j]));
-        v[j] = fabsf(hi) <= 3.4028235e38f ? v[j] - hi : 0.0f;  // infinities and NaNs are in hi alone
+        v[j] =
+            fabsf(hi) <= 3.4028235e38f ? v[j] - hi : 0.0f;  // infinities and NaNs are in hi alone
       }
       store8<T>(p + kPartElements<T>, v, 8, true);
     }

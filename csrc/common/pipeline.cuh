@@ -1,4 +1,5 @@
-// The main loop of every product here: a ring of shared-memory stages filled by cp.async while the oldest one is multiplied.
+// The main loop of every product here: a ring of shared-memory stages filled by cp.async while the
+// oldest one is multiplied.
 #pragma once
 
 #include "tile.cuh"
@@ -17,8 +18,9 @@ struct Ring {
   __device__ __forceinline__ T* b(int64_t tile) const { return a(tile) + A_ELEMENTS; }
 };
 
-// load(tile) starts the copies of a tile into its stage, mask(tile) says whether it changed the stage in place, use(tile) multiplies. Every thread of the
-// block takes part; on return no copy is in flight, but other threads may still be reading the last stage.
+// load(tile) starts the copies of a tile into its stage, mask(tile) says whether it changed the
+// stage in place, use(tile) multiplies. Every thread of the block takes part; on return no copy is
+// in flight, but other threads may still be reading the last stage.
 template <class Load, class Mask, class Use>
 __device__ __forceinline__ void run_pipeline(int64_t tiles, Load load, Mask mask, Use use) {
 #pragma unroll
@@ -28,7 +30,8 @@ __device__ __forceinline__ void run_pipeline(int64_t tiles, Load load, Mask mask
   }
   for (int64_t tile = 0; tile < tiles; ++tile) {
     cp_async_wait<kStages - 2>();
-    __syncthreads();  // the tile is there for all, and all are done with the stage that the next load overwrites
+    __syncthreads();  // the tile is there for all, and all are done with the stage that the next
+                      // load overwrites
     if (tile + kStages - 1 < tiles) load(tile + kStages - 1);
     cp_async_commit();
     if (mask(tile)) __syncthreads();

@@ -1,4 +1,5 @@
-// The second stage of every split reduction: fp32 partials summed in a fixed order and rounded once; and the sum of a warp.
+// The second stage of every split reduction: fp32 partials summed in a fixed order and rounded
+// once; and the sum of a warp.
 #pragma once
 
 #include "dispatch.h"
@@ -16,9 +17,11 @@ struct FoldTarget {
   float scale;
 };
 
-// target[r, c] = scale * sum_s partial[s][r][c] for one 32 x 32 tile, s ascending; partial is [splits][rows][cols] with `split_stride` elements from
-// split to split. Columns are read side by side; a target whose rows are adjacent in memory is written through shared memory.
-__device__ __forceinline__ void fold_tile(const float* partial, int64_t split_stride, int64_t splits, int64_t rows, int64_t cols, int64_t row0,
+// target[r, c] = scale * sum_s partial[s][r][c] for one 32 x 32 tile, s ascending; partial is
+// [splits][rows][cols] with `split_stride` elements from split to split. Columns are read side by
+// side; a target whose rows are adjacent in memory is written through shared memory.
+__device__ __forceinline__ void fold_tile(const float* partial, int64_t split_stride,
+                                          int64_t splits, int64_t rows, int64_t cols, int64_t row0,
                                           int64_t col0, const FoldTarget& target) {
   PETAL_SHARED(shared);
   float* const tile = reinterpret_cast<float*>(shared);
@@ -37,7 +40,9 @@ __device__ __forceinline__ void fold_tile(const float* partial, int64_t split_st
   for (int i = line; i < kFoldTile; i += kLines) {
     const int r = along_rows ? lane : i, c = along_rows ? i : lane;
     const int64_t row = row0 + r, col = col0 + c;
-    if (row < rows && col < cols) store_as(target.data, target.dtype, row * target.stride_row + col * target.stride_col, tile[r * (kFoldTile + 1) + c]);
+    if (row < rows && col < cols)
+      store_as(target.data, target.dtype, row * target.stride_row + col * target.stride_col,
+               tile[r * (kFoldTile + 1) + c]);
   }
 }
 

@@ -1,8 +1,10 @@
-// Tiles: global -> shared loads with ragged edges, dropout in place, and C += A B^T on a block tile.
+// Tiles: global -> shared loads with ragged edges, dropout in place, and C += A B^T on a block
+// tile.
 //
-// A shared tile mirrors its piece of the row-major global matrix, padded by 16 bytes per row so that the eight row addresses of an
-// ldmatrix fall into different banks. Whether the contraction runs along the rows or the columns of that matrix is a template parameter of
-// the product (A_KC / B_KC: the contraction index is the contiguous one), so no operand is ever transposed in memory.
+// A shared tile mirrors its piece of the row-major global matrix, padded by 16 bytes per row so
+// that the eight row addresses of an ldmatrix fall into different banks. Whether the contraction
+// runs along the rows or the columns of that matrix is a template parameter of the product (A_KC /
+// B_KC: the contraction index is the contiguous one), so no operand is ever transposed in memory.
 #pragma once
 
 #include "mma.cuh"
@@ -11,19 +13,26 @@
 
 namespace petal {
 
+// For __launch_bounds__: rings of tiles fill the shared memory before registers run out; not told
+// so, ptxas aims at more blocks than fit, and spills.
+constexpr int kMinBlocks = 1;
+
 template <typename T, int COLS>
 constexpr int kLd = COLS + kVec<T>;
 template <typename T, int ROWS, int COLS>
 constexpr int kTileElements = ROWS * kLd<T, COLS>;
 template <typename T>
-constexpr int kDepth = 128 / static_cast<int>(sizeof(T));  // contraction depth of one stage: 128 bytes
+constexpr int kDepth =
+    128 / static_cast<int>(sizeof(T));  // contraction depth of one stage: 128 bytes
 
-// Rows [row0, row0 + ROWS) x columns [col0, col0 + COLS) of a matrix of `rows` x `cols`; zeros outside.
+// Rows [row0, row0 + ROWS) x columns [col0, col0 + COLS) of a matrix of `rows` x `cols`; zeros
+// outside.
 template <typename T, int ROWS, int COLS>
-__device__ __forceinline__ void load_tile(T* tile, const T* data, int64_t stride, bool vec, int64_t row0, int64_t rows,
-                                          int64_t col0, int64_t cols) {
+__device__ __forceinline__ void load_tile(T* tile, const T* data, int64_t stride, bool vec,
+                                          int64_t row0, int64_t rows, int64_t col0, int64_t cols) {
   constexpr int kChunks = COLS / kVec<T>;
-#pragma unroll 1  // copies do not wait for each other; unrolled, their addresses only cost registers
+#pragma unroll 1  // copies do not wait for each other; unrolled, their addresses only cost
+                  // registers
   for (int i = threadIdx.x; i < ROWS * kChunks; i += kThreads) {
     const int r = i / kChunks, c = (i % kChunks) * kVec<T>;
     T* const target = tile + r * kLd<T, COLS> + c;
@@ -46,10 +55,12 @@ struct MaskSource {
   }
 };
 
-// Zeroes the dropped elements of a shared tile whose first element is (row0, col0) of the masked matrix. The factor of the kept elements
-// belongs into the fp32 epilogue of the product: operands stay exact.
+// Zeroes the dropped elements of a shared tile whose first element is (row0, col0) of the masked
+// matrix. The factor of the kept elements belongs into the fp32 epilogue of the product: operands
+// stay exact.
 template <typename T, int ROWS, int COLS>
-__device__ __forceinline__ void mask_tile(T* tile, const MaskSource& mask, uint32_t stream, int64_t row0, int64_t col0) {
+__device__ __forceinline__ void mask_tile(T* tile, const MaskSource& mask, uint32_t stream,
+                                          int64_t row0, int64_t col0) {
   constexpr int kGroups = COLS / kDropoutGroup;
   for (int i = threadIdx.x; i < ROWS * kGroups; i += kThreads) {
     const int r = i / kGroups, c = (i % kGroups) * kDropoutGroup;
@@ -67,12 +78,12 @@ __device__ __forceinline__ void mask_tile(T* tile, const MaskSource& mask, uint3
   }
 }
 
-// C [BM, BN] += A [BM, DEPTH] B [BN, DEPTH]^T on tensor cores; warps WM x WN over C and WK over the contraction.
-// A tile: [BM][DEPTH] if A_KC else [DEPTH][BM]; B tile: [BN][DEPTH] if B_KC else [DEPTH][BN]; LDA, LDB: elements from row to row where a tile
-// is a piece of a larger one.
-template <typename T, int BM, int BN, int DEPTH, bool A_KC, bool B_KC, int WM, int WN, int WK, int LDA = kLd<T, A_KC ? DEPTH : BM>,
-          int LDB = kLd<T, B_KC ? DEPTH : BN>>
-struct TileProduct {
+// C [BM, BN] += A [BM, DEPTH] B [BN, DEPTH]^T on tensor cores; warps WM x WN over C and WK over the
+// contraction. A tile: [BM][DEPTH] if A_KC else [DEPTH][BM]; B tile: [BN][DEPTH] if B_KC else
+// [DEPTH][BN]; LDA, LDB: elements from row to row where a tile is a piece of a larger one.
+template <typename T, int BM, int BN, int DEPTH, bool A_KC, bool B_KC, int WM, int WN, int WK,
+          int LDA = kLd < T, A_KC ? DEPTH : BM>
+, int LDB = kLd < T, B_KC ? DEPTH : BN >> struct TileProduct {
   static_assert(WM * WN * WK * kWarp == kThreads, "four warps");
   static constexpr int kRows = BM / WM, kCols = BN / WN, kM = kRows / 16, kN = kCols / 8;
   static_assert(kM >= 1 && kN >= 2 && kN % 2 == 0 && DEPTH % (16 * WK) == 0, "warp tile");
@@ -124,7 +135,8 @@ struct TileProduct {
 
   __device__ __forceinline__ void store(float* stage) const {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const int row = (warp % WM) * kRows + lane / 4, col = (warp / WM % WN) * kCols + lane % 4 * 2, slice = warp / (WM * WN);
+    const int row = (warp % WM) * kRows + lane / 4, col = (warp / WM % WN) * kCols + lane % 4 * 2,
+              slice = warp / (WM * WN);
     float* const p = stage + (slice * BM + row) * (BN + 8) + col;
 #pragma unroll
     for (int m = 0; m < kM; ++m)
@@ -140,10 +152,12 @@ struct TileProduct {
   }
 };
 
-// The same on the FMA pipes in IEEE fp32. A thread owns a kM x kN piece of C; along a contiguous operand its elements are runs of four.
+// The same on the FMA pipes in IEEE fp32. A thread owns a kM x kN piece of C; along a contiguous
+// operand its elements are runs of four.
 template <int BM, int BN, int DEPTH, bool A_KC, bool B_KC, int WM, int WN, int WK, int LDA, int LDB>
 struct TileProduct<float, BM, BN, DEPTH, A_KC, B_KC, WM, WN, WK, LDA, LDB> {
-  static constexpr int kAcross = BN >= 64 ? 16 : 8, kDown = kThreads / kAcross;  // threads along a row and a column of C
+  static constexpr int kAcross = BN >= 64 ? 16 : 8,
+                       kDown = kThreads / kAcross;  // threads along a row and a column of C
   static constexpr int kM = BM / kDown, kN = BN / kAcross;
   static_assert(kM >= 1 && kN >= 1 && DEPTH % 4 == 0, "thread tile");
   static constexpr int kCopies = 1;
@@ -154,8 +168,12 @@ struct TileProduct<float, BM, BN, DEPTH, A_KC, B_KC, WM, WN, WK, LDA, LDB> {
     if constexpr (RUNS && COUNT % 4 == 0) return i / 4 * (ACROSS * 4) + thread * 4 + i % 4;
     return thread + i * ACROSS;
   }
-  static __device__ __forceinline__ int row(int i) { return index<!A_KC, kM, kDown>(threadIdx.x / kAcross, i); }
-  static __device__ __forceinline__ int col(int i) { return index<!B_KC, kN, kAcross>(threadIdx.x % kAcross, i); }
+  static __device__ __forceinline__ int row(int i) {
+    return index<!A_KC, kM, kDown>(threadIdx.x / kAcross, i);
+  }
+  static __device__ __forceinline__ int col(int i) {
+    return index<!B_KC, kN, kAcross>(threadIdx.x % kAcross, i);
+  }
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -166,7 +184,8 @@ struct TileProduct<float, BM, BN, DEPTH, A_KC, B_KC, WM, WN, WK, LDA, LDB> {
 
   // Four contraction steps of one operand: v[index][step].
   template <bool KC, int COUNT, int LD, class Index>
-  static __device__ __forceinline__ void fetch(float (&v)[COUNT][4], const float* tile, int k, Index index_of) {
+  static __device__ __forceinline__ void fetch(float (&v)[COUNT][4], const float* tile, int k,
+                                               Index index_of) {
     if constexpr (KC) {
 #pragma unroll
       for (int i = 0; i < COUNT; ++i) {
@@ -179,7 +198,8 @@ struct TileProduct<float, BM, BN, DEPTH, A_KC, B_KC, WM, WN, WK, LDA, LDB> {
       for (int s = 0; s < 4; ++s)
 #pragma unroll
         for (int i = 0; i < COUNT; i += 4) {
-          const Pack<float> pack = *reinterpret_cast<const Pack<float>*>(tile + (k + s) * LD + index_of(i));
+          const Pack<float> pack =
+              *reinterpret_cast<const Pack<float>*>(tile + (k + s) * LD + index_of(i));
 #pragma unroll
           for (int e = 0; e < 4; ++e) v[i + e][s] = pack.e[e];
         }
@@ -191,7 +211,8 @@ struct TileProduct<float, BM, BN, DEPTH, A_KC, B_KC, WM, WN, WK, LDA, LDB> {
     }
   }
 
-  // A stage is summed by itself and then added: the rounding error of a long contraction grows with the root of its stages, not of its elements.
+  // A stage is summed by itself and then added: the rounding error of a long contraction grows with
+  // the root of its stages, not of its elements.
   __device__ __forceinline__ void step(const float* a, const float* b) {
     float acc[kM][kN] = {};
 #pragma unroll 2
@@ -220,16 +241,24 @@ struct TileProduct<float, BM, BN, DEPTH, A_KC, B_KC, WM, WN, WK, LDA, LDB> {
   }
 };
 
-// The stage: C in fp32, [copies][BM][BN + 8]. A thread then owns whole groups of eight columns, which is what one call of the generator and one
-// 16-byte access serve; chunk(i) names the i-th of them.
+// The stage: C in fp32, [copies][BM][BN + 8]. A thread then owns whole groups of eight columns,
+// which is what one call of the generator and one 16-byte access serve; chunk(i) names the i-th of
+// them.
 template <int BM, int BN>
 struct Stage {
   static constexpr int kChunks = BM * BN / 8, kPerThread = (kChunks + kThreads - 1) / kThreads;
   static constexpr int kFloats = BM * (BN + 8);
-  static __device__ __forceinline__ bool has(int i) { return kChunks % kThreads == 0 || threadIdx.x + i * kThreads < kChunks; }
-  static __device__ __forceinline__ int row(int i) { return (threadIdx.x + i * kThreads) / (BN / 8); }
-  static __device__ __forceinline__ int col(int i) { return (threadIdx.x + i * kThreads) % (BN / 8) * 8; }
-  // v = sum = v + sum, or v at the first call: a running sum in shared memory that only its owner touches.
+  static __device__ __forceinline__ bool has(int i) {
+    return kChunks % kThreads == 0 || threadIdx.x + i * kThreads < kChunks;
+  }
+  static __device__ __forceinline__ int row(int i) {
+    return (threadIdx.x + i * kThreads) / (BN / 8);
+  }
+  static __device__ __forceinline__ int col(int i) {
+    return (threadIdx.x + i * kThreads) % (BN / 8) * 8;
+  }
+  // v = sum = v + sum, or v at the first call: a running sum in shared memory that only its owner
+  // touches.
   static __device__ __forceinline__ void accumulate(float (&v)[8], float* sum, int i, bool first) {
     if (!has(i)) return;
     float* const p = sum + row(i) * (BN + 8) + col(i);

@@ -1,4 +1,5 @@
-// Element types and 8-wide accesses: conversion to and from fp32 (round to nearest even), one 8-column group per call.
+// Element types and 8-wide accesses: conversion to and from fp32 (round to nearest even), one
+// 8-column group per call.
 #pragma once
 
 #include "device.cuh"
@@ -9,9 +10,15 @@ namespace petal {
 template <typename T>
 constexpr int kVec = 16 / static_cast<int>(sizeof(T));  // elements of one 16-byte access
 
-__device__ __forceinline__ float to_float(float v) { return v; }
-__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_float(float v) {
+  return v;
+}
+__device__ __forceinline__ float to_float(__half v) {
+  return __half2float(v);
+}
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) {
+  return __bfloat162float(v);
+}
 
 template <typename T>
 __device__ __forceinline__ T from_float(float v);
@@ -78,7 +85,8 @@ __device__ __forceinline__ void store_as(void* data, DType dtype, int64_t index,
   }
 }
 
-__device__ __forceinline__ void store8_as(void* data, DType dtype, int64_t index, const float (&v)[8], int valid, bool vec) {
+__device__ __forceinline__ void store8_as(void* data, DType dtype, int64_t index,
+                                          const float (&v)[8], int valid, bool vec) {
   if (dtype == DType::kFloat32) {
     store8<float>(static_cast<float*>(data) + index, v, valid, vec);
   } else if (dtype == DType::kFloat16) {

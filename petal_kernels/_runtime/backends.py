@@ -101,8 +101,14 @@ class Explanation:
 
     operator: str
     rows: tuple[tuple[str, tuple[str, ...]], ...]
-    choice: str
+    backend: str
+    plan: str | None = None
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def choice(self) -> str:
+        """The chosen backend, and plan where the operator has several, in words."""
+        return f"runs on {self.backend}" + (f", plan {self.plan}" if self.plan else "")
 
     def __str__(self) -> str:
         lines = [f"{self.operator}: {self.choice}"]

@@ -1,4 +1,5 @@
-"""What this machine has: compiled extensions, Triton, CUDA. Looked up when first asked for, cached, never at import."""
+"""What this machine has: compiled extensions, Triton, CUDA. Looked up when first asked for, cached,
+never at import."""
 
 from __future__ import annotations
 

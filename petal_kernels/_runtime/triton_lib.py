@@ -1,8 +1,9 @@
-"""Triton building blocks of two or more operators: the dropout tile, and the host's view of the device.
+"""Triton building blocks of two or more operators: the dropout tile, and the host's view of the
+device.
 
-``dropout_keep`` draws the keep mask of ``_runtime/philox.py`` for a tile: one Philox4x32-7 call serves eight columns,
-its four words split into 16-bit lanes that are joined back in column order. Importing this file needs the triton
-package, nothing else: no device is touched.
+``dropout_keep`` draws the keep mask of ``_runtime/philox.py`` for a tile: one Philox4x32-7 call
+serves eight columns, its four words split into 16-bit lanes that are joined back in column order.
+Importing this file needs the triton package, nothing else: no device is touched.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
-def dropout_keep(seed, stream, offs_m, col0, COLS: tl.constexpr, threshold):  # type: ignore[no-untyped-def]
+def dropout_keep(  # type: ignore[no-untyped-def]
+    seed, stream, offs_m, col0, COLS: tl.constexpr, threshold
+):
     """Keep mask ``[len(offs_m), COLS]`` of columns ``col0 ..``; ``col0`` is a multiple of 8.
 
     ``stream`` is the generator's offset plus the stream's number, ``offs_m`` int64 rows.
@@ -34,13 +37,14 @@ def dropout_keep(seed, stream, offs_m, col0, COLS: tl.constexpr, threshold):  # 
     row_lo = (offs_m & 0xFFFFFFFF).to(tl.uint32)[:, None]
     row_hi = (offs_m >> 32).to(tl.uint32)[:, None]
     group = (col0 // 8 + tl.arange(0, GROUPS)).to(tl.uint32)[None, :]
-    # Fully shaped counters: the first rounds would otherwise run on [M, 1] and [1, G] vectors, whose layouts
-    # differ from the tile's and cost conversions.
+    # Fully shaped counters: the first rounds would otherwise run on [M, 1] and [1, G] vectors,
+    # whose layouts differ from the tile's and cost conversions.
     row_lo, group = tl.broadcast(row_lo, group)
     row_hi, group = tl.broadcast(row_hi, group)
     last = tl.zeros_like(group) + (stream & 0xFFFFFFFF).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, row_lo, row_hi, group, last, 7)
-    # join appends the fastest axis: first the word's high index bit, then its low one, then the half.
+    # join appends the fastest axis: first the word's high index bit, then its low one, then the
+    # half.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     lanes = tl.join(words & 0xFFFF, words >> 16)
     keep = lanes.to(tl.int32) >= threshold
@@ -49,17 +53,20 @@ def dropout_keep(seed, stream, offs_m, col0, COLS: tl.constexpr, threshold):  # 
 
 @triton.jit
 def pick(k, a, b, c, d):  # type: ignore[no-untyped-def]
-    """The k-th of four scalars (sizes, strides or pointers of one type), k known only at run time."""
+    """The k-th of four scalars (sizes, strides or pointers of one type), k known only at run
+    time."""
     return tl.where(k == 0, a, tl.where(k == 1, b, tl.where(k == 2, c, d)))
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter: fixed when the kernel files are first imported."""
+    """Whether kernels run in Triton's interpreter: fixed when the kernel files are first
+    imported."""
     return not isinstance(pick, triton.JITFunction)
 
 
 def device_reasons(*tensors: Tensor | None, dtypes: Iterable[torch.dtype] = ()) -> list[str]:
-    """Why Triton kernels cannot run on these tensors (or write these dtypes), whatever the operator."""
+    """Why Triton kernels cannot run on these tensors (or write these dtypes), whatever the
+    operator."""
     reasons = []
     present = [t for t in tensors if t is not None]
     dtypes = dict.fromkeys((*(t.dtype for t in present), *dtypes))
@@ -79,7 +86,7 @@ def device_reasons(*tensors: Tensor | None, dtypes: Iterable[torch.dtype] = ()) 
     return reasons
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _capability(index: int) -> tuple[int, int]:
     major, minor = torch.cuda.get_device_capability(index)
     return major, minor
@@ -87,7 +94,8 @@ def _capability(index: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Machine:
-    """What launch tables are keyed by: ``arch`` is 80, 90, 100, or 0 for the interpreter's small tiles."""
+    """What launch tables are keyed by: ``arch`` is 80, 90, 100, or 0 for the interpreter's small
+    tiles."""
 
     arch: int
     processors: int
@@ -96,10 +104,11 @@ class Machine:
 _INTERPRETER = Machine(0, 2)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cuda_machine(index: int) -> Machine:
     major, _ = _capability(index)
-    # 8.x and the consumer chips (12.x) share mma.sync and at least 99 KiB of shared memory per block.
+    # 8.x and the consumer chips (12.x) share mma.sync and at least 99 KiB of shared memory per
+    # block.
     arch = {9: 90, 10: 100, 11: 100}.get(major, 80)
     return Machine(arch, torch.cuda.get_device_properties(index).multi_processor_count)
 
@@ -116,7 +125,8 @@ def precision() -> str:
 
 def padded_rank(rank: int) -> int:
     """The power of two, at least 16, that a tile spans for ``rank`` columns."""
-    return max(16, triton.next_power_of_2(rank))
+    padded: int = triton.next_power_of_2(rank)
+    return max(16, padded)
 
 
 def four(values: list[Any]) -> list[Any]:
@@ -161,5 +171,6 @@ class Shipped:
 
 
 def on_device(t: Tensor) -> AbstractContextManager[Any]:
-    """Make the tensor's device the current one: Triton launches on the current device, whatever its arguments."""
+    """Make the tensor's device the current one: Triton launches on the current device, whatever its
+    arguments."""
     return torch.cuda.device(t.device) if t.device.type == "cuda" else nullcontext()

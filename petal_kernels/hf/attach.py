@@ -297,7 +297,7 @@ def _build_adapter(found: Found, config: PetalConfig) -> PetalAdapter:
         sites = found.sites(branch)
         if not sites:
             continue
-        shapes = {(int(s.base.in_features), int(s.base.out_features)) for s in sites}  # type: ignore[arg-type]
+        shapes = {site.shape for site in sites}
         if len(shapes) != 1:
             raise ValueError(
                 f"model: want one (in, out) shape for all {branch} projections, which share their "

@@ -37,8 +37,8 @@ def base_signature(found: Found) -> dict[str, Any]:
     """What an adapter needs of its base: the stack's class, its layers, the projections' shapes."""
     projections: dict[str, dict[str, int]] = {}
     for site in found.sites():
-        shape = {"in": int(site.base.in_features), "out": int(site.base.out_features)}  # type: ignore[arg-type]
-        entry = projections.setdefault(site.row.role, {"count": 0, **shape})
+        d_in, d_out = site.shape
+        entry = projections.setdefault(site.row.role, {"count": 0, "in": d_in, "out": d_out})
         entry["count"] += 1
     return {
         "stack": class_name(found.stack, found.family.stack),
@@ -83,7 +83,7 @@ class Saved:
 
 
 def check_tensors(where: str, got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
-    """ValueError unless `got` has exactly the names, shapes and dtypes of `want`."""
+    """ValueError unless `got` has the names and shapes of `want`, and dtypes that fit."""
     missing, unexpected = sorted(set(want) - set(got)), sorted(set(got) - set(want))
     if missing or unexpected:
         raise ValueError(f"{where}: missing keys {missing}, unexpected keys {unexpected}")
@@ -92,8 +92,18 @@ def check_tensors(where: str, got: Mapping[str, Tensor], want: Mapping[str, Tens
             raise ValueError(
                 f"{where}: {name}: want shape {list(tensor.shape)}, got {list(got[name].shape)}"
             )
-        if got[name].dtype != tensor.dtype:
-            raise ValueError(f"{where}: {name}: want {tensor.dtype}, got {got[name].dtype}")
+        if not _fits(name, got[name].dtype, tensor.dtype):
+            raise ValueError(
+                f"{where}: {name}: want {tensor.dtype} (or what converts to it exactly), "
+                f"got {got[name].dtype}"
+            )
+
+
+def _fits(name: str, got: torch.dtype, want: torch.dtype) -> bool:
+    """Adapters are only ever widened; modules trained whole follow the dtype of their base."""
+    if name.startswith(EXTRA + "."):
+        return got.is_floating_point == want.is_floating_point
+    return torch.promote_types(got, want) == want
 
 
 def write(
@@ -102,6 +112,7 @@ def write(
     signature: dict[str, Any],
     state: Mapping[str, Tensor],
 ) -> None:
+    """Writes an adapter; an interruption leaves the files that were there, or is noticed later."""
     from safetensors.torch import save
 
     meta = [name for name, tensor in state.items() if tensor.is_meta]
@@ -128,19 +139,24 @@ def write(
         },
     }
     text = json.dumps(values, indent=2) + "\n"
-    temporary = [_synced(folder, TENSORS, data), _synced(folder, CONFIG, text.encode())]
-    for source, name in zip(temporary, (TENSORS, CONFIG), strict=True):
-        os.replace(source, folder / name)
+    contents = {TENSORS: data, CONFIG: text.encode()}
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in contents}
+    try:
+        for name, content in contents.items():
+            _write_synced(temporary[name], content)
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
     _sync_directory(folder)
 
 
-def _synced(folder: Path, name: str, data: bytes) -> Path:
-    path = folder / f".{name}.{os.getpid()}.tmp"
+def _write_synced(path: Path, data: bytes) -> None:
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return path
 
 
 def _sync_directory(folder: Path) -> None:

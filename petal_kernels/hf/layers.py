@@ -25,6 +25,7 @@ from petal_kernels.nn.frozen_linear import (
     FrozenLinear,
     compute_dtype,
     frozen_lowrank,
+    weight_is_plain,
 )
 from petal_kernels.nn.mode_approximation import ModeApproximation
 from petal_kernels.nn.published import published_context, published_residual
@@ -109,21 +110,41 @@ class LayerCall:
         self.a: Tensor | None = None
         self.c: Tensor | None = None
         self.waiting: dict[str, Waiting] = {}
+        self.projected: dict[str, Projected] = {}
         self.local: dict[str, tuple[Tensor, ...]] = {}
 
 
-class Waiting:
+class Seen:
+    """Marks results as those of one input: the very tensor, unchanged, in the same grad mode."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.version, self.grad = x, _version(x), torch.is_grad_enabled()
+
+    def matches(self, x: Tensor) -> bool:
+        same = x is self.x and self.version == _version(x)
+        return same and self.grad == torch.is_grad_enabled()
+
+
+class Waiting(Seen):
     """Outputs of a group computed for its first member; each is handed out once."""
 
     def __init__(self, x: Tensor, outputs: tuple[Tensor, ...]) -> None:
-        self.x, self.version, self.grad = x, _version(x), torch.is_grad_enabled()
+        super().__init__(x)
         self.outputs: list[Tensor | None] = list(outputs)
 
     def take(self, position: int, x: Tensor) -> Tensor | None:
-        if x is not self.x or self.version != _version(x) or self.grad != torch.is_grad_enabled():
+        if not self.matches(x):
             return None
         output, self.outputs[position] = self.outputs[position], None
         return output
+
+
+class Projected(Seen):
+    """x U^T of a group whose members are computed one at a time."""
+
+    def __init__(self, x: Tensor, hidden: Tensor) -> None:
+        super().__init__(x)
+        self.hidden = hidden
 
 
 class LayerSlot:
@@ -169,6 +190,7 @@ class LayerSlot:
 
 
 def fused_residual(y: Tensor, a: Tensor, pair: ScaleShift) -> Tensor:
+    """y + 0.1 (a * s + t)."""
     out: Tensor = pair(y, a)
     return out
 
@@ -192,17 +214,42 @@ class ModeGroup:
         call = self.slot.call
         if call is None:  # called outside its layer: nobody would fetch the others
             return self._compute(LayerCall(None), x, [member])[0]
+        if len(self.members) == 1:
+            return self._compute(call, x, self.members)[0]
+        if not all(weight_is_plain(each.base) for each in self.members):
+            # A special base is called in its own turn: what gathers, dequantises or watches it may
+            # hang on the wrapper that is running, not on this one's.
+            return self._compute(call, x, [member], self._projected(call, x))[0]
         waiting = call.waiting.get(self.name)
         output = waiting.take(position, x) if waiting is not None else None
         if output is None:
-            outputs = self._compute(call, x, self.members)
-            output = outputs[position]
-            if len(outputs) > 1:
-                call.waiting[self.name] = Waiting(x, outputs)
-                call.waiting[self.name].outputs[position] = None
+            call.waiting[self.name] = Waiting(x, self._compute(call, x, self.members))
+            output = call.waiting[self.name].take(position, x)
+            assert output is not None
         return output
 
-    def _compute(self, call: LayerCall, x: Tensor, members: list[ModeLinear]) -> tuple[Tensor, ...]:
+    def _projected(self, call: LayerCall, x: Tensor) -> Tensor:
+        hidden = self._shared_hidden(call, x)
+        if hidden is not None:
+            return hidden
+        known = call.projected.get(self.name)
+        if known is None or not known.matches(x):
+            down = self.slot.state.adapter.branch(self.branch).down
+            known = call.projected[self.name] = Projected(x, _project(x, down))
+        return known.hidden
+
+    def _shared_hidden(self, call: LayerCall, x: Tensor) -> Tensor | None:
+        if call.factors is None or self.branch != "image":
+            return None
+        return call.factors.hidden_of(x)
+
+    def _compute(
+        self,
+        call: LayerCall,
+        x: Tensor,
+        members: list[ModeLinear],
+        hidden: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         factors = self.slot.state.adapter.branch(self.branch)
         ups = self.slot.ups(call, self.branch, compute_dtype(x))
         first = self.slot.modes[self.branch].start
@@ -211,7 +258,7 @@ class ModeGroup:
             [member.base for member in members],
             factors.down,
             [ups[member.mode - first] for member in members],
-            hidden=call.factors.hidden_of(x) if call.factors and self.branch == "image" else None,
+            hidden=self._shared_hidden(call, x) if hidden is None else hidden,
             dropout=factors.dropout,
             training=members[0].training,
         )
@@ -241,6 +288,10 @@ class AdaptedLayer:
         kwargs.setdefault("petal_factors", self._petal_slot.state.factors)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time: pickle and deepcopy make it again from the layer's own.
+        return _rebuild, (_own_class(type(self)),), self.__dict__
+
     def forward(self, *args: Any, petal_factors: Factors | None = None, **kwargs: Any) -> Any:
         if getattr(self, "_is_replica", False):
             raise RuntimeError(
@@ -254,6 +305,15 @@ class AdaptedLayer:
             return slot.finish(call, super().forward(*args, **kwargs))  # type: ignore[misc]
         finally:
             slot.call = previous
+
+
+def _own_class(cls: type) -> type:
+    return cls.__mro__[cls.__mro__.index(AdaptedLayer) + 1]
+
+
+def _rebuild(own: type) -> Any:
+    cls = adapted_class(own)
+    return object.__new__(cls)
 
 
 _ADAPTED: dict[type, type] = {}
@@ -271,12 +331,14 @@ def adapted_class(cls: type) -> type:
 
 
 def capture_self(module: nn.Module, args: Any, output: Tensor) -> None:
+    """Forward hook of the self-attention block: keeps its output for the residual."""
     slot: LayerSlot = module.__dict__["_petal_slot"]
     if slot.call is not None:
         slot.call.a = output
 
 
 def capture_cross(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    """Forward hook of the cross-attention block: adds the context, keeps the result."""
     slot: LayerSlot = module.__dict__["_petal_slot"]
     call, state = slot.call, slot.state
     if call is None or not state.enabled:
@@ -307,6 +369,7 @@ def enter_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def leave_stack(module: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook of the stack, run after a failure too: the factors end with their forward."""
     state: State = module.__dict__["_petal_state"]
     state.factors = None
 

@@ -72,6 +72,7 @@ class Merged:
 
 @torch.no_grad()
 def merge(attachment: Attachment) -> Merged:
+    """Folds what can be folded and returns the report with the way back."""
     merged = Merged(MergeReport())
     report, state = merged.report, attachment._state
     folded_branches, open_branches = set(), set()

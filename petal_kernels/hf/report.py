@@ -77,6 +77,7 @@ def make_report(
     found: Found,
     implementation: str,
 ) -> Report:
+    """The report of an attachment, as it would run now."""
     own = {id(p) for p in adapter.parameters()}
     base = sum(p.numel() for p in model.parameters() if id(p) not in own)
     rows = _projection_rows(adapter, found, implementation)

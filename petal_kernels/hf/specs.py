@@ -79,6 +79,17 @@ class Site:
     base: nn.Module
     mode: int = -1  # row of the branch's mode matrix; set by `find`
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in_features, out_features) of the base."""
+        sizes = [getattr(self.base, name, None) for name in ("in_features", "out_features")]
+        if not all(isinstance(size, int) for size in sizes):
+            raise ValueError(
+                f"{self.path}: want a linear layer with in_features and out_features, got a "
+                f"{type(self.base).__name__}"
+            )
+        return sizes[0], sizes[1]  # type: ignore[return-value]
+
 
 @dataclass
 class LayerSite:

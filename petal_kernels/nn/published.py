@@ -60,11 +60,13 @@ def _weight_dtype(x: Tensor) -> torch.dtype:
 
 
 def published_residual(y: Tensor, a: Tensor, pair: ScaleShift) -> Tensor:
+    """y + 0.1 (a * s + t)."""
     scale, shift = pair.scale.to(a.dtype), pair.shift.to(a.dtype)
     return y + RESIDUAL_SCALE * (a * scale + shift)
 
 
 def published_context(c: Tensor, a: Tensor) -> Tensor:
+    """c[:, 0] += 0.1 mean_b a[:, 0], in place."""
     context = torch.mean(a[:, 0, :], dim=0)
     c[:, 0, :] += CONTEXT_SCALE * context
     return c

@@ -1,9 +1,12 @@
-"""The command `petal-kernels`: a table of subcommands, each a module with `main(arguments) -> exit code`."""
+"""The command `petal-kernels`: a table of subcommands, each a module with `main(arguments) -> exit
+code`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +18,20 @@ class Command:
 
     module: str
     summary: str
+    needs: tuple[str, ...] = ()
+    extra: str = ""
+
+    def missing(self) -> list[str]:
+        """Packages that the command needs and that are not installed."""
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         "petal_kernels.tools.demo",
         "teach a small vision-language model a new instruction through fused PETAL layers",
+        needs=("transformers", "safetensors", "mlxtend", "matplotlib"),
+        extra="demo",
     ),
 }
 
@@ -48,7 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 2
-    module = importlib.import_module(COMMANDS[options.command].module)
+    command = COMMANDS[options.command]
+    if missing := command.missing():
+        parser.error(
+            f"{options.command} needs {', '.join(missing)}: "
+            f"pip install 'petal-kernels[{command.extra}]'"
+        )
+    module = importlib.import_module(command.module)
     code: int = module.main(arguments[at + 1 :])
     return code
 

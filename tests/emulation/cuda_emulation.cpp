@@ -97,7 +97,8 @@ Settings the_settings;
 void to_scheduler(bool finished) {
   Fiber& fiber = *machine.current;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(finished ? nullptr : &fiber.fake_stack, machine.scheduler_stack, machine.scheduler_stack_bytes);
+  __sanitizer_start_switch_fiber(finished ? nullptr : &fiber.fake_stack, machine.scheduler_stack,
+                                 machine.scheduler_stack_bytes);
 #else
   static_cast<void>(finished);
 #endif
@@ -107,13 +108,15 @@ void to_scheduler(bool finished) {
   swapcontext(&fiber.context, &machine.scheduler);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(machine.current->fake_stack, &machine.scheduler_stack, &machine.scheduler_stack_bytes);
+  __sanitizer_finish_switch_fiber(machine.current->fake_stack, &machine.scheduler_stack,
+                                  &machine.scheduler_stack_bytes);
 #endif
 }
 
 void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_bytes);
+  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack,
+                                  &machine.scheduler_stack_bytes);
 #endif
   (*machine.kernel)();
   machine.current->state = State::kDone;
@@ -123,7 +126,8 @@ void fiber_main() {
 
 void prepare(Fiber& fiber, unsigned thread) {
   if (fiber.stack == nullptr) {
-    void* const memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* const memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) std::abort();
     fiber.stack = static_cast<unsigned char*>(memory);
   }
@@ -165,7 +169,8 @@ void resume(Fiber& fiber) {
 #endif
 }
 
-// A permutation of 0 .. n-1: the identity for seed 0. (A Fisher-Yates shuffle on a linear congruential sequence: reproducible everywhere.)
+// A permutation of 0 .. n-1: the identity for seed 0. (A Fisher-Yates shuffle on a linear
+// congruential sequence: reproducible everywhere.)
 std::vector<unsigned> permutation(unsigned n, uint64_t seed) {
   std::vector<unsigned> order(n);
   std::iota(order.begin(), order.end(), 0u);
@@ -177,7 +182,8 @@ std::vector<unsigned> permutation(unsigned n, uint64_t seed) {
   return order;
 }
 
-// Runs all threads of the current block to their end. False: some wait at a barrier that the others have left behind.
+// Runs all threads of the current block to their end. False: some wait at a barrier that the others
+// have left behind.
 bool run_block() {
   for (;;) {
     bool ran = false, waiting = false;
@@ -199,9 +205,13 @@ bool run_block() {
 
 }  // namespace
 
-Settings& settings() { return the_settings; }
+Settings& settings() {
+  return the_settings;
+}
 
-unsigned char* dynamic_shared() { return machine.shared; }
+unsigned char* dynamic_shared() {
+  return machine.shared;
+}
 
 void block_barrier() {
   machine.current->state = State::kAtBlockBarrier;
@@ -219,7 +229,8 @@ void warp_barrier() {
   self.state = State::kAtWarpBarrier;
   if (++machine.at_warp[warp] == machine.warp_size[warp]) {
     machine.at_warp[warp] = 0;
-    for (unsigned lane = 0; lane < machine.warp_size[warp]; ++lane) machine.fibers[warp * kWarp + lane].state = State::kReady;
+    for (unsigned lane = 0; lane < machine.warp_size[warp]; ++lane)
+      machine.fibers[warp * kWarp + lane].state = State::kReady;
   }
   to_scheduler(false);
 }
@@ -234,7 +245,9 @@ void async_copy(void* shared, const void* global, int bytes) {
   self.copies.push_back({shared, global, bytes, self.group});
 }
 
-void async_commit() { ++machine.current->group; }
+void async_commit() {
+  ++machine.current->group;
+}
 
 void async_wait(int pending) {
   Fiber& self = *machine.current;
@@ -245,7 +258,8 @@ void async_wait(int pending) {
       continue;
     }
     if (copy.bytes > 0) std::memcpy(copy.shared, copy.global, static_cast<size_t>(copy.bytes));
-    std::memset(static_cast<unsigned char*>(copy.shared) + copy.bytes, 0, static_cast<size_t>(16 - copy.bytes));
+    std::memset(static_cast<unsigned char*>(copy.shared) + copy.bytes, 0,
+                static_cast<size_t>(16 - copy.bytes));
   }
   self.copies.resize(kept);
 }
@@ -263,16 +277,19 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
   const unsigned warps = (block.x + kWarp - 1) / kWarp;
   machine.scratch.assign(static_cast<size_t>(warps) * 2 * kScratchBytes, 0);
   machine.warp_size.assign(warps, 0);
-  for (unsigned warp = 0; warp < warps; ++warp) machine.warp_size[warp] = std::min(kWarp, block.x - warp * kWarp);
+  for (unsigned warp = 0; warp < warps; ++warp)
+    machine.warp_size[warp] = std::min(kWarp, block.x - warp * kWarp);
   machine.order.assign(warps, {});
   const std::vector<unsigned> warp_order = permutation(warps, the_settings.thread_seed);
-  for (unsigned thread : permutation(block.x, the_settings.thread_seed)) machine.order[warp_order[thread / kWarp]].push_back(thread);
+  for (unsigned thread : permutation(block.x, the_settings.thread_seed))
+    machine.order[warp_order[thread / kWarp]].push_back(thread);
   grid_size = grid;
   block_size = block;
   const unsigned blocks = grid.x * grid.y * grid.z;
   for (unsigned block_id : permutation(blocks, the_settings.block_seed)) {
     block_index = dim3(block_id % grid.x, block_id / grid.x % grid.y, block_id / grid.x / grid.y);
-    // Allocated anew per block and no byte larger than asked for, so that the address sanitizer sees an overrun.
+    // Allocated anew per block and no byte larger than asked for, so that the address sanitizer
+    // sees an overrun.
     void* shared = nullptr;
     if (posix_memalign(&shared, 128, std::max<size_t>(shared_bytes, 1)) != 0) std::abort();
     std::memset(shared, 0xFF, shared_bytes);
@@ -290,3 +307,9 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
 }
 
 }  // namespace petal_emulation
+
+// For the tests, through ctypes.
+extern "C" __attribute__((visibility("default"))) void petal_emulation_configure(
+    uint64_t block_seed, uint64_t thread_seed, int multiprocessors) {
+  petal_emulation::settings() = {block_seed, thread_seed, multiprocessors};
+}

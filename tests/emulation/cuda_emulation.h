@@ -1,11 +1,16 @@
 // Runs CUDA C++ on the CPU: enough of the language and the runtime for the kernels of csrc/.
 //
-//   * blocks run one after the other, in a permutable order; the threads of a block are fibers, resumed in a permutable order, that
-//     switch only at barriers and warp-collective instructions, so a missing barrier reads what another thread has not yet written;
-//   * dynamic shared memory is allocated per block with exactly the requested size and filled with NaN bits;
-//   * cp.async copies happen as late as allowed, at the wait of their group: a missing wait reads NaNs;
+//   * blocks run one after the other, in a permutable order; the threads of a block are fibers,
+//     resumed in a permutable order, that switch only at barriers and warp-collective
+//     instructions: a missing barrier reads what another thread has not yet written;
+//   * dynamic shared memory is allocated per block with exactly the requested size and filled with
+//     NaN bits;
+//   * cp.async copies happen as late as allowed, at the wait of their group: a missing wait reads
+//     NaNs;
 //   * a barrier that some threads never reach is an error, not a hang.
-// What it cannot show: timing, memory ordering between blocks, bank conflicts, the rounding order inside a tensor core.
+//
+// What it cannot show: timing, memory ordering between blocks, bank conflicts, the rounding order
+// inside a tensor core.
 #pragma once
 
 #include <algorithm>
@@ -34,7 +39,8 @@ struct alignas(8) float2 {
 namespace petal_emulation {
 
 struct Settings {
-  uint64_t block_seed = 0, thread_seed = 0;  // 0: natural order; otherwise a permutation drawn from the seed
+  uint64_t block_seed = 0,
+           thread_seed = 0;  // 0: natural order; otherwise a permutation drawn from the seed
   int multiprocessors = 4;
 };
 Settings& settings();
@@ -51,7 +57,8 @@ void block_barrier();
 void warp_barrier();
 const char* last_error();  // of the launches since the previous call, or nullptr
 
-// Scratch that the 32 lanes of the running warp share for one collective: deposit, warp_barrier, read. Two of them alternate, so one barrier suffices.
+// Scratch that the 32 lanes of the running warp share for one collective: deposit, warp_barrier,
+// read. Two of them alternate, so one barrier suffices.
 void* warp_scratch();
 constexpr size_t kScratchBytes = 4096;
 
@@ -82,7 +89,9 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
-  return bytes <= 163 * 1024 ? cudaSuccess : cudaErrorLaunchFailure;  // what the smallest supported device (sm_80) grants
+  return bytes <= 163 * 1024
+             ? cudaSuccess
+             : cudaErrorLaunchFailure;  // what the smallest supported device (sm_80) grants
 }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -100,5 +109,6 @@ inline cudaError_t cudaGetLastError() {
   return ::petal_emulation::reported_error == nullptr ? cudaSuccess : cudaErrorLaunchFailure;
 }
 inline const char* cudaGetErrorString(cudaError_t) {
-  return ::petal_emulation::reported_error == nullptr ? "more shared memory than a device has" : ::petal_emulation::reported_error;
+  return ::petal_emulation::reported_error == nullptr ? "more shared memory than a device has"
+                                                      : ::petal_emulation::reported_error;
 }

@@ -1,4 +1,5 @@
-// The warp instructions of csrc/common/mma.cuh for the emulation: every lane deposits its registers, then computes its own outputs.
+// The warp instructions of csrc/common/mma.cuh for the emulation: every lane deposits its
+// registers, then computes its own outputs.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,14 +9,19 @@
 
 namespace petal {
 
-inline void cp_async_16(void* shared, const void* global, int bytes) { ::petal_emulation::async_copy(shared, global, bytes); }
-inline void cp_async_commit() { ::petal_emulation::async_commit(); }
+inline void cp_async_16(void* shared, const void* global, int bytes) {
+  ::petal_emulation::async_copy(shared, global, bytes);
+}
+inline void cp_async_commit() {
+  ::petal_emulation::async_commit();
+}
 template <int PENDING>
 inline void cp_async_wait() {
   ::petal_emulation::async_wait(PENDING);
 }
 
-// Lane l names the 16 bytes of row l % 8 of matrix l / 8. Register i of lane l is elements 2 (l % 4), + 1 of row l / 4 of matrix i ...
+// Lane l names the 16 bytes of row l % 8 of matrix l / 8. Register i of lane l is elements 2 (l %
+// 4), + 1 of row l / 4 of matrix i ...
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* p) {
   uint32_t* const rows = static_cast<uint32_t*>(::petal_emulation::warp_scratch());
   const unsigned lane = threadIdx.x % 32;
@@ -36,8 +42,12 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* p) {
   }
 }
 
-inline float to_float_emulated(__half v) { return __half2float(v); }
-inline float to_float_emulated(__nv_bfloat16 v) { return __bfloat162float(v); }
+inline float to_float_emulated(__half v) {
+  return __half2float(v);
+}
+inline float to_float_emulated(__nv_bfloat16 v) {
+  return __bfloat162float(v);
+}
 template <typename T>
 inline float element_from_bits(uint32_t bits) {
   const uint16_t half = static_cast<uint16_t>(bits);
@@ -49,10 +59,12 @@ inline float element_from_bits(uint32_t bits) {
 template <typename T>
 inline void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   float* const fa = static_cast<float*>(::petal_emulation::warp_scratch());  // [16][16]
-  float* const fb = fa + 256;                                               // [8][16], transposed
+  float* const fb = fa + 256;                                                // [8][16], transposed
   const unsigned lane = threadIdx.x % 32, row = lane / 4, col = lane % 4 * 2;
   for (unsigned half = 0; half < 2; ++half) {
-    for (unsigned i = 0; i < 4; ++i) fa[(row + i % 2 * 8) * 16 + col + i / 2 * 8 + half] = element_from_bits<T>(a[i] >> (16 * half));
+    for (unsigned i = 0; i < 4; ++i)
+      fa[(row + i % 2 * 8) * 16 + col + i / 2 * 8 + half] =
+          element_from_bits<T>(a[i] >> (16 * half));
     fb[row * 16 + col + half] = element_from_bits<T>(b0 >> (16 * half));
     fb[row * 16 + col + 8 + half] = element_from_bits<T>(b1 >> (16 * half));
   }

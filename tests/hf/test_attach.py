@@ -84,6 +84,10 @@ def test_report_names_module_role_shape_backend_and_reason() -> None:
     assert re.search(r"trainable parameters \(.* stored\), \d+\.\d+ % of the model's", text)
     with pk.use_backend("torch"):
         assert attachment.report().rows[0].backend == "torch"
+    with pk.use_backend("cuda"):
+        row = attachment.report().rows[0]
+        assert row.backend == "none"
+        assert "backend 'cuda' cannot run here: needs tensors on cuda" in row.why
 
 
 def test_report_says_which_base_is_called_and_why() -> None:
@@ -179,6 +183,15 @@ def test_projections_of_unequal_shapes_are_refused() -> None:
     model = tiny.blip2()
     model.qformer.encoder.layer[1].attention.attention.key = nn.Linear(32, 16)  # type: ignore[union-attr, index]
     with pytest.raises(ValueError, match=r"want one \(in, out\) shape for all text projections"):
+        pk.attach(model, pk.PetalConfig(r=4))
+
+
+def test_a_projection_that_is_no_linear_is_named() -> None:
+    model = tiny.blip2()
+    model.qformer.encoder.layer[1].attention.attention.key = nn.Identity()  # type: ignore[union-attr, index]
+    with pytest.raises(
+        ValueError, match=r"layer\.1\.attention\.attention\.key: want a linear layer"
+    ):
         pk.attach(model, pk.PetalConfig(r=4))
 
 

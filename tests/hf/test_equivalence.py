@@ -94,6 +94,77 @@ def test_evaluation_without_gradients_is_the_published_one() -> None:
     assert compare.relative(*outs) <= EXACT
 
 
+def _attention(model: torch.nn.Module, layer: int, block: str) -> torch.nn.Module:
+    attention = model.qformer.encoder.layer[layer].get_submodule(block)  # type: ignore[union-attr, index, operator]
+    return attention.attention
+
+
+def test_bases_that_are_called_not_read() -> None:
+    """Hooked, replaced and subclassed bases beside plain ones, in groups of three, two and one."""
+    runs = []
+    batch = compare.to_dtype(tiny.batch("instructblip"), torch.float64)
+    for form in ("fused", "published"):
+        model = tiny.instructblip()
+        _attention(model, 0, "attention").key.register_forward_hook(lambda m, a, out: out * 1.5)
+        special = type("Special", (torch.nn.Linear,), {"forward": lambda m, x: x @ m.weight.T})
+        _attention(model, 1, "attention").query.__class__ = special
+        cross = _attention(model, 2, "crossattention")
+        cross.value.forward = lambda x, value=cross.value: torch.tanh(x @ value.weight.T)
+        cross.query.register_forward_pre_hook(lambda m, a: (a[0] * 0.5,))
+        attachment = compare.attach(model, _config("release"), implementation=form)
+        assert len(attachment.report().declined) == 4
+        tiny.randomise(attachment.adapter)
+        runs.append(compare.step(model.double().train(), attachment, batch))
+    compare.assert_close(*runs, EXACT)
+
+
+def test_a_special_base_is_called_in_its_own_turn() -> None:
+    """A weight that exists only while its own module runs, as under partitioning engines."""
+    batch = compare.to_dtype(tiny.batch("instructblip"), torch.float64)
+    logits = []
+    for partitioned in (False, True):
+        model, found = compare.build("instructblip", _config("paper"), "fused", torch.float64)
+        for _, _, wrapper in found._wrapped if partitioned else []:
+            weight = wrapper.base.weight
+            weight.ds_id = 1  # type: ignore[union-attr, assignment]
+            whole, empty = weight.data, torch.empty(0, dtype=torch.float64)
+            weight.data = empty  # type: ignore[union-attr, assignment]
+
+            def gather(m: object, a: object, w: object = weight, full: object = whole) -> None:
+                w.data = full  # type: ignore[attr-defined]
+
+            def release(m: object, a: object, out: object, w: object = weight) -> None:
+                w.data = torch.empty(0, dtype=torch.float64)  # type: ignore[attr-defined]
+
+            wrapper.register_forward_pre_hook(gather)
+            wrapper.register_forward_hook(release)
+        with torch.no_grad():
+            logits.append(model(**batch).logits)
+    assert compare.relative(*logits) <= EXACT
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_image_features_that_change_on_the_way(in_place: bool) -> None:
+    """U_img x_img is shared by the layers only as long as they get the very same x_img."""
+
+    def change(module: object, args: object, kwargs: dict[str, torch.Tensor]) -> object:
+        image = kwargs["encoder_hidden_states"]
+        with torch.no_grad():
+            kwargs["encoder_hidden_states"] = image.mul_(1.5) if in_place else image * 1.5
+        return args, kwargs
+
+    batch = compare.to_dtype(tiny.batch("instructblip"), torch.float64)
+    logits = []
+    for form in ("fused", "published"):
+        model, found = compare.build("instructblip", _config("paper"), form, torch.float64)
+        block = found.found.layers[2].cross_block
+        assert block is not None
+        block.register_forward_pre_hook(change, with_kwargs=True)
+        with torch.no_grad():
+            logits.append(model(**batch).logits)
+    assert compare.relative(*logits) <= EXACT
+
+
 @pytest.mark.parametrize("form", ["fused", "published"])
 def test_the_released_context_mixes_the_batch_and_the_papers_does_not(form: str) -> None:
     batch = compare.to_dtype(tiny.batch("instructblip"), torch.float64)
@@ -114,3 +185,16 @@ def test_at_step_zero_only_scale_and_shift_act() -> None:
     model.double().train()
     assert compare.relative(model(**batch).logits.detach(), want) <= EXACT
     attachment.detach()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_is_the_published_one(family: str, beams: int) -> None:
+    batch = compare.to_dtype(tiny.batch(family), torch.float64)
+    del batch["labels"]
+    answers = []
+    for form in ("fused", "published"):
+        model, _ = compare.build(family, _config("paper", 0.3), form, torch.float64)
+        settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams}
+        answers.append(model.eval().generate(**batch, **settings))  # type: ignore[operator]
+    assert torch.equal(*answers)

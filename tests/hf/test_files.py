@@ -98,6 +98,7 @@ def test_an_interrupted_save_leaves_the_old_adapter(
     with pytest.raises(KeyboardInterrupt):
         attachment.save(saved)
     monkeypatch.undo()
+    assert sorted(path.name for path in saved.iterdir()) == [files.TENSORS, files.CONFIG]
     attachment.load(saved)
     assert all(torch.equal(attachment.state_dict()[name], want[name]) for name in want)
 
@@ -141,9 +142,30 @@ def test_mis_shaped(attachment: pk.Attachment, saved: Path) -> None:
 
 def test_another_dtype(attachment: pk.Attachment, saved: Path) -> None:
     tensors = load_file(saved / files.TENSORS)
-    tensors["branches.text.up"] = tensors["branches.text.up"].half()
+    tensors["branches.text.up"] = tensors["branches.text.up"].double()
     _replace_tensors(saved, tensors)
-    _refused(attachment, saved, "branches.text.up: want torch.float32, got torch.float16")
+    _refused(attachment, saved, "branches.text.up: want torch.float32", "got torch.float64")
+
+
+def test_a_narrower_dtype_is_widened(attachment: pk.Attachment, saved: Path) -> None:
+    model = tiny.blip2()
+    other = pk.attach(model, saved)
+    model.bfloat16()
+    other.save(saved)
+    want = {name: value.float() for name, value in other.state_dict().items()}
+    attachment.load(saved)
+    assert all(torch.equal(attachment.state_dict()[name], want[name]) for name in want)
+
+
+def test_a_module_trained_whole_follows_its_base(tmp_path: Path) -> None:
+    config = pk.PetalConfig(r=4, modules_to_save=["language_projection"])
+    attachment = pk.attach(tiny.blip2(), config)
+    attachment.save(tmp_path)
+    narrow = tiny.blip2().bfloat16()
+    other = pk.attach(narrow, tmp_path)
+    name = "modules_to_save.language_projection.weight"
+    assert other.state_dict()[name].dtype == torch.bfloat16
+    assert torch.equal(other.state_dict()[name], attachment.state_dict()[name].bfloat16())
 
 
 def test_missing_and_unexpected_keys(attachment: pk.Attachment, saved: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -208,12 +210,17 @@ def test_modules_to_save_are_trained_saved_and_given_back(tmp_path: Path) -> Non
     assert torch.equal(model.language_projection.weight, original)  # type: ignore[union-attr, arg-type]
 
 
-def test_a_copied_model_uses_its_own_adapter() -> None:
+def _pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, _pickled], ids=["deepcopy", "pickle"])
+def test_a_copied_model_uses_its_own_adapter(copy_of: Callable[[nn.Module], nn.Module]) -> None:
     batch = tiny.batch("instructblip")
     model = tiny.instructblip()
     attachment = pk.attach(model, pk.PetalConfig(r=4, variant="release"))
     tiny.randomise(attachment.adapter)
-    other = copy.deepcopy(model)
+    other = copy_of(model)
     with torch.no_grad():
         want = model(**batch).logits
         assert torch.equal(other(**batch).logits, want)
@@ -274,9 +281,11 @@ def test_a_group_is_computed_once_and_each_result_is_handed_out_once() -> None:
         assert computed == [1, 1, 1, 3]
         attention.key(x)  # its result was handed out: computed anew
         attention.query(x.clone())  # another tensor
+        assert computed == [1, 1, 1, 3, 3, 3]
+        attention.query(x)
         x.add_(1.0)  # the same tensor with other values
-        attention.value(x)
-        assert computed == [1, 1, 1, 3, 3, 3, 3]
+        torch.testing.assert_close(attention.value(x), attention.value.base(x))  # V is still zero
+        assert computed == [1, 1, 1, 3, 3, 3, 3, 3]
     finally:
         ModeGroup._compute = compute  # type: ignore[method-assign]
         slot.call = None

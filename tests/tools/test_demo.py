@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +27,11 @@ from petal_kernels.tools.demo import model as small
 TINY = train.Settings(steps=6, batch=8, rank=4, pictures=48, held_out=24)
 
 
+def options(out: Path, **changes: object) -> app.Options:
+    base = app.Options(out, TINY, compare_steps=2, timed_steps=1)
+    return replace(base, **changes)
+
+
 @pytest.fixture(scope="module")
 def cached() -> tuple[train.Cached, train.Cached]:
     return train.cache(small.load(), TINY)
@@ -31,8 +39,31 @@ def cached() -> tuple[train.Cached, train.Cached]:
 
 @pytest.fixture(autouse=True)
 def cache_once(cached: tuple[train.Cached, train.Cached], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same pictures for every run of the demo in this file: reading the digits takes seconds."""
+    """The same pictures for every run of the demo here: reading the digits takes seconds."""
     monkeypatch.setattr(app, "cache", lambda model, settings: cached)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One whole run of the demo: its exit code, folder, report and printed text."""
+
+    code: int
+    out: Path
+    figures: dict[str, Any]
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def whole(
+    cached: tuple[train.Cached, train.Cached], tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    out = tmp_path_factory.mktemp("demo") / "whole"
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(app, "cache", lambda model, settings: cached)
+        code = app.run(options(out))
+    figures = json.loads((out / "report.json").read_text())
+    return Run(code, out, figures, printed.getvalue())
 
 
 @pytest.fixture
@@ -46,14 +77,10 @@ def trainer(cached: tuple[train.Cached, train.Cached]) -> Callable[[], train.Tra
     return make
 
 
-def options(out: Path, **changes: object) -> app.Options:
-    base = app.Options(out, TINY, compare_steps=2, timed_steps=1, evaluations=3)
-    return replace(base, **changes)
-
-
 def test_no_digit_image_is_in_both_splits(cached: tuple[train.Cached, train.Cached]) -> None:
     training, held = data.load_digits()
-    assert training.labels.numel() == 4000 and held.labels.numel() == 1000
+    assert training.labels.numel() == 4000
+    assert held.labels.numel() == 1000
     assert torch.bincount(held.labels).tolist() == [100] * 10
     assert not set(training.source.tolist()) & set(held.source.tolist())
     assert set(cached[0].pairs.source.flatten().tolist()) <= set(training.source.tolist())
@@ -66,12 +93,14 @@ def test_pictures_show_the_labelled_digits_and_repeat_from_a_seed() -> None:
     digits = data.Digits(images, torch.tensor([0, 1]), torch.tensor([0, 1]))
     pairs = data.draw_pairs(digits, 40, seed=3, augment=True)
     again = data.draw_pairs(digits, 40, seed=3, augment=True)
-    assert torch.equal(pairs.pictures, again.pictures) and torch.equal(pairs.left, again.left)
+    assert torch.equal(pairs.pictures, again.pictures)
+    assert torch.equal(pairs.left, again.left)
     assert pairs.pictures.shape == (40, 1, data.IMAGE_SIZE, data.IMAGE_SIZE)
     empty = pairs.pictures.min()
     lit_left = (pairs.pictures[..., : data.HALF] > empty).flatten(1).any(1)
     lit_right = (pairs.pictures[..., data.HALF :] > empty).flatten(1).any(1)
-    assert torch.equal(lit_left, pairs.left == 1) and torch.equal(lit_right, pairs.right == 1)
+    assert torch.equal(lit_left, pairs.left == 1)
+    assert torch.equal(lit_right, pairs.right == 1)
 
 
 def test_answers_follow_the_instructions_and_the_new_word_is_never_in_an_old_one() -> None:
@@ -112,14 +141,15 @@ def test_committed_model_reads_held_out_digits_and_does_not_know_the_new_word() 
     model = small.load()
     settings = replace(TINY, held_out=300, pictures=1)
     shares = train.all_accuracies(model, train.cache(model, settings)[1])
-    assert shares["left digit ?"] >= 0.9 and shares["right digit ?"] >= 0.9
+    assert shares["left digit ?"] >= 0.9
+    assert shares["right digit ?"] >= 0.9
     assert shares["larger digit ?"] < 0.7
 
 
 def test_weights_that_are_missing_or_do_not_fit_are_named(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    with pytest.raises(FileNotFoundError, match="demo.pretrain"):
+    with pytest.raises(FileNotFoundError, match=r"demo\.pretrain"):
         small.load(tmp_path / "none.safetensors")
     tensors = load_file(small.WEIGHTS)
     del tensors["query_tokens"]
@@ -133,7 +163,8 @@ def test_both_forms_walk_one_curve_and_the_fused_one_keeps_less(
 ) -> None:
     batches = train.Batches(cached[0], TINY)
     found = compare.compare(batches, TINY, steps=4, timed=1, tick=lambda done, total: None)
-    assert found.agrees and len(found.fused_losses) == 4
+    assert found.agrees
+    assert len(found.fused_losses) == 4
     assert 0.0 < found.bound < 1e-3
     assert found.saved_bytes["frozen"] < found.saved_bytes["fused"] < found.saved_bytes["published"]
     assert compare.Comparison.from_dict(found.as_dict()) == found
@@ -150,9 +181,8 @@ def test_a_wrong_scale_of_a_tenth_of_a_percent_breaks_the_bound(
         return attach(model, config, implementation=implementation)
 
     monkeypatch.setattr(pk, "attach", faulty)
-    settings = replace(TINY, batch=32)
-    batches = train.Batches(cached[0], settings)
-    found = compare.compare(batches, settings, steps=8, timed=0, tick=lambda done, total: None)
+    batches = train.Batches(cached[0], TINY)
+    found = compare.compare(batches, TINY, steps=6, timed=0, tick=lambda done, total: None)
     assert not found.agrees
     assert compare.largest_difference([1.0, float("nan")], [1.0, 1.0]) == float("inf")
 
@@ -201,9 +231,10 @@ def test_a_checkpoint_that_could_not_be_written_leaves_the_one_before(
     def full(*args: object) -> None:
         raise OSError("no space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+    with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        running.save(tmp_path, {})
+        with pytest.raises(OSError, match="no space"):
+            running.save(tmp_path, {})
     assert train.checkpoints(tmp_path) == [first]
     last = running.save(tmp_path, {})
     assert train.checkpoints(tmp_path) == [last]
@@ -211,9 +242,11 @@ def test_a_checkpoint_that_could_not_be_written_leaves_the_one_before(
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_resume_ends_where_an_unbroken_run_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    whole: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert app.run(options(tmp_path / "whole")) == 0
     step = train.Trainer.step
 
     def interrupted(self: train.Trainer) -> float:
@@ -223,45 +256,38 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_ends_where_an_unbroken_run_ends(
             os.kill(os.getpid(), signal.SIGINT)
         return loss
 
-    broken = tmp_path / "broken"
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "step", interrupted)
-        assert app.run(options(broken)) == 130
-    assert [path.name for path in train.checkpoints(broken)] == ["checkpoint-000003"]
-    assert not (broken / "report.json").exists()
-    assert f"petal-kernels demo --resume --out {broken}" in capsys.readouterr().out
-    assert app.run(options(broken, resume=True)) == 0
-
-    def read(name: str) -> dict[str, object]:
-        found: dict[str, object] = json.loads((tmp_path / name / "report.json").read_text())
-        return found
-
-    whole, resumed = read("whole"), read("broken")
+        assert app.run(options(tmp_path)) == 130
+    assert [path.name for path in train.checkpoints(tmp_path)] == ["checkpoint-000003"]
+    assert not (tmp_path / "report.json").exists()
+    assert f"petal-kernels demo --resume --out {tmp_path}" in capsys.readouterr().out
+    assert app.run(options(tmp_path, resume=True)) == 0
+    resumed = json.loads((tmp_path / "report.json").read_text())
     for key in ("training", "after", "answers", "before", "baselines"):
-        assert whole[key] == resumed[key], key
+        assert whole.figures[key] == resumed[key], key
 
 
-def test_report_holds_what_was_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.run(options(tmp_path)) == 0
-    figures = json.loads((tmp_path / "report.json").read_text())
+def test_report_holds_what_was_shown(whole: Run) -> None:
+    assert whole.code == 0
+    figures = whole.figures
     assert figures["question"] == "larger digit ?"
-    assert set(figures["before"]) == set(figures["after"])
     assert figures["before"].keys() == {entry.text for entry in (*tasks.OLD, tasks.NEW)}
+    assert figures["after"].keys() == figures["before"].keys()
     assert len(figures["training"]["losses"]) == TINY.steps
-    assert figures["training"]["accuracy_steps"] == [2, 4, 6]
-    assert figures["settings"]["seed"] == TINY.seed
+    assert figures["training"]["accuracy_steps"] == [1, 3, 6]
+    assert figures["settings"] == asdict(TINY)
     assert figures["versions"]["torch"] == torch.__version__
     assert figures["machine"]["threads"] == torch.get_num_threads()
     assert figures["comparison"]["agrees"] is True
     assert figures["detached_answers_as_before"] is True
-    assert "commit" in figures and figures["seconds"] > 0
+    assert "commit" in figures
+    assert figures["seconds"] > 0
     for name in ("curves.png", "answers.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG"), name
-    printed = capsys.readouterr().out
+        assert (whole.out / name).read_bytes().startswith(b"\x89PNG"), name
     for word in ("larger digit ?", "always the left digit", "coincide", "s left", "trained"):
-        assert word in printed, word
-    loaded = small.load()
-    attachment = pk.attach(loaded, str(tmp_path / "adapter"))
+        assert word in whole.printed, word
+    attachment = pk.attach(small.load(), str(whole.out / "adapter"))
     assert attachment.config.r == TINY.rank
 
 
@@ -305,6 +331,19 @@ def test_command_line_lists_commands_and_version(capsys: pytest.CaptureFixture[s
         cli.main(["demo", "--help"])
     assert stopped.value.code == 0
     assert "--resume" in capsys.readouterr().out
+
+
+def test_a_package_that_is_not_installed_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = replace(cli.COMMANDS["demo"], needs=("torch", "no_such_package"))
+    monkeypatch.setitem(cli.COMMANDS, "demo", absent)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["demo"])
+    assert stopped.value.code == 2
+    assert (
+        "demo needs no_such_package: pip install 'petal-kernels[demo]'" in capsys.readouterr().err
+    )
 
 
 def test_report_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:

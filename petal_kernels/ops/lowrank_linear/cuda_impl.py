@@ -1,23 +1,31 @@
-"""``lowrank_linear`` on CUDA: the CUDA C++ kernels of ``csrc/lowrank_linear_{fwd,bwd}.cu``, and the library's GEMM for the base.
+"""``lowrank_linear`` on CUDA: CUDA C++ kernels for the update, the library's GEMM for the base.
+
+Kernels: ``csrc/lowrank_linear_fwd.cu`` (shrink, expand, update), ``csrc/lowrank_linear_bwd.cu``.
 
 Maths (N rows, D input width, R rank, K outputs of widths O_k; T = x.dtype):
 
-    shrink      h = drop(x) U^T                                   [N, R] in T
-    expand      y_k = base_k + scale * drop_k(h) P_k^T            in place on a fresh base GEMM, or out of place on a given base
+    shrink      h = drop(x) U^T                          [N, R] in T
+    expand      y_k = base_k + scale * drop_k(h) P_k^T   in place on a fresh base GEMM, or out of
+                                                         place on a given base
     update      shrink and expand in one launch, for few rows
-    dh          dh = scale * sum_k mask_k * (dy_k P_k)            the shrink kernel; "mode": every k apart, then one GEMM with the cores
-    param_grad  dP_k = scale * dy_k^T m_k, dU^T = drop(x)^T dh (and dcore_k^T = g_k^T h) of all outputs in one grid
-    dx          dx = sum_k dy_k W_k (library), then dx += mask * (dh U) by the expand kernel
+    dh          scale * sum_k mask_k * (dy_k P_k)        the shrink kernel; "mode": every k apart,
+                                                         then one GEMM with the cores
+    param_grad  dP_k = scale * dy_k^T m_k, dU^T = drop(x)^T dh, all in one grid; also dcore_k^T
+    dx          sum_k dy_k W_k (library), then += mask * (dh U) by the expand kernel
 
-Shapes and strides: x, hidden, base and dy 2-D with unit column stride and any row stride; ups row-major or the transposed view of a
-row-major [R, O_k] (copied once when they are neither, or do not agree); down and core made row-major.
+Shapes and strides: x, hidden, base and dy 2-D with unit column stride and any row stride; ups
+row-major or the transposed view of a row-major [R, O_k] (copied once when they are neither, or do
+not agree); down and core are made row-major.
 Grid: in the headers of the .cu files. No block waits for another.
-Traffic, in elements: forward N D (x again, for h) + N R, then per output 2 N O_k (read-modify-write) + N R; backward per output N O_k
-(for dh) + N O_k (for dP) + N R, N D + N R for dU and 2 N D for dx. The eager chain adds a mask and a masked copy of every h, the
-product before scaling, and reads and writes each y twice more.
-Numerics: fp32 accumulators and epilogues; h, dh and the base are rounded to T, every output once. 16-bit products run on tensor cores
-(mma.sync), fp32 products are IEEE FMAs whatever allow_tf32 says. float32 factors next to 16-bit activations are rounded once to T.
-Gradients of factors are rounded once from fp32 to the factor's dtype. Every reduction has a fixed order: same bits on every run.
+Traffic, in elements: forward N D (x again, for h) + N R, then per output N R + 2 N O_k (read,
+modify, write). Backward per output N O_k (for dh) + N O_k (for dP) + N R, then N D + N R for dU and
+2 N D for dx. The eager chain adds a mask and a masked copy of every h, the product before scaling,
+and reads and writes each y twice more.
+Numerics: fp32 accumulators and epilogues; h, dh and the base are rounded to T, every output once.
+16-bit products run on tensor cores (mma.sync), fp32 products are IEEE FMAs whatever allow_tf32
+says. float32 factors next to 16-bit activations are rounded once to T. Gradients of factors are
+rounded once, from fp32 to the factor's dtype. Every reduction has a fixed order: same bits on
+every run.
 Limits: exactly what ``unsupported`` says.
 Source: see ``reference.py``.
 """
@@ -116,9 +124,7 @@ def _shrink(
     rows, rank = a[0].shape[0], factors[0].shape[1]
     out = a[0].new_empty(rows, rank * len(a) if separate else rank)
     small = rows <= SMALL_ROWS
-    _ops().lowrank_shrink(
-        a, factors, out, rng, scale, dropout, mask_a, mask_out, separate, small
-    )
+    _ops().lowrank_shrink(a, factors, out, rng, scale, dropout, mask_a, mask_out, separate, small)
     return out
 
 
@@ -144,16 +150,15 @@ def forward(
     factors = _factors(ups, first.dtype)
     if weights:
         assert x is not None
-        ys = [
-            torch.nn.functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)
-        ]
+        ys = [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
         bases: Sequence[Tensor] = ys
     else:
         ys = [first.new_empty(first.shape[0], up.shape[0]) for up in ups]
         bases = base
     at_input = dropout_at == "input"
     if hidden is None:
-        assert x is not None and down is not None
+        assert x is not None
+        assert down is not None
         narrow = _row_major(down, x.dtype)
         if core is None and x.shape[0] <= FUSED_ROWS and down.shape[0] <= MAX_FUSED_RANK:
             h = x.new_empty(x.shape[0], down.shape[0])
@@ -165,9 +170,7 @@ def forward(
     else:
         h = hidden
     middles = [h] if core is None else _modes(h, core, len(ups))
-    _ops().lowrank_expand(
-        middles, factors, bases, ys, rng, scale, dropout, not at_input, False
-    )
+    _ops().lowrank_expand(middles, factors, bases, ys, rng, scale, dropout, not at_input, False)
     return ys, h
 
 

@@ -1,32 +1,34 @@
 """``lowrank_linear`` on the C++ CPU kernels (``csrc/lowrank_linear_cpu_kernel.h``).
 
-Blocks of rows stay in cache while everything is done to them: the shrink, the masks, the update and, in plan
-``augment``, the base product in the same accumulators, so that y is written once. The products are register-tiled
-for skinny matrices; 16-bit blocks and weights are widened to fp32 once, and results are rounded once.
+Blocks of rows stay in cache while everything is done to them: the shrink, the masks, the update
+and, in plan ``extend``, the base product in the same accumulators, so that y is written once. The
+products are register-tiled for skinny matrices; 16-bit blocks and weights are widened to fp32 once,
+and results are rounded once.
 
-    update   base by the library, or given; then one read-modify-write pass for the update
-    augment  y_k = [x | m_k] [W_k | P_k]^T by the kernels themselves: no second pass, and no 16-bit library GEMM
+    update  base by the library, or given; then one read-modify-write pass for the update
+    extend  the sum over D runs on over R: no second pass, and no 16-bit library GEMM
 
-Limits: CPU tensors, fp32, fp16 or bf16. Numerics: fp32 accumulation in index order; h (and h core_k) are rounded to
-x's dtype, nothing else is rounded before a result. Parameters are used as they are, without rounding to x's dtype.
-The weight gradients are fp32 partials over a split of the rows that depends on N alone, summed in order: the same
-bits for any number of threads.
+Limits: CPU tensors, fp32, fp16 or bf16. Numerics: fp32 accumulation in index order; h (and h
+core_k) are rounded to x's dtype, nothing else is rounded before a result. Parameters are used as
+they are, without rounding to x's dtype. The weight gradients are fp32 partials over a split of the
+rows that depends on N alone, summed in order: the same bits for any number of threads.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from petal_kernels._runtime import device, philox
 
-PLANS = ("update", "augment")
+PLANS = ("update", "extend")
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LARGE = 4 << 20  # bytes
 _SITES = {"bottleneck": 0, "input": 1, "mode": 2}
 
 
@@ -46,8 +48,8 @@ def unsupported(
     reasons = []
     if plan not in ("auto", *PLANS):
         reasons.append(f"has no plan {plan!r}")
-    if plan == "augment" and not weights:
-        reasons.append("plan 'augment' needs the base's weights")
+    if plan == "extend" and not weights:
+        reasons.append("plan 'extend' needs the base's weights")
     given = [t for t in (x, down, hidden, core, *ups, *weights, *base) if t is not None]
     if any(t.device.type != "cpu" for t in given):
         reasons.append("needs CPU tensors")
@@ -58,22 +60,34 @@ def unsupported(
 
 
 @functools.cache
-def _library_multiplies(dtype: torch.dtype) -> bool:
-    """Whether base products of this dtype go to the library in backward, where no plan is asked for.
-
-    The kernels beat it in fp32 up to AVX2, and in 16 bits wherever the CPU has no native 16-bit products
-    (``benchmarks/run.py``); AVX-512 machines keep the library's tuned kernels.
-    """
-    if dtype == torch.float32:
-        return str(torch.ops.petal_native.cpu_isa("")) == "avx512"
+def native_16bit(dtype: torch.dtype) -> bool:
+    """Whether this CPU's library multiplies 16-bit matrices natively, as oneDNN sees it."""
     if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and native_bf16()
+        cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        limited = (
+            os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+            .upper()
+            .startswith(("SSE", "AVX2", "AVX512_CORE_VNNI"))
+        )
+        return bool(cpu) and not limited
     return False
 
 
-def native_bf16() -> bool:
-    """Whether the CPU multiplies bf16 natively (AVX-512 BF16 or AMX)."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+def _library_multiplies(dtype: torch.dtype) -> bool:
+    """Whether the base products of backward go to the library (in forward the plan says so).
+
+    In fp32 the two are equal within noise where N is large and the library is ahead where packing
+    the weights shows; in 16 bits the library is far behind unless the CPU has native products.
+    """
+    return dtype == torch.float32 or native_16bit(dtype)
+
+
+def _fresh(like: Tensor, cols: int) -> Tensor:
+    """A result to be written whole; the hint spares large ones most of their page faults."""
+    out = like.new_empty((like.shape[0], cols))
+    if out.numel() * out.element_size() >= _LARGE:
+        torch.ops.petal_native.expect_whole_write(out)
+    return out
 
 
 def _dropout(rng: Tensor | None, p: float) -> tuple[int, float]:
@@ -99,22 +113,20 @@ def forward(
     device.load_cpu_library()
     like = x if hidden is None else hidden
     assert like is not None
-    rows = like.shape[0]
-    ys: list[Tensor]
+    ys = [_fresh(like, up.shape[0]) for up in ups]
     if weights and plan == "update":
         assert x is not None
-        ys = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
-        base, weights, biases = ys, [], []
-    else:
-        ys = [like.new_empty((rows, up.shape[0])) for up in ups]
-    h = like.new_empty((rows, ups[0].shape[1])) if hidden is None else hidden
+        for y, w in zip(ys, weights, strict=True):
+            torch.mm(x, w.t(), out=y)
+        base, weights = ys, []
+    h = like.new_empty((like.shape[0], ups[0].shape[1])) if hidden is None else hidden
     torch.ops.petal_native.lowrank_linear_forward(
         x,
         down,
         hidden,
         list(ups),
         list(weights),
-        list(biases) if weights else [],
+        list(biases),
         list(base),
         core,
         rng,
@@ -144,22 +156,20 @@ def backward(
     need_dups: bool,
     need_dcore: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor] | None, Tensor | None]:
-    """dx, dh, ddown, dups, dcore. dh is formed in memory only where the bottleneck was given (no ``down``)."""
+    """dx, dh, ddown, dups, dcore; dh only where the bottleneck was given (no ``down``)."""
     device.load_cpu_library()
     dx: Tensor | None = None
     dx_has_base = False
-    rows = h.shape[0]
     if need_dx and (down is not None or weights):
         width = weights[0].shape[1] if weights else (down.shape[1] if down is not None else 0)
+        dx = _fresh(h, width)
         if weights and _library_multiplies(h.dtype):
-            dx = torch.mm(dys[0], weights[0])
+            torch.mm(dys[0], weights[0], out=dx)
             for dy, w in zip(dys[1:], weights[1:], strict=True):
                 dx.addmm_(dy, w)
             dx_has_base = True
             weights = []
-        else:
-            dx = h.new_empty((rows, width))
-    dh = h.new_empty((rows, h.shape[1])) if down is None else None
+    dh = h.new_empty(h.shape) if down is None else None
     ddown = torch.empty_like(down) if down is not None and need_ddown else None
     dups = [torch.empty_like(up) for up in ups] if need_dups else None
     dcore = torch.empty_like(core) if core is not None and need_dcore else None

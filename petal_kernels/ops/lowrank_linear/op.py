@@ -477,7 +477,8 @@ def _explain(
     return rt.Explanation(
         _NAME,
         tuple((c.backend.name, c.reasons) for c in rows),
-        f"runs on {chosen.name}, plan {concrete}",
+        chosen.name,
+        concrete,
         tuple(str(planner.estimate(each, problem)) for each in planner.PLANS),
     )
 

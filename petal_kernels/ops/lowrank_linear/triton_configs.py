@@ -1,8 +1,10 @@
-"""Launch tables of ``lowrank_linear``'s Triton kernels, and the list of compiled forms they can ask for.
+"""Launch tables of ``lowrank_linear``'s Triton kernels, and the list of compiled forms they can ask
+for.
 
-A row is keyed by kernel, architecture bucket and size bucket: "small" has at most 2048 rows, "fp32" is IEEE products
-without tensor cores, "_wide" a rank above 64 in the kernels that hold all of R in one tile. Architecture 0 is the
-interpreter: tiles so small that every test has several programs on every axis. Nothing is tuned at run time.
+A row is keyed by kernel, architecture bucket and size bucket: "small" has at most 2048 rows, "fp32"
+is IEEE products without tensor cores, "_wide" a rank above 64 in the kernels that hold all of R in
+one tile. Architecture 0 is the interpreter: tiles so small that every test has several programs on
+every axis. Nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ _SHRINK_80 = {
 }
 _EXPAND_80 = {
     "small": tile(4, 2, BLOCK_M=32, BLOCK_O=64),
-    "large": tile(4, 2, BLOCK_M=64, BLOCK_O=128),
+    "large": tile(8, 2, BLOCK_M=64, BLOCK_O=128),
     "fp32": tile(4, 2, BLOCK_M=32, BLOCK_O=64),
 }
 _DH_80 = {
@@ -51,12 +53,12 @@ _TN_80 = {
 _GEMM_80 = {
     "small": tile(4, 3, BLOCK_M=64, BLOCK_O=64, BLOCK_K=64, GROUP_M=8),
     "large": tile(8, 3, BLOCK_M=128, BLOCK_O=128, BLOCK_K=32, GROUP_M=8),
-    "fp32": tile(4, 2, BLOCK_M=64, BLOCK_O=32, BLOCK_K=16, GROUP_M=8),
+    "fp32": tile(4, 2, BLOCK_M=32, BLOCK_O=64, BLOCK_K=16, GROUP_M=8),
 }
 _DX_80 = {
     "small": tile(4, 3, BLOCK_M=64, BLOCK_O=64, BLOCK_K=64, GROUP_M=8),
     "large": tile(8, 3, BLOCK_M=128, BLOCK_O=32, BLOCK_K=128, GROUP_M=8),
-    "fp32": tile(4, 2, BLOCK_M=64, BLOCK_O=16, BLOCK_K=32, GROUP_M=8),
+    "fp32": tile(4, 2, BLOCK_M=32, BLOCK_O=16, BLOCK_K=64, GROUP_M=8),
 }
 
 _INTERPRETER = {
@@ -88,7 +90,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
     },
     ("gemm_ext", 100): {
         **_GEMM_80,
-        "large": tile(8, 3, BLOCK_M=128, BLOCK_O=128, BLOCK_K=64, GROUP_M=8),
+        "large": tile(8, 3, BLOCK_M=128, BLOCK_O=256, BLOCK_K=64, GROUP_M=8),
     },
     ("dx", 80): _DX_80,
     ("dx", 90): {
@@ -103,7 +105,8 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
 
 
 def swaps(machine: Machine, rows: int) -> bool:
-    """Whether shrink and dh compute the transposed product, whose rows are R: pays when row tiles are small."""
+    """Whether shrink and dh compute the transposed product, whose rows are R: pays when row tiles
+    are small."""
     return rows <= (130 if machine.arch == 0 else SMALL_ROWS)
 
 
@@ -115,10 +118,9 @@ def choose(kernel: str, machine: Machine, rows: int, itemsize: int, rank: int) -
     if machine.arch == 0:
         return {**_INTERPRETER[kernel].keywords(), "BLOCK_R": block_r}
     table = TABLE[kernel, machine.arch]
+    size = "small" if rows <= SMALL_ROWS else "large"
     if itemsize == 4:
         size = "fp32"
-    else:
-        size = "small" if rows <= SMALL_ROWS else "large"
     if whole and padded > RANK_SLICE:
         size += "_wide"
     return {**table[size].keywords(), "BLOCK_R": block_r}
@@ -186,7 +188,8 @@ def _signature(kernel: str, element: str, parameter: str) -> dict[str, str]:
 
 
 def shipped_configs() -> Iterator[Shipped]:
-    """Every compiled form the tables can ask for: kernel x architecture x size x dtype x switches."""
+    """Every compiled form the tables can ask for: kernel x architecture x size x dtype x
+    switches."""
     for (kernel, arch), sizes in TABLE.items():
         for size, row in sizes.items():
             elements = ("fp32",) if size.startswith("fp32") else ("bf16",)

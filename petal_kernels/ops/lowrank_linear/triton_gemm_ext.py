@@ -1,8 +1,8 @@
 """Triton kernels of ``lowrank_linear`` that contain a base GEMM: plan "extend" and the one-pass dx.
 
-The low-rank product starts the accumulator, the base's loop runs on from there, and the output is rounded and written
-once: there is no read-modify-write pass, and no 16-bit rounding of the base between the two. Documentation common to
-all kernels of the operator is in ``triton_impl.py``.
+The low-rank product starts the accumulator, the base's loop runs on from there, and the output is
+rounded and written once: there is no read-modify-write pass, and no 16-bit rounding of the base
+between the two. Documentation common to all kernels of the operator is in ``triton_impl.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from petal_kernels.ops.lowrank_linear.triton_kernels import _load_up
 
 @triton.jit
 def _tile_of(pid, tiles_m, tiles_o, GROUP_M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Row and column tile of a program: columns inside groups of GROUP_M rows, so that both operands stay in L2."""
+    """Row and column tile of a program: columns inside groups of GROUP_M rows, so that both
+    operands stay in L2."""
     group = pid // (GROUP_M * tiles_o)
     rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
     within = pid % (GROUP_M * tiles_o)
@@ -165,7 +166,8 @@ def _lowrank_linear_bwd_dx_kernel(  # type: ignore[no-untyped-def]
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """dx = keep_scale * mask_0(dh U) + sum_k dy_k W_k; a program owns one tile of dx (BLOCK_K columns of D)."""
+    """dx = keep_scale * mask_0(dh U) + sum_k dy_k W_k; a program owns one tile of dx (BLOCK_K
+    columns of D)."""
     tiles_m = tl.cdiv(N, BLOCK_M)
     pid_m, pid_d = _tile_of(tl.program_id(0), tiles_m, tl.cdiv(D, BLOCK_K), GROUP_M)
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -186,7 +188,7 @@ def _lowrank_linear_bwd_dx_kernel(  # type: ignore[no-untyped-def]
         stream = tl.load(rng_ptr + 1)
         keep = dropout_keep(seed, stream, offs_m, pid_d * BLOCK_K, BLOCK_K, threshold)
         acc = tl.where(keep, acc * keep_scale, 0.0)
-    for k in range(0, K):
+    for k in range(K):
         O = pick(k, out0, out1, out2, out3)  # noqa: E741
         dy_ptr = pick(k, dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr)
         w_ptr = pick(k, w0_ptr, w1_ptr, w2_ptr, w3_ptr)
@@ -197,8 +199,8 @@ def _lowrank_linear_bwd_dx_kernel(  # type: ignore[no-untyped-def]
             mask_o = offs_o < O
             dy = tl.load(dy_rows + offs_o[None, :], mask=mask_m & mask_o[None, :], other=0.0)
             if W_TRANSPOSED:
-                w_offs = offs_d.to(tl.int64)[None, :] * stride_w + offs_o[:, None]  # [BLOCK_O, BLOCK_K]
-            else:
+                w_offs = offs_d.to(tl.int64)[None, :] * stride_w + offs_o[:, None]
+            else:  # [BLOCK_O, BLOCK_K]
                 w_offs = offs_o.to(tl.int64)[:, None] * stride_w + offs_d[None, :]
             w = tl.load(w_ptr + w_offs, mask=mask_o[:, None] & mask_d, other=0.0)
             acc = tl.dot(dy, w, acc, input_precision=PRECISION)

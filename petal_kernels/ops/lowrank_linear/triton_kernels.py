@@ -1,9 +1,9 @@
 """Triton kernels of ``lowrank_linear``: shrink, expand, dh, and the split reduction.
 
-What they compute, their traffic, numerics and limits are in ``triton_impl.py``; the two kernels with a base GEMM in
-them are in ``triton_gemm_ext.py``. Common to all: outputs k = 0 .. 3 are four pointer arguments chosen at run time
-(``pick``), so that one launch serves all outputs without unrolling; rows are int64; every size may be ragged, and
-masked lanes read zero.
+What they compute, their traffic, numerics and limits are in ``triton_impl.py``; the two kernels
+with a base GEMM in them are in ``triton_gemm_ext.py``. Common to all: outputs k = 0 .. 3 are four
+pointer arguments chosen at run time (``pick``), so that one launch serves all outputs without
+unrolling; rows are int64; every size may be ragged, and masked lanes read zero.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ MAX_OUTPUTS = tl.constexpr(4)
 
 
 @triton.jit
-def _load_up(p_ptr, offs_o, offs_r, O, R, stride_p, P_TRANSPOSED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load_up(  # type: ignore[no-untyped-def]
+    p_ptr,
+    offs_o,
+    offs_r,
+    O,  # noqa: E741
+    R,
+    stride_p,
+    P_TRANSPOSED: tl.constexpr,
+):
     """P[o, r] as a [BLOCK_O, BLOCK_R] tile, read along whichever dim is contiguous."""
     if P_TRANSPOSED:
         offs = offs_r.to(tl.int64)[None, :] * stride_p + offs_o[:, None]
@@ -125,8 +133,8 @@ def _lowrank_linear_expand_kernel(  # type: ignore[no-untyped-def]
 ):
     """y_k = base_k + alpha * mask_k(h_k) P_k^T; a program owns one tile of one y_k.
 
-    DROP_H masks h by stream k (bottleneck, mode); DROP_Y masks the product by stream 0 (dx of input dropout).
-    y_k may be base_k itself. The grid is sized for the widest output.
+    DROP_H masks h by stream k (bottleneck, mode); DROP_Y masks the product by stream 0 (dx of input
+    dropout). y_k may be base_k itself. The grid is sized for the widest output.
     """
     k = tl.program_id(1)
     O = pick(k, out0, out1, out2, out3)  # noqa: E741
@@ -161,8 +169,8 @@ def _lowrank_linear_expand_kernel(  # type: ignore[no-untyped-def]
     if HAS_BASE:
         base_ptr = pick(k, base0_ptr, base1_ptr, base2_ptr, base3_ptr)
         stride_base = pick(k, stride_base0, stride_base1, stride_base2, stride_base3)
-        base = tl.load(base_ptr + offs_m[:, None] * stride_base + offs_o[None, :], mask=mask, other=0.0)
-        y += base.to(tl.float32)
+        base_offs = offs_m[:, None] * stride_base + offs_o[None, :]
+        y += tl.load(base_ptr + base_offs, mask=mask, other=0.0).to(tl.float32)
     y_offs = offs_m[:, None] * O + offs_o[None, :]
     tl.store(y_ptr + y_offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -206,7 +214,8 @@ def _lowrank_linear_bwd_dh_kernel(  # type: ignore[no-untyped-def]
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """g_k = alpha * mask_k (dy_k P_k), summed over k, or side by side in g [N, K*R] (SEPARATE, k on the grid).
+    """g_k = alpha * mask_k (dy_k P_k), summed over k, or side by side in g [N, K*R] (SEPARATE, k on
+    the grid).
 
     A program owns BLOCK_M rows: of the sum, or of one g_k.
     """
@@ -252,7 +261,8 @@ def _lowrank_linear_bwd_dh_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _segment(tile, out0, out1, out2, out3, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where a tile of the stacked widths [out0 | .. | out3 | D] lies: segment, its first row, tile within it."""
+    """Where a tile of the stacked widths [out0 | .. | out3 | D] lies: segment, its first row, tile
+    within it."""
     end0 = tl.cdiv(out0, BLOCK)
     end1 = end0 + tl.cdiv(out1, BLOCK)
     end2 = end1 + tl.cdiv(out2, BLOCK)
@@ -304,15 +314,18 @@ def _lowrank_linear_bwd_tn_kernel(  # type: ignore[no-untyped-def]
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """part[split] = sum over the split's rows of big_k^T mask_k(small_k) stacked over k, then mask(x)^T dh.
+    """part[split] = sum over the split's rows of big_k^T mask_k(small_k) stacked over k, then
+    mask(x)^T dh.
 
-    A program owns BLOCK_O stacked columns of one split of the rows, all of R. DROP_X is launched for x alone.
+    A program owns BLOCK_O stacked columns of one split of the rows, all of R. DROP_X is launched
+    for x alone.
     """
     k, row, tile_o = _segment(tl.program_id(0), out0, out1, out2, out3, BLOCK_O)
     split = tl.program_id(1)
     is_x = k == MAX_OUTPUTS
     big_ptr = tl.where(is_x, x_ptr, pick(k, big0_ptr, big1_ptr, big2_ptr, big3_ptr))
-    stride_big = tl.where(is_x, stride_xm, pick(k, stride_big0, stride_big1, stride_big2, stride_big3))
+    stride_big = pick(k, stride_big0, stride_big1, stride_big2, stride_big3)
+    stride_big = tl.where(is_x, stride_xm, stride_big)
     small = tl.where(is_x, dh_ptr, small_ptr + k.to(tl.int64) * stride_sk)
     stride_small = tl.where(is_x, R, stride_sm)
     O = tl.where(is_x, D, pick(k, out0, out1, out2, out3))  # noqa: E741
@@ -325,7 +338,7 @@ def _lowrank_linear_bwd_tn_kernel(  # type: ignore[no-untyped-def]
         stream = tl.load(rng_ptr + 1)
     row0 = split.to(tl.int64) * rows_per_split
     acc = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)
-    for step in range(0, tl.cdiv(rows_per_split, BLOCK_M)):
+    for step in range(tl.cdiv(rows_per_split, BLOCK_M)):
         offs_m = row0 + step * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = (offs_m < N)[:, None]
         big_offs = offs_m[:, None] * stride_big + offs_o[None, :]
@@ -369,7 +382,8 @@ def _lowrank_linear_bwd_reduce_kernel(  # type: ignore[no-untyped-def]
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Sum the partials in the order of the splits, scale, cast, store dP_k [O_k, R] and dU [R, D]."""
+    """Sum the partials in the order of the splits, scale, cast, store dP_k [O_k, R] and dU [R,
+    D]."""
     k, row, tile_o = _segment(tl.program_id(0), out0, out1, out2, out3, BLOCK_O)
     O = tl.where(k == MAX_OUTPUTS, D, pick(k, out0, out1, out2, out3))  # noqa: E741
     offs_o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -377,7 +391,7 @@ def _lowrank_linear_bwd_reduce_kernel(  # type: ignore[no-untyped-def]
     mask = (offs_o < O)[:, None] & (offs_r < R)[None, :]
     part = part_ptr + (row + offs_o).to(tl.int64)[:, None] * R + offs_r[None, :]
     acc = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)
-    for _ in range(0, splits):
+    for _ in range(splits):
         acc += tl.load(part, mask=mask, other=0.0)
         part += stride_part
     o = offs_o.to(tl.int64)[:, None]

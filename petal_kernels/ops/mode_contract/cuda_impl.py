@@ -1,14 +1,19 @@
 """``mode_contract`` on CUDA: the CUDA C++ kernels of ``csrc/mode_contract_{fwd,bwd}.cu``.
 
-Maths (K modes, R rank, O rows of V): ``PT[k, a, o] = s sum_b V[o, b] sum_c C[a, b, c] p_k[c]`` (Tucker) or
-``s lambda[a] p_k[a] V[o, a]`` (CP); without V ``s M`` itself. Gradients: ``dM = s dPT V``, ``dC = sum_k dM_k p_k^T``, ``dp_k = dM_k : C``,
+Maths (K modes, R rank, O rows of V): ``PT[k, a, o] = s sum_b V[o, b] M_k[a, b]`` with
+``M_k[a, b] = sum_c C[a, b, c] p_k[c]`` (Tucker) or ``diag(lambda * p_k)`` (CP); without V, ``s M``.
+Gradients: ``dM = s dPT V``, ``dC = sum_k dM_k p_k``, ``dp_k = sum_{a,b} dM_k C``,
 ``dV = s sum_{k,a} dPT M``, with M computed again.
-Shapes: core [R, R, R] or [R], modes [K, R], up [O, R], dout [K, R, O], made contiguous; output PT [K, R, O] contiguous.
-Grid: a block owns one slab C[a, :, :] for all modes and folds V onto it (forward: also a group of column tiles); M never leaves shared memory.
-Traffic: the core once, PT once; backward reads dPT twice (dM; dV) and the core twice, writes dC once and fp32 partials of dp [R, K, R] and dV, each read once.
-The eager form contracts every mode apart: K times the core.
-Numerics: fp32 accumulators, one rounding per output element; 16-bit inputs run on tensor cores with M and dM split into two 16-bit halves, fp32 ones
-are IEEE FMAs. Fixed order of every sum: same bits on every run.
+Shapes: core [R, R, R] or [R], modes [K, R], up [O, R], dout [K, R, O], made contiguous; the output
+PT [K, R, O] is contiguous.
+Grid: a block owns one slab C[a, :, :] for all modes and folds V onto it (in forward, for a group of
+column tiles); M never leaves shared memory.
+Traffic: the core once, PT once. Backward reads dPT twice (for dM and dV) and the core twice, writes
+dC once and fp32 partials of dp [R, K, R] and of dV, which are read once. The eager form contracts
+every mode apart: K times the core.
+Numerics: fp32 accumulators, one rounding per output element; 16-bit inputs run on tensor cores with
+M and dM split into two 16-bit halves, fp32 ones are IEEE FMAs. Fixed order of every sum: same bits
+on every run.
 Limits: exactly what ``unsupported`` says.
 Source: see ``reference.py``.
 """
@@ -23,6 +28,7 @@ from torch import Tensor
 MAX_RANK = 256
 MAX_TILES = 4  # ceil(K / 64) * ceil(R / 64): the mode matrices of one slab in shared memory
 MAX_DIAGONAL_MODES = 1024
+SHARED_BYTES = 150 * 1024  # of the largest block; sm_80, sm_90 and sm_100 have 163 KiB or more
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -31,9 +37,12 @@ def _ops() -> Any:
     return torch.ops.petal_cuda
 
 
-def unsupported(
-    core: Tensor, modes: Tensor, up: Tensor | None, dtype: torch.dtype
-) -> list[str]:
+def _shared_bytes(device: torch.device) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES))
+
+
+def unsupported(core: Tensor, modes: Tensor, up: Tensor | None, dtype: torch.dtype) -> list[str]:
     """Every reason for not running on these tensors; an empty list says that they can."""
     reasons = []
     if core.device.type != "cuda":
@@ -50,9 +59,9 @@ def unsupported(
             reasons.append(f"wants a rank of at most {MAX_RANK}, got {rank}")
         tiles = -(-count // 64) * -(-rank // 64)
         if tiles > MAX_TILES:
-            reasons.append(
-                f"wants ceil(modes / 64) * ceil(rank / 64) <= {MAX_TILES}, got {tiles}"
-            )
+            reasons.append(f"wants ceil(modes / 64) * ceil(rank / 64) <= {MAX_TILES}, got {tiles}")
+        if core.device.type == "cuda" and _shared_bytes(core.device) < SHARED_BYTES:
+            reasons.append(f"wants {SHARED_BYTES} bytes of shared memory per block")
     elif count > MAX_DIAGONAL_MODES:
         reasons.append(f"wants at most {MAX_DIAGONAL_MODES} modes, got {count}")
     return reasons

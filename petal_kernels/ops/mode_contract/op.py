@@ -245,8 +245,8 @@ def _explain(
     return rt.Explanation(
         _NAME,
         tuple((c.backend.name, c.reasons) for c in rows),
-        f"runs on {choice.name}",
-        tuple(notes),
+        choice.name,
+        notes=tuple(notes),
     )
 
 

@@ -1,36 +1,48 @@
-"""``mode_contract`` in Triton: contraction and fold in one kernel, mode matrices never stored; deterministic.
+"""``mode_contract`` in Triton: contraction and fold in one kernel, no mode matrix stored.
 
-Maths. Tucker core C [R, R, R], modes p_k (rows of [K, R]), V [O, R], s = scale, PT the stored transpose of P_k:
+Maths. Tucker core C [R, R, R], modes p_k (rows of [K, R]), V [O, R], s = scale, PT the stored
+transpose of P_k:
 
-    forward   M_k[a, b] = sum_c C[a, b, c] p_k[c];   PT[k, a, o] = s sum_b V[o, b] M_k[a, b];   without V: s M_k
-    backward  dM_k[a, b] = s sum_o dPT[k, a, o] V[o, b];        dC[a, b, c] = sum_k dM_k[a, b] p_k[c]
-              dp_k[c] = sum_ab dM_k[a, b] C[a, b, c];           dV[o, b] = s sum_ka dPT[k, a, o] M_k[a, b]
+    forward   M_k[a, b] = sum_c C[a, b, c] p_k[c]
+              PT[k, a, o] = s sum_b V[o, b] M_k[a, b];   without V: s M_k
+    backward  dM_k[a, b] = s sum_o dPT[k, a, o] V[o, b]
+              dC[a, b, c] = sum_k dM_k[a, b] p_k[c]
+              dp_k[c] = sum_ab dM_k[a, b] C[a, b, c]
+              dV[o, b] = s sum_ka dPT[k, a, o] M_k[a, b]
     CP        M_k = diag(lambda p_k): the same, elementwise
 
-Shapes. core, modes contiguous (copied if not), V with any strides, output contiguous; K, R, O arbitrary; int64 addresses.
-core, modes and V share a dtype, fp32, fp16 or bf16; the output may have another of the three.
+Shapes. core, modes contiguous (copied if not), V with any strides, output contiguous; K, R, O
+arbitrary; int64 addresses. core, modes and V share a dtype, fp32, fp16 or bf16; the output may have
+another of the three.
 
-Grid. fwd: a program owns the slab C[a] for up to BLOCK_K modes (all of a Q-Former's in one block) and one tile of o: it
-contracts BLOCK_B rows of the slab at a time and folds them at once, so neither M_k nor the slab is ever held whole.
-bwd_slab: a program owns a [b, c] tile of a slab, forms dM_k block by block of modes, writes its tile of dC once and its
-share of every dp_k. bwd_up: a program owns a tile of dV and a group of slabs, and forms M_k anew. sum: tiles of the
-result. CP: tiles of V, of (k, a) and of dV.
+Grid. fwd: a program owns the slab C[a] for up to BLOCK_K modes (a Q-Former's all in one block) and
+one tile of o: it contracts BLOCK_B rows of the slab at a time and folds them at once, so neither
+M_k nor the slab is ever held whole. bwd_slab: a program owns a [b, c] tile of a slab, forms dM_k
+block by block of modes, writes its tile of dC once and its share of every dp_k. bwd_up: a program
+owns a tile of dV and a group of slabs, and forms M_k anew. sum: tiles of the result. CP: tiles of
+V, of (k, a) and of dV.
 
-Traffic (e bytes per element, e' of the output's; L2 serves the tiles of one slab, which run side by side):
-    fwd       (R^3 + K R + O R) e + K R O e';            per mode and eager: K R^3 e + 2 K R^2 e + ...
-    bwd_slab  (K R O) e' + (2 R^3 + K R + O R) e + 4 R ceil(R / BLOCK_B) K R (partials)
-    bwd_up    (K R O) e' + (R^3 + K R) e + 4 G O R (partials of G groups of slabs)
-    sum       4 x partials + the gradient
-    CP        fwd (R + K R + O R) e + K R O e';          bwd 2 K R O e' + (2 O R + 3 K R + 2 R) e + 8 K R
+Traffic (e bytes per element, f of the output's; the tiles of one slab run side by side, so that L2
+serves all but the first):
+
+    fwd       (R^3 + K R + O R) e + K R O f              one by one: K R^3 e + 2 K R^2 e more
+    bwd_slab  K R O f + (2 R^3 + K R + O R) e + 4 T K R  T = R ceil(R / BLOCK_B) shares
+    bwd_up    K R O f + (R^3 + K R) e + 4 G O R          G groups of slabs
+    sum       4 T K R + K R e, and 4 G O R + O R e       the partials once more, and the gradients
+    CP        fwd (R + K R + O R) e + K R O f
+              bwd 2 K R O f + (2 O R + 3 K R + 3 R) e + 8 K R
+
 Saved for backward: the inputs.
 
-Numerics. Accumulation in fp32 and one rounding, at the store: M_k and dM_k stay fp32. The product with a 16-bit C, p or V is
-done in that dtype; a product with M_k or dM_k is fp32: IEEE for fp32 inputs (unless
-``torch.backends.cuda.matmul.allow_tf32``), three TF32 products for 16-bit inputs, whose 8 or 11 bits are exact in TF32.
-Partials are summed in a fixed order: the same bits every time. NaN and Inf propagate.
+Numerics. Accumulation in fp32 and one rounding, at the store: M_k and dM_k stay fp32. A product of
+inputs is done in their dtype; a product with M_k or dM_k is fp32: IEEE for fp32 inputs (unless
+``torch.backends.cuda.matmul.allow_tf32``), three TF32 products for 16-bit inputs, whose 8 or 11
+bits are exact in TF32. Partials are summed in a fixed order: the same bits every time. NaN and Inf
+propagate.
 
-Limits (``unsupported``): fp32, fp16, bf16; a CUDA device of compute capability 8.0, or TRITON_INTERPRET=1 with CPU tensors,
-which excludes bf16 (the interpreter multiplies its bit patterns).
+Limits (``unsupported``): fp32, fp16, bf16; a CUDA device of compute capability 8.0, or
+TRITON_INTERPRET=1 with CPU tensors, which excludes bf16 (the interpreter multiplies its bit
+patterns).
 
 Source: PETAL (arXiv 2312.12458), Aurora (arXiv 2305.08381). Kernels: ``triton_kernels.py``.
 """
@@ -59,7 +71,8 @@ _KERNELS = {
     "cp_bwd_core": tk._mode_contract_cp_bwd_core_kernel,
     "cp_bwd_up": tk._mode_contract_cp_bwd_up_kernel,
 }
-# One row serves every architecture: mma.sync and wgmma tiles of these sizes fit all of them.
+# One row per kernel and width of the inputs; sm_80's register-fed tensor cores want smaller 16-bit
+# tiles.
 TABLE: dict[str, dict[str, Tile]] = {
     "fwd": {
         "16": tile(4, 2, BLOCK_K=64, BLOCK_O=64, BLOCK_B=32, BLOCK_C=64),
@@ -79,6 +92,10 @@ TABLE: dict[str, dict[str, Tile]] = {
     "cp_bwd_core": {"32": tile(1, 1, BLOCK_A=32)},
     "cp_bwd_up": {"32": tile(4, 1, BLOCK_A=16, BLOCK_O=64)},
 }
+_TABLE_80 = {
+    "fwd": tile(8, 2, BLOCK_K=64, BLOCK_O=64, BLOCK_B=16, BLOCK_C=64),
+    "bwd_slab": tile(8, 2, BLOCK_K=32, BLOCK_O=64, BLOCK_B=32),
+}
 _INTERPRETER = {
     "fwd": tile(1, 1, BLOCK_K=32, BLOCK_O=128, BLOCK_B=32, BLOCK_C=32),
     "bwd_slab": tile(1, 1, BLOCK_K=32, BLOCK_O=128, BLOCK_B=32),
@@ -91,18 +108,22 @@ _INTERPRETER = {
 }
 
 
-def unsupported(
-    core: Tensor, modes: Tensor, up: Tensor | None, dtype: torch.dtype
-) -> list[str]:
+def unsupported(core: Tensor, modes: Tensor, up: Tensor | None, dtype: torch.dtype) -> list[str]:
     """Every reason for not running on these tensors."""
     return lib.device_reasons(core, modes, up, dtypes=(dtype,))
 
 
-def _choose(kernel: str, like: Tensor) -> dict[str, Any]:
-    if lib.machine(like).arch == 0:
-        return _INTERPRETER[kernel].keywords()
+def _row(kernel: str, arch: int, bits: str) -> Tile:
+    if arch == 0:
+        return _INTERPRETER[kernel]
+    if arch == 80 and bits == "16" and kernel in _TABLE_80:
+        return _TABLE_80[kernel]
     rows = TABLE[kernel]
-    return rows.get(str(8 * like.element_size()), rows["32"]).keywords()
+    return rows.get(bits, rows["32"])
+
+
+def _choose(kernel: str, like: Tensor) -> dict[str, Any]:
+    return _row(kernel, lib.machine(like).arch, str(8 * like.element_size())).keywords()
 
 
 def _precisions(core: Tensor) -> dict[str, str]:
@@ -139,14 +160,14 @@ def forward(
             tk._mode_contract_cp_fwd_kernel[(tiles, triton.cdiv(k, each))](
                 core, modes, v, out, k, rank, width, stride_vo, stride_vb, each, scale,
                 FOLD=fold, **config,
-            )
+            )  # fmt: skip
         else:
             config = _choose("fwd", core)
             tiles = triton.cdiv(k, config["BLOCK_K"]) * triton.cdiv(width, config["BLOCK_O"])
             tk._mode_contract_fwd_kernel[(tiles, rank)](
                 core, modes, v, out, k, rank, width, stride_vo, stride_vb, scale,
                 FOLD=fold, **_precisions(core), **config,
-            )
+            )  # fmt: skip
     return out
 
 
@@ -185,8 +206,13 @@ def backward(
 
 
 def _backward_slabs(
-    dout: Tensor, core: Tensor, modes: Tensor, up: Tensor | None, scale: float,
-    dcore: Tensor | None, dmodes: Tensor | None,
+    dout: Tensor,
+    core: Tensor,
+    modes: Tensor,
+    up: Tensor | None,
+    scale: float,
+    dcore: Tensor | None,
+    dmodes: Tensor | None,
 ) -> None:
     (k, rank), (v, width, stride_vo, stride_vb) = modes.shape, _v_arguments(up, core)
     config = _choose("bwd_slab", core)
@@ -198,7 +224,7 @@ def _backward_slabs(
         stride_vo, stride_vb, scale,
         FOLD=up is not None, NEED_CORE=dcore is not None, NEED_MODES=dmodes is not None,
         **_precisions(core), **config,
-    )
+    )  # fmt: skip
     if dmodes is not None:
         _sum(part, dmodes, 1.0)
 
@@ -213,13 +239,19 @@ def _backward_up(dout: Tensor, core: Tensor, modes: Tensor, scale: float, dup: T
     part = torch.empty((groups, width, rank), dtype=torch.float32, device=core.device)
     tk._mode_contract_bwd_up_kernel[(tiles, groups)](
         dout, core, modes, part, k, rank, width, slabs, **_precisions(core), **config
-    )
+    )  # fmt: skip
     _sum(part, dup, scale)
 
 
 def _backward_cp(
-    dout: Tensor, core: Tensor, modes: Tensor, up: Tensor | None, scale: float,
-    dcore: Tensor | None, dmodes: Tensor | None, dup: Tensor | None,
+    dout: Tensor,
+    core: Tensor,
+    modes: Tensor,
+    up: Tensor | None,
+    scale: float,
+    dcore: Tensor | None,
+    dmodes: Tensor | None,
+    dup: Tensor | None,
 ) -> None:
     (k, rank), (v, width, stride_vo, stride_vb) = modes.shape, _v_arguments(up, core)
     if dcore is not None or dmodes is not None:
@@ -229,18 +261,18 @@ def _backward_cp(
             dout, core, v, diagonal, diagonal if dmodes is None else dmodes, rank, width,
             stride_vo, stride_vb, scale,
             FOLD=up is not None, NEED_MODES=dmodes is not None, **config,
-        )
+        )  # fmt: skip
         if dcore is not None:
             config = _choose("cp_bwd_core", core)
             tk._mode_contract_cp_bwd_core_kernel[(triton.cdiv(rank, config["BLOCK_A"]),)](
                 diagonal, modes, dcore, k, rank, **config
-            )
+            )  # fmt: skip
     if dup is not None:
         config = _choose("cp_bwd_up", core)
         tiles = triton.cdiv(rank, config["BLOCK_A"]) * triton.cdiv(width, config["BLOCK_O"])
         tk._mode_contract_cp_bwd_up_kernel[(tiles,)](
             dout, core, modes, dup, k, rank, width, scale, **config
-        )
+        )  # fmt: skip
 
 
 _FORMS: dict[str, tuple[dict[str, bool], ...]] = {
@@ -258,9 +290,9 @@ def shipped_configs() -> Iterator[Shipped]:
     """Every compiled form the tables can ask for: kernel x architecture x dtype x switches."""
     for arch in ARCHS:
         for kernel, rows in TABLE.items():
-            for bits, row in rows.items():
+            for bits in rows:
                 for form in _FORMS.get(kernel, ({},)):
-                    yield _shipped(kernel, arch, bits, row, form)
+                    yield _shipped(kernel, arch, bits, _row(kernel, arch, bits), form)
 
 
 def _shipped(kernel: str, arch: int, bits: str, row: Tile, form: dict[str, bool]) -> Shipped:
@@ -271,6 +303,8 @@ def _shipped(kernel: str, arch: int, bits: str, row: Tile, form: dict[str, bool]
     if "PRECISION" in names:
         constexprs["PRECISION"] = "ieee"
         constexprs["FOLD_PRECISION"] = "tf32x3" if tensor_cores else "ieee"
+    if "stride_vb" in names:
+        constexprs["stride_vb"] = 1  # V contiguous: the launcher specialises on it
     pointers = {n: "*" + element for n in names if n.endswith("_ptr")}
     pointers.update({n: "*fp32" for n in ("part_ptr", "diagonal_ptr") if n in pointers})
     flags = "+".join(name.lower() for name, on in form.items() if on)

@@ -1,4 +1,5 @@
-"""Triton kernels of ``mode_contract``; what they compute and move is documented in ``triton_impl.py``."""
+"""Triton kernels of ``mode_contract``; what they compute and move is documented in
+``triton_impl.py``."""
 
 from __future__ import annotations
 
@@ -7,9 +8,26 @@ import triton.language as tl
 
 
 @triton.jit
+def _v_pointers(up_ptr, rows, cols, stride_row, stride_col):  # type: ignore[no-untyped-def]
+    """A tile of V or of its transpose, whichever the strides say."""
+    rows = rows.to(tl.int64)
+    cols = cols.to(tl.int64)
+    return up_ptr + rows[:, None] * stride_row + cols[None, :] * stride_col
+
+
+@triton.jit
 def _mode_matrix(  # type: ignore[no-untyped-def]
-    core_ptr, modes_ptr, a, b0, k0, K, R,
-    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+    core_ptr,
+    modes_ptr,
+    a,
+    b0,
+    k0,
+    K,
+    R,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """M_k[a, b] for a block of modes and of b: [BLOCK_K, BLOCK_B] in fp32, from the slab C[a]."""
     offs_k = k0 + tl.arange(0, BLOCK_K)
@@ -46,7 +64,8 @@ def _mode_contract_fwd_kernel(  # type: ignore[no-untyped-def]
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """PT[k, a, o] = scale * sum_b V[o, b] M_k[a, b]; a program owns one slab a, a block of modes, a tile of o.
+    """PT[k, a, o] = scale * sum_b V[o, b] M_k[a, b]; a program owns one slab a, a block of modes, a
+    tile of o.
 
     Without FOLD: out[k, a, b] = scale * M_k[a, b], and the tiles run over b.
     """
@@ -64,8 +83,8 @@ def _mode_contract_fwd_kernel(  # type: ignore[no-untyped-def]
                 core_ptr, modes_ptr, a, b0, k0, K, R, PRECISION, BLOCK_K, BLOCK_B, BLOCK_C
             )
             offs_b = b0 + tl.arange(0, BLOCK_B)
-            v_offs = offs_b.to(tl.int64)[:, None] * stride_vb + offs_o.to(tl.int64)[None, :] * stride_vo
-            v = tl.load(up_ptr + v_offs, mask=(offs_b < R)[:, None] & mask_o[None, :], other=0.0)
+            v_ptrs = _v_pointers(up_ptr, offs_b, offs_o, stride_vb, stride_vo)
+            v = tl.load(v_ptrs, mask=(offs_b < R)[:, None] & mask_o[None, :], other=0.0)
             acc = tl.dot(m, v.to(tl.float32), acc, input_precision=FOLD_PRECISION)
     else:
         acc = _mode_matrix(
@@ -99,9 +118,11 @@ def _mode_contract_bwd_slab_kernel(  # type: ignore[no-untyped-def]
     BLOCK_O: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """dC[a, b, c] and this tile's share of dp_k[c]; a program owns a [BLOCK_B, BLOCK_B] tile of the slab a.
+    """dC[a, b, c] and this tile's share of dp_k[c]; a program owns a [BLOCK_B, BLOCK_B] tile of the
+    slab a.
 
-    dM_k[a, b] = scale * sum_o dPT[k, a, o] V[o, b] is formed block by block of modes and never stored.
+    dM_k[a, b] = scale * sum_o dPT[k, a, o] V[o, b] is formed block by block of modes and never
+    stored.
     """
     tiles = tl.cdiv(R, BLOCK_B)
     tile_b = tl.program_id(0) // tiles
@@ -112,7 +133,8 @@ def _mode_contract_bwd_slab_kernel(  # type: ignore[no-untyped-def]
     mask_c = (offs_c < R)[None, :]
     tile_offs = (a * R + offs_b)[:, None] * R + offs_c[None, :]
     if NEED_MODES:
-        core = tl.load(core_ptr + tile_offs, mask=mask_b[:, None] & mask_c, other=0.0).to(tl.float32)
+        core = tl.load(core_ptr + tile_offs, mask=mask_b[:, None] & mask_c, other=0.0)
+        core = core.to(tl.float32)
     dcore = tl.zeros((BLOCK_B, BLOCK_B), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
@@ -123,12 +145,8 @@ def _mode_contract_bwd_slab_kernel(  # type: ignore[no-untyped-def]
             for o0 in range(0, O, BLOCK_O):
                 offs_o = o0 + tl.arange(0, BLOCK_O)
                 d = tl.load(rows + offs_o[None, :], mask=mask_k & (offs_o < O)[None, :], other=0.0)
-                v_offs = (
-                    offs_o.to(tl.int64)[:, None] * stride_vo + offs_b.to(tl.int64)[None, :] * stride_vb
-                )
-                v = tl.load(
-                    up_ptr + v_offs, mask=(offs_o < O)[:, None] & mask_b[None, :], other=0.0
-                )
+                v_ptrs = _v_pointers(up_ptr, offs_o, offs_b, stride_vo, stride_vb)
+                v = tl.load(v_ptrs, mask=(offs_o < O)[:, None] & mask_b[None, :], other=0.0)
                 if d.dtype != v.dtype:
                     d = d.to(tl.float32)
                     v = v.to(tl.float32)
@@ -144,7 +162,8 @@ def _mode_contract_bwd_slab_kernel(  # type: ignore[no-untyped-def]
         if NEED_MODES:
             share = tl.dot(dm, core, input_precision=FOLD_PRECISION)
             part_rows = (a * tiles + tile_b) * K + offs_k
-            tl.store(part_ptr + part_rows[:, None] * R + offs_c[None, :], share, mask=mask_k & mask_c)
+            part_offs = part_rows[:, None] * R + offs_c[None, :]
+            tl.store(part_ptr + part_offs, share, mask=mask_k & mask_c)
     if NEED_CORE:
         grad = dcore.to(dcore_ptr.dtype.element_ty)
         tl.store(dcore_ptr + tile_offs, grad, mask=mask_b[:, None] & mask_c)
@@ -167,7 +186,8 @@ def _mode_contract_bwd_up_kernel(  # type: ignore[no-untyped-def]
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """part[g, o, b] = sum over k and the group's slabs a of dPT[k, a, o] M_k[a, b], M formed anew."""
+    """part[g, o, b] = sum over k and the group's slabs a of dPT[k, a, o] M_k[a, b], M formed
+    anew."""
     tiles_o = tl.cdiv(O, BLOCK_O)
     offs_o = (tl.program_id(0) % tiles_o) * BLOCK_O + tl.arange(0, BLOCK_O)
     b0 = (tl.program_id(0) // tiles_o) * BLOCK_B
@@ -196,7 +216,7 @@ def _mode_contract_bwd_sum_kernel(  # type: ignore[no-untyped-def]
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     acc = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(0, parts):
+    for _ in range(parts):
         acc += tl.load(part_ptr + offs, mask=mask, other=0.0)
         part_ptr += size
     tl.store(out_ptr + offs, (acc * scale).to(out_ptr.dtype.element_ty), mask=mask)
@@ -229,8 +249,8 @@ def _mode_contract_cp_fwd_kernel(  # type: ignore[no-untyped-def]
     mask_a = offs_a < R
     mask = mask_a[:, None] & (offs_o < O)[None, :]
     if FOLD:
-        v_offs = offs_a.to(tl.int64)[:, None] * stride_vb + offs_o.to(tl.int64)[None, :] * stride_vo
-        v = tl.load(up_ptr + v_offs, mask=mask, other=0.0).to(tl.float32)
+        v_ptrs = _v_pointers(up_ptr, offs_a, offs_o, stride_vb, stride_vo)
+        v = tl.load(v_ptrs, mask=mask, other=0.0).to(tl.float32)
     else:
         v = tl.where(offs_a[:, None] == offs_o[None, :], 1.0, 0.0)
     core = tl.load(core_ptr + offs_a, mask=mask_a, other=0.0).to(tl.float32) * scale
@@ -238,11 +258,8 @@ def _mode_contract_cp_fwd_kernel(  # type: ignore[no-untyped-def]
     for k in range(first, tl.minimum(first + modes_each, K)):
         p = tl.load(modes_ptr + k * R + offs_a, mask=mask_a, other=0.0).to(tl.float32)
         factor = (core * p)[:, None]
-        if FOLD:
-            out = factor * v
-        else:
-            # A select, not a product: Inf on the diagonal must not turn its row into NaN.
-            out = tl.where(v > 0, factor, 0.0)
+        # Off the diagonal a select, not a product: Inf times zero would be NaN.
+        out = factor * v if FOLD else tl.where(v > 0, factor, 0.0)
         out_offs = (k * R + offs_a)[:, None] * O + offs_o[None, :]
         tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -264,7 +281,8 @@ def _mode_contract_cp_bwd_modes_kernel(  # type: ignore[no-untyped-def]
     BLOCK_A: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """t[k, a] = scale * sum_o dPT[k, a, o] V[o, a] in fp32, and dp_k[a] = lambda[a] t[k, a]; a program owns (k, a tile)."""
+    """t[k, a] = scale * sum_o dPT[k, a, o] V[o, a] in fp32, and dp_k[a] = lambda[a] t[k, a]; a
+    program owns (k, a tile)."""
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     k = tl.program_id(1).to(tl.int64)
     mask_a = offs_a < R
@@ -275,8 +293,8 @@ def _mode_contract_cp_bwd_modes_kernel(  # type: ignore[no-untyped-def]
             offs_o = o0 + tl.arange(0, BLOCK_O)
             mask = mask_a[:, None] & (offs_o < O)[None, :]
             d = tl.load(dout_ptr + rows[:, None] + offs_o[None, :], mask=mask, other=0.0)
-            v_offs = offs_a.to(tl.int64)[:, None] * stride_vb + offs_o.to(tl.int64)[None, :] * stride_vo
-            v = tl.load(up_ptr + v_offs, mask=mask, other=0.0)
+            v_ptrs = _v_pointers(up_ptr, offs_a, offs_o, stride_vb, stride_vo)
+            v = tl.load(v_ptrs, mask=mask, other=0.0)
             acc += d.to(tl.float32) * v.to(tl.float32)
         t = tl.sum(acc, axis=1) * scale
     else:
@@ -297,7 +315,7 @@ def _mode_contract_cp_bwd_core_kernel(  # type: ignore[no-untyped-def]
     mask_a = offs_a < R
     acc = tl.zeros((BLOCK_A,), tl.float32)
     row = offs_a.to(tl.int64)
-    for _ in range(0, K):
+    for _ in range(K):
         t = tl.load(diagonal_ptr + row, mask=mask_a, other=0.0)
         acc += t * tl.load(modes_ptr + row, mask=mask_a, other=0.0).to(tl.float32)
         row += R
@@ -325,7 +343,7 @@ def _mode_contract_cp_bwd_up_kernel(  # type: ignore[no-untyped-def]
     mask = mask_a[:, None] & (offs_o < O)[None, :]
     acc = tl.zeros((BLOCK_A, BLOCK_O), tl.float32)
     row = offs_a.to(tl.int64)
-    for _ in range(0, K):
+    for _ in range(K):
         p = tl.load(modes_ptr + row, mask=mask_a, other=0.0).to(tl.float32)
         d = tl.load(dout_ptr + row[:, None] * O + offs_o[None, :], mask=mask, other=0.0)
         acc += p[:, None] * d.to(tl.float32)

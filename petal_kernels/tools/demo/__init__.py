@@ -1,4 +1,4 @@
-"""The demo: a small InstructBLIP learns a new instruction through fused PETAL layers (`app.main`)."""
+"""The demo: a small InstructBLIP learns a new instruction through fused PETAL layers."""
 
 from petal_kernels.tools.demo.app import main
 

@@ -1,8 +1,10 @@
-"""Fused and eager published layers side by side: the same curve, time per step, bytes kept for backward.
+"""Fused and eager published layers side by side: the same curve, time per step, bytes kept for
+backward.
 
-Three copies of the model, measured in turns inside one run: `fused`, `published` (the layers as the authors wrote
-them, in eager torch, with the same parameters) and `frozen` (no adapter; the gradient still flows through the
-Q-Former to its queries). What a form costs above `frozen` is the adapter's own cost.
+Three copies of the model, measured in turns inside one run: `fused`, `published` (the layers as the
+authors wrote them, in eager torch, with the same parameters) and `frozen` (no adapter; the gradient
+still flows through the Q-Former to its queries). What a form costs above `frozen` is the adapter's
+own cost.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -23,14 +25,15 @@ import petal_kernels as pk
 from . import model as small
 from .train import Batch, Batches, Settings, Trainer, adapter_config, batch_loss
 
-# A wrong index or scale moves the loss by 1e-2 or more; see `curve_bound` for where the bound comes from.
+# A wrong index or scale moves the loss by 1e-2 or more; see `curve_bound` for where the bound comes
+# from.
 _AMPLIFICATION = 16.0
 _CONTROLS = 2
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Figures of `compare`; losses with dropout off, times and bytes in training mode with dropout."""
+    """Figures of `compare`; losses with dropout off, times and bytes with dropout on."""
 
     steps: int
     fused_losses: list[float]
@@ -114,9 +117,10 @@ def largest_difference(one: list[float], other: list[float]) -> float:
 def curve_bound(published: list[float], controls: list[list[float]]) -> float:
     """How far two right implementations may drift apart.
 
-    The controls are the published form itself, started from parameters moved by one unit in the last place. Training
-    amplifies that as it amplifies the different rounding of another order of operations, which happens anew at every
-    step and in several products: hence a multiple, and a floor of as many roundings of the loss itself.
+    The controls are the published form itself, started from parameters moved by one unit in the
+    last place. Training amplifies that as it amplifies the different rounding of another order of
+    operations, which happens anew at every step and in several products: hence a multiple, and a
+    floor of as many roundings of the loss itself.
     """
     spread = max(largest_difference(published, control) for control in controls)
     floor = torch.finfo(torch.float32).eps * max(published)
@@ -139,7 +143,7 @@ def _share_parameters(trainers: dict[str, Trainer]) -> None:
 
 
 @torch.no_grad()
-def _nudge(parameters: list[Tensor], generator: torch.Generator) -> None:
+def _nudge(parameters: Sequence[Tensor], generator: torch.Generator) -> None:
     """Moves every value by one unit in the last place, up or down."""
     for parameter in parameters:
         up = torch.rand(parameter.shape, generator=generator) < 0.5
@@ -155,7 +159,9 @@ def _times(
     count: int,
     tick: Callable[[int], None],
 ) -> dict[str, float]:
-    """Median milliseconds of forward + backward in training mode, the forms taking turns on the same batches."""
+    """Median milliseconds of forward + backward in training mode, the forms taking turns on the
+    same batches.
+    """
     spent: dict[str, list[float]] = {name: [] for name in forms}
     for form in forms.values():
         form.train()

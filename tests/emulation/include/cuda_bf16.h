@@ -1,4 +1,5 @@
-// __nv_bfloat16 for the emulation: storage plus conversions that round to nearest even, bit for bit as the hardware's.
+// __nv_bfloat16 for the emulation: storage plus conversions that round to nearest even, bit for bit
+// as the hardware's.
 #pragma once
 
 #include <cstdint>

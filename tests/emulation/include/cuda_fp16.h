@@ -1,4 +1,5 @@
-// __half for the emulation: storage plus conversions that round to nearest even, bit for bit as the hardware's.
+// __half for the emulation: storage plus conversions that round to nearest even, bit for bit as the
+// hardware's.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +45,8 @@ inline __half __float2half_rn(float f) {
     bits += 0xFFFu + ((bits >> 13) & 1u);
     h.bits = static_cast<uint16_t>(sign | ((bits - 0x38000000u) >> 13));
   } else {
-    // Subnormal: adding 0.5 aligns the units of 2^-24 with the last mantissa bit and rounds in the floating-point unit.
+    // Subnormal: adding 0.5 aligns the units of 2^-24 with the last mantissa bit and rounds in the
+    // floating-point unit.
     float magnitude;
     std::memcpy(&magnitude, &bits, 4);
     magnitude += 0.5f;

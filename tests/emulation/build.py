@@ -1,0 +1,104 @@
+"""Compiles the CUDA sources as C++ against the emulation header, once per content."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CSRC = ROOT / "csrc"
+HERE = Path(__file__).resolve().parent
+CACHE = ROOT / "build" / "emulation"
+
+COMMON = (
+    "-std=c++17",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-DPETAL_EMULATION",
+    f"-I{HERE}",
+    f"-I{HERE / 'include'}",
+    f"-I{CSRC}",
+)
+SANITIZE = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+# Without it every fmaf is a call into libm. ISO C++ keeps the compiler from contracting others.
+RELEASE = ("-O2", "-march=native")
+
+
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++")
+
+
+def kernels() -> list[Path]:
+    return sorted(CSRC.glob("*.cu"))
+
+
+def _torch_flags() -> list[str]:
+    include = Path(torch.__file__).parent / "include"
+    return ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(include)]
+
+
+def _headers() -> bytes:
+    found = [*CSRC.glob("*.h"), *(CSRC / "common").iterdir(), *HERE.rglob("*.h")]
+    return b"".join(p.read_bytes() for p in sorted(found) if p.is_file())
+
+
+def _object(source: Path, flags: list[str], headers: bytes) -> Path:
+    key = hashlib.sha256(headers + source.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
+    target = CACHE / f"{source.name}-{key}.o"
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        part = target.with_suffix(f".{os.getpid()}")
+        command = [str(compiler()), *flags, "-x", "c++", "-c", str(source), "-o", str(part)]
+        subprocess.run(command, check=True)
+        part.replace(target)
+    return target
+
+
+def _link(name: str, sources: list[Path], flags: tuple[str, ...], link: list[str]) -> Path:
+    headers = _headers()
+
+    def build(source: Path) -> Path:
+        extra = _torch_flags() if source.name.endswith("_cuda.cpp") else []
+        return _object(source, [*COMMON, *flags, *extra], headers)
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        objects = list(pool.map(build, sources))
+    key = hashlib.sha256(" ".join([*map(str, objects), *link]).encode()).hexdigest()[:16]
+    target = CACHE / f"{key}-{name}"
+    if not target.exists():
+        part = target.with_suffix(f".{os.getpid()}")
+        command = [str(compiler()), *flags, *map(str, objects), "-o", str(part), *link]
+        subprocess.run(command, check=True)
+        part.replace(target)
+    return target
+
+
+def library() -> tuple[Path, ctypes.CDLL]:
+    """Kernels and registrations (``torch.ops.petal_cuda_emulated``, CPU tensors) and the probes."""
+    sources = [
+        *kernels(),
+        *sorted(CSRC.glob("*_cuda.cpp")),
+        HERE / "cuda_emulation.cpp",
+        HERE / "probes.cpp",
+    ]
+    lib = Path(torch.__file__).parent / "lib"
+    link = ["-shared", f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
+    path = _link("libpetal_emulated.so", sources, RELEASE, link)
+    torch.ops.load_library(str(path))
+    return path, ctypes.CDLL(str(path))
+
+
+def sanitized_driver() -> Path:
+    """A program without torch: every kernel on exact-size buffers under both sanitizers."""
+    sources = [*kernels(), HERE / "cuda_emulation.cpp", HERE / "driver.cpp"]
+    return _link("driver", sources, SANITIZE, [])

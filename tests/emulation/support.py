@@ -1,0 +1,101 @@
+"""Inputs of the tests that execute the CUDA kernels under the emulation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.emulation import build
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+RNG = torch.tensor([0x0123_4567_89AB_CDEF, 0xFFFF_FFFE])  # the offset wraps at stream 2
+
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+
+
+def pad_rows(t: Tensor, pad: int) -> Tensor:
+    """The same values with a row stride of ``pad`` more elements; what lies between is NaN."""
+    wide = torch.full((t.shape[0], t.shape[1] + pad), float("nan"), dtype=t.dtype)
+    wide[:, : t.shape[1]] = t
+    return wide[:, : t.shape[1]]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One call of lowrank_linear: sizes, then what varies."""
+
+    rows: int = 70
+    width: int = 77
+    rank: int = 19
+    outs: tuple[int, ...] = (70, 133)
+    site: str = "bottleneck"
+    p: float = 0.2
+    fused: bool = False
+    small: bool = True
+    transposed: bool = False  # ups as views of [R, O]
+    pad: int = 3
+    source: str = "weights"  # "weights", "base", "none", "hidden"
+    wide_parameters: bool = False  # float32 factors
+
+    def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
+        n, d, r = self.rows, self.width, self.rank
+        kept = torch.float32 if self.wide_parameters else dtype
+
+        def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return (torch.randn(*shape) / shape[-1] ** 0.5).to(dtype)
+
+        ups = [randn(o, r, dtype=kept) for o in self.outs]
+        if self.transposed:
+            ups = [up.t().contiguous().t() for up in ups]
+        hidden = self.source == "hidden"
+        weights = [randn(o, d) for o in self.outs] if self.source == "weights" else []
+        return {
+            "x": None if hidden else pad_rows(randn(n, d), self.pad),
+            "down": None if hidden else randn(r, d, dtype=kept),
+            "hidden": pad_rows(randn(n, r), self.pad) if hidden else None,
+            "ups": ups,
+            "weights": weights,
+            "biases": [randn(o) for o in self.outs] if weights else [],
+            "base": [pad_rows(randn(n, o), self.pad) for o in self.outs]
+            if self.source in ("base", "hidden")
+            else [],
+            "core": randn(len(self.outs), r, r, dtype=kept) if self.site == "mode" else None,
+            "rng": RNG if self.p else None,
+            "scale": 0.7,
+            "dropout": self.p,
+            "dropout_at": self.site,
+        }
+
+
+def wider(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.double()
+    if isinstance(value, list):
+        return [wider(v) for v in value]
+    return value
+
+
+def run_linear(impl: Any, args: dict[str, Any], dys: list[Tensor]) -> dict[str, Tensor]:
+    ys, h = impl.forward(**args, plan="update")
+    shared = {k: args[k] for k in ("x", "down", "ups", "weights", "core", "rng")}
+    need_x, need_core = args["x"] is not None, args["core"] is not None
+    dx, dh, ddown, dups, dcore = impl.backward(
+        dys,
+        h=h,
+        **shared,
+        scale=args["scale"],
+        dropout=args["dropout"],
+        dropout_at=args["dropout_at"],
+        need_dx=need_x,
+        need_ddown=need_x,
+        need_dups=True,
+        need_dcore=need_core,
+    )
+    found = {f"y{k}": y for k, y in enumerate(ys)} | {"h": h}
+    found |= {"dx": dx, "dh": dh, "ddown": ddown, "dcore": dcore}
+    found |= {f"dup{k}": dup for k, dup in enumerate(dups)}
+    return {k: v for k, v in found.items() if v is not None}

@@ -1,0 +1,102 @@
+"""Faults in the CUDA kernels and their registration, seen by executing them under the emulation."""
+
+TESTS = ["tests/test_cuda_emulation_exact.py", "tests/test_cuda_emulation.py", "-m", "not slow"]
+
+_COMMON = "csrc/common"
+_FWD = "csrc/lowrank_linear_fwd.cu"
+_BWD = "csrc/lowrank_linear_bwd.cu"
+_MODE_FWD = "csrc/mode_contract_fwd.cu"
+_MODE_BWD = "csrc/mode_contract_bwd.cu"
+_LINEAR = "petal_kernels/ops/lowrank_linear/cuda_impl.py"
+
+MUTANTS = [
+    # masks
+    (
+        _FWD,
+        "const uint32_t keep = mask.keep8(k, row, col);\n#pragma",
+        "const uint32_t keep = mask.keep8(0, row, col);\n#pragma",
+    ),
+    (_FWD, "if (p.mask_x) mask_tile<T, kBM, kD>(down_ring.a(tile), mask, 0, row0, tile * kD);", ""),
+    (
+        _FWD,
+        "const float hidden_scale = p.mask_x ? e.dropout.scale : 1.0f;",
+        "const float hidden_scale = 1.0f;",
+    ),
+    ("csrc/lowrank_linear_cuda.cpp", "job.stream = static_cast<uint32_t>(j);", "job.stream = 0;"),
+    (f"{_COMMON}/philox.h", "round < 7", "round < 6"),
+    (
+        f"{_COMMON}/tile.cuh",
+        "mask.keep8(stream, row0 + r, col0 + c)",
+        "mask.keep8(stream, row0 + r, c)",
+    ),
+    # tiles, splits, indices
+    (_FWD, "if (!here.advance(p.widths, kD) ||", "if (here.advance(p.widths, kD), "),
+    (
+        _FWD,
+        "while (static_cast<int64_t>(blockIdx.y) >= p.first_tile[k + 1]) ++k;",
+        "while (static_cast<int64_t>(blockIdx.y) > p.first_tile[k + 1]) ++k;",
+    ),
+    (
+        _FWD,
+        "const bool writes_hidden = blockIdx.y == 0 && k == 0;",
+        "const bool writes_hidden = blockIdx.y == 1 && k == 0;",
+    ),
+    (
+        _BWD,
+        "const int64_t row0 = blockIdx.z * p.rows_per_split;",
+        "const int64_t row0 = blockIdx.z * (p.rows_per_split - 1);",
+    ),
+    (
+        _BWD,
+        "float* const partial = p.partial + (blockIdx.z * columns +",
+        "float* const partial = p.partial + (0 * columns +",
+    ),
+    (
+        f"{_COMMON}/reduce.cuh",
+        "for (int64_t s = 0; s < splits; ++s) sum +=",
+        "for (int64_t s = 0; s < splits; ++s) sum =",
+    ),
+    (
+        f"{_COMMON}/tile.cuh",
+        "const int valid = row0 + r < rows ?",
+        "const int valid = row0 + r <= rows ?",
+    ),
+    (
+        f"{_COMMON}/vec.cuh",
+        "void store8(T* p, const float (&v)[8], int valid, bool vec) {\n  if (vec && valid == 8) {",
+        "void store8(T* p, const float (&v)[8], int valid, bool vec) {\n  if (vec) {",
+    ),
+    # barriers and fragments
+    (f"{_COMMON}/pipeline.cuh", "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();"),
+    (
+        f"{_COMMON}/pipeline.cuh",
+        "    __syncthreads();  // the tile is there for all",
+        "    // the tile is there for all",
+    ),
+    (
+        f"{_COMMON}/tile.cuh",
+        "mma_16816<T>(acc[m][n + 1], fa[m], fb[2], fb[3]);",
+        "mma_16816<T>(acc[m][n + 1], fa[m], fb[0], fb[1]);",
+    ),
+    (
+        f"{_COMMON}/tile.cuh",
+        "a + (depth + even) * LDA + row + m * 16 + odd",
+        "a + (depth + low) * LDA + row + m * 16 + high",
+    ),
+    # mode_contract
+    (
+        _MODE_FWD,
+        "const T* const core = static_cast<const T*>(p.core.data) + slab * rank * p.core.stride;",
+        "const T* const core = static_cast<const T*>(p.core.data) + slab * p.core.stride;",
+    ),
+    (f"{_COMMON}/parts.cuh", "? v[j] - hi : 0.0f;", "? 0.0f : 0.0f;"),
+    (_MODE_BWD, "+ mode % kB * kPartLd<T>;", "+ mode % kB;"),
+    (
+        _MODE_BWD,
+        "const int64_t first = blockIdx.z * slabs, last = first + slabs < rank",
+        "const int64_t first = blockIdx.z * slabs, last = first + 1 < rank",
+    ),
+    # host side
+    (_LINEAR, "core.to(dtype).transpose(1, 2)", "core.to(dtype)"),
+    (_LINEAR, "masks.append(_MASK_BIG if at_input else _NO_MASK)", "masks.append(_NO_MASK)"),
+]

@@ -1,0 +1,398 @@
+"""The CUDA kernels under the emulation where equality is the measure.
+
+Dropout masks, order of blocks and threads, guard zones, exact sums of integers, refusals; and the
+pieces: 16-bit conversions, the generator, the emulation's own alarms, the sanitizers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from petal_kernels._runtime import philox
+from petal_kernels.ops.lowrank_linear import cuda_impl as linear
+from petal_kernels.ops.mode_contract import cuda_impl as contract
+from tests.emulation import build
+from tests.emulation.support import DTYPES, RNG, Linear, needs_compiler, pad_rows, run_linear
+
+pytest_plugins = ["tests.emulation.plugin"]
+pytestmark = [needs_compiler, pytest.mark.usefixtures("emulated")]
+
+# Masks, bit for bit: products with an identity matrix let every mask through to an output.
+
+
+def keep_mask(stream: int, rows: int, cols: int, p: float) -> Tensor:
+    return philox.keep_masks(RNG, p, 4, rows, cols)[stream]
+
+
+def scaled_mask(stream: int, rows: int, cols: int, p: float) -> Tensor:
+    return philox.scaled_masks(RNG, p, 4, rows, cols, torch.float32)[stream]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("small", [False, True])
+def test_masks_of_the_bottleneck(fused: bool, small: bool, emulated: Any) -> None:
+    rows, rank, p = 70, 40, 0.3
+    eye, ones = torch.eye(rank), torch.ones(rows, rank)
+    want = [scaled_mask(k, rows, rank, p) for k in range(3)]
+    ys = [torch.empty(rows, rank) for _ in range(3)]
+    if fused:
+        h = torch.empty(rows, rank)
+        emulated.lowrank_update(ones, eye, h, [eye] * 3, [], ys, RNG, 1.0, p, False, True)
+        assert torch.equal(h, ones)
+    else:
+        emulated.lowrank_expand([ones], [eye] * 3, [], ys, RNG, 1.0, p, True, False)
+    for y, mask in zip(ys, want, strict=True):
+        assert torch.equal(y, mask)
+    apart = torch.empty(rows, 3 * rank)
+    emulated.lowrank_shrink([ones] * 3, [eye] * 3, apart, RNG, 1.0, p, False, True, True, small)
+    assert torch.equal(apart, torch.cat(want, 1))
+    total = torch.empty(rows, rank)
+    emulated.lowrank_shrink([ones] * 3, [eye] * 3, total, RNG, 1.0, p, False, True, False, small)
+    kept = sum(keep_mask(k, rows, rank, p).float() for k in range(3))
+    assert torch.equal(total, kept * torch.tensor(philox.keep_scale(p)))
+    outs = [torch.empty(rows, rank) for _ in range(3)]
+    eye_rows = torch.eye(rows)
+    emulated.lowrank_param_grad([eye_rows] * 3, [ones] * 3, outs, RNG, [1.0] * 3, p, [2, 2, 2], 2)
+    for out, mask in zip(outs, want, strict=True):
+        assert torch.equal(out, mask)
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_masks_of_the_input(small: bool, emulated: Any) -> None:
+    rows, width, p = 70, 51, 0.3
+    eye, ones, want = torch.eye(width), torch.ones(rows, width), scaled_mask(0, rows, width, p)
+    h = torch.empty(rows, width)
+    emulated.lowrank_shrink([ones], [eye], h, RNG, 1.0, p, True, False, False, small)
+    assert torch.equal(h, want)
+    fused, y = torch.empty(rows, width), torch.empty(rows, 3)
+    emulated.lowrank_update(
+        ones, eye, fused, [torch.ones(3, width)], [], [y], RNG, 1.0, p, True, False
+    )
+    assert torch.equal(fused, want)
+    dx = torch.empty(rows, width)
+    emulated.lowrank_expand([ones], [eye], [], [dx], RNG, 1.0, p, False, True)
+    assert torch.equal(dx, want)
+    ddown = torch.empty(rows, width)
+    emulated.lowrank_param_grad([ones], [torch.eye(rows)], [ddown.t()], RNG, [1.0], p, [1], 2)
+    assert torch.equal(ddown, want)
+
+
+# Order and memory.
+
+
+def every_kernel(dtype: torch.dtype) -> list[Tensor]:
+    """Outputs of all kernels on ragged problems with several blocks along every axis."""
+    found: list[Tensor] = []
+    for case in (
+        Linear(fused=True, rows=40, rank=24, outs=(70, 300)),
+        Linear(rank=72 if dtype != torch.float32 else 40, rows=70, site="mode"),
+        Linear(site="input", small=False, transposed=True),
+    ):
+        torch.manual_seed(1)
+        linear.FUSED_ROWS = 1 << 30 if case.fused else 0
+        linear.SMALL_ROWS = 1 << 30 if case.small else 0
+        args = case.inputs(dtype)
+        dys = [torch.randn(case.rows, o).to(dtype) for o in case.outs]
+        found += run_linear(linear, args, dys).values()
+    torch.manual_seed(1)
+    for core in (torch.randn(9, 9, 9), torch.randn(9)):
+        inputs = (core.to(dtype), torch.randn(5, 9).to(dtype), torch.randn(131, 9).to(dtype), 0.3)
+        out = contract.forward(*inputs, dtype)
+        grads = contract.backward(out, *inputs, True, True, True)
+        found += [out, *[g for g in grads if g is not None]]
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_order_of_blocks_and_threads_does_not_matter(
+    dtype: torch.dtype, lib: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "FUSED_ROWS", 0)
+    monkeypatch.setattr(linear, "SMALL_ROWS", 0)
+    lib.petal_emulation_configure(0, 0, 12)
+    natural = every_kernel(dtype)
+    for blocks, threads in ((1, 0), (0, 2), (3, 4)):
+        lib.petal_emulation_configure(blocks, threads, 12)
+        for a, b in zip(natural, every_kernel(dtype), strict=True):
+            assert torch.equal(a, b)
+
+
+class Guarded:
+    """Matrices inside larger buffers whose other elements must stay as they are."""
+
+    def __init__(self) -> None:
+        self.buffers: list[tuple[Tensor, Tensor]] = []
+
+    def matrix(self, rows: int, cols: int, dtype: torch.dtype, pad: int) -> Tensor:
+        buffer = torch.full((rows + 8, cols + pad + 8), 777.0, dtype=dtype)
+        view = buffer[4 : 4 + rows, :cols]
+        self.buffers.append((buffer, view))
+        return view
+
+    def flat(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        size = int(np.prod(shape))
+        buffer = torch.full((size + 128,), 777.0, dtype=dtype)
+        view = buffer[64 : 64 + size]
+        self.buffers.append((buffer, view))
+        return view.view(shape)
+
+    def check(self) -> None:
+        for buffer, view in self.buffers:
+            assert (view != 777.0).all(), "an output element was not written"
+            view.fill_(777.0)
+            assert (buffer == 777.0).all(), "a write outside an output"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pad", [3, 8])
+def test_guard_zones(dtype: torch.dtype, pad: int, emulated: Any) -> None:
+    guard = Guarded()
+    rows, width, rank, outs = 35, 40, 24, (72, 9)
+
+    def given(n: int, c: int) -> Tensor:
+        return pad_rows(torch.randn(n, c).to(dtype), pad)
+
+    x, down, ups = given(rows, width), given(rank, width), [given(o, rank) for o in outs]
+    h = guard.matrix(rows, rank, dtype, pad)
+    emulated.lowrank_shrink([x], [down.t()], h, None, 1.0, 0.0, False, False, False, True)
+    again = guard.matrix(rows, rank, dtype, pad)
+    ys = [guard.matrix(rows, o, dtype, pad) for o in outs]
+    emulated.lowrank_update(x, down, again, ups, [], ys, None, 1.0, 0.0, False, False)
+    apart = [guard.matrix(rows, o, dtype, pad) for o in outs]
+    emulated.lowrank_expand([h], ups, [], apart, None, 1.0, 0.0, False, False)
+    # The two paths round at the same places and differ in the order of the sum over D only.
+    torch.testing.assert_close(ys, apart, rtol=2e-2, atol=2e-2)
+    assert all(torch.isfinite(y).all() for y in ys)
+    dys = [given(rows, o) for o in outs]
+    separate = guard.matrix(rows, 2 * rank, dtype, pad)
+    emulated.lowrank_shrink(dys, ups, separate, None, 1.0, 0.0, False, False, True, False)
+    grads = [guard.flat(o, rank, dtype=dtype) for o in outs] + [
+        guard.flat(rank, width, dtype=dtype)
+    ]
+    emulated.lowrank_param_grad(
+        [*dys, x], [h.clone()] * 3, [*grads[:2], grads[2].t()], None, [1.0] * 3, 0.0, [0] * 3, 3
+    )
+    for shape in ((7, 7, 7), (7,)):
+        core, modes = torch.randn(shape).to(dtype), torch.randn(5, 7).to(dtype)
+        up = torch.randn(70, 7).to(dtype)
+        out = guard.flat(5, 7, 70, dtype=dtype)
+        emulated.mode_contract_fwd(core, modes, up, out, 1.0)
+        sizes = (shape, (5, 7), (70, 7))
+        emulated.mode_contract_bwd(
+            torch.randn(5, 7, 70).to(dtype),
+            core,
+            modes,
+            up,
+            *[guard.flat(*s, dtype=dtype) for s in sizes],
+            1.0,
+        )
+    guard.check()
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_splits_add_up(splits: int, dtype: torch.dtype, emulated: Any) -> None:
+    """Integers have exact sums: any number of splits gives them, even with nothing to share."""
+    big = torch.randint(-2, 3, (150, 70)).to(dtype)
+    small = torch.randint(-2, 3, (150, 9)).to(dtype)
+    for out in (torch.empty(70, 9), torch.empty(9, 70).t()):
+        emulated.lowrank_param_grad([big], [small], [out], None, [0.5], 0.0, [0], splits)
+        assert torch.equal(out, 0.5 * (big.float().t() @ small.float()))
+
+
+def test_no_rows(emulated: Any) -> None:
+    x, down, up = torch.empty(0, 8), torch.randn(4, 8), torch.randn(6, 4)
+    ys, h = linear.forward(x, down, None, [up], [], [], [], None, None, 1.0, 0.0, "input", "update")
+    assert ys[0].shape == (0, 6)
+    assert h.shape == (0, 4)
+    grads = linear.backward(
+        ys, x, h, down, [up], [], None, None, 1.0, 0.0, "input", True, True, True, False
+    )
+    assert grads[0] is not None
+    assert grads[0].shape == (0, 8)
+    assert grads[2] is not None
+    assert torch.equal(grads[2], torch.zeros(4, 8))
+    assert grads[3] is not None
+    assert torch.equal(grads[3][0], torch.zeros(6, 4))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_stays_in_its_row(value: float, dtype: torch.dtype) -> None:
+    x, down = torch.rand(20, 24).to(dtype), torch.rand(8, 24).to(dtype)
+    up = torch.rand(10, 8).to(dtype)
+    x[3, 5] = value
+    ys, h = linear.forward(x, down, None, [up], [], [], [], None, None, 1.0, 0.0, "input", "update")
+    for t in (h, ys[0]):
+        bad = ~torch.isfinite(t)
+        assert bad[3].all()
+        assert not bad[torch.arange(20) != 3].any()
+    core, modes = torch.rand(6, 6, 6).to(dtype), torch.rand(4, 6).to(dtype)
+    core[2, 1, 3] = value
+    out = contract.forward(core, modes, torch.rand(9, 6).to(dtype) + 0.1, 1.0, dtype)
+    bad = ~torch.isfinite(out)
+    assert bad[:, 2].all()
+    assert not bad[:, [0, 1, 3, 4, 5]].any()
+
+
+@pytest.mark.slow
+def test_more_than_2_31_elements(emulated: Any) -> None:
+    """Rows so far apart that 32-bit offsets would wrap; only touched pages exist."""
+    torch.use_deterministic_algorithms(False)
+    stride, rows, width = (1 << 30) + 8, 3, 16
+
+    def far() -> Tensor:
+        return torch.empty(stride * (rows - 1) + width, dtype=torch.bfloat16).as_strided(
+            (rows, width), (stride, 1)
+        )
+
+    x, y = far(), far()
+    x.copy_(torch.randint(-2, 3, (rows, width)))
+    down, up = (
+        torch.randint(-2, 3, (4, width)).bfloat16(),
+        torch.randint(-2, 3, (width, 4)).bfloat16(),
+    )
+    h = torch.empty(rows, 4, dtype=torch.bfloat16)
+    emulated.lowrank_update(x, down, h, [up], [], [y], None, 1.0, 0.0, False, False)
+    assert torch.equal(h, x @ down.t())
+    assert torch.equal(y, h @ up.t())
+    emulated.lowrank_expand([h], [down.t()], [x.clone()], [y], None, 1.0, 0.0, False, False)
+    assert torch.equal(y, (x.float() + h.float() @ down.float()).bfloat16())
+    out = torch.empty(width, 4)
+    emulated.lowrank_param_grad([x], [h], [out], None, [1.0], 0.0, [0], 2)
+    assert torch.equal(out, x.float().t() @ h.float())
+
+
+# The pieces.
+
+
+def pointer(a: np.ndarray[Any, Any]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(a.ctypes.data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_conversions_are_torchs(dtype: torch.dtype, lib: ctypes.CDLL) -> None:
+    bfloat = int(dtype == torch.bfloat16)
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    wide = np.empty(1 << 16, dtype=np.float32)
+    lib.probe_widen(pointer(bits), pointer(wide), ctypes.c_int64(1 << 16), bfloat)
+    values = torch.from_numpy(bits.view(np.int16)).view(dtype)
+    torch.testing.assert_close(
+        torch.from_numpy(wide), values.float(), rtol=0, atol=0, equal_nan=True
+    )
+    # Every value, the midpoints of neighbours and what lies just beside them; random bits.
+    near = values.float().double()
+    near = near[near.isfinite()].sort().values
+    middle = (near[1:] + near[:-1]) / 2
+    random = torch.from_numpy(
+        np.random.default_rng(0).integers(0, 1 << 32, 1 << 16, dtype=np.uint32).view(np.float32)
+    )
+    floats = torch.cat(
+        [near.float(), middle.float(), torch.nextafter(middle.float(), torch.tensor(9e9)), random]
+    )
+    floats = torch.cat(
+        [floats, torch.tensor([float("inf"), float("-inf"), 65519.9, 65520.0, 1e-45])]
+    )
+    source = floats.numpy()
+    got = np.empty(source.size, dtype=np.uint16)
+    lib.probe_narrow(pointer(source), pointer(got), ctypes.c_int64(source.size), bfloat)
+    narrowed = torch.from_numpy(got.view(np.int16)).view(dtype)
+    torch.testing.assert_close(narrowed, floats.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.99999, 1.5 / 65536])
+def test_generator_is_the_definition(p: float, lib: ctypes.CDLL) -> None:
+    rows, groups = 9, 5
+
+    def keep(seed: int, offset: int, stream: int, row0: int) -> Tensor:
+        bits = np.empty((rows, groups), dtype=np.uint8)
+        wide, p_ = ctypes.c_int64, ctypes.c_double(p)
+        place = (wide(row0), wide(rows), wide(groups), p_, pointer(bits))
+        lib.probe_keep(wide(seed), wide(offset), ctypes.c_uint32(stream), *place)
+        unpacked = np.unpackbits(bits[..., None], axis=2, bitorder="little")
+        return torch.from_numpy(unpacked.reshape(rows, groups * 8)).bool()
+
+    for seed, offset, stream in ((0, 0, 0), (-1, -1, 3), (0x0123_4567_89AB_CDEF, 0xFFFF_FFFF, 1)):
+        rng = torch.tensor([seed, offset])
+        want = philox.keep_masks(rng, p, 4, rows, groups * 8)[stream]
+        assert torch.equal(keep(seed, offset, stream, 0), want)
+        # Rows beyond 2^32 are other rows, not the first ones again.
+        if p == 0.5:
+            assert not torch.equal(keep(seed, offset, stream, 1 << 32), want)
+    scale = lib.probe_scale(ctypes.c_double(p))
+    assert torch.tensor(scale) == torch.tensor(philox.keep_scale(p))
+
+
+def test_emulation_sees_planted_faults(lib: ctypes.CDLL) -> None:
+    source = np.arange(128, dtype=np.float32)
+    want = source.reshape(64, 2)[:, ::-1].reshape(-1)[::-1]
+
+    def run(fault: int) -> tuple[bytes | None, bool]:
+        out = np.zeros(128, dtype=np.float32)
+        message = lib.probe_reverse(pointer(source), pointer(out), fault)
+        return message, np.array_equal(out, want)
+
+    assert run(0) == (None, True)
+    assert run(1) == (None, False)
+    message, _ = run(2)
+    assert message is not None
+    assert b"barrier" in message
+    assert run(3) == (None, False)
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing() -> None:
+    program = build.sanitized_driver()
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "every kernel is right" in done.stdout
+
+
+# Refusals.
+
+
+def bad(call: Callable[[], object], text: str) -> None:
+    with pytest.raises(RuntimeError, match=text):
+        call()
+
+
+def test_refusals_name_the_argument(emulated: Any) -> None:
+    x, out = torch.randn(5, 8), torch.empty(5, 4)
+
+    def shrink(a: Tensor, factor: Tensor, to: Tensor, p: float = 0.0) -> None:
+        emulated.lowrank_shrink([a], [factor], to, RNG, 1.0, p, True, False, False, True)
+
+    down = torch.randn(4, 8)
+    bad(lambda: shrink(x, torch.randn(4, 7).t(), out), r"factor: want \[8, 4\]")
+    bad(lambda: shrink(x, down.half().t(), out), "factor: want the dtype of the activations")
+    bad(lambda: shrink(x.double(), down.double().t(), out), "want float32, float16 or bfloat16")
+    bad(lambda: shrink(x, torch.randn(300, 8).t(), torch.empty(5, 300)), "rank from 1 to 256")
+    bad(lambda: shrink(x, down.t(), torch.empty(6, 4)), r"out: want \[5, 4\], got \[6, 4\]")
+    bad(lambda: shrink(x, down.t(), out, p=1.0), "dropout: want 0 <= dropout < 1")
+    core, modes = torch.randn(8, 8, 8), torch.randn(300, 8)
+    bad(
+        lambda: emulated.mode_contract_fwd(core, modes, None, torch.empty(300, 8, 8), 1.0),
+        "is above 4",
+    )
+
+
+def test_unsupported_says_everything() -> None:
+    x, ups = torch.randn(3, 8, dtype=torch.float64), [torch.randn(4, 300)] * 5
+    reasons = linear.unsupported(
+        x, torch.randn(300, 8), None, ups, [], [], None, 0.0, "input", "merge"
+    )
+    for part in ("CUDA", "float64", "merge", "4 outputs", "rank"):
+        assert any(part in reason for reason in reasons), part
+    reasons = contract.unsupported(
+        torch.randn(300, 300, 300, dtype=torch.half), torch.randn(300, 300), None, torch.float32
+    )
+    for part in ("CUDA", "float32 factors", "at most 256", "<= 4"):
+        assert any(part in reason for reason in reasons), part
