@@ -20,9 +20,11 @@ const ModeKernels& kernels() {
   }
 }
 
-constexpr int64_t kSplits = 8;  // partials of dp and dV; a function of R alone fixes their slabs
+constexpr int64_t kSplits = 8;            // partials of dp and dV; R alone fixes their slabs
+constexpr int64_t kSerialWork = 1 << 20;  // multiply-adds below which threads do not pay
 
-ModeArgs arguments(const Tensor& core, const Tensor& modes, const Optional& up, double scale, const Tensor& out) {
+ModeArgs arguments(const Tensor& core, const Tensor& modes, const Optional& up, double scale,
+                   const Tensor& out) {
   ModeArgs a = {};
   STD_TORCH_CHECK(modes.dim() == 2, "modes: want a matrix, got ", modes.dim(), " dimensions");
   a.K = modes.size(0), a.R = modes.size(1), a.diagonal = core.dim() == 1;
@@ -30,22 +32,24 @@ ModeArgs arguments(const Tensor& core, const Tensor& modes, const Optional& up, 
   STD_TORCH_CHECK((a.diagonal || core.dim() == 3) && core.size(0) == a.R, "core: want rank ", a.R);
   STD_TORCH_CHECK(core.is_contiguous(), "core: want a contiguous tensor");
   STD_TORCH_CHECK(!up || (up->dim() == 2 && up->size(1) == a.R), "up: want [O, ", a.R, "]");
-  STD_TORCH_CHECK(out.dim() == 3 && out.size(0) == a.K && out.size(1) == a.R && out.size(2) == a.O && out.is_contiguous(),
-                  "out: want contiguous [", a.K, ", ", a.R, ", ", a.O, "]");
+  const bool fits = out.dim() == 3 && out.size(0) == a.K && out.size(1) == a.R && out.size(2) == a.O;
+  STD_TORCH_CHECK(fits && out.is_contiguous(), "out: want contiguous [", a.K, ", ", a.R, ", ", a.O, "]");
   a.in = cpu_type(core, "core"), a.core = core.const_data_ptr();
   a.scale = static_cast<float>(scale), a.out_type = cpu_type(out, "out");
   return a;
 }
 
-bool worth_threads(const ModeArgs& a) { return a.K * a.R * a.O * (a.diagonal ? 1 : a.R) > (1 << 20); }
+bool worth_threads(const ModeArgs& a) {
+  return a.K * a.R * a.O * (a.diagonal ? 1 : a.R) > kSerialWork;
+}
 
 void forward(Tensor core, Tensor modes, Optional up, double scale, Tensor out) {
   const ModeKernels& kernel = kernels();
   ModeArgs a = arguments(core, modes, up, scale, out);
   a.out = out.mutable_data_ptr();
   Packer packer;
-  packer.add(&a.modes_t, modes, "modes", false);
-  if (up) packer.add(&a.up_t, *up, "up", false);
+  packer.add(&a.modes_t, matrix(modes, "modes").transposed());
+  if (up) packer.add(&a.up_t, matrix(*up, "up").transposed());
   const bool parallel = worth_threads(a);
   Scratch packed(packer.floats(kernel.operands.panel));
   packer.run(packed.data(), kernel.operands, parallel);
@@ -55,36 +59,29 @@ void forward(Tensor core, Tensor modes, Optional up, double scale, Tensor out) {
   });
 }
 
-void backward(Tensor dout, Tensor core, Tensor modes, Optional up, double scale, Optional dcore, Optional dmodes, Optional dup) {
+void backward(Tensor dout, Tensor core, Tensor modes, Optional up, double scale, Optional dcore,
+              Optional dmodes, Optional dup) {
   const ModeKernels& kernel = kernels();
   ModeArgs a = arguments(core, modes, up, scale, dout);
   a.dout = dout.const_data_ptr();
   if (dcore) a.dcore = dcore->mutable_data_ptr();
   STD_TORCH_CHECK(!dcore || dcore->is_contiguous(), "dcore: want a contiguous tensor");
+  const int64_t splits = std::min(kSplits, a.R);
   Packer packer;
-  packer.add(&a.modes_t, modes, "modes", false);
-  packer.add(&a.modes, modes, "modes", true);
+  Gradients gradients(splits, kernel.operands.panel);
+  packer.add(&a.modes_t, matrix(modes, "modes").transposed());
+  packer.add(&a.modes, matrix(modes, "modes"));
   if (up) {
-    packer.add(&a.up_t, *up, "up", false);
-    packer.add(&a.up, *up, "up", true);
+    packer.add(&a.up_t, matrix(*up, "up").transposed());
+    packer.add(&a.up, matrix(*up, "up"));
   }
-  const int64_t panel = kernel.operands.panel, splits = std::min(kSplits, a.R);
-  const int64_t packed_floats = packer.floats(panel);
-  const int64_t dmodes_floats = dmodes ? splits * ceil_div(a.R, panel) * panel * a.K : 0;
-  const int64_t dup_floats = dup ? splits * ceil_div(a.O, panel) * panel * a.R : 0;
-  Scratch work(packed_floats + dmodes_floats + dup_floats);
-  float* partials = work.data() + packed_floats;
+  if (dmodes) gradients.add(&a.dmodes, matrix(*dmodes, "dmodes"));
+  if (dup) gradients.add(&a.dup, matrix(*dup, "dup").transposed());
+  const int64_t packed = packer.floats(kernel.operands.panel);
+  Scratch work(packed + gradients.floats());
+  gradients.place(work.data() + packed);
   // CP slabs write their own entries only, Tucker slabs all of a partial.
-  if (a.diagonal) std::fill_n(partials, dmodes_floats + dup_floats, 0.0f);
-  std::vector<Gradient> of_modes, of_up;
-  if (dmodes) {
-    a.dmodes = partials;
-    of_modes.push_back({dmodes->mutable_data_ptr(), cpu_type(*dmodes, "dmodes"), dmodes->stride(0), dmodes->stride(1), a.R, a.dmodes});
-  }
-  if (dup) {
-    a.dup = partials + dmodes_floats;
-    of_up.push_back({dup->mutable_data_ptr(), cpu_type(*dup, "dup"), dup->stride(1), dup->stride(0), a.O, a.dup});
-  }
+  if (a.diagonal) std::fill_n(work.data() + packed, gradients.floats(), 0.0f);
   const bool parallel = worth_threads(a);
   packer.run(work.data(), kernel.operands, parallel);
   run_tasks(splits, parallel, [&](const auto& next) {
@@ -93,15 +90,16 @@ void backward(Tensor dout, Tensor core, Tensor modes, Optional up, double scale,
       kernel.backward(a, s, s * a.R / splits, (s + 1) * a.R / splits, scratch.data());
     }
   });
-  reduce_all(of_modes, splits, a.K, kernel.operands, parallel);
-  reduce_all(of_up, splits, a.R, kernel.operands, parallel);
+  gradients.reduce(kernel.operands, parallel);
 }
 
 }  // namespace
 }  // namespace petal
 
 STABLE_TORCH_LIBRARY_FRAGMENT(petal_native, m) {
-  m.def("mode_contract_forward(Tensor core, Tensor modes, Tensor? up, float scale, Tensor(a!) out) -> ()");
+  m.def(
+      "mode_contract_forward(Tensor core, Tensor modes, Tensor? up, float scale, Tensor(a!) out) "
+      "-> ()");
   m.def(
       "mode_contract_backward(Tensor dout, Tensor core, Tensor modes, Tensor? up, float scale, "
       "Tensor(a!)? dcore, Tensor(b!)? dmodes, Tensor(c!)? dup) -> ()");

@@ -40,7 +40,7 @@ PETAL_INLINE float mode(const ModeArgs& a, int64_t k, int64_t c) {
   return a.modes_t[(k / kNR * a.R + c) * kNR + k % kNR];
 }
 
-// s M_a^T [R][padded(K)]: a slab's rows times p^T. CP: row `index` only, the others stay out of use.
+// s M_a^T [R][padded(K)]: a slab's rows times p^T.
 void middle_of(float* middle, float* slab, const ModeArgs& a, int64_t index) {
   const int64_t width = padded(a.K);
   load_slab(slab, a, index);
@@ -83,6 +83,7 @@ void forward_tucker(const ModeArgs& a, int64_t index, float* scratch) {
 template <typename T>
 void forward_diagonal(const ModeArgs& a, int64_t index) {
   const float factor = a.scale * lambda(a, index);
+  const bool streamed = may_stream(static_cast<T*>(a.out), a.O, a.K * a.R * a.O);
   for (int64_t k = 0; k < a.K; ++k) {
     T* out = static_cast<T*>(a.out) + (k * a.R + index) * a.O;
     const float m = factor * mode(a, k, index);
@@ -94,7 +95,13 @@ void forward_diagonal(const ModeArgs& a, int64_t index) {
       } else if (index >= o && index < o + kVL) {
         v[index - o] = m;
       }
-      n == kVL ? store(out + o, v) : store_part(out + o, v, n);
+      if (n < kVL) {
+        store_part(out + o, v, n);
+      } else if (streamed) {
+        stream(out + o, v);
+      } else {
+        store(out + o, v);
+      }
     }
   }
 }

@@ -36,7 +36,7 @@ def how() -> str:
 
 
 def facts() -> dict[str, str]:
-    """Compiler, flags, instruction sets, CUDA architectures, commit; of the compiled module if any."""
+    """Compiler, flags, instruction sets, architectures, commit; of the compiled module if any."""
     if reason("host") is None:
         return dict(import_module("petal_kernels._host").build_facts())
     return dict(_record()["facts"])

@@ -132,7 +132,10 @@ class Guarded:
         self.buffers: list[tuple[Tensor, Tensor]] = []
 
     def matrix(self, rows: int, cols: int, dtype: torch.dtype, pad: int) -> Tensor:
-        buffer = torch.full((rows + 8, cols + pad + 8), 777.0, dtype=dtype)
+        stride = cols + pad + 8
+        if pad % 8 == 0:
+            stride += -stride % 8  # 16-byte accesses next to a ragged last group of columns
+        buffer = torch.full((rows + 8, stride), 777.0, dtype=dtype)
         view = buffer[4 : 4 + rows, :cols]
         self.buffers.append((buffer, view))
         return view

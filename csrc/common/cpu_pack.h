@@ -11,80 +11,113 @@ namespace petal {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A right operand to be packed: B[depth, cols], element (k, c) at src[k * sk + c * sc].
-struct Operand {
-  const float** packed;
-  const void* src;
+// A matrix [rows, cols] anywhere in memory, strides in elements.
+struct Matrix {
+  void* data;
   CpuType type;
-  int64_t sk, sc, depth, cols;
+  int64_t rows, cols, row_stride, col_stride;
+  Matrix transposed() const { return {data, type, cols, rows, col_stride, row_stride}; }
 };
 
+// What a parameter is only read through; gradients are written through it.
+inline Matrix matrix(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, name, ": want a matrix, got ", t.dim(), " dimensions");
+  void* data = const_cast<void*>(t.const_data_ptr());
+  return {data, cpu_type(t, name), t.size(0), t.size(1), t.stride(0), t.stride(1)};
+}
+
+// t[k] of a tensor of three dimensions.
+inline Matrix slice(const Tensor& t, int64_t k, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 3, name, ": want three dimensions, got ", t.dim());
+  const CpuType type = cpu_type(t, name);
+  char* data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
+  data += k * t.stride(0) * static_cast<int64_t>(type_bytes(type));
+  return {data, type, t.size(1), t.size(2), t.stride(1), t.stride(2)};
+}
+
+// Right operands to be packed: the contraction runs over a matrix's rows.
 class Packer {
  public:
-  // rows_k: the contraction runs over dim 0 of t, else over dim 1.
-  void add(const float** packed, const Tensor& t, const char* name, bool rows_k) {
-    STD_TORCH_CHECK(t.dim() == 2, name, ": want a matrix, got ", t.dim(), " dimensions");
-    const int k = rows_k ? 0 : 1;
-    add(packed, t.const_data_ptr(), cpu_type(t, name), t.stride(k), t.stride(1 - k), t.size(k), t.size(1 - k));
-  }
-  void add(const float** packed, const void* src, CpuType type, int64_t sk, int64_t sc, int64_t depth, int64_t cols) {
-    operands_.push_back({packed, src, type, sk, sc, depth, cols});
-  }
+  void add(const float** packed, const Matrix& m) { operands_.push_back({packed, m}); }
   int64_t floats(int64_t panel) const {
     int64_t n = 0;
-    for (const Operand& o : operands_) n += ceil_div(o.cols, panel) * panel * o.depth;
+    for (const Operand& o : operands_) n += ceil_div(o.m.cols, panel) * panel * o.m.rows;
     return n;
   }
   void run(float* out, const CpuOperands& kernel, bool parallel) const {
     struct Job {
-      const Operand* operand;
+      const Matrix* m;
       float* dst;
       int64_t begin, end;
     };
     std::vector<Job> jobs;
     for (const Operand& o : operands_) {
-      const int64_t panels = ceil_div(o.cols, kernel.panel);
+      const int64_t panels = ceil_div(o.m.cols, kernel.panel);
       for (int64_t j = 0; j < panels; j += kPanelsPerJob) {
-        jobs.push_back({&o, out, j, std::min(panels, j + kPanelsPerJob)});
+        jobs.push_back({&o.m, out, j, std::min(panels, j + kPanelsPerJob)});
       }
       *o.packed = out;
-      out += panels * kernel.panel * o.depth;
+      out += panels * kernel.panel * o.m.rows;
     }
     run_tasks(static_cast<int64_t>(jobs.size()), parallel, [&](const auto& next) {
       for (int64_t i = next(); i >= 0; i = next()) {
-        const Job& job = jobs[i];
-        const Operand& o = *job.operand;
-        kernel.pack(job.dst, o.src, o.type, o.sk, o.sc, o.depth, o.cols, job.begin, job.end);
+        const auto& [m, dst, begin, end] = jobs[i];
+        kernel.pack(dst, m->data, m->type, m->row_stride, m->col_stride, m->rows, m->cols, begin, end);
       }
     });
   }
 
  private:
   static constexpr int64_t kPanelsPerJob = 4;
+  struct Operand {
+    const float** packed;
+    Matrix m;
+  };
   std::vector<Operand> operands_;
 };
 
-// A gradient to be reduced from partials: [R, cols] as element (r, c) at data[r * sr + c * sc].
-struct Gradient {
-  void* data;
-  CpuType type;
-  int64_t sr, sc, cols;
-  const float* partials;
-};
-
-inline void reduce_all(const std::vector<Gradient>& gradients, int64_t splits, int64_t R,
-                       const CpuOperands& kernel, bool parallel) {
-  std::vector<std::pair<const Gradient*, int64_t>> jobs;
-  for (const Gradient& g : gradients) {
-    for (int64_t j = 0; j < ceil_div(g.cols, kernel.panel); ++j) jobs.emplace_back(&g, j);
+// Weight gradients: one fp32 partial per split of the work, then their sum in the order of splits.
+class Gradients {
+ public:
+  Gradients(int64_t splits, int64_t panel) : splits_(splits), panel_(panel) {}
+  void add(float** partials, const Matrix& m) { items_.push_back({partials, m}); }
+  int64_t floats() const {
+    int64_t n = 0;
+    for (const Item& item : items_) n += floats_of(item);
+    return n;
   }
-  run_tasks(static_cast<int64_t>(jobs.size()), parallel, [&](const auto& next) {
-    for (int64_t i = next(); i >= 0; i = next()) {
-      const Gradient& g = *jobs[i].first;
-      kernel.reduce(g.data, g.type, g.sr, g.sc, g.partials, splits, R, g.cols, jobs[i].second);
+  void place(float* at) {
+    for (Item& item : items_) {
+      *item.partials = at;
+      at += floats_of(item);
     }
-  });
-}
+  }
+  void reduce(const CpuOperands& kernel, bool parallel) const {
+    std::vector<std::pair<const Item*, int64_t>> jobs;
+    for (const Item& item : items_) {
+      for (int64_t j = 0; j < ceil_div(item.m.cols, panel_); ++j) jobs.emplace_back(&item, j);
+    }
+    run_tasks(static_cast<int64_t>(jobs.size()), parallel, [&](const auto& next) {
+      for (int64_t i = next(); i >= 0; i = next()) {
+        const auto& [item, j] = jobs[i];
+        const Matrix& m = item->m;
+        kernel.reduce(m.data, m.type, m.row_stride, m.col_stride, *item->partials, splits_, m.rows,
+                      m.cols, j);
+      }
+    });
+  }
+
+ private:
+  struct Item {
+    float** partials;
+    Matrix m;
+  };
+  int64_t floats_of(const Item& item) const {
+    return splits_ * ceil_div(item.m.cols, panel_) * panel_ * item.m.rows;
+  }
+  int64_t splits_, panel_;
+  std::vector<Item> items_;
+};
 
 }  // namespace petal
 

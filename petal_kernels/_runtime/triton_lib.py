@@ -19,8 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from petal_kernels._runtime import philox
-
 MAX_POINTERS = 4
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -132,11 +130,6 @@ def padded_rank(rank: int) -> int:
 def four(values: list[Any]) -> list[Any]:
     """Pad per-output arguments to the kernels' four slots; the padding is never selected."""
     return values + values[:1] * (MAX_POINTERS - len(values))
-
-
-def drop_scale(dropout: float) -> float:
-    """The multiplier of kept elements, 1 without dropout."""
-    return philox.keep_scale(dropout) if philox.threshold(dropout) > 0 else 1.0
 
 
 @dataclass(frozen=True)

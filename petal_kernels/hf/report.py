@@ -146,8 +146,7 @@ def _backend(sites: list[Site], factors: ModeApproximation, implementation: str)
             found = explain(lowrank_linear, x, factors.down, ups, dropout=dropout, **base)
     except RuntimeError as error:  # a backend asked for by name that cannot run here
         return "none", str(error)
-    chosen = found.choice.removeprefix("runs on ").partition(",")[0]
-    plan = found.choice.partition(", ")[2] or "first choice"
+    chosen, plan = found.backend, f"plan {found.plan}"
     better = found.rows[: [name for name, _ in found.rows].index(chosen)]
     why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in better)
     return chosen, f"{chosen}: {plan}" + (f"; {why}" if why else "")

@@ -8,10 +8,18 @@ and results are rounded once.
     update  base by the library, or given; then one read-modify-write pass for the update
     extend  the sum over D runs on over R: no second pass, and no 16-bit library GEMM
 
-Limits: CPU tensors, fp32, fp16 or bf16. Numerics: fp32 accumulation in index order; h (and h
-core_k) are rounded to x's dtype, nothing else is rounded before a result. Parameters are used as
-they are, without rounding to x's dtype. The weight gradients are fp32 partials over a split of the
-rows that depends on N alone, summed in order: the same bits for any number of threads.
+Shapes: x [N, D], down [R, D], ups [O_k, R], weights [O_k, D] of any strides, base and dy [N, O_k]
+with unit stride in the last dim and any row stride. One task owns a block of at most 192 rows (a
+split of rows, in backward) for all outputs.
+
+Traffic: forward reads x (and base) once and writes h and every y once; in backward dy, x and h are
+read once, dx is written once. The eager chain moves 5.5 N*O per output forward, 7.8 backward.
+
+Source: the maths of ``reference.py``. Limits: CPU tensors, fp32, fp16 or bf16. Numerics: fp32
+accumulation in index order; h (and h core_k) are rounded to x's dtype, nothing else is rounded
+before a result. Parameters are used as they are, without rounding to x's dtype. The weight
+gradients are fp32 partials over a split of the rows that depends on N alone, summed in order: the
+same bits for any number of threads.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ every axis. Nothing is tuned at run time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -110,8 +111,9 @@ def swaps(machine: Machine, rows: int) -> bool:
     return rows <= (130 if machine.arch == 0 else SMALL_ROWS)
 
 
+@functools.lru_cache(maxsize=1024)
 def choose(kernel: str, machine: Machine, rows: int, itemsize: int, rank: int) -> dict[str, Any]:
-    """Launch keywords: the table's row and BLOCK_R."""
+    """Launch keywords: the table's row and BLOCK_R. Cached: treat the result as frozen."""
     padded = padded_rank(rank)
     whole = kernel in ("shrink", "dh", "tn")
     block_r = padded if whole else min(padded, RANK_SLICE)

@@ -246,19 +246,21 @@ def backward(
     alpha = scale * (drop.scale if drop.on_middle else 1.0)
     with lib.on_device(h):
         p = launch.matrices(ups, h.dtype)
-        g = launch.bottleneck_gradient(dys, p, rank, alpha, drop, separate=core is not None)
+        g = None
+        if need_dx or need_ddown or need_dcore or down is None:
+            g = launch.bottleneck_gradient(dys, p, rank, alpha, drop, separate=core is not None)
         dcore, dh, middle = None, g, h
         if core is not None:
             side = _side_by_side(core, h.dtype)
-            dh = g @ side.t()
+            dh = None if g is None else g @ side.t()
             middle = h @ side if need_dups else h
-            if need_dcore:
+            if need_dcore and g is not None:
                 dcore = torch.empty_like(core, memory_format=torch.contiguous_format)
                 cores = launch.Reduction([h] * len(ups), g, rank, 1.0, None, None, 1.0, rank)
                 cores.run(launch.dropout_arguments(None, 0.0, ""), dcore.unbind(0), False, None)
         returned, written, transposed = launch.up_gradients(ups) if need_dups else ([], [], False)
         ddown = None
-        if need_ddown and x is not None and down is not None:
+        if need_ddown and x is not None and down is not None and dh is not None:
             ddown = torch.empty_like(down, memory_format=torch.contiguous_format)
         _reduce_parameters(
             dys, middle, alpha, x, dh, drop, rank, core is not None, written, transposed, ddown

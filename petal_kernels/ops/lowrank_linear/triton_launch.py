@@ -35,14 +35,17 @@ class Dropout:
 
     @property
     def on_input(self) -> bool:
+        """Whether x is masked."""
         return self.rng is not None and self.at == "input"
 
     @property
     def on_middle(self) -> bool:
+        """Whether the bottleneck is masked, before or after the core."""
         return self.rng is not None and self.at != "input"
 
 
 def dropout_arguments(rng: Tensor | None, p: float, at: str) -> Dropout:
+    """The arguments for probability p; a p that rounds to zero is no dropout."""
     if rng is None or philox.threshold(p) == 0:
         return Dropout(None, at, 0, 1.0)
     return Dropout(rng, at, philox.threshold(p), philox.keep_scale(p))
@@ -70,10 +73,12 @@ class Matrices:
 
     @property
     def strides(self) -> list[int]:
+        """Of the dim that is not contiguous, for the kernels' four slots."""
         return lib.four([t.stride(1 if self.transposed else 0) for t in self.tensors])
 
     @property
     def pointers(self) -> list[Tensor]:
+        """The tensors, for the kernels' four slots."""
         return lib.four(self.tensors)
 
 
@@ -89,6 +94,7 @@ def matrices(given: Sequence[Tensor], dtype: torch.dtype) -> Matrices:
 
 
 def shrink(x: Tensor, down: Tensor, drop: Dropout) -> Tensor:
+    """h = mask(x) U^T [N, R]."""
     rows, width = x.shape
     u = down if down.stride(1) == 1 else down.contiguous()
     h = x.new_empty(rows, u.shape[0])
@@ -141,6 +147,7 @@ def gemm_ext(
     alpha: float,
     drop: Dropout,
 ) -> list[Tensor]:
+    """Every y_k by the extended GEMM; ``shared`` as in ``expand``."""
     rows, width = x.shape
     outs = [w.shape[0] for w in weights.tensors]
     ys = [x.new_empty(rows, o) for o in outs]
@@ -164,6 +171,7 @@ def gemm_ext(
 def bottleneck_gradient(
     dys: Sequence[Tensor], ups: Matrices, rank: int, alpha: float, drop: Dropout, separate: bool
 ) -> Tensor:
+    """dh [N, R], or with ``separate`` every g_k side by side [N, K*R]."""
     rows, outputs = dys[0].shape[0], len(dys)
     g = dys[0].new_empty(rows, outputs * rank if separate else rank)
     where = lib.machine(g)
@@ -272,6 +280,7 @@ def up_gradients(ups: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], boo
 def dx_one_pass(
     dys: Sequence[Tensor], x: Tensor, dh: Tensor, down: Tensor, weights: Matrices, drop: Dropout
 ) -> Tensor:
+    """dx by one GEMM over all (dy_k, W_k) and (dh, U)."""
     rows, width = x.shape
     rank = dh.shape[1]
     u = down if down.stride(1) == 1 else down.contiguous()

@@ -5,7 +5,9 @@ folds V at once, so that M is never stored; backward recomputes it. Everything a
 and is rounded once; the gradients of the modes and of V are partials over ranges of slabs that R
 alone fixes, summed in order, so the same bits come out for any number of threads.
 
-Limits: CPU tensors, fp32, fp16 or bf16.
+Shapes: core [R, R, R] or [R], modes [K, R], up [O, R], result [K, R, O]. Traffic: core, modes and V
+read once, the result written once; eager torch reads the core once per mode. Numerics: as above.
+Source: the maths of ``reference.py``. Limits: CPU tensors, fp32, fp16 or bf16.
 """
 
 from __future__ import annotations

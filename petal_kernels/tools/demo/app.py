@@ -18,12 +18,11 @@ import torch
 from transformers import InstructBlipForConditionalGeneration
 
 import petal_kernels as pk
-
-from . import model as small
-from . import report, tasks
-from .compare import Comparison, compare
-from .terminal import Progress, heading, table
-from .train import (
+from petal_kernels.tools.demo import model as small
+from petal_kernels.tools.demo import report, tasks
+from petal_kernels.tools.demo.compare import Comparison, compare
+from petal_kernels.tools.demo.terminal import Progress, heading, table
+from petal_kernels.tools.demo.train import (
     Batches,
     Cached,
     Settings,
@@ -100,8 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--compare-steps", type=int, default=Options.compare_steps, help="steps both forms take"
     )
+    # So small a model gains little from a second thread, and loses much where a core is busy.
     parser.add_argument(
-        "--threads", type=int, help="threads of torch (default: torch's own choice)"
+        "--threads", type=int, default=1, help="threads of torch (default: %(default)s)"
     )
     args = parser.parse_args(arguments)
     for name in ("steps", "rank", "threads"):
@@ -109,14 +109,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--{name}: want a number >= 1, got {getattr(args, name)}")
     if args.compare_steps < 1:
         parser.error(f"--compare-steps: want a number >= 1, got {args.compare_steps}")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     given = {k: v for k in ("steps", "rank", "seed") if (v := getattr(args, k)) is not None}
     try:
         settings = resumed_settings(args.out, given) if args.resume else Settings(**given)
     except ValueError as error:
         parser.error(str(error))
     options = Options(args.out, settings, resume=args.resume, compare_steps=args.compare_steps)
+    torch.set_num_threads(args.threads)
     try:
         return run(options)
     except KeyboardInterrupt:

@@ -21,9 +21,15 @@ from torch import Tensor
 from transformers import InstructBlipForConditionalGeneration
 
 import petal_kernels as pk
-
-from . import model as small
-from .train import Batch, Batches, Settings, Trainer, adapter_config, batch_loss
+from petal_kernels.tools.demo import model as small
+from petal_kernels.tools.demo.train import (
+    Batch,
+    Batches,
+    Settings,
+    Trainer,
+    adapter_config,
+    batch_loss,
+)
 
 # A wrong index or scale moves the loss by 1e-2 or more; see `curve_bound` for where the bound comes
 # from.

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration, LlamaConfig
 from transformers.utils import logging as transformers_logging
 
-from . import tasks
-from .data import IMAGE_SIZE
+from petal_kernels.tools.demo import tasks
+from petal_kernels.tools.demo.data import IMAGE_SIZE
 
 WEIGHTS = Path(__file__).with_name("weights") / "two-digits.safetensors"
 PATCH = 7

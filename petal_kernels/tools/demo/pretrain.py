@@ -28,8 +28,17 @@ import torch
 from torch import Tensor, nn
 from transformers import InstructBlipForConditionalGeneration
 
-from . import data, tasks
-from .model import GRID, WEIGHTS, WIDTH, answer_logits, build, image_features, load, save_weights
+from petal_kernels.tools.demo import data, tasks
+from petal_kernels.tools.demo.model import (
+    GRID,
+    WEIGHTS,
+    WIDTH,
+    answer_logits,
+    build,
+    image_features,
+    load,
+    save_weights,
+)
 
 _SAVE_EVERY = 100
 _PRINT_EVERY = 100
@@ -224,6 +233,7 @@ def accuracies(
 
 
 def main() -> None:
+    """Train the small model from scratch and write its weights."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import data
+from petal_kernels.tools.demo import data
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,6 +72,7 @@ def _commit() -> str | None:
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:
+    """Write every figure of the run, indented, keys in the order they were found."""
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(figures, indent=2) + "\n")
     temporary.replace(path)
@@ -138,7 +139,8 @@ def _draw_accuracy(axes: Axes, figures: dict[str, Any]) -> None:
     for (name, value), style in styles:
         axes.axhline(value, color=_GREY, ls=style, label=name)
     axes.set_xscale("symlog", linthresh=1)
-    axes.set(title="Held-out pictures", xlabel="step", ylabel="share answered right", ylim=(0, 1))
+    axes.set(title="Held-out pictures", xlabel="step", ylabel="share answered right")
+    axes.set(xlim=(-0.2, 1.2 * steps[-1]), ylim=(0, 1.02))
     axes.legend(loc="lower right")
 
 

@@ -12,6 +12,7 @@ _WIDTH = 28
 
 
 def heading(text: str) -> None:
+    """Print a section title."""
     print(f"\n{text}", flush=True)
 
 

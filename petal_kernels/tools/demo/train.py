@@ -20,9 +20,8 @@ from torch import Tensor
 from transformers import InstructBlipForConditionalGeneration
 
 import petal_kernels as pk
-
-from . import data, tasks
-from .model import answer_logits, image_features
+from petal_kernels.tools.demo import data, tasks
+from petal_kernels.tools.demo.model import answer_logits, image_features
 
 _EVALUATION_SEED = 7
 
@@ -74,11 +73,14 @@ def cache(model: InstructBlipForConditionalGeneration, settings: Settings) -> tu
 
 
 def adapter_config(settings: Settings) -> pk.PetalConfig:
+    """The PETAL configuration that these settings ask for."""
     return pk.PetalConfig(r=settings.rank, variant="paper", dropout=settings.dropout)
 
 
 @dataclass(frozen=True)
 class Batch:
+    """Cached picture features, an instruction and the answers to it."""
+
     features: Tensor
     questions: Tensor
     answers: Tensor
@@ -104,6 +106,7 @@ class Batches:
 
 
 def batch_loss(model: InstructBlipForConditionalGeneration, batch: Batch) -> Tensor:
+    """Cross-entropy of the answers' first token."""
     logits = answer_logits(model, batch.features, batch.questions)[:, 0]
     return torch.nn.functional.cross_entropy(logits, batch.answers)
 
@@ -209,6 +212,7 @@ def answers(
 def accuracy(
     model: InstructBlipForConditionalGeneration, cached: Cached, instruction: tasks.Instruction
 ) -> float:
+    """Share of the cached pictures whose best first token answers the instruction."""
     wanted = instruction.answer(cached.pairs.left, cached.pairs.right)
     return (answers(model, cached, instruction) == wanted).float().mean().item()
 
@@ -218,6 +222,7 @@ def all_accuracies(
     cached: Cached,
     instructions: Sequence[tasks.Instruction] = (tasks.NEW, *tasks.OLD),
 ) -> dict[str, float]:
+    """``accuracy`` of every instruction, by its text."""
     return {entry.text: accuracy(model, cached, entry) for entry in instructions}
 
 
