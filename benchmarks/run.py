@@ -187,12 +187,13 @@ def _plans_of(
     print(f"\n{name}, {'training' if training else 'inference'}: planner takes {label}")
     for provider, t in rows.items():
         print(f"  {provider:<18}{t.median:10.3f} ms")
-    print(f"  behind the best {100 * behind:.1f} %, drift {100 * timing.drift(rows):.1f} %", flush=True)
+    noise = timing.drift(rows)
+    print(f"  behind the best {100 * behind:.1f} %, drift {100 * noise:.1f} %", flush=True)
     return {
         "scenario": f"plans {name} {'training' if training else 'inference'}",
         "choice": label,
         "behind_best": round(behind, 4),
-        "drift": round(timing.drift(rows), 4),
+        "drift": round(noise, 4),
         "milliseconds": {k: round(t.median, 4) for k, t in rows.items()},
     }
 

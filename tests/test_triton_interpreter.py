@@ -319,6 +319,12 @@ def test_partial_needs() -> None:
     assert only[3] is None
     assert only[2] is not None
     assert torch.equal(only[2], full[2])
+    with triton_audit.Audit() as audit:
+        only = lowrank.backward(
+            dys, h=h, **call, need_dx=False, need_ddown=False, need_dups=True, need_dcore=False
+        )
+    assert not audit.of("bwd_dh")
+    assert all(torch.equal(a, b) for a, b in zip(only[3], full[3], strict=True))
 
 
 def test_reasons() -> None:

@@ -58,8 +58,8 @@ MUTANTS = [
     # A split that ends one row early.
     (
         HOST,
-        "std::min(a.N, (s + 1) * split_rows), scratch",
-        "std::min(a.N - 1, (s + 1) * split_rows), scratch",
+        "std::min(a.N, row + split_rows)",
+        "std::min(a.N - 1, row + split_rows)",
     ),
     # dV of every slab but the first is dropped.
     (MODES, "gemm({dup, kNR, a.R * kNR}, !first,", "gemm({dup, kNR, a.R * kNR}, false,"),

@@ -1,4 +1,5 @@
-"""Bytes kept for backward by self-attention's q, k and v, fused against published, parameters excluded."""
+"""Bytes kept for backward by self-attention's q, k and v, fused against published, parameters
+excluded."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ def _reduce_parameters(
     middle: Tensor,
     alpha: float,
     x: Tensor | None,
-    dh: Tensor,
+    dh: Tensor | None,
     drop: launch.Dropout,
     rank: int,
     has_core: bool,

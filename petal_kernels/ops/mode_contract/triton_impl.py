@@ -76,7 +76,7 @@ _KERNELS = {
 TABLE: dict[str, dict[str, Tile]] = {
     "fwd": {
         "16": tile(4, 2, BLOCK_K=64, BLOCK_O=64, BLOCK_B=32, BLOCK_C=64),
-        "32": tile(4, 2, BLOCK_K=64, BLOCK_O=64, BLOCK_B=16, BLOCK_C=16),
+        "32": tile(8, 2, BLOCK_K=64, BLOCK_O=128, BLOCK_B=16, BLOCK_C=16),
     },
     "bwd_slab": {
         "16": tile(8, 2, BLOCK_K=64, BLOCK_O=64, BLOCK_B=64),
