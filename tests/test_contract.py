@@ -219,6 +219,23 @@ def test_saved_bytes(name: str, case: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "case"), SMALL)
+def test_autocast_does_not_reach_inside(name: str, case: Any) -> None:
+    """The dtypes of the arguments decide: under autocast a call gives the very bits it gives
+    outside."""
+    op = OPERATORS[name]
+    names = discovery.trainable(op, case)
+    for backend in runnable(op, case):
+        inputs = op.workload.make_inputs(case, torch.float32)
+        want = discovery.run(op.public, inputs, names, backend=backend)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = discovery.run(op.public, inputs, names, backend=backend)
+        for a, b in zip(want[0], got[0], strict=True):
+            assert torch.equal(a, b), backend
+        for (label, a), (_, b) in zip(want[1], got[1], strict=True):
+            assert torch.equal(a, b), f"{backend} {label}"
+
+
+@pytest.mark.parametrize(("name", "case"), SMALL)
 def test_no_host_synchronisation(name: str, case: Any) -> None:
     """No value of a tensor is read on the host: nothing that would stall a GPU or break a CUDA
     graph."""

@@ -24,6 +24,7 @@ if device.triton_reason() is not None or torch.cuda.is_available():
 import triton
 import triton.language as tl
 
+from petal_kernels._runtime import triton_lib
 from petal_kernels._runtime.triton_lib import dropout_keep
 from petal_kernels.ops.lowrank_linear import reference as lowrank_reference
 from petal_kernels.ops.lowrank_linear import triton_impl as lowrank
@@ -176,7 +177,7 @@ def test_lowrank_traffic_extend_and_one_pass_dx() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fold", "k", "r", "o"), [(True, 35, 19, 140), (False, 35, 19, 19), (True, 5, 35, 20)]
+    ("fold", "k", "r", "o"), [(True, 70, 19, 140), (False, 70, 19, 19), (True, 5, 35, 20)]
 )
 def test_mode_contract_traffic(fold: bool, k: int, r: int, o: int) -> None:
     core, modes = draw(r, r, r), draw(k, r)
@@ -215,9 +216,9 @@ def everything() -> list[Tensor]:
     p = problem(base=[draw(N, o) for o in OUTS])
     ys, h = forward(p)
     grads = backward(p, h, [draw(N, o, seed=3) for o in OUTS])
-    core, modes, up = draw(19, 19, 19), draw(35, 19), draw(140, 19)
+    core, modes, up = draw(19, 19, 19), draw(70, 19), draw(140, 19)
     pt = mode.forward(core, modes, up, 0.5, torch.float32)
-    more = mode.backward(draw(35, 19, 140), core, modes, up, 0.5, True, True, True)
+    more = mode.backward(draw(70, 19, 140), core, modes, up, 0.5, True, True, True)
     found = [*ys, h, *grads[:3], *grads[3], pt, *more]
     return [t for t in found if t is not None]
 
@@ -287,14 +288,14 @@ def test_large_rows_of_the_generator() -> None:
 @pytest.mark.parametrize("core_dims", [3, 1])
 def test_mode_contract_dtypes(core_dims: int) -> None:
     """Output of another dtype than the parameters, and gradients that come back in it."""
-    core, modes, up = draw(*[19] * core_dims), draw(35, 19), draw(140, 19)
+    core, modes, up = draw(*[19] * core_dims), draw(70, 19), draw(140, 19)
     for store, given in ((torch.float16, torch.float32), (torch.float32, torch.float16)):
         c, p, v = core.to(given), modes.to(given), up.to(given)
         pt = mode.forward(c, p, v, 0.5, store)
         want = mode_reference.forward(c.double(), p.double(), v.double(), scale=0.5)[0]
         assert pt.dtype == store
         close(pt.transpose(1, 2), want, 6e-4 if store == torch.float16 else 2e-6)
-        dout = draw(35, 19, 140).to(store)
+        dout = draw(70, 19, 140).to(store)
         grads = mode.backward(dout, c, p, v, 0.5, True, True, True)
         exact_grads = mode_reference.backward(
             dout.double().transpose(1, 2), c.double(), p.double(), v.double(), scale=0.5
@@ -344,3 +345,15 @@ def test_reasons() -> None:
     assert reasons == ["plan 'extend' needs weights with a unit stride, all in the same dim"]
     bf16 = draw(4, 4).bfloat16()
     assert "bfloat16" in mode.unsupported(bf16, bf16, None, torch.float32)[0]
+
+
+def test_precision_follows_torch() -> None:
+    """fp32 products are TF32 only where torch's own are, whichever interface was used to say so."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for setting, want in (("ieee", "ieee"), ("tf32", "tf32")):
+            matmul.fp32_precision = setting
+            assert triton_lib.precision() == want
+    finally:
+        matmul.fp32_precision = before

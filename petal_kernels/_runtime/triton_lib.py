@@ -117,8 +117,9 @@ def machine(t: Tensor) -> Machine:
 
 
 def precision() -> str:
-    """``input_precision`` of fp32 products: IEEE unless torch was told otherwise."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """``input_precision`` of fp32 products: IEEE unless torch was told otherwise, by either of its
+    interfaces."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def padded_rank(rank: int) -> int:

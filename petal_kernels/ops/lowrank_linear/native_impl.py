@@ -183,7 +183,7 @@ def backward(
     dcore = torch.empty_like(core) if core is not None and need_dcore else None
     torch.ops.petal_native.lowrank_linear_backward(
         list(dys),
-        x,
+        x if ddown is not None else None,  # else only its shape is real: nothing may read it
         h,
         down,
         list(ups),

@@ -173,7 +173,7 @@ def _bwd(
     impl = rt.select(_NAME, BACKENDS, backend, *call.supported("auto")).load()
     dx, dh, ddown, dups, dcore = impl.backward(
         [_rows(dy) for dy in dys],
-        None if x is None else _rows(x),
+        None if x is None else _rows(x) if need_ddown else x.reshape(-1, x.shape[-1]),
         _rows(h),
         down,
         ups,

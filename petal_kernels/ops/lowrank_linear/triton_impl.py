@@ -41,8 +41,8 @@ Numerics. Every product accumulates in fp32. Roundings to the activations' dtype
 ("mode"), dh, and each output once; scale and keep_scale multiply the fp32 accumulator, so a masked
 operand is not rounded a second time. Plan update rounds the base once more, where the library
 writes it; extend and dx do not. Partials are fp32 and summed in the order of the splits: the same
-bits every time. fp32 products are IEEE unless ``torch.backends.cuda.matmul.allow_tf32``. NaN and
-Inf propagate; a dropped NaN is dropped.
+bits every time. fp32 products are IEEE unless ``torch.backends.cuda.matmul.fp32_precision`` is
+tf32. NaN and Inf propagate; a dropped NaN is dropped.
 
 Limits (``unsupported``): fp32, fp16, bf16; at most 4 outputs; R <= 256; plans update and extend;
 extend needs weights with a unit stride, all in the same dim; a CUDA device of compute capability

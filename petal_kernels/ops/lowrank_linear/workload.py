@@ -31,6 +31,7 @@ class Case:
     scale: float = 1.0
     layout: str = "contiguous"
     frozen_x: bool = False
+    frozen_down: bool = False
     float_parameters: bool = False
     transposed_ups: bool = False
     plan: str = "auto"
@@ -63,6 +64,18 @@ CASES = (
     Case("image-kv-weights", (2, 65), 88, 16, (64, 64), hidden=True, dropout=0.1, frozen_x=True),
     Case("image-kv-odd", (129,), 88, 21, (51, 67), base="outputs", hidden=True, dropout=0.1),
     Case("frozen-x", (140,), 64, 16, _QKV, dropout=0.1, frozen_x=True),
+    Case("frozen-down", (140,), 64, 16, _QKV, dropout=0.1, frozen_down=True),
+    Case(
+        "frozen-down-lora",
+        (70,),
+        72,
+        16,
+        (80,),
+        "outputs",
+        dropout=0.1,
+        dropout_at="input",
+        frozen_down=True,
+    ),
     Case("sliced-sequence", (3, 41), 64, 16, _QKV, dropout=0.1, layout="sliced"),
     Case("strided-rows", (130,), 64, 16, (48,), layout="strided", base="outputs"),
     Case("column-major", (130,), 64, 16, (48,), layout="transposed"),
@@ -154,7 +167,10 @@ def options(case: Case) -> dict[str, Any]:
 
 def frozen(case: Case) -> tuple[str, ...]:
     """Names of DIFFERENTIABLE inputs that this case does not train."""
-    return ("x",) if case.frozen_x or (case.hidden and case.base == "weights") else ()
+    names = ["down"] if case.frozen_down else []
+    if case.frozen_x or (case.hidden and case.base == "weights"):
+        names.append("x")
+    return tuple(names)
 
 
 def bytes_moved(case: Case, dtype: torch.dtype) -> tuple[int, int]:
@@ -250,7 +266,7 @@ BASELINES = {"published": published, "eager": well_written}
 def saved_bytes(case: Case, dtype: torch.dtype) -> int:
     """Exact bytes kept for backward when everything trainable is trained, parameters excluded."""
     h = 0 if case.hidden else case.rows * case.rank
-    x = 0 if case.hidden else case.rows * case.width
+    x = 0 if case.hidden or case.frozen_down else case.rows * case.width
     rng = 16 if philox.threshold(case.dropout) else 0
     given = case.rows * case.rank if case.hidden else 0
     return (h + x + given) * dtype.itemsize + rng

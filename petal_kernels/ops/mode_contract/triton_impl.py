@@ -36,9 +36,9 @@ Saved for backward: the inputs.
 
 Numerics. Accumulation in fp32 and one rounding, at the store: M_k and dM_k stay fp32. A product of
 inputs is done in their dtype; a product with M_k or dM_k is fp32: IEEE for fp32 inputs (unless
-``torch.backends.cuda.matmul.allow_tf32``), three TF32 products for 16-bit inputs, whose 8 or 11
-bits are exact in TF32. Partials are summed in a fixed order: the same bits every time. NaN and Inf
-propagate.
+``torch.backends.cuda.matmul.fp32_precision`` is tf32), three TF32 products for 16-bit inputs, whose
+8 or 11 bits are exact in TF32. Partials are summed in a fixed order: the same bits every time. NaN
+and Inf propagate.
 
 Limits (``unsupported``): fp32, fp16, bf16; a CUDA device of compute capability 8.0, or
 TRITON_INTERPRET=1 with CPU tensors, which excludes bf16 (the interpreter multiplies its bit
@@ -97,9 +97,9 @@ _TABLE_80 = {
     "bwd_slab": tile(8, 2, BLOCK_K=32, BLOCK_O=64, BLOCK_B=32),
 }
 _INTERPRETER = {
-    "fwd": tile(1, 1, BLOCK_K=32, BLOCK_O=128, BLOCK_B=32, BLOCK_C=32),
-    "bwd_slab": tile(1, 1, BLOCK_K=32, BLOCK_O=128, BLOCK_B=32),
-    "bwd_up": tile(1, 1, BLOCK_K=32, BLOCK_O=128, BLOCK_B=32, BLOCK_C=32),
+    "fwd": tile(1, 1, BLOCK_K=64, BLOCK_O=128, BLOCK_B=32, BLOCK_C=32),
+    "bwd_slab": tile(1, 1, BLOCK_K=64, BLOCK_O=128, BLOCK_B=32),
+    "bwd_up": tile(1, 1, BLOCK_K=64, BLOCK_O=128, BLOCK_B=32, BLOCK_C=32),
     "sum": tile(1, 1, BLOCK=1024),
     "cp_fwd": tile(1, 1, BLOCK_A=32, BLOCK_O=128),
     "cp_bwd_modes": tile(1, 1, BLOCK_A=32, BLOCK_O=128),
