@@ -17,7 +17,7 @@ import torch
 
 from petal_kernels import _build_info
 from petal_kernels._runtime import device
-from petal_kernels.ops.lowrank_linear import native_impl
+from petal_kernels.ops.lowrank_linear import native_impl, torch_impl
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ROOT / "petal_kernels" / "lib"
@@ -53,20 +53,22 @@ def test_capability_is_asked_at_run_time() -> None:
     assert capability.get(best, True), "the kernels in use are beyond this CPU"
 
 
-def _forward_and_backward(dtype: torch.dtype) -> list[torch.Tensor]:
+def _forward_and_backward(
+    dtype: torch.dtype, impl: ModuleType = native_impl, plan: str = "extend"
+) -> list[torch.Tensor]:
+    """Several blocks of rows and several splits of the weight gradients, both ragged."""
     torch.manual_seed(0)
     rows, width, rank, outs = 1500, 70, 20, (40, 130)
     x = torch.randn(rows, width).to(dtype)
-    down, ups = torch.randn(rank, width), [torch.randn(o, rank) for o in outs]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    down, ups = torch.randn(rank, width).to(wide), [torch.randn(o, rank).to(wide) for o in outs]
     weights = [torch.randn(o, width).to(dtype) for o in outs]
     dys = [torch.randn(rows, o).to(dtype) for o in outs]
     rng = torch.tensor([5, 6])
     site = (0.3, "bottleneck")
     none = [None] * len(outs)
-    ys, h = native_impl.forward(
-        x, down, None, ups, weights, none, [], None, rng, 0.5, *site, "extend"
-    )
-    dx, _, ddown, dups, _ = native_impl.backward(
+    ys, h = impl.forward(x, down, None, ups, weights, none, [], None, rng, 0.5, *site, plan)
+    dx, _, ddown, dups, _ = impl.backward(
         dys, x, h, down, ups, [], None, rng, 0.5, *site, True, True, True, False
     )
     assert dx is not None
@@ -97,6 +99,13 @@ def test_instruction_sets_agree(every_isa: list[str], dtype: torch.dtype) -> Non
         for one, two in zip(results[0], other, strict=True):
             apart = (one.double() - two.double()).abs().max() / one.double().abs().max()
             assert apart < tolerance
+
+
+@built
+def test_many_splits_agree_with_fp64() -> None:
+    exact = _forward_and_backward(torch.float64, torch_impl, "update")
+    for one, two in zip(exact, _forward_and_backward(torch.float32), strict=True):
+        assert (one - two.double()).abs().max() / one.abs().max() < 3e-6
 
 
 @built

@@ -8,7 +8,7 @@ DROPOUT = "csrc/common/cpu_dropout.h"
 BLOCK = "csrc/common/cpu_block.h"
 
 REBUILD = True
-TESTS = ["tests/test_ops.py", "-k", "native"]
+TESTS = ["tests/test_build.py", "tests/test_ops.py", "-k", "native or many_splits"]
 
 MUTANTS = [
     # A weight gradient that forgets the blocks before the last one of its split.

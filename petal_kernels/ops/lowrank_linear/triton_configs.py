@@ -78,7 +78,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
     ("expand", 80): _EXPAND_80,
     ("expand", 90): {**_EXPAND_80, "large": tile(8, 2, BLOCK_M=128, BLOCK_O=128)},
     ("expand", 100): {**_EXPAND_80, "large": tile(8, 2, BLOCK_M=128, BLOCK_O=128)},
-    ("dh", 80): _DH_80,
+    ("dh", 80): {**_DH_80, "large": tile(8, 3, BLOCK_M=64, BLOCK_O=64)},
     ("dh", 90): _DH_80,
     ("dh", 100): _DH_80,
     ("tn", 80): _TN_80,
@@ -158,7 +158,8 @@ _FORMS: dict[str, tuple[dict[str, bool], ...]] = {
     ),
     "dh": (
         {"DROPOUT": True, "SEPARATE": False, "P_TRANSPOSED": False},
-        {"DROPOUT": False, "SEPARATE": True, "P_TRANSPOSED": True},
+        {"DROPOUT": False, "SEPARATE": False, "P_TRANSPOSED": True},
+        {"DROPOUT": True, "SEPARATE": True, "P_TRANSPOSED": False},
     ),
     "tn": (
         {"DROP_SMALL": True, "DROP_X": False},
@@ -194,25 +195,38 @@ def shipped_configs() -> Iterator[Shipped]:
     switches."""
     for (kernel, arch), sizes in TABLE.items():
         for size, row in sizes.items():
-            elements = ("fp32",) if size.startswith("fp32") else ("bf16",)
-            if size.endswith("_wide"):
-                ranks = (128, 256)
-            else:
-                ranks = (16, 64) if kernel in ("shrink", "dh", "tn") else (64,)
-            for element in elements:
-                for rank in ranks:
-                    for form in _FORMS[kernel]:
-                        yield _shipped(kernel, arch, size, row, element, rank, form)
+            element = "fp32" if size.startswith("fp32") else "bf16"
+            for rank in (128, 256) if size.endswith("_wide") else (16, 64):
+                for form in _FORMS[kernel]:
+                    for parameter in _parameters(kernel, element, form):
+                        yield _shipped(kernel, arch, size, row, element, parameter, rank, form)
     for arch in ARCHS:
-        row = REDUCE
-        yield _shipped("reduce", arch, "all", row, "bf16", 64, _FORMS["reduce"][0])
+        yield _shipped("reduce", arch, "all", REDUCE, "bf16", "fp32", 64, _FORMS["reduce"][0])
+
+
+def _parameters(kernel: str, element: str, form: dict[str, bool]) -> tuple[str, ...]:
+    """The dtypes of U or P_k to compile: float32 is the default of trained parameters, P_k from
+    ``mode_contract`` has the activations'. Where only one is listed, the launcher rounds."""
+    if element == "fp32" or kernel == "tn":
+        return (element,)
+    if kernel in ("shrink", "dx"):
+        return ("fp32",)
+    casts = kernel == "gemm_ext" or form.get("SEPARATE", False)
+    return (element,) if casts else (element, "fp32")
 
 
 REDUCE = tile(4, 2, BLOCK_O=32)
 
 
 def _shipped(
-    kernel: str, arch: int, size: str, row: Tile, element: str, rank: int, form: dict[str, bool]
+    kernel: str,
+    arch: int,
+    size: str,
+    row: Tile,
+    element: str,
+    parameter: str,
+    rank: int,
+    form: dict[str, bool],
 ) -> Shipped:
     constexprs: dict[str, Any] = {**dict(row.blocks), **form, "BLOCK_R": rank}
     if kernel != "reduce":
@@ -220,8 +234,8 @@ def _shipped(
     if kernel in ("shrink", "dh"):
         constexprs["SWAP"] = size.startswith("small")
     flags = "+".join(name.lower() for name, on in form.items() if on)
-    # Trained parameters are float32 by default, also beside 16-bit activations.
-    parameter = "fp32" if kernel in ("shrink", "dx", "reduce") else element
+    if parameter != element:
+        flags += " of fp32"
     return Shipped(
         f"{kernel} {element} r{rank} {size} {flags}",
         _KERNELS[kernel],

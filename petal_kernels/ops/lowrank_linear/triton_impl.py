@@ -15,9 +15,10 @@ dropout_at="input") from stream 0. h_k is h, or h core_k ("mode", by the library
               or the library's GEMMs, then expand in place
 
 Shapes. N rows; x, base_k, dy_k: any row stride, unit column stride. U [R, D], P_k [O_k, R], core
-[K, R, R]: the activations' dtype or float32, rounded once to it as they are loaded; P_k contiguous
-either way round. W_k [O_k, D]: unit stride in either dim for the kernels, any for the library. K <=
-4 outputs of any widths, R <= 256, nothing need be a multiple of anything; addresses are int64.
+[K, R, R]: the activations' dtype or float32, rounded once to it as they are loaded (P_k beforehand
+for extend and for the g_k of "mode"); P_k contiguous either way round. W_k [O_k, D]: unit stride in
+either dim for the kernels, any for the library. K <= 4 outputs of any widths, R <= 256, nothing
+need be a multiple of anything; addresses are int64.
 
 Grid. shrink, dh: one program per BLOCK_M rows (dh in "mode": times K). expand, gemm_ext: row tiles
 x column tiles, times K: k is a grid axis and its pointers are chosen by scalar selects, nothing is
@@ -132,7 +133,7 @@ def forward(
             return [h.new_empty(0, up.shape[0]) for up in ups], h
         middle = h if core is None else h @ _side_by_side(core, h.dtype)
         alpha = scale * (drop.scale if drop.on_middle else 1.0)
-        p = launch.matrices(ups, h.dtype)
+        p = launch.matrices(ups, h.dtype, cast=plan == "extend")
         if plan == "extend":
             assert x is not None
             w = launch.matrices(weights, x.dtype)
@@ -245,7 +246,7 @@ def backward(
     rank = h.shape[1]
     alpha = scale * (drop.scale if drop.on_middle else 1.0)
     with lib.on_device(h):
-        p = launch.matrices(ups, h.dtype)
+        p = launch.matrices(ups, h.dtype, cast=core is not None)
         g = None
         if need_dx or need_ddown or need_dcore or down is None:
             g = launch.bottleneck_gradient(dys, p, rank, alpha, drop, separate=core is not None)

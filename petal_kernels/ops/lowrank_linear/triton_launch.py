@@ -82,10 +82,13 @@ class Matrices:
         return lib.four(self.tensors)
 
 
-def matrices(given: Sequence[Tensor], dtype: torch.dtype) -> Matrices:
-    """Copies only where dtypes or layouts differ among the matrices, or one has no unit stride."""
+def matrices(given: Sequence[Tensor], dtype: torch.dtype, cast: bool = False) -> Matrices:
+    """Copies only where dtypes or layouts differ among the matrices, or one has no unit stride.
+
+    ``cast``: round to ``dtype`` here, for the kernels whose tiles leave no room to do it on load.
+    """
     tensors = list(given)
-    if len({t.dtype for t in tensors}) > 1:
+    if cast or len({t.dtype for t in tensors}) > 1:
         tensors = [t.to(dtype) for t in tensors]
     layout = one_layout(tensors)
     if layout is None:

@@ -13,6 +13,7 @@ from petal_kernels._runtime import checks
 from petal_kernels._runtime.library import define
 
 _NAME = "mode_contract"
+_FUSED_MODES = 12
 
 BACKENDS = tuple(
     rt.Backend(name, f"petal_kernels.ops.mode_contract.{name}_impl") for name in rt.NAMES
@@ -36,11 +37,11 @@ def preferred(core: Tensor, modes: Tensor, up: Tensor | None) -> str:
     """What ``auto`` means for these inputs: the library where it was measured faster, else the
     first backend.
 
-    On a CPU the Tucker contraction and its fold are two well-shaped library GEMMs that no
-    hand-written loop beats (``benchmarks/run.py op mode_contract``); the diagonal core has no GEMM
-    and runs fused.
+    On a CPU, few Tucker modes are two small library GEMMs that no fused loop beats; from a dozen
+    modes on the fused one is level in forward and ahead in backward. The diagonal core has no GEMM
+    and always runs fused (``python -m benchmarks.run op mode_contract``).
     """
-    if core.device.type == "cpu" and core.dim() == 3:
+    if core.device.type == "cpu" and core.dim() == 3 and modes.shape[0] < _FUSED_MODES:
         return "torch"
     return rt.AUTO
 
