@@ -87,7 +87,7 @@ def run_scenario(scenario: scenarios.Scenario, device: torch.device, rounds: int
         for label, forward in scenario.saved.items()
         if label != "compile"
     }
-    rows = timing.compare(scenario.providers, device, rounds, progress=progress)
+    rows = timing.compare(scenario.providers, device, rounds, warmup, progress)
     return table(scenario.name, rows, saved)
 
 
@@ -123,7 +123,10 @@ def bench_layer(device: torch.device, rounds: int, quick: bool) -> list[Any]:
     for case in cases:
         slow = case.dtype != torch.float32 and device.type == "cpu"
         scenario = scenarios.petal_layer(case, device, compiled=not slow and not quick)
-        results.append(run_scenario(scenario, device, max(4, rounds // 4) if slow else rounds))
+        if slow:
+            results.append(run_scenario(scenario, device, 4, warmup=1))
+        else:
+            results.append(run_scenario(scenario, device, rounds))
     return results
 
 

@@ -80,7 +80,9 @@ def check(label: str, got: Tensor, exact: Tensor, plain: Tensor, factor: float) 
     assert got.shape == exact.shape, f"{label}: shape {list(got.shape)}, want {list(exact.shape)}"
     assert got.dtype == plain.dtype, f"{label}: dtype {got.dtype}, want {plain.dtype}"
     mine, theirs = error(got, exact), error(plain, exact)
-    assert mine <= factor * theirs + eps / 4, (
+    # A handful of elements is no sample: plain torch may round them all correctly by luck.
+    floor = eps / 4 if exact.numel() >= 16 else eps
+    assert mine <= factor * theirs + floor, (
         f"{label}: rms error {mine:.3e}, plain torch {theirs:.3e}"
     )
     mine, theirs = worst(got, exact), worst(plain, exact)

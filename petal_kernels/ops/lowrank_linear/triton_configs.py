@@ -80,7 +80,12 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
     ("expand", 100): {**_EXPAND_80, "large": tile(8, 2, BLOCK_M=128, BLOCK_O=128)},
     ("dh", 80): {**_DH_80, "large": tile(8, 3, BLOCK_M=64, BLOCK_O=64)},
     ("dh", 90): _DH_80,
-    ("dh", 100): _DH_80,
+    ("dh", 100): {
+        **_DH_80,
+        "small": tile(4, 3, BLOCK_M=16, BLOCK_O=64),
+        "small_wide": tile(8, 3, BLOCK_M=16, BLOCK_O=32),
+        "fp32": tile(8, 2, BLOCK_M=32, BLOCK_O=16),
+    },
     ("tn", 80): _TN_80,
     ("tn", 90): _TN_80,
     ("tn", 100): _TN_80,
@@ -92,6 +97,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
     ("gemm_ext", 100): {
         **_GEMM_80,
         "large": tile(8, 3, BLOCK_M=128, BLOCK_O=256, BLOCK_K=64, GROUP_M=8),
+        "fp32": tile(4, 3, BLOCK_M=32, BLOCK_O=64, BLOCK_K=16, GROUP_M=8),
     },
     ("dx", 80): _DX_80,
     ("dx", 90): {
