@@ -80,7 +80,9 @@ def table(name: str, rows: dict[str, timing.Timing], saved: dict[str, int]) -> d
     }
 
 
-def run_scenario(scenario: scenarios.Scenario, device: torch.device, rounds: int) -> dict[str, Any]:
+def run_scenario(
+    scenario: scenarios.Scenario, device: torch.device, rounds: int, warmup: int = 3
+) -> dict[str, Any]:
     """Count what each provider saves, then time them all."""
     saved = {
         label: scenarios.saved_bytes(forward, scenario.parameters)
