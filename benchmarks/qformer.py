@@ -70,6 +70,7 @@ def qformer(case: QFormerCase, device: torch.device) -> Scenario:
     """
     base = _model(case)
     inputs = _inputs(case, device)
+    every: list[Tensor] = []
     providers: dict[str, Step] = {}
     saved: dict[str, Any] = {}
 
@@ -94,11 +95,12 @@ def qformer(case: QFormerCase, device: torch.device) -> Scenario:
             model, pk.PetalConfig(r=case.rank, variant=case.variant), implementation=implementation
         )
         model.train()
+        every.extend(model.parameters())
         add(label, model, list(att.parameters()))
     frozen = copy.deepcopy(base).to(device)
     frozen.embeddings.register_forward_hook(lambda _m, _i, out: out.detach().requires_grad_())
     add("frozen", frozen, [])
-    every = [p for step_model in (base, frozen) for p in step_model.parameters()]
+    every.extend(frozen.parameters())
     size = f"{case.layers} layers, B={case.batch} L={case.text} R={case.rank}"
     name = f"Q-Former step, {size} {case.variant} fp32"
     return Scenario(name, providers, saved, every)

@@ -42,6 +42,11 @@ def _interpreted(name: str, args: Sequence[Any]) -> bool:
 
 
 @functools.cache
+def _import(module: str) -> ModuleType:
+    return importlib.import_module(module)
+
+
+@functools.cache
 def _exists(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
@@ -72,7 +77,7 @@ class Backend:
 
     def load(self) -> ModuleType:
         """The implementation module."""
-        return importlib.import_module(self.module)
+        return _import(self.module)
 
     def reasons(self, *args: Any) -> list[str]:
         """Every reason why this backend cannot run on these arguments; empty if it can.
