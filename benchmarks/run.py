@@ -1,11 +1,13 @@
 """``python -m benchmarks.run``: time operators, layers and a whole Q-Former against their eager
 forms.
 
-    op [NAME ...]     every operator (or those named) at its workload's shapes, every backend that
-    can run layer             PETAL's q, k, v of one attention: adapter part alone, whole layer,
-    16-bit layer, saved bytes qformer           a full-width Q-Former step: frozen, published
-    adapters, fused adapters overhead          host microseconds of a tiny call: public function,
-    and the raw backend underneath
+    op [NAME ...]  every operator (or those named) at its workload's shapes, every backend that can
+                   run
+    layer          PETAL's q, k, v of one attention: adapter part alone, whole layer, 16-bit layer,
+                   saved bytes
+    qformer        a full-width Q-Former step: frozen, published adapters, fused adapters
+    plans          every plan of lowrank_linear against the planner's choice
+    overhead       host microseconds of a tiny call: public function, and the raw backend underneath
 
 The operators' tests run first and nothing is timed on red. Times are medians of interleaved
 cold-cache rounds; the drift printed under a table is the run's own noise: ratios closer to 1 than

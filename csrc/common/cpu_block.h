@@ -95,7 +95,10 @@ PETAL_INLINE void emit(Tile<M>& t, const Output<T>& o, int64_t i, int64_t j) {
 template <typename T>
 PETAL_INLINE void prefetch_rows(const T* p, int64_t ld, int64_t rows) {
   if (p == nullptr) return;
-  for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(p + r * ld, 0, 3);
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < kNR; c += kLine) __builtin_prefetch(p + r * ld + c, 0, 3);
+  }
 }
 
 template <typename T>

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -59,3 +60,13 @@ def cuda_library_reason() -> str | None:
 def triton_reason() -> str | None:
     """Why Triton cannot be used, or None."""
     return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+@functools.cache
+def native_16bit(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of a 16-bit dtype natively, as oneDNN sees it."""
+    if dtype != torch.bfloat16:
+        return False
+    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return bool(has) and not limit.startswith(("SSE", "AVX2", "AVX512_CORE_VNNI"))

@@ -24,8 +24,6 @@ same bits for any number of threads.
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Sequence
 
 import torch
@@ -67,27 +65,13 @@ def unsupported(
     return reasons
 
 
-@functools.cache
-def native_16bit(dtype: torch.dtype) -> bool:
-    """Whether this CPU's library multiplies 16-bit matrices natively, as oneDNN sees it."""
-    if dtype == torch.bfloat16:
-        cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        limited = (
-            os.environ.get("ONEDNN_MAX_CPU_ISA", "")
-            .upper()
-            .startswith(("SSE", "AVX2", "AVX512_CORE_VNNI"))
-        )
-        return bool(cpu) and not limited
-    return False
-
-
 def _library_multiplies(dtype: torch.dtype) -> bool:
     """Whether the base products of backward go to the library (in forward the plan says so).
 
     In fp32 the two are equal within noise where N is large and the library is ahead where packing
     the weights shows; in 16 bits the library is far behind unless the CPU has native products.
     """
-    return dtype == torch.float32 or native_16bit(dtype)
+    return dtype == torch.float32 or device.native_16bit(dtype)
 
 
 def _fresh(like: Tensor, cols: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from petal_kernels._runtime import backends as rt
-from petal_kernels._runtime import checks, philox
+from petal_kernels._runtime import checks, device, philox
 from petal_kernels._runtime.library import define
 from petal_kernels.ops.lowrank_linear import planner
 from petal_kernels.ops.lowrank_linear.arguments import Call, check
@@ -25,13 +25,16 @@ _LIBRARY = BACKENDS[-1]  # torch: also lends its plans to the other backends
 
 def _problem(call: Call, inference: bool) -> planner.Problem:
     first = call.activations
+    kind = first.device.type
+    if kind == "cpu" and device.native_16bit(first.dtype):
+        kind = "cpu native"
     return planner.Problem(
         rows=first.shape[:-1].numel(),
         width=call.x.shape[-1] if call.x is not None else 0,
         rank=call.ups[0].shape[1],
         outs=tuple(up.shape[0] for up in call.ups),
         itemsize=first.element_size(),
-        device=first.device.type,
+        device=kind,
         has_weights=bool(call.weights),
         shares_hidden=call.hidden is not None,
         dropout=philox.threshold(call.dropout) > 0,

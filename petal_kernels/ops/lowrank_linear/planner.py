@@ -4,10 +4,9 @@ All plans compute the same function; they differ in what they move and how often
 library:
 
     update   library GEMM of the base, then one read-modify-write pass for the update
-    extend   one GEMM whose inner loop runs on from D to D + R: no second pass over y (a Triton
-    kernel) augment  the same with the library: [x | m_k] is copied first
-    merge    W_k + scale * P_k U is formed once, then the base GEMM alone; inference without dropout
-    only
+    extend   one GEMM whose inner loop runs on from D to D + R: no second pass over y
+    augment  the same with the library: [x | m_k] is copied first
+    merge    W_k + scale * P_k U is formed once, then the base GEMM alone: inference without dropout
 
 The time of a plan is modelled as ``max(flops / rate, bytes / bandwidth) + launches * latency``
 summed over its steps, with the constants of a device class below. ``MEASURED`` holds rows that a
@@ -36,14 +35,18 @@ class Machine:
 
 # GPU: an H200's 0.8 x 788 TFLOP/s and 4.3 TB/s for 16-bit, its fp32 pipe otherwise; not yet
 # measured.
-# CPU: two AVX2 cores, where the generated fp32 GEMM is level with the library's; in 16 bits the
-# library has no native path there and falls far behind.
+# CPU: two cores, where the generated fp32 GEMM is level with the library's. In 16 bits the library
+# is far behind it, or far ahead where the processor multiplies 16-bit matrices itself.
 MACHINES = {
     ("cuda", 16): Machine(630e12, 0.93 * 630e12, 4.3e12, 5e-6),
     ("cuda", 32): Machine(45e12, 40e12, 4.3e12, 5e-6),
     ("cpu", 16): Machine(1.8e10, 1.4e11, 1.5e10, 6e-6),
     ("cpu", 32): Machine(1.47e11, 1.47e11, 1.5e10, 6e-6),
+    ("cpu native", 16): Machine(4.2e11, 1.4e11, 1.5e10, 6e-6),
 }
+
+
+_KNOWN = {device for device, _ in MACHINES}
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Problem:
     rank: int
     outs: tuple[int, ...]
     itemsize: int
-    device: str
+    device: str  # "cuda", "cpu", or "cpu native": one that multiplies this 16-bit dtype itself
     has_weights: bool
     shares_hidden: bool
     dropout: bool
@@ -98,7 +101,7 @@ def estimate(plan: str, p: Problem) -> Estimate:
     reason = not_applicable(plan, p)
     if reason is not None:
         return Estimate(plan, float("inf"), reason)
-    m = MACHINES["cuda" if p.device == "cuda" else "cpu", 16 if p.itemsize == 2 else 32]
+    m = MACHINES[p.device if p.device in _KNOWN else "cpu", 16 if p.itemsize == 2 else 32]
     n, d, r, e, k = p.rows, p.width, p.rank, p.itemsize, len(p.outs)
     wide = sum(p.outs)
 

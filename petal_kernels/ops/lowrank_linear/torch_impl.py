@@ -6,10 +6,9 @@ GEMM that computes them (``addmm``), and three exact plans:
 
     update   y_k = linear(x, W_k, b_k), then y_k += scale * m_k P_k^T in place
     augment  y_k = [x | scale * m_k] [W_k | P_k]^T: one GEMM with a longer inner dimension; copies x
-    once merge    y_k = linear(x, W_k + scale * P_k U, b_k): no update at all; needs dropout off.
-    W_k + ... is formed in
-             fp32 and rounded once, so on a 16-bit base its error is that of storing the merged
-             weight
+    merge    y_k = linear(x, W_k + scale * P_k U, b_k): no update at all; needs dropout off. The sum
+             is formed in fp32 and rounded once: on a 16-bit base its error is that of storing the
+             merged weight
 
 Parameters of another dtype are rounded to x's before the products. Numerics are torch's: 16-bit
 products accumulate in fp32 and every intermediate N x R tensor is rounded to x's dtype.
