@@ -24,6 +24,7 @@ const LowrankKernels& kernels() {
 constexpr int64_t kBlockBytes = 384 << 10;  // of x per block: with a panel of W_k it fits L2
 constexpr int64_t kBlockRows = 192;
 constexpr int64_t kSplitRows = 512;         // rows that share one partial of each weight gradient
+constexpr int64_t kLeastSplits = 4;         // where there are rows enough for as many blocks: a few threads
 constexpr int64_t kMaxSplits = 64;
 constexpr int64_t kSerialWork = 1 << 20;    // multiply-adds below which threads do not pay
 
@@ -125,7 +126,8 @@ void backward(Tensors dys, Optional x, Tensor h, Optional down, Tensors ups, Ten
   std::vector<LowrankOutput> outs;
   LowrankArgs a =
       arguments(h, ups, outs, scale, site, cpu_dropout(rng, threshold, keep_scale));
-  const int64_t splits = std::clamp<int64_t>(ceil_div(a.N, kSplitRows), 1, kMaxSplits);
+  const int64_t least = std::clamp<int64_t>(a.N / kBlockRows * 2, 1, kLeastSplits);
+  const int64_t splits = std::clamp<int64_t>(ceil_div(a.N, kSplitRows), least, kMaxSplits);
   const int64_t split_rows = std::max<int64_t>(ceil_div(a.N, splits), 1);
   Packer packer;
   Gradients gradients(splits, kernel.operands.panel);

@@ -122,7 +122,8 @@ def estimate(plan: str, p: Problem) -> Estimate:
         copy = step(0, (2 * n * (d + r) + (k - 1) * n * r + 2 * (d + r) * wide) * e, 2 + k, m.gemm)
         traffic = (k * n * (d + r) + n * wide + (d + r) * wide) * e
         return Estimate(plan, shrink + copy + step(extended, traffic, k, m.gemm))
-    merged = step(2 * d * r * wide, 3 * d * wide * e, k, m.gemm)
+    copied = step(0, 2 * d * wide * e, k, m.gemm)
+    merged = copied + step(2 * d * r * wide, 3 * d * wide * e, k, m.gemm)
     hidden = 0.0 if p.inference else shrink
     return Estimate(plan, merged + base + hidden)
 
