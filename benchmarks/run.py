@@ -2,7 +2,7 @@
 forms.
 
     op [NAME ...]  every operator (or those named) at its workload's shapes, every backend that can
-                   run
+                   run: forward as in training, then forward and backward
     layer          PETAL's q, k, v of one attention: adapter part alone, whole layer, 16-bit layer,
                    saved bytes
     qformer        a full-width Q-Former step: frozen, published adapters, fused adapters
@@ -109,8 +109,10 @@ def bench_ops(
             backends = [
                 b for b, why in explained.rows if not why and not (b == "triton" and interpreted)
             ]
-            scenario = scenarios.operator(name, case, dtype, device, backends)
-            results.append(run_scenario(scenario, device, rounds) | {"choice": explained.choice})
+            for backward in (False, True):
+                scenario = scenarios.operator(name, case, dtype, device, backends, backward)
+                result = run_scenario(scenario, device, rounds)
+                results.append(result | {"choice": explained.choice})
             print(f"  auto {explained.choice}")
     return results
 

@@ -149,9 +149,14 @@ def saved_bytes(forward: Callable[[], Any], parameters: Sequence[Tensor]) -> int
 
 
 def operator(
-    name: str, case: Any, dtype: torch.dtype, device: torch.device, backends: Sequence[str]
+    name: str,
+    case: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    backends: Sequence[str],
+    backward: bool = True,
 ) -> Scenario:
-    """Forward and backward of one operator at one of its workload's shapes."""
+    """Forward (as in training) and backward of one operator at one of its workload's shapes."""
     import importlib
 
     workload = importlib.import_module(f"petal_kernels.ops.{name}.workload")
@@ -178,6 +183,8 @@ def operator(
         def run() -> Sequence[Tensor]:
             out = forward()
             out = [out] if isinstance(out, Tensor) else list(out)
+            if not backward:
+                return out
             return torch.autograd.grad(out, trained, dys, allow_unused=True)
 
         return run
@@ -189,4 +196,5 @@ def operator(
     forwards["compile"] = lambda: compiled(**plain)
     for backend in backends:
         forwards[f"petal {backend}"] = lambda b=backend: public(**plain, backend=b)
-    return Scenario(f"{name} {case.name}", {k: step(f) for k, f in forwards.items()})
+    label = f"{name} {case.name}" + ("" if backward else ", forward")
+    return Scenario(label, {k: step(f) for k, f in forwards.items()})

@@ -53,9 +53,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
                 rank0 = static_cast<int64_t>(blockIdx.y) * kBN;
   const int64_t row0 = blockIdx.z * p.rows_per_split;
   const int64_t end = row0 + p.rows_per_split < p.rows ? row0 + p.rows_per_split : p.rows;
-  MaskSource mask;
-  if (p.dropout.rng != nullptr)
-    mask = MaskSource{p.dropout.rng[0], p.dropout.rng[1], p.dropout.threshold};
+  const MaskSource mask = mask_source(p.dropout);
 
   typename Shape::Product product;
   product.clear();

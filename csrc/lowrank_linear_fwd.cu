@@ -28,16 +28,6 @@
 namespace petal {
 namespace {
 
-__device__ __forceinline__ MaskSource mask_source(const Dropout& dropout) {
-  MaskSource mask;
-  if (dropout.rng != nullptr) {
-    mask.seed = dropout.rng[0];
-    mask.offset = dropout.rng[1];
-    mask.threshold = dropout.threshold;
-  }
-  return mask;
-}
-
 // Columns of h per block. Tensor cores have multiplications to spare next to reading x, the FMA
 // pipes have not: fewer padded columns in fp32.
 template <typename T>

@@ -11,23 +11,34 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 from petal_kernels._runtime.backends import explain, use_backend
+from petal_kernels.ops.gated_bottleneck import gated_bottleneck
 from petal_kernels.ops.lowrank_linear import lowrank_linear
 from petal_kernels.ops.mode_contract import mode_contract
 
 if TYPE_CHECKING:
     from petal_kernels import nn as nn
     from petal_kernels.hf import Attachment as Attachment
+    from petal_kernels.hf import AuroraConfig as AuroraConfig
     from petal_kernels.hf import PetalConfig as PetalConfig
+    from petal_kernels.hf import RoutingConfig as RoutingConfig
+    from petal_kernels.hf import VLAdapterConfig as VLAdapterConfig
+    from petal_kernels.hf import VLPetConfig as VLPetConfig
     from petal_kernels.hf import attach as attach
 
-_LAZY = {"attach": "hf", "Attachment": "hf", "PetalConfig": "hf"}
+_CONFIGS = ("AuroraConfig", "PetalConfig", "RoutingConfig", "VLAdapterConfig", "VLPetConfig")
+_LAZY = dict.fromkeys(("attach", "Attachment", *_CONFIGS), "hf")
 
 __all__ = [
     "Attachment",
+    "AuroraConfig",
     "PetalConfig",
+    "RoutingConfig",
+    "VLAdapterConfig",
+    "VLPetConfig",
     "__version__",
     "attach",
     "explain",
+    "gated_bottleneck",
     "lowrank_linear",
     "mode_contract",
     "nn",

@@ -32,7 +32,7 @@ def test_every_verb_writes_a_result_file(
 def test_unknown_operator_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run.main(["op", "nonsense", "--no-gate"])
-    assert "want some of lowrank_linear, mode_contract" in capsys.readouterr().err
+    assert "want some of gated_bottleneck, lowrank_linear" in capsys.readouterr().err
 
 
 def test_drift_is_the_largest_difference_between_halves() -> None:

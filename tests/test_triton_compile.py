@@ -2,8 +2,8 @@
 shipping.
 
 No spill and no stack, shared memory within the architecture's limit, tensor cores in 16-bit kernels
-and none in IEEE fp32 ones, no atomics. The full table is marked ``cross_compile``; two forms are
-always compiled.
+and none in IEEE fp32 ones, no atomics. The full table is marked ``cross_compile``; a few forms
+are always compiled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from tests import triton_audit
 
 pytest.importorskip("triton")
-LOWRANK, MODE = (f"petal_kernels.ops.{m}" for m in triton_audit.MODULES)
+LOWRANK, MODE, GATED = (f"petal_kernels.ops.{m}" for m in triton_audit.MODULES)
 
 
 def check(reports: list[dict[str, Any]]) -> None:
@@ -31,7 +31,11 @@ def check(reports: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize(
     ("module", "pattern", "arch"),
-    [(LOWRANK, "^expand bf16 r64 large has_base.drop_h$", 90), (MODE, "^fwd fp32 fold$", 80)],
+    [
+        (LOWRANK, "^expand bf16 r64 large has_base.drop_h$", 90),
+        (MODE, "^fwd fp32 fold$", 80),
+        (GATED, "^rows bf16 r128 large_gated large$", 90),
+    ],
 )
 def test_one_form(module: str, pattern: str, arch: int) -> None:
     check(triton_audit.in_subprocess("compile", module, pattern, str(arch)))
@@ -42,7 +46,9 @@ def test_one_form(module: str, pattern: str, arch: int) -> None:
 @pytest.mark.parametrize(
     ("module", "pattern"),
     [(LOWRANK, f"^{k} ") for k in ("shrink", "expand", "dh", "tn", "gemm_ext", "dx", "reduce")]
-    + [(MODE, "^(fwd|bwd|sum)"), (MODE, "^cp")],
+    + [(MODE, "^(fwd|bwd|sum)"), (MODE, "^cp")]
+    + [(GATED, f"^{k} {e}") for k in ("fwd", "rows", "weights") for e in ("bf16", "fp32")]
+    + [(GATED, "^reduce")],
 )
 def test_every_form(module: str, pattern: str, arch: int) -> None:
     check(triton_audit.in_subprocess("compile", module, pattern, str(arch)))

@@ -7,10 +7,17 @@ import pytest
 from tests import triton_audit
 
 pytest.importorskip("triton")
-LOWRANK, MODE = (f"petal_kernels.ops.{m}" for m in triton_audit.MODULES)
+LOWRANK, MODE, GATED = (f"petal_kernels.ops.{m}" for m in triton_audit.MODULES)
 
 
-@pytest.mark.parametrize(("module", "pattern"), [(LOWRANK, "r64 (large|fp32)|reduce"), (MODE, ".")])
+@pytest.mark.parametrize(
+    ("module", "pattern"),
+    [
+        (LOWRANK, "r64 (large|fp32)|reduce"),
+        (MODE, "."),
+        (GATED, "r128 (large|fp32)|reduce"),
+    ],
+)
 def test_addresses_are_64_bit(module: str, pattern: str) -> None:
     """The IR of one architecture's forms; the front end does not depend on the architecture."""
     reports = triton_audit.in_subprocess("offsets", module, pattern, "80")

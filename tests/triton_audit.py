@@ -189,7 +189,11 @@ class Audit:
 
 
 # Where the operators' launch tables are, each with shipped_configs().
-MODULES = ("lowrank_linear.triton_configs", "mode_contract.triton_impl")
+MODULES = (
+    "lowrank_linear.triton_configs",
+    "mode_contract.triton_impl",
+    "gated_bottleneck.triton_configs",
+)
 # What each architecture grants a block; bucket 80 also serves 8.6, 8.9 and 12.0, which have 99 KiB.
 SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
 _TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b")
@@ -206,7 +210,9 @@ def _source(shipped: Any) -> Any:
     divisible = [
         n
         for n, kind in shipped.signature.items()
-        if kind.startswith("*") or n.startswith(("stride", "out")) or n in ("D", "R", "O")
+        if kind.startswith("*")
+        or n.startswith(("stride", "out"))
+        or n in ("D", "R", "O", "G", "RG")
     ]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
     signature = {**shipped.signature, **dict.fromkeys(shipped.constexprs, "constexpr")}

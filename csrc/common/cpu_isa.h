@@ -20,6 +20,8 @@ struct CpuDropout {
   float scale;
 };
 
+enum class Activation : int32_t { kIdentity = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
+
 // What every table of kernels begins with: the tile's shape and the handling of operands.
 struct CpuOperands {
   int64_t panel;      // columns of a packed panel

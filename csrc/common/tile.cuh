@@ -55,6 +55,16 @@ struct MaskSource {
   }
 };
 
+__device__ __forceinline__ MaskSource mask_source(const Dropout& dropout) {
+  MaskSource mask;
+  if (dropout.rng != nullptr) {
+    mask.seed = dropout.rng[0];
+    mask.offset = dropout.rng[1];
+    mask.threshold = dropout.threshold;
+  }
+  return mask;
+}
+
 // Zeroes the dropped elements of a shared tile whose first element is (row0, col0) of the masked
 // matrix. The factor of the kept elements belongs into the fp32 epilogue of the product: operands
 // stay exact.

@@ -38,7 +38,7 @@ _default: str | None = None
 
 def _interpreted(name: str, args: Sequence[Any]) -> bool:
     """Triton on CPU tensors is its interpreter, for tests: it runs only when named."""
-    return name == "triton" and not any(a.is_cuda for a in args if isinstance(a, torch.Tensor))
+    return name == "triton" and not any(a.is_cuda for a in args if hasattr(a, "is_cuda"))
 
 
 @functools.cache
@@ -55,7 +55,7 @@ def _wrong_device(name: str, args: Sequence[Any]) -> str | None:
     wanted = _DEVICES.get(name)
     if wanted is None or (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
         return None
-    found = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+    found = next(a.device.type for a in args if isinstance(a, torch.Tensor) or hasattr(a, "device"))
     if found in wanted:
         return None
     hint = " (or TRITON_INTERPRET=1)" if name == "triton" else ""

@@ -20,6 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_POINTERS = 4
+# Partial sums larger than this leave the L2 cache of the smallest device the tables serve well (an
+# eighth of 50 MB).
+MAX_PARTIAL_BYTES = 6 << 20
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -114,6 +117,15 @@ def _cuda_machine(index: int) -> Machine:
 def machine(t: Tensor) -> Machine:
     """The machine a tensor lies on."""
     return _INTERPRETER if t.device.type == "cpu" else _cuda_machine(t.device.index or 0)
+
+
+def row_splits(where: Machine, rows: int, tiles: int, block_m: int, bytes_per_split: int) -> int:
+    """How many ways to split a sum over rows: two programs per processor, partials that stay in L2,
+    two tiles each."""
+    if where.arch == 0:
+        return min(3, -(-rows // block_m))
+    wanted = -(-2 * where.processors // tiles)
+    return max(1, min(wanted, rows // (2 * block_m), MAX_PARTIAL_BYTES // bytes_per_split))
 
 
 def precision() -> str:

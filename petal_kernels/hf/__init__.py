@@ -1,8 +1,25 @@
 """Attaching the modules to Hugging Face models; works on objects and imports no model library."""
 
-from petal_kernels.hf.attach import Attachment, attach
-from petal_kernels.hf.config import PetalConfig
+from petal_kernels.hf.attach import attach
+from petal_kernels.hf.attachment import Attachment
+from petal_kernels.hf.config import (
+    AuroraConfig,
+    PetalConfig,
+    RoutingConfig,
+    VLAdapterConfig,
+    VLPetConfig,
+)
 from petal_kernels.hf.merging import MergeReport
 from petal_kernels.hf.report import Report
 
-__all__ = ["Attachment", "MergeReport", "PetalConfig", "Report", "attach"]
+__all__ = [
+    "Attachment",
+    "AuroraConfig",
+    "MergeReport",
+    "PetalConfig",
+    "Report",
+    "RoutingConfig",
+    "VLAdapterConfig",
+    "VLPetConfig",
+    "attach",
+]

@@ -19,11 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from petal_kernels.hf.config import PetalConfig
-from petal_kernels.hf.specs import Found, class_name
+from petal_kernels.hf.config import METHODS, AdapterConfig
 
 FORMAT_VERSION = 1
-METHOD = "petal"
 TENSORS = "adapter.safetensors"
 CONFIG = "adapter_config.json"
 EXTRA = "modules_to_save"  # prefix of the tensors of modules trained whole
@@ -33,26 +31,12 @@ _KEYS = ("format_version", "method", "variant", "config", "base", "tensors")
 _TRAINING_ONLY = ("dropout",)  # config fields in which a file may differ from the attachment
 
 
-def base_signature(found: Found) -> dict[str, Any]:
-    """What an adapter needs of its base: the stack's class, its layers, the projections' shapes."""
-    projections: dict[str, dict[str, int]] = {}
-    for site in found.sites():
-        d_in, d_out = site.shape
-        entry = projections.setdefault(site.row.role, {"count": 0, "in": d_in, "out": d_out})
-        entry["count"] += 1
-    return {
-        "stack": class_name(found.stack, found.family.stack),
-        "layers": len(found.layers),
-        "projections": projections,
-    }
-
-
 @dataclass
 class Saved:
     """An adapter read from disk, its two files already checked against each other."""
 
     directory: Path
-    config: PetalConfig
+    config: AdapterConfig
     base: dict[str, Any]
     tensors: dict[str, Tensor]
 
@@ -69,7 +53,12 @@ class Saved:
         if extra:
             raise ValueError(f"{path}: base.{extra[0]}: this model has no such entry")
 
-    def check_config(self, config: PetalConfig) -> None:
+    def check_config(self, config: AdapterConfig) -> None:
+        if config.method != self.config.method:
+            raise ValueError(
+                f"{self.directory / CONFIG}: method: want {config.method!r} as attached, got "
+                f"{self.config.method!r}"
+            )
         mine, theirs = config.to_dict(), self.config.to_dict()
         for key, want in mine.items():
             if key not in _TRAINING_ONLY and theirs[key] != want:
@@ -108,7 +97,7 @@ def _fits(name: str, got: torch.dtype, want: torch.dtype) -> bool:
 
 def write(
     directory: str | os.PathLike[str],
-    config: PetalConfig,
+    config: AdapterConfig,
     signature: dict[str, Any],
     state: Mapping[str, Tensor],
 ) -> None:
@@ -124,11 +113,11 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     data = save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
-        metadata={"format": "pt", "method": METHOD, "format_version": str(FORMAT_VERSION)},
+        metadata={"format": "pt", "method": config.method, "format_version": str(FORMAT_VERSION)},
     )
     values = {
         "format_version": FORMAT_VERSION,
-        "method": METHOD,
+        "method": config.method,
         "variant": config.variant,
         "config": config.to_dict(),
         "base": signature,
@@ -217,8 +206,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: want the keys {list(_KEYS)}, missing {missing}")
     if version != FORMAT_VERSION:
         raise ValueError(f"{path}: format_version: want {FORMAT_VERSION}, got {version!r}")
-    if values["method"] != METHOD:
-        raise ValueError(f"{path}: method: want {METHOD!r}, got {values['method']!r}")
+    if values["method"] not in METHODS:
+        raise ValueError(f"{path}: method: want one of {sorted(METHODS)}, got {values['method']!r}")
     for key in ("config", "base", "tensors"):
         if not isinstance(values[key], dict):
             got = values[key]
@@ -226,9 +215,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def _parse_config(path: Path, values: dict[str, Any]) -> PetalConfig:
+def _parse_config(path: Path, values: dict[str, Any]) -> AdapterConfig:
     try:
-        config = PetalConfig.from_dict(values["config"])
+        config = METHODS[values["method"]].from_dict(values["config"])
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: config: {error}") from error
     if values["variant"] != config.variant:

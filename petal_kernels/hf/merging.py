@@ -1,26 +1,17 @@
-"""merge: W + s P U into the frozen weights, and back.
+"""Folding updates into frozen weights, and back.
 
-Only what is a linear map of a projection's own input is folded, and only into weights that may be
-read. The sum is formed in float32 (float64 for a float64 base) and rounded once to the base's
-dtype; the original Parameter objects are kept aside, so that undoing is exact to the bit.
+Only what is a linear map of a module's own input is folded, and only into weights that may be read.
+The original Parameter objects are kept aside, so that undoing is exact to the bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from petal_kernels.hf.layers import ModeLinear
-from petal_kernels.nn.frozen_linear import FrozenLinear, why_not_plain
-from petal_kernels.nn.mode_approximation import ModeApproximation
-from petal_kernels.nn.published import PublishedModeLinear
-
-if TYPE_CHECKING:
-    from petal_kernels.hf.attach import Attachment
 
 
 @dataclass
@@ -56,9 +47,29 @@ class Merged:
     def __init__(self, report: MergeReport) -> None:
         self.report = report
         self.originals: list[tuple[nn.Module, nn.Parameter]] = []
-        self.flags: list[Any] = []
+        self.flags: list[Any] = []  # objects whose `merged` says that their update is in the base
         self.frozen: list[nn.Parameter] = []
-        self.state: Any = None
+
+    def fold(self, path: str, base: nn.Module, update: Tensor) -> None:
+        """Replaces base.weight by weight + update, summed in fp32 (fp64) and rounded once."""
+        weight = base._parameters["weight"]
+        assert weight is not None
+        self.originals.append((base, weight))
+        exact = weight.to(update.dtype) + update.to(weight.device)
+        stored = exact.to(weight.dtype)
+        base._parameters["weight"] = nn.Parameter(stored, requires_grad=False)
+        self.report.folded.append(path)
+        self.report.dtype = weight.dtype
+        norm = 0.0 if weight.is_meta else _norm(update)
+        lost = _norm(stored.to(update.dtype) - exact) / norm if norm > 0 else 0.0
+        self.report.rounding[path] = lost
+
+    def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Parameters whose gradient would miss what is folded."""
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                self.frozen.append(parameter)
 
     def undo(self) -> None:
         for base, weight in self.originals:
@@ -67,86 +78,12 @@ class Merged:
             flagged.merged = False
         for parameter in self.frozen:
             parameter.requires_grad_(True)
-        self.state.merged = False
 
 
-@torch.no_grad()
-def merge(attachment: Attachment) -> Merged:
-    """Folds what can be folded and returns the report with the way back."""
-    merged = Merged(MergeReport())
-    report, state = merged.report, attachment._state
-    folded_branches, open_branches = set(), set()
-    for members in _units(attachment):
-        reasons = [why_not_plain(site.base) for site, _ in members]
-        branch = members[0][0].row.branch
-        reason = next((why for why in reasons if why), "")
-        if reason:
-            open_branches.add(branch)
-            report.kept.update({site.path: reason for site, _ in members})
-            continue
-        folded_branches.add(branch)
-        for site, wrapper in members:
-            factors = attachment.adapter.branch(branch)
-            weight = wrapper.base._parameters["weight"]
-            assert weight is not None
-            merged.originals.append((wrapper.base, weight))
-            report.dtype = weight.dtype
-            report.rounding[site.path] = _fold(wrapper.base, weight, factors, site.mode)
-            report.folded.append(site.path)
-        merged.flags.append(_flagged(members[0][1]))
-    for branch in folded_branches - open_branches:
-        for parameter in attachment.adapter.branch(branch).parameters():
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
-                merged.frozen.append(parameter)
-    _list_kept(attachment, report)
-    for flagged in merged.flags:
-        flagged.merged = True
-    state.merged = True
-    merged.state = state
-    return merged
-
-
-def _units(attachment: Attachment) -> Iterator[list[tuple[Any, FrozenLinear]]]:
-    """Sites that must be folded together: a fused group, or one published linear."""
-    units: dict[int, list[tuple[Any, FrozenLinear]]] = {}
-    sites = attachment.found.sites()
-    for site, (_, _, wrapper) in zip(sites, attachment._wrapped, strict=True):
-        units.setdefault(id(_flagged(wrapper)), []).append((site, wrapper))
-    yield from units.values()
-
-
-def _flagged(wrapper: FrozenLinear) -> Any:
-    if isinstance(wrapper, ModeLinear):
-        return wrapper.group
-    assert isinstance(wrapper, PublishedModeLinear)
-    return wrapper
-
-
-def _fold(base: nn.Module, weight: nn.Parameter, factors: ModeApproximation, mode: int) -> float:
-    """Replaces base.weight by W + P U; the share of the update that rounding took."""
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    (up,) = factors.contract([mode], dtype=wide)
-    update = (up @ factors.down.to(wide)).to(weight.device)
-    exact = weight.to(wide) + update
-    stored = exact.to(weight.dtype)
-    base._parameters["weight"] = nn.Parameter(stored, requires_grad=False)
-    if weight.is_meta:
-        return 0.0
-    norm = _norm(update)
-    return _norm(stored.to(wide) - exact) / norm if norm > 0 else 0.0
+def wide_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which a weight and its update are summed."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _norm(t: Tensor) -> float:
     return float(torch.linalg.vector_norm(t))
-
-
-def _list_kept(attachment: Attachment, report: MergeReport) -> None:
-    config = attachment.config
-    for layer in attachment.found.layers:
-        if config.scale_shift:
-            report.kept[f"{layer.path}: scale/shift residual"] = "added after the block's LayerNorm"
-        if config.context == "batch" and layer.cross_block is not None:
-            report.kept[f"{layer.path}: batch context"] = "depends on the batch"
-    for path in attachment._extra:
-        report.kept[path] = "trained whole"

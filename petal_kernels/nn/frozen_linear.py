@@ -15,6 +15,7 @@ added in it, whatever the adapter's own dtype.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,13 @@ def _autocast_on(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
+def autocast_off(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A context in which autocast casts nothing on x's device: the dtypes are settled."""
+    if not _autocast_on(x.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def weight_is_plain(base: nn.Module) -> bool:
     """Whether `base.weight` may be read: exactly nn.Linear, not hooked, sharded or overridden."""
     return not why_not_plain(base)
@@ -54,6 +62,13 @@ def why_not_plain(base: nn.Module) -> str:
     """Why `base.weight` must not be read; empty when it may be."""
     if type(base) is not nn.Linear:
         return f"base is a {type(base).__name__}, not exactly nn.Linear"
+    return why_not_readable(base)
+
+
+def why_not_readable(base: nn.Module) -> str:
+    """The same for a linear of a kind that the caller knows (nn.Linear or transformers' Conv1D)."""
+    if type(base).__name__ not in ("Linear", "Conv1D"):
+        return f"base is a {type(base).__name__}, not a plain linear"
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
         return "base has hooks"
     if base._backward_pre_hooks:
@@ -170,10 +185,8 @@ def _update(
     kwargs = dict(base, hidden=hidden, dropout=dropout, training=training)
     needs_x = hidden is None or "weights" in base
     down_arg = None if hidden is not None else down
-    if not _autocast_on(x.device.type):
-        return lowrank_linear(x if needs_x else None, down_arg, ups, **kwargs)
     # The dtypes are settled above: inside, a product that autocast re-rounds would be a fault.
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x):
         return lowrank_linear(x if needs_x else None, down_arg, ups, **kwargs)
 
 

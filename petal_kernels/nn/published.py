@@ -1,8 +1,8 @@
-"""The eager published form of the layers, one mode at a time: the oracle of the fused ones.
+"""The eager published form of the layers, one step at a time: the oracle of the fused ones.
 
-Written as the paper's steps and nothing else. It owns no parameter: it reads the same
-`ModeApproximation` and `ScaleShift` objects as the fused layers, so that the two can be compared
-tensor by tensor and timed side by side from one state dict.
+Written as the papers' steps and nothing else. It owns no parameter: it reads the same modules as
+the fused layers, so that the two can be compared tensor by tensor and timed side by side from one
+state dict.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from petal_kernels.nn.frozen_linear import MERGED_TRAINING, FrozenLinear
+from petal_kernels.nn.gated_adapter import GatedAdapter
 from petal_kernels.nn.mode_approximation import ModeApproximation
 from petal_kernels.nn.residual import CONTEXT_SCALE, RESIDUAL_SCALE, ScaleShift
+from petal_kernels.nn.routed_lora import RoutedLoRALinear
+from petal_kernels.nn.value_adapter import ValueAdapter
 
 
 class PublishedModeLinear(FrozenLinear):
@@ -70,3 +73,95 @@ def published_context(c: Tensor, a: Tensor) -> Tensor:
     context = torch.mean(a[:, 0, :], dim=0)
     c[:, 0, :] += CONTEXT_SCALE * context
     return c
+
+
+def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    assert weight is not None
+    dtype = _weight_dtype(x)
+    return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _activate(name: str, z: Tensor) -> Tensor:
+    if name in ("gelu", "gelu_tanh"):
+        return F.gelu(z, approximate="tanh" if name == "gelu_tanh" else "none")
+    if name in ("relu", "silu"):
+        return F.relu(z) if name == "relu" else F.silu(z)
+    return z
+
+
+def _route(name: str, z: Tensor, v: Tensor | None, variant: str) -> Tensor:
+    """f(z, v) with v [B, V, r]; beams of one sample are neighbours."""
+    if name == "none":
+        return z
+    assert v is not None
+    v = v.repeat_interleave(z.shape[0] // v.shape[0], dim=0)
+    if name in ("gram", "gram_relu"):
+        t = v.reshape(v.shape[0], v.shape[2], v.shape[1]) if variant == "release" else v.mT
+        return F.relu(z) @ F.relu(t) @ v if name == "gram_relu" else z @ t @ v
+    v = v.mean(dim=1, keepdim=True)
+    if name == "expand":
+        return z @ v.expand(-1, z.shape[-1], -1)
+    return z + v if name == "add" else z * v
+
+
+def published_adapter(
+    m: GatedAdapter,
+    h: Tensor,
+    x: Tensor | None,
+    *,
+    vision: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """G * (h + up(act(route(down h)))), every gate expanded to a matrix; vision as [B, V, d]."""
+    z = _linear(h, m.down, m.down_bias)
+    v = None if vision is None else _linear(vision.to(h.dtype), m.down, m.down_bias)
+    y = _linear(_activate(m.activation, _route(m.route, z, v, m.variant)), m.up, m.up_bias)
+    y = h + y if m.add_input else y
+    seen = y if m.variant == "release" else h if m.add_input else torch.zeros_like(y)
+    if m.gate == "none":
+        return y if m.scale == 1.0 else m.scale * y
+    if m.gate == "middleY":
+        assert m.gate_weight is not None
+        w = m.gate_weight.to(y.dtype)
+        gate = 1 + (w if m.variant == "release" else torch.sigmoid(w))
+        return m.scale * gate.expand_as(y) * y
+    assert x is not None
+    if m.gate == "large":
+        middle = _activate(m.activation, _linear(x, m.gate_down, m.gate_down_bias))
+        gate = torch.sigmoid(_linear(middle, m.gate_up, m.gate_up_bias))
+        return m.scale * gate * y
+    assert m.gate_weight is not None
+    both = x + seen if m.gate == "middleX" else torch.cat((x, seen), dim=-1)
+    gate = torch.sigmoid(_linear(both, m.gate_weight.unsqueeze(0), m.gate_bias))
+    if m.gate == "small":
+        if mask is None:
+            gate = gate.mean(dim=1, keepdim=True)
+        else:
+            kept = mask.to(gate.dtype).unsqueeze(-1)
+            gate = (gate * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp_min(1)
+    return m.scale * gate.expand_as(y) * y
+
+
+def published_value(m: ValueAdapter, values: Tensor, encoded: Tensor, layer: int) -> Tensor:
+    """values + up(act(down encoded)) of one layer."""
+    rows = slice(layer * m.r, (layer + 1) * m.r)
+    a = _activate(m.activation, _linear(encoded, m.down[rows], m.down_bias[rows]))
+    return values + _linear(a, m.up[layer], m.up_bias[layer])
+
+
+def published_lora(m: RoutedLoRALinear, y: Tensor, x: Tensor, vision: Tensor | None) -> Tensor:
+    """y + s * B route(A x, A vision) on the adapted ranges of the outputs."""
+    z = _linear(F.dropout(x, m.dropout, m.training), m.down)
+    v = None
+    if vision is not None:
+        v = _linear(F.dropout(vision.to(x.dtype), m.dropout, m.training), m.down)
+    if m.groups == "merged":
+        z = _route(m.route, z, v, m.variant)
+    pieces = list(y.chunk(m.parts, dim=-1))
+    for n, target in enumerate(m.targets):
+        columns = slice(n * m.r, (n + 1) * m.r)
+        q = z[..., columns]
+        if m.groups == "separate":
+            q = _route(m.route, q, None if v is None else v[..., columns], m.variant)
+        pieces[target] = pieces[target] + m.scale * _linear(q, m.up[n])
+    return torch.cat(pieces, dim=-1)

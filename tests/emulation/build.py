@@ -98,7 +98,7 @@ def library() -> tuple[Path, ctypes.CDLL]:
     return path, ctypes.CDLL(str(path))
 
 
-def sanitized_driver() -> Path:
-    """A program without torch: every kernel on exact-size buffers under both sanitizers."""
-    sources = [*kernels(), HERE / "cuda_emulation.cpp", HERE / "driver.cpp"]
-    return _link("driver", sources, SANITIZE, [])
+def sanitized_driver(driver: str = "driver.cpp") -> Path:
+    """A program without torch: kernels on exact-size buffers under both sanitizers."""
+    sources = [*kernels(), HERE / "cuda_emulation.cpp", HERE / driver]
+    return _link(Path(driver).stem, sources, SANITIZE, [])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from petal_kernels._runtime import philox
 from petal_kernels.hf import Attachment, PetalConfig, attach
-from petal_kernels.hf.layers import ModeGroup
+from petal_kernels.hf.petal.layers import ModeGroup
 from petal_kernels.nn import frozen_linear
 from petal_kernels.nn.published import PublishedModeLinear
 from tests.hf import tiny

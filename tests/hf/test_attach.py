@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import petal_kernels as pk
-from petal_kernels.hf.specs import FAMILIES, find
+from petal_kernels.hf.petal.specs import FAMILIES, find
 from tests.hf import tiny
 
 PAPER_TRAINABLE = 268_800
@@ -166,7 +166,9 @@ def test_other_bad_arguments_leave_the_model_alone() -> None:
         pk.attach(model, pk.PetalConfig(r=4), implementation="eager")
     with pytest.raises(TypeError, match=r"model: want a torch.nn.Module, got a str"):
         pk.attach("model", pk.PetalConfig(r=4))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="config: want a PetalConfig or a path, got a dict"):
+    with pytest.raises(
+        TypeError, match="config: want a PetalConfig, another method's config or a path, got a dict"
+    ):
         pk.attach(model, {"r": 4})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"modules_to_save: want names of modules.*'lm_tail'"):
         pk.attach(model, pk.PetalConfig(r=4, modules_to_save=["lm_tail"]))

@@ -214,7 +214,10 @@ def test_a_newer_format(attachment: pk.Attachment, saved: Path) -> None:
     ("values", "message"),
     [
         ({"format_version": "1"}, "format_version: want 1, got '1'"),
-        ({"method": "vlpet"}, "method: want 'petal', got 'vlpet'"),
+        (
+            {"method": "nothing"},
+            "method: want one of ['petal', 'routing', 'vladapter', 'vlpet'], got 'nothing'",
+        ),
         ({"base": None}, "missing ['base']"),
         ({"variant": "release"}, "variant: want 'paper' as in config, got 'release'"),
         ({"config": {"rank": 4}}, "got unknown ['rank']"),

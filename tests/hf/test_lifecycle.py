@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import petal_kernels as pk
-from petal_kernels.hf.layers import AdaptedLayer
+from petal_kernels.hf.stack import AdaptedLayer
 from petal_kernels.nn import FrozenLinear
 from tests.hf import compare, tiny
 
@@ -258,7 +258,7 @@ def test_nothing_of_a_failed_forward_is_kept() -> None:
 
 
 def test_a_group_is_computed_once_and_each_result_is_handed_out_once() -> None:
-    from petal_kernels.hf.layers import LayerCall, ModeGroup
+    from petal_kernels.hf.petal.layers import LayerCall, ModeGroup
 
     model = tiny.instructblip()
     pk.attach(model, pk.PetalConfig(r=4))

@@ -1,6 +1,12 @@
 """Faults in the CUDA kernels and their registration, seen by executing them under the emulation."""
 
-TESTS = ["tests/test_cuda_emulation_exact.py", "tests/test_cuda_emulation.py", "-m", "not slow"]
+TESTS = [
+    "tests/test_cuda_emulation_exact.py",
+    "tests/test_cuda_emulation.py",
+    "tests/test_cuda_gated_bottleneck.py",
+    "-m",
+    "not slow",
+]
 
 _COMMON = "csrc/common"
 _FWD = "csrc/lowrank_linear_fwd.cu"
@@ -8,6 +14,11 @@ _BWD = "csrc/lowrank_linear_bwd.cu"
 _MODE_FWD = "csrc/mode_contract_fwd.cu"
 _MODE_BWD = "csrc/mode_contract_bwd.cu"
 _LINEAR = "petal_kernels/ops/lowrank_linear/cuda_impl.py"
+_GATED_DEVICE = "csrc/gated_bottleneck_device.h"
+_GATED_FWD = "csrc/gated_bottleneck_fwd.cu"
+_GATED_ROWS = "csrc/gated_bottleneck_bwd.cu"
+_GATED_TN = "csrc/gated_bottleneck_tn.cu"
+_GATED = "petal_kernels/ops/gated_bottleneck/cuda_impl.py"
 
 MUTANTS = [
     # masks
@@ -99,4 +110,31 @@ MUTANTS = [
     # host side
     (_LINEAR, "core.to(dtype).transpose(1, 2)", "core.to(dtype)"),
     (_LINEAR, "masks.append(_MASK_BIG if at_input else _NO_MASK)", "masks.append(_NO_MASK)"),
+    # gated_bottleneck
+    (_GATED_DEVICE, "at<T>(left, row / length, c)", "at<T>(left, 0, c)"),
+    (_GATED_DEVICE, "mask.keep8(0, at_.row, at_.col)", "mask.keep8(0, at_.local_row, at_.col)"),
+    (_GATED_DEVICE, "g.dgate[j] *= gate[j] * (1.0f - gate[j]);", "g.dgate[j] *= gate[j];"),
+    (
+        _GATED_DEVICE,
+        "row.mean_g - g.xhat[j] * row.mean_gx",
+        "row.mean_g + g.xhat[j] * row.mean_gx",
+    ),
+    (_GATED_FWD, "p.pooled[row / p.length]", "p.pooled[0]"),
+    (_GATED_FWD, "(v[j] - mean) * (v[j] - mean)", "v[j] * v[j]"),
+    (_GATED_FWD, "  __syncthreads();  // the block's own rows, read back by other threads\n", ""),
+    (_GATED_FWD, "if (p.sees_output) {", "if (false) {"),
+    (_GATED_ROWS, " - info.mean_gx * sums[i][4]", ""),
+    (_GATED_ROWS, "if (f.sees_output) g.dy[j] = dh[j];", ""),
+    (_GATED_ROWS, "* weight * slope;", "* slope;"),
+    (_GATED_ROWS, "if (adds) load8<T>(base,", "if (!adds) load8<T>(base,"),
+    (
+        _GATED_ROWS,
+        "__syncthreads();  // before the weights and vectors of the next tile",
+        "// before the weights and vectors of the next tile",
+    ),
+    (_GATED_TN, "const int piece0 = blockIdx.y * kMine;", "const int piece0 = 0;"),
+    (_GATED_TN, "first = split * p.rows_per_split,", "first = split * (p.rows_per_split - 1),"),
+    (_GATED_TN, "t < kThreads; t += kGroups", "t < kThreads / 2; t += kGroups"),
+    ("csrc/gated_bottleneck_cuda.cpp", "grad.stride(sum || down ? 0 : 1)", "grad.stride(0)"),
+    (_GATED, "rows(Work(dz=work.dz, dx=work.dx), False, False, True)", "pass"),
 ]

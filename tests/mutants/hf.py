@@ -7,9 +7,16 @@ TESTS = [
     "not compile and not full_size and not saved_bytes",
 ]
 
-_LAYERS = "petal_kernels/hf/layers.py"
-_ATTACH = "petal_kernels/hf/attach.py"
+_LAYERS = "petal_kernels/hf/petal/layers.py"
+_ATTACH = "petal_kernels/hf/attachment.py"
+_PETAL = "petal_kernels/hf/petal/attachment.py"
+_STACK = "petal_kernels/hf/stack.py"
 _MERGING = "petal_kernels/hf/merging.py"
+_INSERTION = "petal_kernels/hf/insertion/layers.py"
+_SPECS = "petal_kernels/hf/insertion/specs.py"
+_ADAPTER = "petal_kernels/nn/gated_adapter.py"
+_VALUE = "petal_kernels/nn/value_adapter.py"
+_LORA = "petal_kernels/nn/routed_lora.py"
 _FILES = "petal_kernels/hf/files.py"
 _LINEAR = "petal_kernels/nn/frozen_linear.py"
 _RESIDUAL = "petal_kernels/nn/residual.py"
@@ -22,7 +29,7 @@ MUTANTS = [
     (_LAYERS, "same = x is self.x and self.version == _version(x)", "same = x is self.x"),
     (_LAYERS, "if not all(weight_is_plain(each.base) for each in self.members):", "if False:"),
     (_LAYERS, "            slot.call = previous", "            pass"),
-    (_LAYERS, "hidden = hidden.detach().requires_grad_()", "pass"),
+    (_STACK, "args = (args[0].detach().requires_grad_(), *args[1:])", "pass"),
     (_LAYERS, "    state.factors = None\n\n\ndef", "    pass\n\n\ndef"),
     (_LAYERS, "ups[member.mode - first]", "ups[0]"),
     (
@@ -31,10 +38,14 @@ MUTANTS = [
         "        if 0:\n            return Fro",
     ),
     (_LAYERS, "y[:, queries:]], dim=1", "y[:, queries:] * 0], dim=1"),
-    (_ATTACH, 'pairs["cross"].requires_grad_(live)', "pass"),
+    (_PETAL, 'pairs["cross"].requires_grad_(live)', "pass"),
     (_ATTACH, "for parameter, flag in self._required:", "for parameter, flag in []:"),
     (_ATTACH, "            handle.remove()", "            pass"),
-    (_MERGING, "exact = weight.to(wide) + update", "exact = weight.to(wide) - update"),
+    (
+        _MERGING,
+        "exact = weight.to(update.dtype) + update",
+        "exact = weight.to(update.dtype) - update",
+    ),
     (_MERGING, "for parameter in self.frozen:", "for parameter in []:"),
     (_FILES, 'if entry.get("sha256") != digest:', "if False:"),
     (_FILES, "if got[name].shape != tensor.shape:", "if False:"),
@@ -45,4 +56,29 @@ MUTANTS = [
     (_RESIDUAL, "a[:, 0].mean(dim=0)", "a[:, 1].mean(dim=0)"),
     (_MODES, "self.core.fill_(1.0)", "self.core.zero_()"),
     (_MODES, "scale=self.scale, dtype=dtype", "dtype=dtype"),
+    (_INSERTION, "factors.reentrant.add(self.index)", "pass"),
+    (_INSERTION, "if call is None or call.encoded is not x:", "if call is None:"),
+    (
+        _INSERTION,
+        "        if x is not None and self._norm_can_adapt(h, x):",
+        "        if x is not None:",
+    ),
+    (_INSERTION, "            training=self.layer.training,\n", ""),
+    (_INSERTION, "mask.shape == h.shape[:2]", "False"),
+    (_INSERTION, "return call.middles[self.number]", "return call.middles[0]"),
+    (
+        _INSERTION,
+        "    state.factors = Context(state.vision, mask)",
+        "    state.factors = Context(None, mask)",
+    ),
+    (_SPECS, 'config.variant == "release" and place.raw', "False"),
+    (
+        _ADAPTER,
+        "return vision.repeat_interleave(want // have, dim=0)",
+        "return vision.repeat(want // have, 1, 1)",
+    ),
+    (_ADAPTER, "bias.fill_(math.log(want / (1.0 - want)))", "bias.zero_()"),
+    (_VALUE, "rows = slice(layer * self.r, (layer + 1) * self.r)", "rows = slice(0, self.r)"),
+    (_LORA, "before, after = n * self.r,", "before, after = 0,"),
+    (_LORA, "delta[target] =", "delta[n] ="),
 ]

@@ -3,12 +3,24 @@
 LOWRANK = "csrc/lowrank_linear_cpu_kernel.h"
 HOST = "csrc/lowrank_linear_cpu.cpp"
 MODES = "csrc/mode_contract_cpu_kernel.h"
+GATED = "csrc/gated_bottleneck_cpu_kernel.h"
+GATED_BACKWARD = "csrc/gated_bottleneck_cpu_backward.h"
+GATED_PARTS = "csrc/gated_bottleneck_cpu_parts.h"
+GATED_ROUTE = "csrc/gated_bottleneck_cpu_route.h"
+GATED_HOST = "csrc/gated_bottleneck_cpu.cpp"
 GEMM = "csrc/common/cpu_gemm.h"
+MATH = "csrc/common/cpu_math.h"
 DROPOUT = "csrc/common/cpu_dropout.h"
 BLOCK = "csrc/common/cpu_block.h"
 
 REBUILD = True
-TESTS = ["tests/test_build.py", "tests/test_ops.py", "-k", "native or many_splits"]
+TESTS = [
+    "tests/test_build.py",
+    "tests/test_native_gated_bottleneck.py",
+    "tests/test_ops.py",
+    "-k",
+    "native or many_splits",
+]
 
 MUTANTS = [
     # A weight gradient that forgets the blocks before the last one of its split.
@@ -67,4 +79,36 @@ MUTANTS = [
     (MODES, "store(dm + i, load(dm + i) * a.scale)", "store(dm + i, load(dm + i))"),
     # CP: lambda's gradient forgets the mode.
     (MODES, "dcore += mode(a, k, index) * t", "dcore += t"),
+    # A gated bottleneck's weight gradient forgets the blocks before the last one of its split.
+    (GATED_PARTS, "gemm_columns(c, !at.first, narrow_a", "gemm_columns(c, false, narrow_a"),
+    # Its column sums forget them.
+    (GATED_PARTS, "if (!at.first) total = ", "if (false) total = "),
+    # The mask of every block is that of the first rows.
+    (GATED_PARTS, "a.dropout, 0, s.row0 + i, 1, col", "a.dropout, 0, i, 1, col"),
+    # The variance counts the padding of the last panel.
+    (GATED, "for (int64_t c = most(a.O - col, 0); c < kVL; ++c) d[c] = 0.0f;", ""),
+    # The logit that reads Y reads H alone.
+    (GATED, "if (a.weight_a) t += dot(", "if (false) t += dot("),
+    # The gate of a channel is left out of backward's norm.
+    (GATED_BACKWARD, "if (a.channel) u *= load(a.channel + col);", ""),
+    # The norm's gradient without its second sum.
+    (GATED_BACKWARD, "g - total[i] - load(b.other + k) * along[i]", "g - total[i]"),
+    # Padding weighs as much as a token.
+    (GATED_BACKWARD, "a.token_weights ? a.token_weights[s.row0 + i] : even", "even"),
+    # A sample longer than a block: only its last block's sum reaches the logits.
+    (GATED_BACKWARD, "total += sum_of(b.dlogit, s.rows)", "total = sum_of(b.dlogit, s.rows)"),
+    # dX without what comes through the logit.
+    (GATED_BACKWARD, "add_rank_one(b.du, a, b.dlogit, a.weight_x, s.rows);", ""),
+    # The gradient of a sample's matrices begins anew with every block.
+    (GATED_ROUTE, "first = row % a.L == 0", "first = true"),
+    # The matrices of the first sample serve all.
+    (GATED_ROUTE, "if (s.sample == sample) return;", "if (s.sample >= 0) return;"),
+    # relu's derivative is missing from the route.
+    (GATED_ROUTE, "load(z + k) <= vf{} ? vf{} : load(dq + k)", "load(dq + k)"),
+    # Splits that cut samples.
+    (GATED_HOST, "ceil_div(a.N / unit, std::min(wish, most)) * unit", "ceil_div(a.N, wish)"),
+    # H is weighed with X's half.
+    (GATED_HOST, "a.gate == Gate::kSmall ? a.O : 0", "0"),
+    # erf is odd.
+    (MATH, "| (reinterpret_cast<vu>(x) & 0x80000000u)", ""),
 ]

@@ -5,11 +5,15 @@ TESTS = [
     "tests/test_ops.py",
     "tests/test_contract.py",
     "tests/test_philox.py",
+    "tests/test_gated_bottleneck.py",
     "-k",
-    "(torch or reference or gradcheck or masks or lanes or scale) and not inductor",
+    "(torch or reference or gradcheck or masks or lanes or scale or saved or test_gated) "
+    "and not inductor and not triton and not native",
 ]
 
 _LINEAR = "petal_kernels/ops/lowrank_linear/torch_impl.py"
+_GATED = "petal_kernels/ops/gated_bottleneck/torch_impl.py"
+_GATED_OP = "petal_kernels/ops/gated_bottleneck/op.py"
 _CONTRACT = "petal_kernels/ops/mode_contract/torch_impl.py"
 
 MUTANTS = [
@@ -53,5 +57,24 @@ MUTANTS = [
         "petal_kernels/ops/lowrank_linear/op.py",
         "grads += [dy if w else None for dy, w in zip(dys, want_base",
         "grads += [dys[0] if w else None for dy, w in zip(dys, want_base",
+    ),
+    (_GATED, "* (1 - m.gate)).to(dtype))", "* m.gate).to(dtype))"),
+    (_GATED, "        dz = (d * t.left).view_as(z)\n", "        dz = d.reshape_as(z)\n"),
+    (_GATED, "dz = torch.ops.aten.threshold_backward(dz, z, 0)", "pass"),
+    (_GATED, "    if keep is not None:\n        dv = dv * keep\n", ""),
+    (_GATED, "seen = m.y if s.gate_sees_output else t.x", "seen = t.x"),
+    (_GATED, "both = dwx + dwh if s.gate", "both = dwx if s.gate"),
+    (_GATED, "return dh, dh if s.gate_sees_output else dy, gate_dx", "return dh, dh, gate_dx"),
+    (_GATED, "share = 1.0 / length", "share = 1.0"),
+    (_GATED, "dv = du if s.scale == 1.0 else du * s.scale", "dv = du"),
+    (_GATED, "return mean.expand_as(per_token)", "return per_token"),
+    (_GATED_OP, "or (s.add_gate_input and norm)", "or False"),
+    (_GATED_OP, "columns = flat[:, ctx.first", "columns = flat[:, 0 * ctx.first"),
+    (_GATED_OP, "rank * (length + tokens) < 2 * length * tokens", "tokens < 0"),
+    (_GATED_OP, "kept.sum(-1, keepdim=True).clamp_min(1)", "kept.shape[-1]"),
+    (
+        _GATED_OP,
+        'passed["residual"] = dout',
+        'passed["residual"] = 2 * dout',
     ),
 ]

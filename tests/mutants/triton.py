@@ -2,6 +2,7 @@
 
 TESTS = [
     "tests/test_triton_interpreter.py",
+    "tests/test_triton_gated_bottleneck.py",
     "tests/test_triton_offsets.py",
     "tests/test_triton_compile.py",
     "-m",
@@ -14,6 +15,11 @@ _EXTENDED = "petal_kernels/ops/lowrank_linear/triton_gemm_ext.py"
 _LAUNCH = "petal_kernels/ops/lowrank_linear/triton_launch.py"
 _CONFIGS = "petal_kernels/ops/lowrank_linear/triton_configs.py"
 _MODE = "petal_kernels/ops/mode_contract/triton_kernels.py"
+_GATED_TILES = "petal_kernels/ops/gated_bottleneck/triton_kernels_tiles.py"
+_GATED_FWD = "petal_kernels/ops/gated_bottleneck/triton_kernels.py"
+_GATED_ROWS = "petal_kernels/ops/gated_bottleneck/triton_kernels_bwd.py"
+_GATED_WEIGHTS = "petal_kernels/ops/gated_bottleneck/triton_kernels_weights.py"
+_GATED_LAUNCH = "petal_kernels/ops/gated_bottleneck/triton_launch.py"
 
 MUTANTS = [
     # the generator's tile: words in another order, the row's high word lost
@@ -74,4 +80,40 @@ MUTANTS = [
     (_MODE, "(t * core).to(", "t.to("),
     (_MODE, "part_rows = (a * tiles + tile_b) * K", "part_rows = a * tiles * K"),
     (_MODE, "out = (acc * scale)", "out = acc"),
+    # gated_bottleneck: the derivative's other half, another sample's factor, the next sample's rows
+    (_GATED_TILES, "q * tl.sigmoid(-t) * slope", "q * tl.sigmoid(t) * slope"),
+    (_GATED_TILES, "left_ptr, R, offs_m // length", "left_ptr, R, offs_m // (length + 1)"),
+    (_GATED_TILES, "part * rows + offs, offs < rows", "part * rows + offs, offs < rows - 1"),
+    # the norm: the tiles' means not merged, padding counted, a mean of the gradient left out
+    (_GATED_FWD, " + delta * delta * (o0 * share)", ""),
+    (
+        _GATED_FWD,
+        "tl.where(mask_o[None, :], u - tile_mean[:, None], 0.0)",
+        "u - tile_mean[:, None]",
+    ),
+    (
+        _GATED_ROWS,
+        "rstd * (dgate - c1 * through1 - c2 * through2)",
+        "rstd * (dgate - c1 * through1)",
+    ),
+    (_GATED_WEIGHTS, "(du - c1 - xhat * c2)", "(du - c1 + xhat * c2)"),
+    # masks and gates: the first columns' mask, the token's weight, the logit's gradient, its sign
+    (
+        _GATED_FWD,
+        "dropout_keep(seed, stream, offs_m, o0,",
+        "dropout_keep(seed, stream, offs_m, 0,",
+    ),
+    (
+        _GATED_ROWS,
+        "dgate = tl.sum(total, 0) * load_row(",
+        "dgate = tl.sum(total, 0) + 0 * load_row(",
+    ),
+    (_GATED_ROWS, "dh += through", "dh -= through"),
+    (_GATED_ROWS, "if ADD:", "if not ADD:"),
+    (_GATED_WEIGHTS, "_store_sum(p_gate_weight_ptr + O,", "_store_sum(p_gate_weight_ptr,"),
+    # splits that overlap, only the first split, rows of many samples, addresses in 32 bits
+    (_GATED_WEIGHTS, "split * rows_per_split + step", "split * (rows_per_split - 1) + step"),
+    (_GATED_WEIGHTS, "part += stride_part", "part += 0"),
+    (_GATED_LAUNCH, "self.s.samples if per_sample else 1", "1"),
+    (_GATED_WEIGHTS, "tl.program_id(1).to(tl.int64)", "tl.program_id(1)"),
 ]

@@ -18,10 +18,6 @@ from petal_kernels.ops.lowrank_linear import triton_gemm_ext as gx
 from petal_kernels.ops.lowrank_linear import triton_kernels as tk
 from petal_kernels.ops.lowrank_linear.triton_configs import RANK_SLICE, REDUCE, choose, swaps
 
-# Partials larger than this leave the L2 cache of the smallest device the tables serve well (an
-# eighth of 50 MB).
-MAX_PARTIAL_BYTES = 6 << 20
-
 
 @dataclass(frozen=True)
 class Dropout:
@@ -190,15 +186,6 @@ def bottleneck_gradient(
     return g
 
 
-def _splits(where: lib.Machine, rows: int, tiles: int, block_m: int, bytes_per_split: int) -> int:
-    """How many ways to split the rows: two programs per processor, partials that stay in L2, two
-    tiles each."""
-    if where.arch == 0:
-        return min(3, triton.cdiv(rows, block_m))
-    wanted = triton.cdiv(2 * where.processors, tiles)
-    return max(1, min(wanted, rows // (2 * block_m), MAX_PARTIAL_BYTES // bytes_per_split))
-
-
 @dataclass(frozen=True)
 class Reduction:
     """dP_k = alpha * big_k^T mask_k(small[:, k*offset:]) for every k, and dU = alpha_u * dh^T
@@ -227,7 +214,7 @@ class Reduction:
         config = choose("tn", where, rows, any_big.element_size(), rank)
         tiles = sum(triton.cdiv(o, config["BLOCK_O"]) for o in [*outs, width])
         total = sum(outs) + width
-        splits = _splits(where, rows, tiles, config["BLOCK_M"], total * rank * 4)
+        splits = lib.row_splits(where, rows, tiles, config["BLOCK_M"], total * rank * 4)
         per_split = triton.cdiv(triton.cdiv(rows, config["BLOCK_M"]), splits) * config["BLOCK_M"]
         splits = triton.cdiv(rows, per_split)
         part = torch.empty((splits, total, rank), dtype=torch.float32, device=any_big.device)

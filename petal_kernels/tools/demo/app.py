@@ -18,8 +18,8 @@ import torch
 from transformers import InstructBlipForConditionalGeneration
 
 import petal_kernels as pk
+from petal_kernels.tools.demo import methods_run, report, tasks
 from petal_kernels.tools.demo import model as small
-from petal_kernels.tools.demo import report, tasks
 from petal_kernels.tools.demo.compare import Comparison, compare
 from petal_kernels.tools.demo.terminal import Progress, heading, table
 from petal_kernels.tools.demo.train import (
@@ -89,6 +89,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("petal-demo"), help="output folder (default: %(default)s)"
     )
     parser.add_argument(
+        "--method",
+        choices=("petal", *methods_run.METHODS, "all"),
+        default="petal",
+        help="what learns the instruction (default: %(default)s): PETAL on the InstructBLIP, or "
+        "one of the others on a small BART or GPT-2 that reads the same pictures, with settings "
+        "of its own; all: these others one after the other",
+    )
+    parser.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in the output folder"
     )
     parser.add_argument("--steps", type=int, help=f"training steps (default: {defaults.steps})")
@@ -109,6 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--{name}: want a number >= 1, got {getattr(args, name)}")
     if args.compare_steps < 1:
         parser.error(f"--compare-steps: want a number >= 1, got {args.compare_steps}")
+    if args.resume and args.method != "petal":
+        parser.error(f"--resume: want --method petal, got --method {args.method}")
     given = {k: v for k in ("steps", "rank", "seed") if (v := getattr(args, k)) is not None}
     try:
         settings = resumed_settings(args.out, given) if args.resume else Settings(**given)
@@ -117,8 +127,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = Options(args.out, settings, resume=args.resume, compare_steps=args.compare_steps)
     torch.set_num_threads(args.threads)
     try:
+        if args.method != "petal":
+            others = methods_run.MethodOptions(args.out, given, args.compare_steps)
+            return methods_run.run(args.method, others)
         return run(options)
     except KeyboardInterrupt:
+        if args.method != "petal":
+            print("\nStopped. What is finished is in", args.out)
+            return _INTERRUPTED
         print("\nStopped.", _how_to_resume(args.out))
         return _INTERRUPTED
 

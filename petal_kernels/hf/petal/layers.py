@@ -278,54 +278,6 @@ class ModeLinear(FrozenLinear):
         return self.group.run(self.position, x)
 
 
-class AdaptedLayer:
-    """Mixin put in front of a layer's own class; restored by assigning that class back."""
-
-    _petal_slot: LayerSlot
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Before the checkpoint wrapper binds the keywords: its recompute sees these factors.
-        kwargs.setdefault("petal_factors", self._petal_slot.state.factors)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time: pickle and deepcopy make it again from the layer's own.
-        return _rebuild, (_own_class(type(self)),), self.__dict__
-
-    def forward(self, *args: Any, petal_factors: Factors | None = None, **kwargs: Any) -> Any:
-        if getattr(self, "_is_replica", False):
-            raise RuntimeError(
-                "nn.DataParallel runs replicas of one module in threads, which adapted layers do "
-                "not support; use DistributedDataParallel"
-            )
-        slot = self._petal_slot
-        call, previous = slot.begin(petal_factors), slot.call
-        slot.call = call
-        try:
-            return slot.finish(call, super().forward(*args, **kwargs))  # type: ignore[misc]
-        finally:
-            slot.call = previous
-
-
-def _own_class(cls: type) -> type:
-    return cls.__mro__[cls.__mro__.index(AdaptedLayer) + 1]
-
-
-def _rebuild(own: type) -> Any:
-    cls = adapted_class(own)
-    return object.__new__(cls)
-
-
-_ADAPTED: dict[type, type] = {}
-
-
-def adapted_class(cls: type) -> type:
-    """The subclass of `cls` whose instances take part in an attachment, made once per class."""
-    if cls not in _ADAPTED:
-        _ADAPTED[cls] = type(f"Petal{cls.__name__}", (AdaptedLayer, cls), {"__module__": __name__})
-    return _ADAPTED[cls]
-
-
 # The hooks are plain functions that find their slot through the module they run on: a copied model
 # then uses its own slot, not the original's.
 
@@ -350,35 +302,18 @@ def capture_cross(module: nn.Module, args: Any, output: Tensor) -> Tensor | None
     return output
 
 
-def enter_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def enter_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the stack: builds the factors of this forward."""
     state: State = module.__dict__["_petal_state"]
     if not state.enabled:
-        return None
+        return
     hidden = args[0] if args else kwargs["hidden_states"]
     if not (state.published or state.merged):
         image = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
         state.factors = Factors(state.adapter, compute_dtype(hidden), image)
-    if _needs_grad_input(state.layers, hidden):
-        # Reentrant checkpointing returns nothing to differentiate unless an input requires grad.
-        hidden = hidden.detach().requires_grad_()
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": hidden}
-    return None
 
 
 def leave_stack(module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of the stack, run after a failure too: the factors end with their forward."""
     state: State = module.__dict__["_petal_state"]
     state.factors = None
-
-
-def _needs_grad_input(layers: list[nn.Module], hidden: Tensor) -> bool:
-    if hidden.requires_grad or not torch.is_grad_enabled():
-        return False
-    for layer in layers:
-        if layer.training and getattr(layer, "gradient_checkpointing", False):
-            function = getattr(layer, "_gradient_checkpointing_func", None)
-            return getattr(function, "keywords", {}).get("use_reentrant") is not False
-    return False

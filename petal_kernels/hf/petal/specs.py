@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 from petal_kernels.hf.config import PetalConfig
+from petal_kernels.hf.walk import class_name, family_of, is_a
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,9 @@ class Found:
 
 def find(model: nn.Module, config: PetalConfig) -> Found:
     """The projections of `model` that `config` adapts; ValueError if there are none."""
-    model_type, root_path, root = _family_of(model)
+    model_type, root_path, root = family_of(model, FAMILIES)
     family = FAMILIES[model_type]
-    stacks = [(n, m) for n, m in root.named_modules() if _is_a(m, family.stack)]
+    stacks = [(n, m) for n, m in root.named_modules() if is_a(m, family.stack)]
     if len(stacks) != 1:
         raise ValueError(
             f"model: want exactly one module of class {family.stack!r} in a {model_type!r} model, "
@@ -133,37 +134,13 @@ def find(model: nn.Module, config: PetalConfig) -> Found:
     layers = [
         _layer_site(index, f"{path}.{name}", module, family)
         for index, (name, module) in enumerate(
-            (n, m) for n, m in stack.named_modules() if _is_a(m, family.layer)
+            (n, m) for n, m in stack.named_modules() if is_a(m, family.layer)
         )
     ]
     found = Found(model_type, family, path, stack, layers)
     _select(found, config)
     _number(found)
     return found
-
-
-def _family_of(model: nn.Module) -> tuple[str, str, nn.Module]:
-    seen = []
-    for path, module in model.named_modules():
-        model_type = getattr(getattr(module, "config", None), "model_type", None)
-        if model_type in FAMILIES:
-            return str(model_type), path, module
-        if model_type is not None and model_type not in seen:
-            seen.append(model_type)
-    raise ValueError(
-        f"model: want a module whose config.model_type is one of {sorted(FAMILIES)}, "
-        f"got a {type(model).__name__} with model types {seen}"
-    )
-
-
-def _is_a(module: nn.Module, pattern: str) -> bool:
-    # Over the whole MRO: engines that swap a module's class put a subclass in front.
-    return any(fnmatchcase(cls.__name__, pattern) for cls in type(module).__mro__)
-
-
-def class_name(module: nn.Module, pattern: str) -> str:
-    """The name of the most basic class of `module` that fits `pattern`."""
-    return [cls.__name__ for cls in type(module).__mro__ if fnmatchcase(cls.__name__, pattern)][-1]
 
 
 def _layer_site(index: int, path: str, layer: nn.Module, family: Family) -> LayerSite:
@@ -181,7 +158,7 @@ def _layer_site(index: int, path: str, layer: nn.Module, family: Family) -> Laye
             continue
         for name, parent in block.named_modules():
             base = getattr(parent, row.child, None)
-            if _is_a(parent, row.parent) and isinstance(base, nn.Module):
+            if is_a(parent, row.parent) and isinstance(base, nn.Module):
                 parts = (path, row.block, name, row.child)
                 site.sites.append(Site(row, ".".join(p for p in parts if p), parent, base))
     return site
@@ -224,3 +201,17 @@ def _number(found: Found) -> None:
     for branch in ("text", "image"):
         for mode, site in enumerate(found.sites(branch)):
             site.mode = mode
+
+
+def base_signature(found: Found) -> dict[str, Any]:
+    """What an adapter needs of its base: the stack's class, its layers, the projections' shapes."""
+    projections: dict[str, dict[str, int]] = {}
+    for site in found.sites():
+        d_in, d_out = site.shape
+        entry = projections.setdefault(site.row.role, {"count": 0, "in": d_in, "out": d_out})
+        entry["count"] += 1
+    return {
+        "stack": class_name(found.stack, found.family.stack),
+        "layers": len(found.layers),
+        "projections": projections,
+    }

@@ -1,0 +1,144 @@
+// gated_bottleneck on CUDA: what a launcher needs to know. Strides are int64 and in elements; every
+// matrix has unit column stride and dtype T. Legend: N rows (tokens), L rows of one sample, D input
+// width, r rank, O output width, Dg and rg of the gate, B samples.
+#pragma once
+
+#include <cstddef>
+
+#include "common/dispatch.h"
+
+namespace petal {
+
+constexpr int kMaxGatedRank = 256;
+
+enum class Activation : int32_t { kIdentity = 0, kRelu, kGelu, kGeluTanh, kSilu };
+enum class Route : int32_t { kNone = 0, kAdd, kMul };  // a product is formed by the library
+enum class Gate : int32_t { kNone = 0, kLarge, kMiddleX, kMiddleY, kSmall };
+
+// A small tensor with any stride, in T or (wide) fp32.
+struct VectorView {
+  const void* data = nullptr;
+  int64_t stride = 0;
+  bool wide = false;
+};
+
+// The vectors over the output columns, loaded for a tile at a time.
+enum Column { kUpBias, kGateColumn, kNormWeight, kNormBias, kInputWeight, kSeenWeight, kColumns };
+
+// One bottleneck: z = in weight^T + bias, formed here (and stored where z has an address) or read.
+struct Bottleneck {
+  MatrixView in, weight, z;  // [N, width], [rank, width], [N, rank]
+  VectorView bias;
+  int64_t width;
+  int32_t rank;
+  bool form;
+};
+
+struct GatedParams {
+  DType dtype;
+  int64_t rows, length, outs;
+  Bottleneck down, gate;  // gate.rank is 0 unless the gate is large
+  Activation activation;
+  Route route;
+  MatrixView left;  // add, mul: [B, r]
+  Gate kind;
+  bool gate_linear;      // middleY: 1 + w in place of 1 + sigmoid(w)
+  bool sees_output;      // middleX, small: Y in place of H; then fold = U^T w_h, fp32 [r]
+  bool adds_gate_input;  // the residual is gate_input
+  const float* fold;
+  VectorView columns[kColumns];  // kGateColumn: the large gate's second bias, or w of middleY
+  VectorView gate_bias;
+  MatrixView h, gate_input, residual;  // [N, O]; h: Y = h + a U^T + b; no address: zero
+  MatrixView up, gate_up;              // [O, r], [O, rg]
+  float scale, eps;
+  Dropout dropout;
+  float* logits;        // [N]: written in forward (may have no address), read in backward
+  const float* pooled;  // small: [B], the gate
+  float* moments;       // [N, 2]: as logits
+  // Forward only.
+  bool form_logits;
+  MatrixView out;  // no address: stop after the bottlenecks and the logits
+};
+
+// What the rows leave for the weights: mean(g), mean(g xhat), dlogit (small before the pool: the
+// sum of dv Y).
+constexpr int kRowSums = 3;
+
+struct GatedRowsParams {
+  GatedParams f;
+  MatrixView dout;
+  float* sums;                 // [N, kRowSums]
+  const float* totals;         // small: [B], the samples' sums
+  const float* token_weights;  // small: [N]; no address: 1 / L
+  MatrixView a, ag;            // [N, r], [N, rg]: stored where they have an address
+  MatrixView dz, dzg, dq;      // the same; dq: before a multiplicative route
+  MatrixView du, dh, dx_gate;  // [N, O], [N, O], [N, Dg]; no address: not wanted
+  MatrixView dx;               // [N, D]: dh (or nothing, if it lies elsewhere) + dz down
+  bool form_sums, form_columns;
+  bool need_dz, need_dzg;
+  bool read_dz;   // dz comes from the library's part of a product; nothing but dx is left to do
+  bool dx_on_dh;  // dx is dh's memory
+};
+
+// dU, dGu, the sums over rows of column vectors, and dD, dGd, by row splits.
+enum ColumnSum { kSumUpBias, kSumGate, kSumSeen, kSumNormWeight, kSumNormBias, kColumnSums };
+
+// partial[splits, width, rank] = in^T dz.
+struct DownGrad {
+  MatrixView in, dz;  // [N, width], [N, rank]
+  int64_t width;      // 0: not wanted
+  int32_t rank;
+  float* partial;
+};
+
+struct GatedWeightsParams {
+  GatedParams f;
+  MatrixView dout;
+  const float* sums;
+  MatrixView a, ag;
+  bool need_up, need_gate_up;
+  uint32_t wanted;  // bit per ColumnSum
+  float *partial_up, *partial_gate, *partial_sums;  // [splits, O, r], [.., O, rg], [.., kinds, O]
+  DownGrad down[2];  // of x, of gate_input
+  int64_t splits;
+  int64_t rows_per_split, first_tile[3];  // filled by the launcher; the tiles of down[0], down[1]
+};
+
+// target = sum over splits of partial [splits, rows, cols], split_stride elements apart.
+struct GatedFold {
+  const float* partial;
+  int64_t split_stride, rows, cols;
+  void* out;
+  DType dtype;
+  int64_t stride_row, stride_col;
+};
+constexpr int kMaxFolds = 4 + kColumnSums;
+struct GatedFoldParams {
+  GatedFold job[kMaxFolds];
+  int32_t jobs;
+  int64_t splits;
+  int64_t first_tile[kMaxFolds + 1];  // filled by the launcher
+};
+
+// out[b] = sum over the tokens of sample b, in index order, of values (sigmoid: of weight times
+// their sigmoid).
+struct GatedPoolParams {
+  const float* values;
+  int64_t stride, samples, length;
+  const float* token_weights;  // no address: 1 / L
+  bool sigmoid;
+  float* out;
+};
+
+// Shared memory of the largest block for these ranks.
+size_t gated_fwd_bytes(DType dtype, int rank, int gate_rank);
+size_t gated_rows_bytes(DType dtype, int rank, int gate_rank);
+size_t gated_weights_bytes(DType dtype, int rank, int gate_rank);
+
+const char* launch_gated_fwd(const GatedParams& params, void* stream);
+const char* launch_gated_pool(const GatedPoolParams& params, void* stream);
+const char* launch_gated_rows(const GatedRowsParams& params, void* stream);
+const char* launch_gated_weights(GatedWeightsParams params, void* stream);
+const char* launch_gated_fold(GatedFoldParams params, void* stream);
+
+}  // namespace petal

@@ -1,0 +1,1 @@
+"""VL-PET, VL-Adapter and routing functions: adapters inserted after a layer's blocks."""

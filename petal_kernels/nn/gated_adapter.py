@@ -1,0 +1,307 @@
+"""Bottleneck adapters with a gate and a route: VL-PET, VL-Adapter, routing adapters.
+
+`GatedAdapter` turns a frozen module's output h into
+
+    norm(residual + dropout(s * G * (h + act(route(h D^T + c)) U^T + b)))
+
+in one operator call; what follows G is optional. Gates (`reference.py` of the operator writes each
+out) read x, the frozen module's input. Two initialisations are published: "normal" (VL-PET on BART:
+weights N(0, 0.02^2), biases zero; the large, middleX and small gates then start at 1/2) and "zero"
+(VL-PET on T5: the down-projections keep torch's default, everything that ends in the output starts
+at zero). "identity" is "zero" with the gate's bias set so that s * G = 1 at step 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from petal_kernels.nn.frozen_linear import autocast_off, compute_dtype
+from petal_kernels.ops.gated_bottleneck import gated_bottleneck
+
+GATES = ("none", "large", "middleX", "middleY", "small")
+ROUTES = ("none", "add", "mul", "expand", "gram", "gram_relu")
+ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu")
+INITS = ("normal", "zero", "identity")
+INIT_STD = 0.02
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: want one of {tuple(choices)}, got {value!r}")
+
+
+def check_size(name: str, value: object) -> int:
+    """ValueError unless `value` is an integer >= 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: want an integer >= 1, got {value!r}")
+    return value
+
+
+class GatedAdapter(nn.Module):
+    """One insertion. Parameters are kept in `dtype` (float32 by default).
+
+    features       width of h (and of x, except for the large gate: gate_features)
+    r, gate_r      ranks of the adapter and of the large gate (default r)
+    gate           "none", "large", "middleX", "middleY" or "small"
+    route          "none", "add", "mul", "expand", "gram" or "gram_relu": needs vision features
+    add_input      False: the adapter's output replaces h in the sum
+    variant        "paper", or "release" for the authors' checkpoints
+    """
+
+    def __init__(
+        self,
+        features: int,
+        r: int,
+        *,
+        gate: str = "none",
+        gate_r: int | None = None,
+        gate_features: int | None = None,
+        activation: str = "gelu_tanh",
+        route: str = "none",
+        scale: float = 1.0,
+        add_input: bool = True,
+        init: str = "normal",
+        variant: str = "paper",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.features, self.r = check_size("features", features), check_size("r", r)
+        self.gate_r = check_size("gate_r", r if gate_r is None else gate_r)
+        width = features if gate_features is None else gate_features
+        self.gate_features = check_size("gate_features", width)
+        for name, value, choices in (
+            ("gate", gate, GATES),
+            ("route", route, ROUTES),
+            ("activation", activation, ACTIVATIONS),
+            ("init", init, INITS),
+            ("variant", variant, ("paper", "release")),
+        ):
+            check_choice(name, value, choices)
+        self.gate, self.route, self.activation = gate, route, activation
+        self.scale, self.add_input = float(scale), bool(add_input)
+        self.init, self.variant = init, variant
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.down, self.down_bias = parameter(r, features), parameter(r)
+        self.up, self.up_bias = parameter(features, r), parameter(features)
+        names = ("gate_down", "gate_down_bias", "gate_up", "gate_up_bias")
+        for name in (*names, "gate_weight", "gate_bias"):
+            self.register_parameter(name, None)
+        if gate == "large":
+            self.gate_down = parameter(self.gate_r, self.gate_features)
+            self.gate_down_bias = parameter(self.gate_r)
+            self.gate_up = parameter(features, self.gate_r)
+            self.gate_up_bias = parameter(features)
+        elif gate != "none":
+            self.gate_weight = parameter(2 * features if gate == "small" else features)
+            if gate != "middleY":
+                self.gate_bias = parameter(1)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        weights = [p for p in (self.down, self.up, self.gate_down, self.gate_up) if p is not None]
+        for parameter in self.parameters():
+            parameter.zero_()
+        if self.init == "normal":
+            vectors = [] if self.gate_weight is None else [self.gate_weight]
+            for weight in (*weights, *vectors):
+                weight.normal_(0.0, INIT_STD)
+            return
+        for weight, bias in ((self.down, self.down_bias), (self.gate_down, self.gate_down_bias)):
+            if weight is not None:
+                bound = 1.0 / math.sqrt(weight.shape[1])
+                weight.uniform_(-bound, bound)
+                bias.uniform_(-bound, bound)
+        if self.init == "identity" and self.gate != "none":
+            self._open_gate()
+
+    def _open_gate(self) -> None:
+        """Sets the gate's bias so that scale * G is one."""
+        want = 1.0 / self.scale if self.scale else math.inf
+        if self.gate == "middleY":
+            assert self.gate_weight is not None
+            if self.variant == "release":
+                self.gate_weight.fill_(want - 1.0)
+                return
+            want -= 1.0
+        if not 0.0 < want < 1.0:
+            raise ValueError(
+                f"init: 'identity' cannot be reached by gate {self.gate!r} with scale "
+                f"{self.scale}: scale * G = 1 wants a sigmoid of {want:g}"
+            )
+        bias = {"large": self.gate_up_bias, "middleY": self.gate_weight}.get(
+            self.gate, self.gate_bias
+        )
+        assert bias is not None
+        bias.fill_(math.log(want / (1.0 - want)))
+
+    def project(self, vision: Tensor) -> Tensor:
+        """[B, V, r]: vision features through the same down-projection, for `forward(vision=)`.
+
+        Computed here it can be shared by all steps of a decoding loop.
+        """
+        dtype = compute_dtype(vision)
+        with autocast_off(vision):
+            return F.linear(vision.to(dtype), self.down.to(dtype), self.down_bias.to(dtype))
+
+    def forward(
+        self,
+        h: Tensor,
+        x: Tensor | None = None,
+        *,
+        vision: Tensor | None = None,
+        mask: Tensor | None = None,
+        dropout: float = 0.0,
+        residual: Tensor | None = None,
+        norm: nn.LayerNorm | None = None,
+        training: bool | None = None,
+    ) -> Tensor:
+        """The adapted h, [..., features].
+
+        h         [..., features], the frozen module's output ([B, L, features] where a route or
+                  the small gate needs samples).
+        x         [..., features], its input: what large, middleX and small read.
+        vision    [B, V, r] from `project`, with a route. Where h's batch is a multiple of B, as in
+                  beam search, every sample serves that many neighbouring rows.
+        mask      [B, L], nonzero where a token counts (small).
+        dropout   on the gated sum, while `training` (default: the module's own flag).
+        residual  added after dropout; give the very x where it is x, so that it is read once.
+        norm      a LayerNorm over the result.
+        """
+        dtype = compute_dtype(h)
+        near = Near(dtype, h.device)
+        if vision is not None:
+            vision = expand_vision(near(vision), h)
+        same = residual is not None and residual is x
+        x = None if x is None or not (same or self._reads_x) else near(x)
+        with autocast_off(h):
+            return gated_bottleneck(
+                near(h),
+                near.parameter(self.down),
+                near.parameter(self.up),
+                near.parameter(self.down_bias),
+                near.parameter(self.up_bias),
+                base="input" if self.add_input else None,
+                activation=self.activation,
+                route=self.route,
+                vision=vision,
+                gate=self.gate,
+                gate_input=x,
+                gate_down=near.optional(self.gate_down),
+                gate_down_bias=near.optional(self.gate_down_bias),
+                gate_up=near.optional(self.gate_up),
+                gate_up_bias=near.optional(self.gate_up_bias),
+                gate_weight=near.optional(self.gate_weight),
+                gate_bias=near.optional(self.gate_bias),
+                mask=mask,
+                scale=self.scale,
+                dropout=dropout,
+                residual="gate_input" if same else near(residual) if residual is not None else None,
+                norm_weight=None if norm is None else near.parameter(norm.weight),
+                norm_bias=None if norm is None else near.parameter(norm.bias),
+                norm_eps=1e-5 if norm is None else norm.eps,
+                variant=self.variant,
+                training=self.training if training is None else training,
+            )
+
+    @property
+    def _reads_x(self) -> bool:
+        return self.gate in ("large", "middleX", "small")
+
+    def extra_repr(self) -> str:
+        parts = [f"features={self.features}, r={self.r}, activation={self.activation!r}"]
+        parts += [f"gate={self.gate!r}"] if self.gate != "none" else []
+        parts += [f"gate_r={self.gate_r}"] if self.gate == "large" else []
+        parts += [f"route={self.route!r}"] if self.route != "none" else []
+        parts += [f"scale={self.scale}"] if self.scale != 1.0 else []
+        parts += [] if self.add_input else ["add_input=False"]
+        return ", ".join(parts)
+
+
+class VLAdapter(GatedAdapter):
+    """VL-Adapter's bottleneck: h + W_up gelu_new(W_down h), rank features / 8 by default."""
+
+    def __init__(
+        self,
+        features: int,
+        r: int | None = None,
+        *,
+        activation: str = "gelu_tanh",
+        init: str = "normal",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        rank = max(features // 8, 1) if r is None else r
+        super().__init__(
+            features, rank, activation=activation, init=init, device=device, dtype=dtype
+        )
+
+
+class RoutedAdapter(GatedAdapter):
+    """A bottleneck adapter whose middle combines text and vision features by a routing function.
+
+    `forward(h, vision=self.project(features))`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        r: int,
+        route: str,
+        *,
+        activation: str = "gelu_tanh",
+        add_input: bool = True,
+        variant: str = "paper",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(
+            features,
+            r,
+            activation=activation,
+            route=route,
+            add_input=add_input,
+            variant=variant,
+            device=device,
+            dtype=dtype,
+        )
+
+
+def expand_vision(vision: Tensor, like: Tensor) -> Tensor:
+    """`vision` [B, V, r] for the batch of `like`: repeated where that is a multiple of B."""
+    want, have = like.shape[0], vision.shape[0]
+    if want == have:
+        return vision
+    if have == 0 or want % have:
+        raise ValueError(
+            f"vision: want features for a batch that divides the hidden states' {want}, got {have}"
+        )
+    return vision.repeat_interleave(want // have, dim=0)
+
+
+class Near:
+    """Tensors in the compute dtype and on the device of one call."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return t.to(device=self.device, dtype=self.dtype)
+
+    def optional(self, t: Tensor | None) -> Tensor | None:
+        return None if t is None else self.parameter(t)
+
+    def parameter(self, t: Tensor) -> Tensor:
+        """float32 stays float32 beside 16-bit rows: the operator rounds nothing."""
+        keep = t.dtype == torch.float32 and self.dtype != torch.float64
+        return t.to(device=self.device, dtype=t.dtype if keep else self.dtype)

@@ -1,0 +1,185 @@
+"""Low-rank updates whose middle combines text and vision features by a routing function.
+
+    y_t = base_t(x) + s * route(drop(x) A_t^T; vision A_t^T) B_t^T        for every target t
+
+A target is one of `parts` equal ranges of a linear's outputs: GPT-2's fused c_attn has three, of
+which q and v (0 and 2) are routed. With `groups="separate"` (as published) each target routes in
+its own r-wide space, with "merged" (the released GPT-2 code) in the space of all targets together:
+the same for add and mul, another function for expand and gram.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from petal_kernels.nn.frozen_linear import autocast_off, compute_dtype, why_not_readable
+from petal_kernels.nn.gated_adapter import ROUTES, Near, check_choice, check_size, expand_vision
+from petal_kernels.ops.gated_bottleneck import gated_bottleneck
+
+GROUPS = ("separate", "merged")
+
+
+class RoutedLoRALinear(nn.Module):
+    """A frozen linear and its routed low-rank update; `route="none"` is LoRA.
+
+    base      anything called like a linear, with `in_features` and `out_features` (or Conv1D's
+              `nx`, `nf`); a child unless `own_base` is False
+    targets   which of `parts` equal ranges of the outputs get an update
+    alpha     the update is scaled by alpha / r (default alpha = r)
+    dropout   on x and, independently, on the vision features
+
+    A is kaiming-uniform(a=sqrt 5), B zero: the update is zero at step 0.
+    """
+
+    base: nn.Module
+
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int,
+        route: str = "none",
+        *,
+        parts: int = 1,
+        targets: Sequence[int] = (0,),
+        groups: str = "separate",
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        variant: str = "paper",
+        own_base: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        check_choice("route", route, ROUTES)
+        check_choice("groups", groups, GROUPS)
+        check_choice("variant", variant, ("paper", "release"))
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout: want 0 <= dropout < 1, got {dropout}")
+        self.in_features, self.out_features = linear_features(base)
+        self.r, self.parts = check_size("r", r), check_size("parts", parts)
+        if self.out_features % parts:
+            raise ValueError(f"parts: want a divisor of {self.out_features}, got {parts}")
+        self.targets = tuple(targets)
+        ok = self.targets and list(self.targets) == sorted(set(self.targets))
+        if not ok or not all(0 <= t < parts for t in self.targets):
+            raise ValueError(
+                f"targets: want ascending numbers of the {parts} parts, got {list(targets)}"
+            )
+        self.route, self.groups, self.variant = route, groups, variant
+        self.scale = 1.0 if alpha is None else float(alpha) / r
+        self.dropout = float(dropout)
+        if own_base:
+            self.base = base
+        else:
+            self.__dict__["base"] = base
+        device = next((p.device for p in base.parameters()), None)
+        kind = {"device": device, "dtype": dtype}
+        n, width = len(self.targets), self.out_features // parts
+        self.down = nn.Parameter(torch.empty(n * r, self.in_features, **kind))  # type: ignore[arg-type]
+        self.up = nn.Parameter(torch.empty(n, width, r, **kind))  # type: ignore[arg-type]
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        bound = 1.0 / math.sqrt(self.in_features)
+        self.down.uniform_(-bound, bound)
+        self.up.zero_()
+
+    def delta(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] that the update is where nothing is routed or dropped."""
+        delta = torch.zeros(
+            self.parts, *self.up.shape[1:2], self.in_features, device=self.up.device, dtype=dtype
+        )
+        downs = self.down.to(dtype).view(len(self.targets), self.r, self.in_features)
+        for n, target in enumerate(self.targets):
+            delta[target] = self.scale * self.up[n].to(dtype) @ downs[n]
+        return delta.view(self.out_features, self.in_features)
+
+    def project(self, vision: Tensor) -> Tensor:
+        """[B, V, targets * r]: vision features through the same down-projections."""
+        return self._shrink(vision)
+
+    def _shrink(self, x: Tensor) -> Tensor:
+        dtype = compute_dtype(x)
+        x = F.dropout(x.to(dtype), self.dropout, self.training)
+        with autocast_off(x):
+            return F.linear(x, self.down.to(device=x.device, dtype=dtype))
+
+    def forward(self, x: Tensor, vision: Tensor | None = None) -> Tensor:
+        """base(x) with the targets updated; `vision` from `project`, [B, L, D] x with a route."""
+        return self.adapted(self.base, x, vision)
+
+    def adapted(self, base: nn.Module, x: Tensor, vision: Tensor | None = None) -> Tensor:
+        """The same on top of `base`. A plain frozen linear's output is nobody else's: it is updated
+        where it lies."""
+        weight = base._parameters.get("weight")
+        dtype = compute_dtype(x)
+        plain = weight is not None and weight.dtype == dtype and not why_not_readable(base)
+        if not plain or x.dtype != dtype:
+            return self.update(base(x), x, vision)
+        assert weight is not None
+        matrix = weight if isinstance(base, nn.Linear) else weight.t()
+        return self.update(F.linear(x, matrix, base._parameters.get("bias")), x, vision, own=True)
+
+    def update(
+        self, y: Tensor, x: Tensor, vision: Tensor | None = None, *, own: bool = False
+    ) -> Tensor:
+        """`y`, the base's output for x, with the targets updated; in place where y is our own."""
+        if self.route != "none" and vision is None:
+            raise TypeError(f"vision: want a Tensor with route={self.route!r}, got None")
+        middle = self._shrink(x)
+        near = Near(y.dtype, y.device)
+        middle = near(middle)
+        if vision is not None:
+            vision = expand_vision(near(vision), middle)
+        width = self.out_features // self.parts
+        pieces = [] if own else list(y.split(width, dim=-1))
+        for n, target in enumerate(self.targets):
+            columns = slice(n * self.r, (n + 1) * self.r)
+            merged = self.groups == "merged" and len(self.targets) > 1
+            # The operator's scale is the gate's, on the whole sum; this one is the update's.
+            up = near.parameter(self.up[n] * self.scale)
+            if merged:
+                before, after = n * self.r, (len(self.targets) - 1 - n) * self.r
+                up, columns = F.pad(up, (before, after)), slice(None)
+            with autocast_off(y):
+                updated = gated_bottleneck(
+                    None,
+                    None,
+                    up,
+                    base=y if own else pieces[target],
+                    bottleneck=middle[..., columns],
+                    activation="identity",
+                    route=self.route,
+                    vision=None if vision is None else vision[..., columns],
+                    variant=self.variant,
+                    update_at=target * width if own else None,
+                )
+            if own:
+                y = updated
+            else:
+                pieces[target] = updated
+        if own:
+            return y
+        return pieces[0] if self.parts == 1 else torch.cat(pieces, dim=-1)
+
+    def extra_repr(self) -> str:
+        return (
+            f"r={self.r}, route={self.route!r}, targets={list(self.targets)} of {self.parts}, "
+            f"groups={self.groups!r}, scale={self.scale}, dropout={self.dropout}"
+        )
+
+
+def linear_features(base: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear layer, transformers' Conv1D included."""
+    for names in (("in_features", "out_features"), ("nx", "nf")):
+        sizes = [getattr(base, name, None) for name in names]
+        if all(isinstance(size, int) for size in sizes):
+            return sizes[0], sizes[1]  # type: ignore[return-value]
+    raise ValueError(
+        f"base: want a linear layer with in_features and out_features, got a {type(base).__name__}"
+    )

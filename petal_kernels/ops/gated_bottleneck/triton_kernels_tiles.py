@@ -1,0 +1,238 @@
+"""The tiles that the Triton kernels of ``gated_bottleneck`` form in both directions.
+
+Common to all: an absent tensor is None and costs nothing; rows are int64; every size may be ragged,
+and masked lanes read zero.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_GELU_SLOPE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+_GELU_CUBE = tl.constexpr(0.044715)
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+_DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
+
+
+@triton.jit
+def activate(q, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The activation, in fp32."""
+    if ACT == "relu":
+        q = tl.where(q < 0, 0.0, q)  # a NaN passes
+    elif ACT == "silu":
+        q *= tl.sigmoid(q)
+    elif ACT == "gelu_tanh":
+        # (1 + tanh k) / 2 is sigmoid(2 k), without the cancellation.
+        q *= tl.sigmoid((q + q * q * q * _GELU_CUBE) * _GELU_SLOPE)
+    elif ACT == "gelu":
+        q *= 0.5 * (1.0 + tl.erf(q * _SQRT_HALF))
+    return q
+
+
+@triton.jit
+def activate_backward(q, d, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """d times the activation's derivative at q; sigmoid(-t) is 1 - sigmoid(t), not cancelled."""
+    if ACT == "relu":
+        d = tl.where(q <= 0, 0.0, d)
+    elif ACT == "silu":
+        d = d * tl.sigmoid(q) * (1.0 + q * tl.sigmoid(-q))
+    elif ACT == "gelu_tanh":
+        t = (q + q * q * q * _GELU_CUBE) * _GELU_SLOPE
+        slope = (1.0 + q * q * (3.0 * _GELU_CUBE)) * _GELU_SLOPE
+        d = d * tl.sigmoid(t) * (1.0 + q * tl.sigmoid(-t) * slope)
+    elif ACT == "gelu":
+        density = tl.exp(-0.5 * q * q) * _DENSITY
+        d *= 0.5 * (1.0 + tl.erf(q * _SQRT_HALF)) + q * density
+    return d
+
+
+@triton.jit
+def owned_rows(pid, tiles, rows, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The part that a program works on, its rows and their mask: ``tiles`` programs per part of
+    ``rows`` rows (a sample, or everything)."""
+    part = (pid // tiles).to(tl.int64)
+    offs = (pid % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return part, part * rows + offs, offs < rows
+
+
+@triton.jit
+def load_tile(ptr, stride, offs_i, offs_j, mask_i, J):  # type: ignore[no-untyped-def]
+    """Rows offs_i, columns offs_j < J of a matrix with unit column stride."""
+    offs = offs_i.to(tl.int64)[:, None] * stride + offs_j[None, :]
+    return tl.load(ptr + offs, mask=mask_i[:, None] & (offs_j < J)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, stride, offs_i, offs_j, mask_i, J, tile):  # type: ignore[no-untyped-def]
+    """The same for a store, in the matrix's dtype."""
+    offs = offs_i.to(tl.int64)[:, None] * stride + offs_j[None, :]
+    mask = mask_i[:, None] & (offs_j < J)[None, :]
+    tl.store(ptr + offs, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_vector(ptr, offs, n):  # type: ignore[no-untyped-def]
+    """A vector's elements in fp32; zeros where there is no vector."""
+    if ptr is None:
+        vector = tl.zeros(offs.shape, tl.float32)
+    else:
+        vector = tl.load(ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+    return vector
+
+
+@triton.jit
+def load_row(ptr, offs_m, mask_m):  # type: ignore[no-untyped-def]
+    """One fp32 number per row."""
+    return tl.load(ptr + offs_m, mask=mask_m, other=0.0)
+
+
+@triton.jit
+def project(  # type: ignore[no-untyped-def]
+    x_ptr,
+    stride,
+    w_ptr,
+    bias_ptr,
+    offs_m,
+    mask_m,
+    D,
+    R,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """x W^T + c in fp32, [BLOCK_M, BLOCK_R]."""
+    offs_r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros((offs_m.shape[0], BLOCK_R), tl.float32)
+    for k0 in range(0, D, BLOCK_K):
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, stride, offs_m, offs_k, mask_m, D)  # [BLOCK_M, BLOCK_K]
+        w = load_tile(w_ptr, D, offs_r, offs_k, offs_r < R, D).to(x.dtype)
+        acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+    return acc + load_vector(bias_ptr, offs_r, R)[None, :]
+
+
+@triton.jit
+def rectify(z, RELU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """relu(z) or z, in z's dtype."""
+    if RELU:
+        z = tl.where(z < 0, 0.0, z).to(z.dtype)
+    return z
+
+
+@triton.jit
+def route(  # type: ignore[no-untyped-def]
+    z,
+    z_ptr,
+    stride_z,
+    left_ptr,
+    right_ptr,
+    sample,
+    length,
+    offs_m,
+    mask_m,
+    V,
+    R,
+    ROUTE: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """q in fp32. "outer" is a product with one vision token, rows of any samples; "product" has
+    rows of one sample and, where right is the identity, reads z again in slices of the sum."""
+    offs_r = tl.arange(0, BLOCK_R)
+    if ROUTE == "product":
+        q = tl.zeros(z.shape, tl.float32)
+        if right_ptr is None:
+            left = left_ptr + sample * R * R
+            for k0 in range(0, R, BLOCK_V):
+                offs_k = k0 + tl.arange(0, BLOCK_V)
+                f = rectify(load_tile(z_ptr, stride_z, offs_m, offs_k, mask_m, R), RELU)
+                m = load_tile(left, R, offs_r, offs_k, offs_r < R, R)  # [BLOCK_R, BLOCK_V]
+                q = tl.dot(f, tl.trans(m), q, input_precision=PRECISION)
+        else:
+            f = rectify(z, RELU)
+            for v0 in range(0, V, BLOCK_V):
+                offs_v = v0 + tl.arange(0, BLOCK_V)
+                left = load_tile(left_ptr + sample * V * R, R, offs_v, offs_r, offs_v < V, R)
+                right = load_tile(right_ptr + sample * V * R, R, offs_v, offs_r, offs_v < V, R)
+                p = tl.dot(f, tl.trans(left), input_precision=PRECISION).to(z.dtype)
+                q = tl.dot(p, right, q, input_precision=PRECISION)
+    else:
+        q = rectify(z, RELU).to(tl.float32)
+        if ROUTE != "none":
+            left = load_tile(left_ptr, R, offs_m // length, offs_r, mask_m, R).to(tl.float32)
+            if ROUTE == "add":
+                q += left
+            else:
+                q *= left
+            if ROUTE == "outer":
+                right = load_tile(right_ptr, R, offs_m // length, offs_r, mask_m, R)
+                q = tl.sum(q, 1)[:, None] * right.to(tl.float32)
+    return q
+
+
+@triton.jit
+def sample_mean(  # type: ignore[no-untyped-def]
+    logits_ptr, token_weights_ptr, sample, L, BLOCK_L: tl.constexpr
+):
+    """sum_j weight_j sigmoid(logit_j) over the L tokens of a sample, in one order everywhere."""
+    acc = tl.zeros((BLOCK_L,), tl.float32)
+    for l0 in range(0, L, BLOCK_L):
+        offs = l0 + tl.arange(0, BLOCK_L)
+        mask = offs < L
+        value = tl.sigmoid(tl.load(logits_ptr + sample * L + offs, mask=mask, other=0.0))
+        if token_weights_ptr is not None:
+            value *= tl.load(token_weights_ptr + sample * L + offs, mask=mask, other=0.0)
+        acc += tl.where(mask, value, 0.0)
+    mean = tl.sum(acc, 0)
+    return mean / L if token_weights_ptr is None else mean
+
+
+@triton.jit
+def gate_tile(  # type: ignore[no-untyped-def]
+    ag,
+    row_gate,
+    gate_up,
+    gate_up_bias_ptr,
+    gate_weight_ptr,
+    offs_o,
+    O,  # noqa: E741
+    GATE: tl.constexpr,
+    LINEAR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """G in fp32: [BLOCK_M, BLOCK_O], [1, BLOCK_O], [BLOCK_M, 1] or 1."""
+    if GATE == "large":
+        logit = tl.dot(ag, tl.trans(gate_up), input_precision=PRECISION)
+        gate = tl.sigmoid(logit + load_vector(gate_up_bias_ptr, offs_o, O)[None, :])
+    elif GATE == "middleY":
+        w = load_vector(gate_weight_ptr, offs_o, O)
+        gate = (1.0 + (w if LINEAR else tl.sigmoid(w)))[None, :]
+    elif GATE == "none":
+        gate = 1.0
+    else:
+        gate = row_gate[:, None]
+    return gate
+
+
+@triton.jit
+def output_tile(a, up, up_bias_ptr, h, offs_o, O, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E741
+    """Y = a U^T + b + H in fp32."""
+    y = tl.dot(a, tl.trans(up), input_precision=PRECISION)
+    y += load_vector(up_bias_ptr, offs_o, O)[None, :]
+    if h is not None:
+        y += h.to(tl.float32)
+    return y
+
+
+@triton.jit
+def normalised(y, gate, keep, res, mean, rstd, scale):  # type: ignore[no-untyped-def]
+    """xhat of u = res + drop(scale G Y), which is formed again."""
+    u = scale * y * gate
+    if keep is not None:
+        u = tl.where(keep, u, 0.0)
+    if res is not None:
+        u += res.to(tl.float32)
+    return (u - mean[:, None]) * rstd[:, None]
