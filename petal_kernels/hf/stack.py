@@ -10,7 +10,10 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from petal_kernels.nn.frozen_linear import compute_dtype
 
 
 class Slot(Protocol):
@@ -86,3 +89,21 @@ def _needs_grad_input(layer: Any, hidden: Tensor) -> bool:
         return False
     function = getattr(layer, "_gradient_checkpointing_func", None)
     return getattr(function, "keywords", {}).get("use_reentrant") is not False
+
+
+def shrink(x: Tensor, down: Tensor) -> Tensor:
+    """x down^T in the compute dtype."""
+    dtype = compute_dtype(x)
+    down = down.to(device=x.device, dtype=dtype)
+    if x.dtype == dtype:
+        return F.linear(x, down)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(dtype), down)
+
+
+def version_of(x: Tensor) -> int:
+    """Grows when x is written in place."""
+    # A compiled graph is functional; inference tensors keep no version.
+    if torch.compiler.is_compiling() or x.is_inference():
+        return 0
+    return x._version

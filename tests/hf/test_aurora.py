@@ -286,13 +286,13 @@ def test_image_features_are_projected_once_in_a_generation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[Tensor] = []
-    project = layers._project
+    project = layers.shrink
 
     def counting(x: Tensor, down: Tensor) -> Tensor:
         calls.append(x)
         return project(x, down)
 
-    monkeypatch.setattr(layers, "_project", counting)
+    monkeypatch.setattr(layers, "shrink", counting)
     model, _ = attached("caption", config_of())
     pixels = batch("caption")["pixel_values"]
     model.generate(pixel_values=pixels, max_new_tokens=5, min_new_tokens=5)  # type: ignore[operator]

@@ -24,9 +24,9 @@ _MODES = "petal_kernels/nn/mode_approximation.py"
 
 MUTANTS = [
     (_LAYERS, "                factors.reentrant.add(self.index)", "                pass"),
-    (_LAYERS, "x is not self.source or self.version != _version(x)", "False"),
-    (_LAYERS, "same = x is self.x and self.version == _version(x)", "same = True"),
-    (_LAYERS, "same = x is self.x and self.version == _version(x)", "same = x is self.x"),
+    (_LAYERS, "x is not self.source or self.version != version_of(x)", "False"),
+    (_LAYERS, "same = x is self.x and self.version == version_of(x)", "same = True"),
+    (_LAYERS, "same = x is self.x and self.version == version_of(x)", "same = x is self.x"),
     (_LAYERS, "if not all(weight_is_plain(each.base) for each in self.members):", "if False:"),
     (_LAYERS, "            slot.call = previous", "            pass"),
     (_STACK, "args = (args[0].detach().requires_grad_(), *args[1:])", "pass"),

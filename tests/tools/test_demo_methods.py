@@ -156,7 +156,8 @@ def test_a_routed_adapter_reads_the_picture_and_a_disabled_one_does_not(
             other = backbone(visual, ids)
         with attachment.disabled():
             bare = backbone(visual, ids)
-        plain = backbones.load("gpt2")(visual, ids)
+        # torch rounds otherwise where a weight asks for a gradient, even under no_grad.
+        plain = backbones.load("gpt2").requires_grad_(False)(visual, ids)
     assert not torch.equal(seen, other)
     assert torch.equal(bare, plain)
     with pytest.raises(ValueError, match="vision: want features"):

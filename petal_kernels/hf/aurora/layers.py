@@ -26,10 +26,9 @@ from petal_kernels.hf.petal.layers import (
     LayerSlot,
     PetalAdapter,
     State,
-    _project,
-    _version,
     fused_residual,
 )
+from petal_kernels.hf.stack import shrink, version_of
 from petal_kernels.nn.frozen_linear import (
     MERGED_TRAINING,
     FrozenLinear,
@@ -106,8 +105,8 @@ class TextFactors(StackFactors):
         self.first = state.modes.start
         self.every = shared.contract(state.modes, dtype=dtype)
         if image is not None and state.reads_image:
-            self.source, self.version = image, _version(image)
-            self.hidden = _project(image, shared.down)
+            self.source, self.version = image, version_of(image)
+            self.hidden = shrink(image, shared.down)
 
 
 class TextSlot(LayerSlot):

@@ -17,9 +17,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from petal_kernels.hf.stack import shrink, version_of
 from petal_kernels.nn.frozen_linear import (
     MERGED_TRAINING,
     FrozenLinear,
@@ -77,29 +77,13 @@ class Factors:
         self.source: Tensor | None = None
         self.version = 0
         if image is not None and "image" in adapter.branches:
-            self.source, self.version = image, _version(image)
-            self.hidden = _project(image, adapter.branch("image").down)
+            self.source, self.version = image, version_of(image)
+            self.hidden = shrink(image, adapter.branch("image").down)
 
     def hidden_of(self, x: Tensor) -> Tensor | None:
-        if self.hidden is None or x is not self.source or self.version != _version(x):
+        if self.hidden is None or x is not self.source or self.version != version_of(x):
             return None
         return self.hidden
-
-
-def _project(x: Tensor, down: Tensor) -> Tensor:
-    dtype = compute_dtype(x)
-    down = down.to(device=x.device, dtype=dtype)
-    if x.dtype == dtype:
-        return F.linear(x, down)
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(dtype), down)
-
-
-def _version(x: Tensor) -> int:
-    # A compiled graph is functional; inference tensors keep no version.
-    if torch.compiler.is_compiling() or x.is_inference():
-        return 0
-    return x._version
 
 
 class LayerCall:
@@ -118,10 +102,10 @@ class Seen:
     """Marks results as those of one input: the very tensor, unchanged, in the same grad mode."""
 
     def __init__(self, x: Tensor) -> None:
-        self.x, self.version, self.grad = x, _version(x), torch.is_grad_enabled()
+        self.x, self.version, self.grad = x, version_of(x), torch.is_grad_enabled()
 
     def matches(self, x: Tensor) -> bool:
-        same = x is self.x and self.version == _version(x)
+        same = x is self.x and self.version == version_of(x)
         return same and self.grad == torch.is_grad_enabled()
 
 
@@ -235,7 +219,7 @@ class ModeGroup:
         known = call.projected.get(self.name)
         if known is None or not known.matches(x):
             down = self.slot.state.adapter.branch(self.branch).down
-            known = call.projected[self.name] = Projected(x, _project(x, down))
+            known = call.projected[self.name] = Projected(x, shrink(x, down))
         return known.hidden
 
     def _shared_hidden(self, call: LayerCall, x: Tensor) -> Tensor | None:

@@ -84,7 +84,8 @@ def run_one(method: Method, train: Cached, held: Cached, options: MethodOptions)
     after = methods.all_accuracies(trainer, held)
     attachment.save(out / "adapter")
     attachment.detach()
-    trainer.form = methods.Form(trainer.form.backbone)
+    # As it was inside disabled(): torch rounds otherwise where a weight asks for a gradient.
+    trainer.form = methods.Form(trainer.form.backbone.requires_grad_(False))
     restored = methods.all_accuracies(trainer, held) == before
     figures = {
         "method": method.name,
