@@ -322,3 +322,17 @@ def test_unsupported_says_everything() -> None:
     reasons = cuda_impl.unsupported(prepared[0])
     for part in ("CUDA", "float64", "a rank of at most 256, got 300", "gate rank"):
         assert any(part in reason for reason in reasons), part
+
+
+@pytest.mark.parametrize("route", ["none", "mul", "gram"])
+def test_a_sum_overwrites_columns_of_its_base(route: str) -> None:
+    """Between untouched columns: the very bits of the sum by itself."""
+    case = Case("columns", (3, 37), 64, 20, out=77, base="given", route=route, bias=False)
+    inputs = workload.make_inputs(case, torch.float32) | {"activation": "identity"}
+    wide = torch.full((3, 37, 100), 5.0)
+    wide[..., 8:85] = inputs["base"]
+    want = op.gated_bottleneck(**inputs, backend="torch")
+    got = op.gated_bottleneck(**inputs | {"base": wide}, update_at=8, backend="torch")
+    assert got is wide
+    assert torch.equal(wide[..., 8:85], want)
+    assert bool((wide[..., :8] == 5.0).all() and (wide[..., 85:] == 5.0).all())

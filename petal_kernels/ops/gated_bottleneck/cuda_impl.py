@@ -177,8 +177,10 @@ def _fold(t: Tensors, work: Work) -> tuple[Tensors, Work]:
     return t._replace(gate_bias=bias), work._replace(fold=t.up.float().t().mv(weight))
 
 
-def forward(call: Call, rng: Tensor | None, keep: bool) -> tuple[Tensor, Saved]:
-    """out [N, O] and what backward needs."""
+def forward(
+    call: Call, rng: Tensor | None, keep: bool, out: Tensor | None = None
+) -> tuple[Tensor, Saved]:
+    """out [N, O] and what backward needs; ``out`` is given where a sum overwrites its base."""
     s, first = call.settings, call.first
     t = _arguments(call.tensors, s, first.dtype)
     n, (outs, rank) = first.shape[0], t.up.shape
@@ -213,7 +215,7 @@ def forward(call: Call, rng: Tensor | None, keep: bool) -> tuple[Tensor, Saved]:
         assert logits is not None
         work = work._replace(pooled=_pool(logits, t.token_weights, s.samples, True))
         form_z = False
-    out = first.new_empty(n, outs)
+    out = first.new_empty(n, outs) if out is None else out
     run(out, form_z, s.gate == "large", s.gate == "middleX")
     return out, Saved(None if t.bottleneck is not None else z, zg, logits, moments)
 

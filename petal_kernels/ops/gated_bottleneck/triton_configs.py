@@ -29,7 +29,7 @@ _FWD_80 = {
     "small_gated": tile(4, 2, BLOCK_M=32, BLOCK_K=64, BLOCK_O=32, BLOCK_V=16),
     "large_gated": tile(8, 2, BLOCK_M=64, BLOCK_K=64, BLOCK_O=32, BLOCK_V=16),
     "wide": tile(8, 2, BLOCK_M=32, BLOCK_K=32, BLOCK_O=16, BLOCK_V=16),
-    "fp32": tile(8, 2, BLOCK_M=16, BLOCK_K=16, BLOCK_O=16, BLOCK_V=16),
+    "fp32": tile(8, 1, BLOCK_M=16, BLOCK_K=16, BLOCK_O=16, BLOCK_V=16),
     "fp32_wide": tile(8, 1, BLOCK_M=16, BLOCK_K=16, BLOCK_O=16, BLOCK_V=16),
 }
 _ROWS_80 = {
@@ -38,8 +38,15 @@ _ROWS_80 = {
     "small_gated": tile(8, 2, BLOCK_M=32, BLOCK_O=16, BLOCK_V=16),
     "large_gated": tile(8, 2, BLOCK_M=32, BLOCK_O=16, BLOCK_V=16),
     "wide": tile(8, 2, BLOCK_M=16, BLOCK_O=16, BLOCK_V=16),
-    "fp32": tile(8, 2, BLOCK_M=16, BLOCK_O=16, BLOCK_V=16),
+    "fp32": tile(8, 1, BLOCK_M=16, BLOCK_O=16, BLOCK_V=16),
     "fp32_wide": tile(8, 1, BLOCK_M=16, BLOCK_O=16, BLOCK_V=16),
+}
+_ROWS_100 = {
+    **_ROWS_80,
+    "small": tile(8, 2, BLOCK_M=32, BLOCK_O=32, BLOCK_V=16),
+    "small_gated": tile(8, 1, BLOCK_M=32, BLOCK_O=16, BLOCK_V=16),
+    "large_gated": tile(8, 1, BLOCK_M=32, BLOCK_O=16, BLOCK_V=16),
+    "wide": tile(8, 1, BLOCK_M=16, BLOCK_O=16, BLOCK_V=16),
 }
 _WEIGHTS_80 = {
     "small": tile(8, 2, BLOCK_M=32, BLOCK_O=32),
@@ -73,7 +80,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
     ("fwd", 100): _FWD_80,
     ("rows", 80): _ROWS_80,
     ("rows", 90): _ROWS_80,
-    ("rows", 100): _ROWS_80,
+    ("rows", 100): _ROWS_100,
     ("weights", 80): _WEIGHTS_80,
     ("weights", 90): _WEIGHTS_90,
     ("weights", 100): _WEIGHTS_100,
