@@ -29,7 +29,9 @@ _FWD_80 = {
     "small_gated": tile(4, 2, BLOCK_M=32, BLOCK_K=64, BLOCK_O=32, BLOCK_V=16),
     "large_gated": tile(8, 2, BLOCK_M=64, BLOCK_K=64, BLOCK_O=32, BLOCK_V=16),
     "wide": tile(8, 2, BLOCK_M=32, BLOCK_K=32, BLOCK_O=16, BLOCK_V=16),
-    "fp32": tile(8, 1, BLOCK_M=16, BLOCK_K=16, BLOCK_O=16, BLOCK_V=16),
+    "wide_gated": tile(8, 2, BLOCK_M=32, BLOCK_K=32, BLOCK_O=16, BLOCK_V=16),
+    "fp32": tile(8, 2, BLOCK_M=16, BLOCK_K=16, BLOCK_O=16, BLOCK_V=16),
+    "fp32_gated": tile(8, 2, BLOCK_M=16, BLOCK_K=16, BLOCK_O=16, BLOCK_V=16),
     "fp32_wide": tile(8, 1, BLOCK_M=16, BLOCK_K=16, BLOCK_O=16, BLOCK_V=16),
 }
 _ROWS_80 = {
@@ -38,14 +40,14 @@ _ROWS_80 = {
     "small_gated": tile(8, 2, BLOCK_M=32, BLOCK_O=16, BLOCK_V=16),
     "large_gated": tile(8, 2, BLOCK_M=32, BLOCK_O=16, BLOCK_V=16),
     "wide": tile(8, 2, BLOCK_M=16, BLOCK_O=16, BLOCK_V=16),
-    "fp32": tile(8, 1, BLOCK_M=16, BLOCK_O=16, BLOCK_V=16),
+    "wide_gated": tile(8, 2, BLOCK_M=16, BLOCK_O=16, BLOCK_V=16),
+    "fp32": tile(4, 1, BLOCK_M=16, BLOCK_O=16, BLOCK_V=16),
+    "fp32_gated": tile(8, 1, BLOCK_M=16, BLOCK_O=16, BLOCK_V=16),
     "fp32_wide": tile(8, 1, BLOCK_M=16, BLOCK_O=16, BLOCK_V=16),
 }
+_ROWS_90 = {**_ROWS_80, "small": tile(8, 2, BLOCK_M=64, BLOCK_O=32, BLOCK_V=16)}
 _ROWS_100 = {
-    **_ROWS_80,
-    "small": tile(8, 2, BLOCK_M=32, BLOCK_O=32, BLOCK_V=16),
-    "small_gated": tile(8, 1, BLOCK_M=32, BLOCK_O=16, BLOCK_V=16),
-    "large_gated": tile(8, 1, BLOCK_M=32, BLOCK_O=16, BLOCK_V=16),
+    **_ROWS_90,
     "wide": tile(8, 1, BLOCK_M=16, BLOCK_O=16, BLOCK_V=16),
 }
 _WEIGHTS_80 = {
@@ -54,13 +56,16 @@ _WEIGHTS_80 = {
     "small_gated": tile(8, 2, BLOCK_M=16, BLOCK_O=16),
     "large_gated": tile(8, 2, BLOCK_M=16, BLOCK_O=16),
     "wide": tile(8, 3, BLOCK_M=16, BLOCK_O=16),
+    "wide_gated": tile(8, 3, BLOCK_M=16, BLOCK_O=16),
     "fp32": tile(8, 1, BLOCK_M=16, BLOCK_O=16),
+    "fp32_gated": tile(8, 1, BLOCK_M=16, BLOCK_O=16),
     "fp32_wide": tile(8, 1, BLOCK_M=16, BLOCK_O=16),
 }
 _WEIGHTS_100 = {
     **_WEIGHTS_80,
     "small": tile(8, 3, BLOCK_M=16, BLOCK_O=32),
     "large": tile(8, 3, BLOCK_M=16, BLOCK_O=32),
+    "fp32_gated": tile(8, 2, BLOCK_M=16, BLOCK_O=16),
 }
 _WEIGHTS_90 = {
     **_WEIGHTS_100,
@@ -79,7 +84,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
     ("fwd", 90): _FWD_80,
     ("fwd", 100): _FWD_80,
     ("rows", 80): _ROWS_80,
-    ("rows", 90): _ROWS_80,
+    ("rows", 90): _ROWS_90,
     ("rows", 100): _ROWS_100,
     ("weights", 80): _WEIGHTS_80,
     ("weights", 90): _WEIGHTS_90,
@@ -95,13 +100,13 @@ def choose(
     blocks = {"BLOCK_R": padded_rank(rank), "BLOCK_G": padded_rank(gate_rank)}
     if machine.arch == 0:
         return {**_INTERPRETER[kernel].keywords(), **blocks}
-    wide = max(rank, gate_rank) > WIDE_RANK
+    widest = max(rank, gate_rank)
     if itemsize == 4:
-        size = "fp32" if max(rank, gate_rank) <= FP32_RANK else "fp32_wide"
-    elif wide:
-        size = "wide"
+        size = "fp32" if widest <= FP32_RANK else "fp32_wide"
     else:
-        size = ("small" if rows <= SMALL_ROWS else "large") + ("_gated" if gate_rank else "")
+        size = "wide" if widest > WIDE_RANK else "small" if rows <= SMALL_ROWS else "large"
+    if gate_rank and size != "fp32_wide":
+        size += "_gated"
     return {**TABLE[kernel, machine.arch][size].keywords(), **blocks}
 
 
@@ -124,7 +129,7 @@ _PARAMETERS = (
     "gate_weight", "gate_bias", "norm_weight", "norm_bias",
 )  # fmt: skip
 # What each compiled form has: (gate, route, norm and residual, further switches). Pointers of what
-# it lacks are None.
+# it lacks are None. A product beside the large gate, which no method has, is left out: it spills.
 _FORMS: dict[str, tuple[str, str, bool, dict[str, bool]]] = {
     "adapter": ("none", "none", False, {}),
     "large": ("large", "none", True, {}),
@@ -133,11 +138,16 @@ _FORMS: dict[str, tuple[str, str, bool, dict[str, bool]]] = {
     "small-first": ("small", "none", True, {"LOGITS": True, "SUMS": True, "GRADS": False}),
     "small": ("small", "none", True, {"LOGITS": False, "SUMS": False, "GRADS": True}),
     "product": ("none", "product", False, {}),
-    "square": ("large", "product", True, {}),
+    "square": ("none", "product", False, {}),
 }
-# IEEE products hold whole operands in registers: "fp32_wide" runs, but spills, and is left out;
-# so is "square" of a rank above 128.
-_RANKS = {"wide": (256,), "fp32": (16, 64), "fp32_wide": ()}
+# IEEE products hold whole operands in registers: "fp32_wide" runs, but spills, and is left out.
+_RANKS = {
+    "wide": (256,),
+    "wide_gated": (256,),
+    "fp32": (FP32_RANK,),
+    "fp32_gated": (FP32_RANK,),
+    "fp32_wide": (),
+}
 _KERNEL_FORMS = {
     "fwd": tuple(_FORMS),
     "rows": tuple(_FORMS),
@@ -217,9 +227,7 @@ def shipped_configs() -> Iterator[Shipped]:
         for size, row in sizes.items():
             for rank in _RANKS.get(size, (16, 128)):
                 for form in _KERNEL_FORMS[kernel]:
-                    large = _FORMS[form][0] == "large"
-                    fits = size == "fp32" or (size == "wide" and form != "square")
-                    if fits or (size != "wide" and size.endswith("_gated") == large):
+                    if size.endswith("_gated") == (_FORMS[form][0] == "large"):
                         yield _shipped(kernel, arch, size, row, rank, form)
     fn = _KERNELS["reduce"]
     signature = {n: "*fp32" if n.endswith("_ptr") else "i32" for n in fn.arg_names if n != "BLOCK"}

@@ -81,12 +81,14 @@ def unsupported(call: Call) -> list[str]:
     return reasons
 
 
-def forward(call: Call, rng: Tensor | None, keep: bool) -> tuple[Tensor, Saved]:
-    """out [N, O] and what backward needs."""
+def forward(
+    call: Call, rng: Tensor | None, keep: bool, out: Tensor | None = None
+) -> tuple[Tensor, Saved]:
+    """out [N, O] and what backward needs; ``out`` is given where a sum overwrites its base."""
     first = call.first
     with lib.on_device(first):
         p = launch.Problem.of(call, first.shape[0])
-        return launch.forward(p, first, launch.Dropout.of(rng, call.settings), keep)
+        return launch.forward(p, first, launch.Dropout.of(rng, call.settings), keep, out)
 
 
 def _route_gradients(

@@ -96,6 +96,7 @@ def _gated_bottleneck_fwd_kernel(  # type: ignore[no-untyped-def]
     stride_hm,
     stride_gm,
     stride_rm,
+    stride_om,
     scale,
     eps,
     threshold,
@@ -185,7 +186,7 @@ def _gated_bottleneck_fwd_kernel(  # type: ignore[no-untyped-def]
                 u = tl.where(dropout_keep(seed, stream, offs_m, o0, BLOCK_O, threshold), u, 0.0)
             if res_ptr is not None:
                 u += load_tile(res_ptr, stride_rm, offs_m, offs_o, mask_m, O).to(tl.float32)
-            store_tile(out_ptr, O, offs_m, offs_o, mask_m, O, u)
+            store_tile(out_ptr, stride_om, offs_m, offs_o, mask_m, O, u)
             if norm_weight_ptr is not None:
                 # Chan's merge of each tile's mean and centred squares: exact in one pass.
                 n = tl.minimum(O - o0, BLOCK_O)
@@ -203,8 +204,8 @@ def _gated_bottleneck_fwd_kernel(  # type: ignore[no-untyped-def]
             tl.debug_barrier()  # u was stored by other threads than those that read it
             for o0 in range(0, O, BLOCK_O):
                 offs_o = o0 + tl.arange(0, BLOCK_O)
-                u = load_tile(out_ptr, O, offs_m, offs_o, mask_m, O).to(tl.float32)
+                u = load_tile(out_ptr, stride_om, offs_m, offs_o, mask_m, O).to(tl.float32)
                 w = load_vector(norm_weight_ptr, offs_o, O)[None, :]
                 b = load_vector(norm_bias_ptr, offs_o, O)[None, :]
                 u = (u - mean[:, None]) * rstd[:, None] * w + b
-                store_tile(out_ptr, O, offs_m, offs_o, mask_m, O, u)
+                store_tile(out_ptr, stride_om, offs_m, offs_o, mask_m, O, u)

@@ -151,12 +151,14 @@ def _seen_output(p: Problem) -> Tensor:
     return torch.cat((w @ p.t.up.float(), constant))
 
 
-def forward(p: Problem, first: Tensor, drop: Dropout, keep: bool) -> tuple[Tensor, Saved]:
+def forward(
+    p: Problem, first: Tensor, drop: Dropout, keep: bool, out: Tensor | None = None
+) -> tuple[Tensor, Saved]:
     """out [N, O], and what backward needs where ``keep``."""
     t, s = p.t, p.s
     given = t.bottleneck is not None
     small = s.gate == "small"
-    out = first.new_empty(p.rows, p.out)
+    out = first.new_empty(p.rows, p.out) if out is None else out
     slices = p.route == "product" and t.right is None  # the route reads z again
     z = t.bottleneck
     if not given and (keep or small or slices):
@@ -178,7 +180,7 @@ def forward(p: Problem, first: Tensor, drop: Dropout, keep: bool) -> tuple[Tenso
             t.norm_weight, t.norm_bias, drop.rng,
             *parts, p.tokens, p.width, p.rank, p.out, p.gate_width, p.gate_rank,
             _stride(x), _stride(z), _stride(p.base), _stride(t.gate_input), _stride(p.residual),
-            drop.scale, s.norm_eps, drop.threshold,
+            _stride(out), drop.scale, s.norm_eps, drop.threshold,
             ACT=s.activation, ROUTE=p.route, RELU=s.route_relu, GATE=s.gate, LINEAR=s.gate_linear,
             LOGITS=with_logits, PRECISION=lib.precision(), **config,
         )  # fmt: skip
