@@ -142,7 +142,7 @@ class RoutedLoRALinear(nn.Module):
             columns = slice(n * self.r, (n + 1) * self.r)
             merged = self.groups == "merged" and len(self.targets) > 1
             # The operator's scale is the gate's, on the whole sum; this one is the update's.
-            up = near.parameter(self.up[n] * self.scale)
+            up = near.parameter(self.up[n] if self.scale == 1.0 else self.up[n] * self.scale)
             if merged:
                 before, after = n * self.r, (len(self.targets) - 1 - n) * self.r
                 up, columns = F.pad(up, (before, after)), slice(None)
