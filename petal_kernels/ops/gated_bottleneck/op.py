@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from petal_kernels._runtime import backends as rt
-from petal_kernels._runtime import philox
+from petal_kernels._runtime import device, philox
 from petal_kernels._runtime.library import define
 from petal_kernels.ops.gated_bottleneck.arguments import (
     Call,
@@ -31,6 +31,15 @@ _SETTINGS = (
     "bool gate_linear, bool add_gate_input, int samples, float scale, float dropout, float norm_eps"
 )
 _N_SETTINGS = len(Settings._fields)
+
+
+def _select(call: Any, backend: str) -> rt.Backend:
+    """The first backend that can run, but the library where products are all there is to do and
+    the processor multiplies 16-bit matrices itself: our CPU kernels widen those to fp32."""
+    bare = call.tensors.norm_weight is None and call.settings.dropout == 0.0
+    if backend == rt.AUTO and bare and call.device.type == "cpu":
+        backend = "torch" if device.native_16bit(call.first.dtype) else backend
+    return rt.select(_NAME, BACKENDS, backend, call)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -68,7 +77,7 @@ def _fwd(
     if first.shape[0] == 0:
         saved = _empty_saved(call, keep)
         return first.new_empty((0, call.tensors.up.shape[0])), *saved  # type: ignore[return-value]
-    impl = rt.select(_NAME, BACKENDS, backend, call).load()
+    impl = _select(call, backend).load()
     out, found = impl.forward(call, rng, keep)
     kept = _empty_saved(call, False)
     if keep:
@@ -116,7 +125,7 @@ def _bwd(
         ]
     wanted = frozenset(name for name, want in zip(Tensors._fields, need, strict=True) if want)
     # A row tensor that backward does without is absent; the selection looks at what is there.
-    impl = rt.select(_NAME, BACKENDS, backend, _Backward(call, dout)).load()
+    impl = _select(_Backward(call, dout), backend).load()
     found = impl.backward(call, Saved(*saved), dout, rng, wanted)
     results = []
     for name, given in zip(Tensors._fields, t, strict=True):
@@ -164,7 +173,7 @@ def _update(
     call = Call(t._replace(base=columns), Settings(*settings))
     if base.shape[0] == 0:
         return tuple(_empty_saved(call, keep))  # type: ignore[return-value]
-    impl = rt.select(_NAME, BACKENDS, backend, call).load()
+    impl = _select(call, backend).load()
     _, found = impl.forward(call, rng, keep, columns)
     kept = _empty_saved(call, False)
     if keep:
@@ -541,7 +550,7 @@ def _explain(
         x=x, down=down, up=up, down_bias=down_bias, up_bias=up_bias, **given
     )
     rows = rt.candidates(BACKENDS, call)
-    chosen = rt.select(_NAME, BACKENDS, name, call)
+    chosen = _select(call, name)
     s = call.settings
     notes = [f"gate {s.gate}, route {s.route}"]
     if s.route == "product":
