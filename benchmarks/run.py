@@ -246,6 +246,15 @@ def bench_overhead(device: torch.device, rounds: int) -> list[Any]:
     ]
 
 
+def command(arguments: list[str]) -> str:
+    """What was typed, to be typed again; where the result went is left out."""
+    kept = list(arguments)
+    if "--json" in kept:
+        at = kept.index("--json")
+        del kept[at : at + 2]
+    return " ".join(("python -m benchmarks.run", *(a for a in kept if a[:7] != "--json=")))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse, gate, time, write."""
     parser = argparse.ArgumentParser(
@@ -291,8 +300,7 @@ def main(argv: list[str] | None = None) -> int:
         results = bench_qformer(device, max(4, args.rounds // 2), args.quick)
     document = {
         "environment": environment.describe(args.threads),
-        "command": "python -m benchmarks.run "
-        + " ".join(argv if argv is not None else sys.argv[1:]),
+        "command": command(sys.argv[1:] if argv is None else argv),
         "results": results,
     }
     if args.json:

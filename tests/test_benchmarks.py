@@ -22,6 +22,7 @@ def test_every_verb_writes_a_result_file(
     assert run.main([what, "--quick", "--no-gate", "--rounds", "4", "--json", str(out)]) == 0
     document = json.loads(out.read_text())
     assert {"cpu", "torch", "commit", "threads"} <= set(document["environment"])
+    assert document["command"] == f"python -m benchmarks.run {what} --quick --no-gate --rounds 4"
     assert document["results"]
     for result in document["results"]:
         if "rows" in result:

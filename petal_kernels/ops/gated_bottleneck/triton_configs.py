@@ -36,7 +36,7 @@ _FWD_80 = {
 }
 _ROWS_80 = {
     "small": tile(4, 2, BLOCK_M=32, BLOCK_O=32, BLOCK_V=16),
-    "large": tile(8, 2, BLOCK_M=64, BLOCK_O=32, BLOCK_V=16),
+    "large": tile(4, 2, BLOCK_M=32, BLOCK_O=32, BLOCK_V=16),
     "small_gated": tile(8, 2, BLOCK_M=32, BLOCK_O=16, BLOCK_V=16),
     "large_gated": tile(8, 2, BLOCK_M=32, BLOCK_O=16, BLOCK_V=16),
     "wide": tile(8, 2, BLOCK_M=16, BLOCK_O=16, BLOCK_V=16),
@@ -45,7 +45,11 @@ _ROWS_80 = {
     "fp32_gated": tile(8, 1, BLOCK_M=16, BLOCK_O=16, BLOCK_V=16),
     "fp32_wide": tile(8, 1, BLOCK_M=16, BLOCK_O=16, BLOCK_V=16),
 }
-_ROWS_90 = {**_ROWS_80, "small": tile(8, 2, BLOCK_M=64, BLOCK_O=32, BLOCK_V=16)}
+_ROWS_90 = {
+    **_ROWS_80,
+    "small": tile(8, 2, BLOCK_M=64, BLOCK_O=32, BLOCK_V=16),
+    "large": tile(8, 2, BLOCK_M=64, BLOCK_O=32, BLOCK_V=16),
+}
 _ROWS_100 = {
     **_ROWS_90,
     "wide": tile(8, 1, BLOCK_M=16, BLOCK_O=16, BLOCK_V=16),
