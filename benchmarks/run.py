@@ -32,6 +32,7 @@ import petal_kernels as pk
 from benchmarks import environment, scenarios, timing
 from benchmarks.qformer import QFormerCase, adapter_tax, qformer
 from petal_kernels.ops.lowrank_linear import op as lowrank_op
+from petal_kernels.ops.lowrank_linear.arguments import Call, Settings, Tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -227,10 +228,10 @@ def bench_overhead(device: torch.device, rounds: int) -> list[Any]:
 
         return run
 
-    raw = (x, u, None, ups, [], [], base, None, None, 1.0, 0.0, "bottleneck", "update")
+    call = Call(Tensors(x, u, None, ups, [], [], base, None), Settings(1.0, 0.0, "bottleneck"))
     rows = timing.compare(
         {
-            f"raw {name}": repeat(lambda: impl.forward(*raw)),
+            f"raw {name}": repeat(lambda: impl.forward(call, None, "update")),
             "public, no grad": repeat(lambda: pk.lowrank_linear(x, u, ups, base=base)),
             "public, grad": repeat(lambda: pk.lowrank_linear(trained, u, ups, base=base)),
         },

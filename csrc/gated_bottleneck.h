@@ -11,16 +11,10 @@ namespace petal {
 
 constexpr int kMaxGatedRank = 256;
 
-enum class Activation : int32_t { kIdentity = 0, kRelu, kGelu, kGeluTanh, kSilu };
-enum class Route : int32_t { kNone = 0, kAdd, kMul };  // a product is formed by the library
+// kOuter: a product through one vision token, q = (f(z) . left) right, formed by forward's kernel.
+// The library forms every other product, here kNone.
+enum class Route : int32_t { kNone = 0, kAdd, kMul, kOuter };
 enum class Gate : int32_t { kNone = 0, kLarge, kMiddleX, kMiddleY, kSmall };
-
-// A small tensor with any stride, in T or (wide) fp32.
-struct VectorView {
-  const void* data = nullptr;
-  int64_t stride = 0;
-  bool wide = false;
-};
 
 // The vectors over the output columns, loaded for a tile at a time.
 enum Column { kUpBias, kGateColumn, kNormWeight, kNormBias, kInputWeight, kSeenWeight, kColumns };
@@ -40,7 +34,8 @@ struct GatedParams {
   Bottleneck down, gate;  // gate.rank is 0 unless the gate is large
   Activation activation;
   Route route;
-  MatrixView left;  // add, mul: [B, r]
+  bool route_relu;         // outer: f is relu, else the identity
+  MatrixView left, right;  // [B, r]; right: outer
   Gate kind;
   bool gate_linear;      // middleY: 1 + w in place of 1 + sigmoid(w)
   bool sees_output;      // middleX, small: Y in place of H; then fold = U^T w_h, fp32 [r]

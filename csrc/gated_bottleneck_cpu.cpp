@@ -113,13 +113,13 @@ struct Call {
   Call& operator=(const Call&) = delete;
 
   bool has_logits() const { return a.gate == Gate::kMiddleX || a.gate == Gate::kSmall; }
-  GatedRows rows(const Tensor& t, const char* name, int64_t width) const {
+  CpuRows rows(const Tensor& t, const char* name, int64_t width) const {
     STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == a.N && t.size(1) == width, name, ": want [", a.N,
                     ", ", width, "]");
     STD_TORCH_CHECK(cpu_type(t, name) == a.type, name, ": its dtype differs from the activations'");
     return {const_cast<void*>(t.const_data_ptr()), row_stride(t, name)};
   }
-  void rows(GatedRows& to, Name name, int64_t width) const {
+  void rows(CpuRows& to, Name name, int64_t width) const {
     if (tensors[name]) to = rows(*tensors[name], kNameOf[name], width);
   }
   void vector(const float** to, const Optional& t, const char* name, int64_t begin, int64_t width) {
@@ -241,7 +241,7 @@ void backward(Optionals tensors, Optionals derived, Optional rng, int64_t activa
   if (a.Rg) a.zg = c.rows(saved[1], "zg", a.Rg);
   if (saved[2].numel()) a.logits = floats(saved[2], "logits");
   if (saved[3].numel()) a.moments = floats(saved[3], "moments");
-  const auto result = [&](GatedRows& to, Name name, int64_t width) {
+  const auto result = [&](CpuRows& to, Name name, int64_t width) {
     if (grads[name].numel()) to = c.rows(grads[name], kNameOf[name], width);
   };
   result(a.dx, kX, a.D);

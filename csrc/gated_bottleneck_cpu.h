@@ -12,12 +12,6 @@ namespace petal {
 enum class Route : int32_t { kNone = 0, kAdd = 1, kMul = 2, kProduct = 3 };
 enum class Gate : int32_t { kNone = 0, kLarge = 1, kMiddleX = 2, kMiddleY = 3, kSmall = 4 };
 
-// A row tensor [N, width] in the activations' dtype.
-struct GatedRows {
-  void* p;
-  int64_t ld;
-};
-
 struct GatedArgs {
   CpuType type;
   int64_t N, D, R, O, Dg, Rg, V;
@@ -34,8 +28,8 @@ struct GatedArgs {
   float scale, eps;
   CpuDropout dropout;
 
-  GatedRows x, base, gate_input, residual;
-  GatedRows z, zg;             // written by forward (z unless it is given), read by backward
+  CpuRows x, base, gate_input, residual;
+  CpuRows z, zg;             // written by forward (z unless it is given), read by backward
   float *logits, *moments;     // [N], [N, 2]: written by forward, read by backward
   const float* token_weights;  // [N], or null: 1 / L each
   const void *left, *right;    // [B, V, R] contiguous, in the activations' dtype
@@ -51,10 +45,10 @@ struct GatedArgs {
   const float *logit_bias;                  // [1]; with w_h . b where the logit reads Y
   const float *norm_weight, *norm_bias;
 
-  GatedRows out;  // forward, [N, O] contiguous
+  CpuRows out;  // forward, [N, O] contiguous
 
-  GatedRows dout;
-  GatedRows dx, dbase, dgate_input, dresidual, dz;  // contiguous
+  CpuRows dout;
+  CpuRows dx, dbase, dgate_input, dresidual, dz;  // contiguous
   void *dleft, *dright;                             // [B, V, R] contiguous
   bool need_dz, need_dzg;
   // Partials [splits][panels of the last dim][first dim][kNR].

@@ -47,7 +47,7 @@ BackwardBlock carve_backward(const GatedArgs& a, A& arena) {
   return b;
 }
 
-PETAL_INLINE const GatedRows& base_of(const GatedArgs& a) { return a.add_input ? a.x : a.base; }
+PETAL_INLINE const CpuRows& base_of(const GatedArgs& a) { return a.add_input ? a.x : a.base; }
 
 float sum_of(const float* p, int64_t n) {
   float total = 0.0f;
@@ -75,7 +75,7 @@ void rebuild(const GatedArgs& a, BackwardBlock& b, Span s) {
     });
   }
   if (a.gate == Gate::kNone && !a.norm_weight) return;
-  const GatedRows& h = base_of(a);
+  const CpuRows& h = base_of(a);
   if (h.p) load_wide(b.y, a, h, s, a.O);
   project(wide(a, b.y), h.p, {row_major(m.act, padded(a.R)), a.R, a.up_t}, s.rows, n_panels(a.O),
           a.up_bias);
@@ -85,7 +85,7 @@ void rebuild(const GatedArgs& a, BackwardBlock& b, Span s) {
 void norm_backward(const GatedArgs& a, BackwardBlock& b, const Place* place, Span s) {
   const Masked factor(a, b.factor, b.bits);
   const bool large = a.gate == Gate::kLarge;
-  const GatedRows& residual = a.add_gate_input ? a.gate_input : a.residual;
+  const CpuRows& residual = a.add_gate_input ? a.gate_input : a.residual;
   const float* moments = a.moments + 2 * s.row0;
   float *total = b.sums, *along = b.sums + a.block * kVL;
   if (residual.p) load_wide(b.other, a, residual, s, a.O);

@@ -46,7 +46,7 @@ ForwardBlock carve_forward(const GatedArgs& a, A& arena) {
 }
 
 // z = A B + bias, A wide, rounded to storage and kept.
-void shrink(float* z, const GatedArgs& a, const GatedRows& kept, const float* from, int64_t depth,
+void shrink(float* z, const GatedArgs& a, const CpuRows& kept, const float* from, int64_t depth,
             int64_t width, const float* weight, const float* bias, Span s) {
   project_in_chains(narrow(z, width), {panels(from, a.block), depth, weight}, s.rows,
                     n_panels(width), bias);

@@ -15,37 +15,8 @@ namespace petal {
 namespace PETAL_ISA {
 namespace {
 
-PETAL_INLINE int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
-
-// The rows of a block.
-struct Span {
-  int64_t row0, rows;
-};
-
 PETAL_INLINE Block wide(const GatedArgs& a, float* p) { return {p, kNR, a.block * kNR}; }
 PETAL_INLINE Block narrow(float* p, int64_t width) { return {p, padded(width), kNR}; }
-
-// Stands in for an Arena where only the size is wanted.
-struct Sizer {
-  int64_t n = 0;
-  float* take(int64_t floats) {
-    n += round_up(floats, 16);
-    return nullptr;
-  }
-};
-
-PETAL_INLINE float sum(vf v) {
-  for (int half = kVL / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  }
-  return v[0];
-}
-
-PETAL_INLINE float dot(const float* a, const float* b, int64_t n) {
-  vf total = {};
-  for (int64_t i = 0; i < n; i += kVL) total += load(a + i) * load(b + i);
-  return sum(total);
-}
 
 // f(row, column, offset) for every vector of a wide block.
 template <typename F>
@@ -61,57 +32,23 @@ PETAL_INLINE void for_wide(const GatedArgs& a, int64_t rows, int64_t cols, const
 
 // ---- rows to and from storage
 
-template <typename T>
-PETAL_INLINE T* from_row(const GatedRows& rows, int64_t row) {
-  return static_cast<T*>(rows.p) + row * rows.ld;
-}
-
-void load_wide(float* dst, const GatedArgs& a, const GatedRows& src, Span s, int64_t cols) {
+void load_wide(float* dst, const GatedArgs& a, const CpuRows& src, Span s, int64_t cols) {
   PETAL_BY_TYPE(a.type,
                 to_panels(dst, from_row<const T>(src, s.row0), src.ld, s.rows, cols, a.block));
 }
 
-void load_narrow(float* dst, const GatedArgs& a, const GatedRows& src, Span s, int64_t cols) {
+void load_narrow(float* dst, const GatedArgs& a, const CpuRows& src, Span s, int64_t cols) {
   PETAL_BY_TYPE(a.type,
                 to_rows(dst, padded(cols), from_row<const T>(src, s.row0), src.ld, s.rows, cols));
 }
 
-void store_narrow(const GatedArgs& a, const GatedRows& dst, const float* src, Span s,
+void store_narrow(const GatedArgs& a, const CpuRows& dst, const float* src, Span s,
                   int64_t cols) {
   PETAL_BY_TYPE(a.type,
                 from_rows(from_row<T>(dst, s.row0), dst.ld, src, padded(cols), s.rows, cols));
 }
 
-void round_to(CpuType type, float* p, int64_t n) { PETAL_BY_TYPE(type, round_rows<T>(p, n)); }
-
 // ---- products
-
-// A [rows, K] B, B packed; b null: nothing.
-struct Product {
-  Rows a;
-  int64_t K;
-  const float* b;
-};
-
-// c (+)= A B + bias. Sums start from zero and what is there is added last: H is large beside them.
-void project(const Block& c, bool add, const Product& m, int64_t rows, int64_t panels,
-             const float* bias) {
-  for (int64_t j = 0; j < panels; ++j) {
-    const vf bias0 = bias ? load(bias + j * kNR) : vf{};
-    const vf bias1 = bias ? load(bias + j * kNR + kVL) : vf{};
-    for_row_tiles(rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
-      Tile<decltype(height)::value> t;
-      clear(t);
-      mac_rows(t, m.a, i, m.b + j * m.K * kNR, m.K);
-      float* p = c.p + j * c.panel + i * c.row;
-      each(t, [=](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
-        float* at = p + r * c.row;
-        store(at, v0 + bias0 + (add ? load(at) : vf{}));
-        store(at + kVL, v1 + bias1 + (add ? load(at + kVL) : vf{}));
-      });
-    });
-  }
-}
 
 // c = A B + bias in short chains, for the products whose error a route amplifies: rounding grows
 // with the length of a chain. A short sum gets the shortest: its extra passes over c are cheap.
@@ -129,9 +66,9 @@ void project_in_chains(const Block& c, const Product& m, int64_t rows, int64_t p
   }
 }
 
-// A result [N, cols]: base (a wide block, or null) + A B.
+// A result [N, cols]: base (a wide block, or null) + A B (B null: nothing).
 template <typename T>
-void write_of(const GatedArgs& a, const GatedRows& out, int64_t cols, const float* base,
+void write_of(const GatedArgs& a, const CpuRows& out, int64_t cols, const float* base,
               const Product& m, Span s) {
   T* p = static_cast<T*>(out.p);
   const bool streamed = may_stream(p, out.ld, a.N * cols);
@@ -152,7 +89,7 @@ void write_of(const GatedArgs& a, const GatedRows& out, int64_t cols, const floa
     });
   }
 }
-void write(const GatedArgs& a, const GatedRows& out, int64_t cols, const float* base,
+void write(const GatedArgs& a, const CpuRows& out, int64_t cols, const float* base,
            const Product& m, Span s) {
   PETAL_BY_TYPE(a.type, write_of<T>(a, out, cols, base, m, s));
 }

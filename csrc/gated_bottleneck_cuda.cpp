@@ -63,6 +63,7 @@ enum Work {
 enum Code {
   kActivation,
   kRoute,
+  kRouteRelu,
   kGate,
   kGateLinear,
   kSeesOutput,
@@ -138,6 +139,7 @@ GatedParams params_of(const Call& call, DType dtype, int64_t rows) {
   p.kind = static_cast<Gate>(codes[kGate]);
   p.activation = static_cast<Activation>(codes[kActivation]);
   p.route = static_cast<Route>(codes[kRoute]);
+  p.route_relu = codes[kRouteRelu] != 0;
   p.gate_linear = codes[kGateLinear] != 0;
   p.adds_gate_input = codes[kAddGateInput] != 0;
   const bool row_gate = p.kind == Gate::kMiddleX || p.kind == Gate::kSmall;
@@ -169,6 +171,7 @@ GatedParams params_of(const Call& call, DType dtype, int64_t rows) {
     STD_TORCH_CHECK(rank <= kMaxGatedRank, "gated_bottleneck: want ranks of at most ",
                     kMaxGatedRank, ", got ", rank);
   if (p.route != Route::kNone) p.left = needed(t[kLeft], dtype, samples, p.down.rank, "left");
+  if (p.route == Route::kOuter) p.right = needed(t[kRight], dtype, samples, p.down.rank, "right");
   if (row_gate || p.adds_gate_input)
     p.gate_input = view(t[kGateInput], dtype, rows, p.outs, "gate_input");
   p.h = view(codes[kAddInput] != 0 ? t[kX] : t[kBase], dtype, rows, p.outs, "base");

@@ -4,69 +4,13 @@
 // of eight columns.
 #pragma once
 
+#include "common/activation.cuh"
 #include "common/launchers.cuh"
 #include "common/pipeline.cuh"
 #include "common/reduce.cuh"
 #include "gated_bottleneck.h"
 
 namespace petal {
-
-__device__ __forceinline__ float sigmoid(float x) {
-  return 1.0f / (1.0f + expf(-x));
-}
-
-constexpr float kRootTwoOverPi = 0.7978845608028654f, kCubic = 0.044715f;
-
-__device__ __forceinline__ float activate(Activation name, float q) {
-  switch (name) {
-    case Activation::kRelu:
-      return q <= 0.0f ? 0.0f : q;  // NaN stays
-    case Activation::kGelu:
-      return 0.5f * q * (1.0f + erff(q * 0.70710678118654752f));
-    case Activation::kGeluTanh:
-      return 0.5f * q * (1.0f + tanhf(kRootTwoOverPi * (q + kCubic * q * q * q)));
-    case Activation::kSilu:
-      return q * sigmoid(q);
-    default:
-      return q;
-  }
-}
-
-__device__ __forceinline__ float derivative(Activation name, float q) {
-  switch (name) {
-    case Activation::kRelu:
-      return q <= 0.0f ? 0.0f : 1.0f;
-    case Activation::kGelu:
-      return 0.5f * (1.0f + erff(q * 0.70710678118654752f)) +
-             q * 0.3989422804014327f * expf(-0.5f * q * q);
-    case Activation::kGeluTanh: {
-      const float t = tanhf(kRootTwoOverPi * (q + kCubic * q * q * q));
-      return 0.5f * (1.0f + t) +
-             0.5f * q * (1.0f - t * t) * kRootTwoOverPi * (1.0f + 3.0f * kCubic * q * q);
-    }
-    case Activation::kSilu: {
-      const float s = sigmoid(q);
-      return s * (1.0f + q * (1.0f - s));
-    }
-    default:
-      return 1.0f;
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ float element(const VectorView& v, int64_t i) {
-  return v.wide ? static_cast<const float*>(v.data)[i * v.stride]
-                : to_float(static_cast<const T*>(v.data)[i * v.stride]);
-}
-
-template <typename T>
-__device__ __forceinline__ const T* at(const MatrixView& m, int64_t row, int64_t col) {
-  return static_cast<const T*>(m.data) + row * m.stride + col;
-}
-template <typename T>
-__device__ __forceinline__ T* at_out(const MatrixView& m, int64_t row, int64_t col) {
-  return static_cast<T*>(m.data) + row * m.stride + col;
-}
 
 // Block shapes for ranks up to RANK. Tiles are kD elements (128 bytes) wide; an operand as wide as
 // the rank is a sequence of them ("pieces").
@@ -93,8 +37,15 @@ struct RowInfo {
   float gate, mean, rstd, mean_g, mean_gx, dlogit;
 };
 
-// Pieces of an activated bottleneck: tile = act(route(z)), zero where there is no row or rank. In
-// `keep`, where it has an address, the same for later kernels.
+// Where column c of a row lies in the pieces of a bottleneck.
+template <typename T, int RANK>
+__device__ __forceinline__ int hidden_offset(int row, int c) {
+  using Shape = GatedShape<T, RANK>;
+  return c / Shape::kD * Shape::kSide + row * kLd<T, Shape::kD> + c % Shape::kD;
+}
+
+// Pieces of an activated bottleneck: tile = act(route(z)), zero where there is no row or rank; the
+// route is element by element. In `keep`, where it has an address, the same for later kernels.
 template <typename T, int RANK>
 __device__ __forceinline__ void form_hidden(T* tile, unsigned char* scratch, const Bottleneck& b,
                                             Activation activation, Route route,
@@ -153,7 +104,7 @@ __device__ __forceinline__ void form_hidden(T* tile, unsigned char* scratch, con
         }
         if (keep.data != nullptr) store8<T>(at_out<T>(keep, row, c), v, valid, keep.vec);
       }
-      store8<T>(tile + c / kD * Shape::kSide + r * kLd<T, kD> + c % kD, v, 8, true);
+      store8<T>(tile + hidden_offset<T, RANK>(r, c), v, 8, true);
     }
   }
 }

@@ -2,7 +2,8 @@
 // width, Dg and rg of the large gate; T = fp32, fp16, bf16.
 //
 //   z = x D^T + c, zg = X Gd^T + cg        rounded to T and stored
-//   Y = H + act(route(z)) U^T + b          route: none, + left, * left (a product: the library's)
+//   Y = H + act(route(z)) U^T + b          route: none, + left, * left, or (f(z) . left) right of
+//                                          one vision token (through more: the library's product)
 //   G = 1 | sigmoid(act(zg) Gu^T + bg) | sigmoid(w_x . X + w_h . H + g) per row |
 //       1 + sigmoid(w) per column | the pooled row gate per sample
 //   out = u or LayerNorm(u), u = residual + s drop(G Y)
@@ -17,9 +18,10 @@
 //          L2), z, zg, out written once; with a norm out is read back three times from L1 and
 //          written again to L2. Weights from L2 per block. A pooled gate needs x and X a second
 //          time: its sum over the sample lies between two launches.
-// Numerics fp32 accumulators and epilogue, IEEE products in fp32. Rounded to T: z, zg, act(q),
-//          act(zg), u (before a norm), out. Moments: the mean first, then squared deviations of the
-//          rounded u. Dropped elements add nothing to the residual, whatever they were.
+// Numerics fp32 accumulators and epilogue, IEEE products in fp32. Rounded to T: z, zg, q of a
+//          product, act(q), act(zg), u (before a norm), out. Moments: the mean first, then squared
+//          deviations of the rounded u. Dropped elements add nothing to the residual, whatever
+//          they were.
 // Limits   ranks <= 256. Every sum has a fixed order: same bits on every run.
 // Source   ops/gated_bottleneck/reference.py.
 #include "gated_bottleneck_device.h"
@@ -39,12 +41,41 @@ struct FwdShape : GatedShape<T, RANK> {
   }
 };
 
+// tile = act(q) of f(z) in the tile, q = (f(z) . left) right: the rows of a warp side by side.
+template <typename T, int RANK>
+__device__ __forceinline__ void route_outer(T* tile, const GatedParams& p, int64_t row0) {
+  constexpr int kMine = GatedShape<T, RANK>::kRows / (kThreads / kWarp);
+  const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kMine;
+  int64_t sample[kMine];
+  float sum[kMine] = {};
+#pragma unroll
+  for (int r = 0; r < kMine; ++r) {
+    const int64_t row = row0 + first + r;
+    sample[r] = (row < p.rows ? row : p.rows - 1) / p.length;  // beyond the end: any, of zeros
+  }
+  for (int c = lane; c < p.down.rank; c += kWarp) {
+#pragma unroll
+    for (int r = 0; r < kMine; ++r)
+      sum[r] += to_float(tile[hidden_offset<T, RANK>(first + r, c)]) *
+                to_float(*at<T>(p.left, sample[r], c));
+  }
+#pragma unroll
+  for (int r = 0; r < kMine; ++r) sum[r] = warp_sum(sum[r]);
+  for (int c = lane; c < p.down.rank; c += kWarp) {
+#pragma unroll
+    for (int r = 0; r < kMine; ++r) {
+      const float q = to_float(from_float<T>(sum[r] * to_float(*at<T>(p.right, sample[r], c))));
+      tile[hidden_offset<T, RANK>(first + r, c)] = from_float<T>(activate(p.activation, q));
+    }
+  }
+}
+
 // The logits of the rows of a warp, eight at most at a time: w_x . X + w_h . H (+ fold . a) + bias.
 template <typename T, int RANK>
 __device__ __forceinline__ void form_logits(RowInfo* info, const T* a, const GatedParams& p,
                                             int64_t row0) {
   using Shape = GatedShape<T, RANK>;
-  constexpr int kMine = Shape::kRows / (kThreads / kWarp), kD = Shape::kD;
+  constexpr int kMine = Shape::kRows / (kThreads / kWarp);
   const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kMine;
   float sum[kMine] = {};
   const VectorView wx = p.columns[kInputWeight], wh = p.columns[kSeenWeight];
@@ -75,8 +106,7 @@ __device__ __forceinline__ void form_logits(RowInfo* info, const T* a, const Gat
       const float fold = p.fold[c];
 #pragma unroll
       for (int r = 0; r < kMine; ++r)
-        sum[r] +=
-            fold * to_float(a[c / kD * Shape::kSide + (first + r) * kLd<T, kD> + c % kD]);
+        sum[r] += fold * to_float(a[hidden_offset<T, RANK>(first + r, c)]);
     }
   }
 #pragma unroll
@@ -145,8 +175,15 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   unsigned char* const scratch = fixed + Shape::kFixedBytes;
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kRows;
 
-  form_hidden<T, RANK>(a, scratch, p.down, p.activation, p.route, p.left, MatrixView{}, row0,
-                       p.rows, p.length);
+  const bool outer = p.route == Route::kOuter;
+  const Activation f = p.route_relu ? Activation::kRelu : Activation::kIdentity;
+  form_hidden<T, RANK>(a, scratch, p.down, outer ? f : p.activation,
+                       outer ? Route::kNone : p.route, p.left, MatrixView{}, row0, p.rows,
+                       p.length);
+  if (outer) {
+    __syncthreads();  // rows of a warp, columns of all
+    route_outer<T, RANK>(a, p, row0);
+  }
   if (large)
     form_hidden<T, RANK>(ag, scratch, p.gate, p.activation, Route::kNone, MatrixView{},
                          MatrixView{}, row0, p.rows, p.length);

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 from petal_kernels._runtime.backends import explain, use_backend
+from petal_kernels.ops.expert_dispatch import expert_dispatch
 from petal_kernels.ops.gated_bottleneck import gated_bottleneck
 from petal_kernels.ops.lowrank_linear import lowrank_linear
 from petal_kernels.ops.mode_contract import mode_contract
@@ -19,24 +20,34 @@ if TYPE_CHECKING:
     from petal_kernels import nn as nn
     from petal_kernels.hf import Attachment as Attachment
     from petal_kernels.hf import AuroraConfig as AuroraConfig
+    from petal_kernels.hf import ExpertConfig as ExpertConfig
     from petal_kernels.hf import PetalConfig as PetalConfig
     from petal_kernels.hf import RoutingConfig as RoutingConfig
     from petal_kernels.hf import VLAdapterConfig as VLAdapterConfig
     from petal_kernels.hf import VLPetConfig as VLPetConfig
     from petal_kernels.hf import attach as attach
 
-_CONFIGS = ("AuroraConfig", "PetalConfig", "RoutingConfig", "VLAdapterConfig", "VLPetConfig")
+_CONFIGS = (
+    "AuroraConfig",
+    "ExpertConfig",
+    "PetalConfig",
+    "RoutingConfig",
+    "VLAdapterConfig",
+    "VLPetConfig",
+)
 _LAZY = dict.fromkeys(("attach", "Attachment", *_CONFIGS), "hf")
 
 __all__ = [
     "Attachment",
     "AuroraConfig",
+    "ExpertConfig",
     "PetalConfig",
     "RoutingConfig",
     "VLAdapterConfig",
     "VLPetConfig",
     "__version__",
     "attach",
+    "expert_dispatch",
     "explain",
     "gated_bottleneck",
     "lowrank_linear",

@@ -33,7 +33,8 @@ def test_every_verb_writes_a_result_file(
 def test_unknown_operator_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run.main(["op", "nonsense", "--no-gate"])
-    assert "want some of gated_bottleneck, lowrank_linear" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "want some of expert_dispatch, gated_bottleneck, lowrank_linear" in said
 
 
 def test_drift_is_the_largest_difference_between_halves() -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import petal_kernels as pk
 from petal_kernels._runtime import philox
+from petal_kernels._runtime.library import NAMESPACE
 from tests import discovery
 
 OPERATORS = {op.name: op for op in discovery.operators()}
@@ -121,20 +123,19 @@ def test_opcheck(name: str, case: Any) -> None:
     op = OPERATORS[name]
     calls: list[tuple[Any, tuple[Any, ...]]] = []
 
-    def record(overload: Any) -> Any:
-        def call(*args: Any) -> Any:
-            calls.append((overload, args))
-            return overload(*args)
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            if func.namespace == NAMESPACE:
+                calls.append((func, args))
+            return func(*args, **kwargs or {})
 
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(op.op, "_forward_op", record(op.op._forward_op))
-        patch.setattr(op.op, "_backward_op", record(op.op._backward_op))
+    with Record():
         discovery.run(
             op.public, op.workload.make_inputs(case, torch.float32), discovery.trainable(op, case)
         )
-    assert len(calls) == 2
+    assert len(calls) >= 2
     for overload, args in calls:
         plain = tuple(
             [t.detach() if isinstance(t, Tensor) else t for t in a]
@@ -213,7 +214,7 @@ def test_saved_bytes(name: str, case: Any) -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        op.public(**inputs)
+        op.public(**inputs, **options(op, case))
     assert sum(seen.values()) == op.workload.saved_bytes(case, torch.float32)
 
 
@@ -358,8 +359,20 @@ def test_explain_lists_every_backend_with_its_reasons() -> None:
         "plan merge",
     ):
         assert word in text
-    with pytest.raises(TypeError, match="operator: want one of gated_bottleneck, lowrank_linear"):
+    with pytest.raises(
+        TypeError, match="operator: want one of expert_dispatch, gated_bottleneck, lowrank_linear"
+    ):
         pk.explain(torch.add, torch.ones(1), torch.ones(1))
+
+
+@pytest.mark.parametrize(("name", "case"), SMALL)
+def test_explain_draws_nothing(name: str, case: Any) -> None:
+    op = OPERATORS[name]
+    inputs = op.workload.make_inputs(case, torch.float32)
+    inputs.pop("rng", None)
+    state = torch.get_rng_state()
+    pk.explain(op.public, **inputs)
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_dropout_seed_follows_the_default_generator() -> None:

@@ -7,6 +7,7 @@ Timing and hardware are a GPU's.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from petal_kernels.ops.lowrank_linear import cuda_impl as linear
 from petal_kernels.ops.lowrank_linear import torch_impl as linear_torch
 from petal_kernels.ops.mode_contract import cuda_impl as contract
 from petal_kernels.ops.mode_contract import torch_impl as contract_torch
+from petal_kernels.ops.mode_contract.arguments import Call as Contraction
+from petal_kernels.ops.mode_contract.arguments import Gradients
 from tests.emulation.support import (
     DTYPES,
     Linear,
@@ -29,6 +32,7 @@ from tests.emulation.support import (
 pytest_plugins = ["tests.emulation.plugin"]
 pytestmark = [needs_compiler, pytest.mark.usefixtures("emulated")]
 
+ALL = frozenset(Gradients._fields)
 # What another order of a sum may cost beyond the stated multiples of torch's own error.
 FLOOR = {torch.float32: 1e-7, torch.float16: 2e-5, torch.bfloat16: 2e-4}
 
@@ -128,21 +132,19 @@ def test_contract(case: tuple[int, int, int, bool, bool], dtype: torch.dtype) ->
     modes = torch.randn(count, rank).to(dtype)
     up = torch.randn(columns, rank).to(dtype) if has_up else None
     for out_dtype in DTYPES if dtype == torch.float32 else [dtype]:
-        inputs = (core, modes, up, 0.3)
-        exact_inputs = (wider(core), wider(modes), wider(up), 0.3)
-        got = contract.forward(*inputs, out_dtype)
-        plain = contract_torch.forward(*inputs, out_dtype)
-        exact = contract_torch.forward(*exact_inputs, torch.float64)
+        call = Contraction(core, modes, up, 0.3, out_dtype)
+        exact_call = Contraction(wider(core), wider(modes), wider(up), 0.3, torch.float64)
+        got = contract.forward(call)
+        plain = contract_torch.forward(call)
+        exact = contract_torch.forward(exact_call)
         assert got.dtype == out_dtype
         assert got.is_contiguous()
         assert_close("out", got, plain, exact, 2.0)
         dout = torch.randn(got.shape).to(out_dtype)
-        grads = contract.backward(dout, *inputs, True, True, True)
-        plain_grads = contract_torch.backward(dout, *inputs, True, True, True)
-        exact_grads = contract_torch.backward(wider(dout), *exact_inputs, True, True, True)
-        for name, g, p, e in zip(
-            ("dcore", "dmodes", "dup"), grads, plain_grads, exact_grads, strict=True
-        ):
+        grads = contract.backward(call, dout, ALL)
+        plain_grads = contract_torch.backward(call, dout, ALL)
+        exact_grads = contract_torch.backward(exact_call, wider(dout), ALL)
+        for name, g, p, e in zip(Gradients._fields, grads, plain_grads, exact_grads, strict=True):
             assert (g is None) == (p is None)
             if g is not None and p is not None and e is not None:
                 assert g.dtype == dtype
@@ -165,11 +167,11 @@ def test_mode_matrices_keep_more_than_16_bits(dtype: torch.dtype, emulated: Any)
 
 def test_contract_computes_only_what_is_needed() -> None:
     core, modes, up = torch.randn(8, 8, 8), torch.randn(3, 8), torch.randn(9, 8)
-    dout = torch.randn(3, 8, 9)
-    every = contract.backward(dout, core, modes, up, 1.0, True, True, True)
-    for wanted in range(8):
-        need = [bool(wanted & 1), bool(wanted & 2), bool(wanted & 4)]
-        some = contract.backward(dout, core, modes, up, 1.0, *need)
-        for n, s, e in zip(need, some, every, strict=True):
-            assert (s is None) == (not n)
-            assert s is None or (e is not None and torch.equal(s, e))
+    call, dout = Contraction(core, modes, up, 1.0, torch.float32), torch.randn(3, 8, 9)
+    every = contract.backward(call, dout, ALL)
+    for count in range(4):
+        for need in itertools.combinations(Gradients._fields, count):
+            some = contract.backward(call, dout, frozenset(need))
+            for name, s, e in zip(Gradients._fields, some, every, strict=True):
+                assert (s is None) == (name not in need)
+                assert s is None or (e is not None and torch.equal(s, e))

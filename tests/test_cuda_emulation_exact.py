@@ -19,8 +19,17 @@ from torch import Tensor
 from petal_kernels._runtime import philox
 from petal_kernels.ops.lowrank_linear import cuda_impl as linear
 from petal_kernels.ops.mode_contract import cuda_impl as contract
+from petal_kernels.ops.mode_contract.arguments import Call as Contraction
 from tests.emulation import build
-from tests.emulation.support import DTYPES, RNG, Linear, needs_compiler, pad_rows, run_linear
+from tests.emulation.support import (
+    DTYPES,
+    RNG,
+    Linear,
+    linear_call,
+    needs_compiler,
+    pad_rows,
+    run_linear,
+)
 
 pytest_plugins = ["tests.emulation.plugin"]
 pytestmark = [needs_compiler, pytest.mark.usefixtures("emulated")]
@@ -104,9 +113,10 @@ def every_kernel(dtype: torch.dtype) -> list[Tensor]:
         found += run_linear(linear, args, dys).values()
     torch.manual_seed(1)
     for core in (torch.randn(9, 9, 9), torch.randn(9)):
-        inputs = (core.to(dtype), torch.randn(5, 9).to(dtype), torch.randn(131, 9).to(dtype), 0.3)
-        out = contract.forward(*inputs, dtype)
-        grads = contract.backward(out, *inputs, True, True, True)
+        modes, up = torch.randn(5, 9).to(dtype), torch.randn(131, 9).to(dtype)
+        call = Contraction(core.to(dtype), modes, up, 0.3, dtype)
+        out = contract.forward(call)
+        grads = contract.backward(call, out, frozenset(("core", "modes", "up")))
         found += [out, *[g for g in grads if g is not None]]
     return found
 
@@ -213,18 +223,17 @@ def test_splits_add_up(splits: int, dtype: torch.dtype, emulated: Any) -> None:
 
 def test_no_rows(emulated: Any) -> None:
     x, down, up = torch.empty(0, 8), torch.randn(4, 8), torch.randn(6, 4)
-    ys, h = linear.forward(x, down, None, [up], [], [], [], None, None, 1.0, 0.0, "input", "update")
+    call = linear_call(x=x, down=down, ups=[up])
+    ys, saved = linear.forward(call, None, "update")
     assert ys[0].shape == (0, 6)
-    assert h.shape == (0, 4)
-    grads = linear.backward(
-        ys, x, h, down, [up], [], None, None, 1.0, 0.0, "input", True, True, True, False
-    )
-    assert grads[0] is not None
-    assert grads[0].shape == (0, 8)
-    assert grads[2] is not None
-    assert torch.equal(grads[2], torch.zeros(4, 8))
-    assert grads[3] is not None
-    assert torch.equal(grads[3][0], torch.zeros(6, 4))
+    assert saved.h.shape == (0, 4)
+    grads = linear.backward(call, saved, ys, None, frozenset(("x", "down", "ups")))
+    assert grads.x is not None
+    assert grads.x.shape == (0, 8)
+    assert grads.down is not None
+    assert torch.equal(grads.down, torch.zeros(4, 8))
+    assert grads.ups is not None
+    assert torch.equal(grads.ups[0], torch.zeros(6, 4))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -233,14 +242,15 @@ def test_what_is_not_finite_stays_in_its_row(value: float, dtype: torch.dtype) -
     x, down = torch.rand(20, 24).to(dtype), torch.rand(8, 24).to(dtype)
     up = torch.rand(10, 8).to(dtype)
     x[3, 5] = value
-    ys, h = linear.forward(x, down, None, [up], [], [], [], None, None, 1.0, 0.0, "input", "update")
-    for t in (h, ys[0]):
+    ys, saved = linear.forward(linear_call(x=x, down=down, ups=[up]), None, "update")
+    for t in (saved.h, ys[0]):
         bad = ~torch.isfinite(t)
         assert bad[3].all()
         assert not bad[torch.arange(20) != 3].any()
     core, modes = torch.rand(6, 6, 6).to(dtype), torch.rand(4, 6).to(dtype)
     core[2, 1, 3] = value
-    out = contract.forward(core, modes, torch.rand(9, 6).to(dtype) + 0.1, 1.0, dtype)
+    up = torch.rand(9, 6).to(dtype) + 0.1
+    out = contract.forward(Contraction(core, modes, up, 1.0, dtype))
     bad = ~torch.isfinite(out)
     assert bad[:, 2].all()
     assert not bad[:, [0, 1, 3, 4, 5]].any()
@@ -389,13 +399,11 @@ def test_refusals_name_the_argument(emulated: Any) -> None:
 
 def test_unsupported_says_everything() -> None:
     x, ups = torch.randn(3, 8, dtype=torch.float64), [torch.randn(4, 300)] * 5
-    reasons = linear.unsupported(
-        x, torch.randn(300, 8), None, ups, [], [], None, 0.0, "input", "merge"
-    )
+    reasons = linear.unsupported(linear_call(x=x, down=torch.randn(300, 8), ups=ups), "merge")
     for part in ("CUDA", "float64", "merge", "4 outputs", "rank"):
         assert any(part in reason for reason in reasons), part
-    reasons = contract.unsupported(
-        torch.randn(300, 300, 300, dtype=torch.half), torch.randn(300, 300), None, torch.float32
-    )
+    core = torch.randn(300, 300, 300, dtype=torch.half)
+    call = Contraction(core, torch.randn(300, 300), None, 1.0, torch.float32)
+    reasons = contract.unsupported(call)
     for part in ("CUDA", "float32 factors", "at most 256", "<= 4"):
         assert any(part in reason for reason in reasons), part

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import petal_kernels as pk
 from petal_kernels._runtime import philox
 from petal_kernels.ops.gated_bottleneck import cuda_impl, op, reference, torch_impl, workload
 from petal_kernels.ops.gated_bottleneck.arguments import ACTIVATIONS, GATES, ROUTES
-from tests import discovery
+from tests import discovery, traffic
 from tests.emulation import build
 from tests.emulation.support import DTYPES, RNG, needs_compiler, pad_rows
 from tests.test_ops import check
@@ -124,6 +125,8 @@ RANKS = (
     Case("widest", (50,), 136, 256, gate="large", gate_rank=200),
     Case("wide, plain", (50,), 136, 193, base="none", out=70, route="none"),
     Case("wide, small", (2, 40), 72, 136, gate="small", norm=True, variant="release"),
+    Case("wide, token", (5, 13), 72, 150, gate="large", gate_rank=9, route="gram_relu"),
+    Case("token, small", (3, 21), 40, 70, gate="small", route="gram_relu", variant="release"),
 )
 
 
@@ -175,7 +178,7 @@ def test_masks_are_the_generators(dtype: torch.dtype) -> None:
 
 ORDER = [c for c in (*workload.CASES, *COMBINATIONS, *RANKS) if c.name in (
     "large-odd", "small-mask-odd", "gram-relu", "middleX-release", "mul-small", "two pieces",
-    "value-odd", "wide, plain", "middleY-add-identity-paper",
+    "value-odd", "wide, plain", "middleY-add-identity-paper", "wide, token",
 )]  # fmt: skip
 
 
@@ -281,7 +284,7 @@ def test_refusals_name_the_argument(replaced: Any) -> None:
         torch.randn(d, r),
         torch.empty(n, d),
     )
-    codes, numbers = [0, 0, 0, 0, 0, 1, 0, 1], [1.0, 0.0, 1e-5]
+    codes, numbers = [0, 0, 0, 0, 0, 0, 1, 0, 1], [1.0, 0.0, 1e-5]
 
     def forward(**changed: Any) -> None:
         names = cuda_impl.Tensors._fields
@@ -297,6 +300,9 @@ def test_refusals_name_the_argument(replaced: Any) -> None:
     bad(lambda: forward(up_bias=torch.randn(7)), r"up_bias: want \[8\]")
     wide = {"down": torch.randn(300, d), "up": torch.randn(d, 300)}
     bad(lambda: forward(**wide), "ranks of at most 256, got 300")
+    codes[1] = cuda_impl._ROUTES.index("outer")
+    bad(lambda: forward(left=torch.randn(1, r)), "right: want a tensor, got none")
+    codes[1] = 0
     codes[-1] = 4
     bad(forward, "samples: want a divisor of 6, got 4")
 
@@ -336,3 +342,19 @@ def test_a_sum_overwrites_columns_of_its_base(route: str) -> None:
     assert got is wide
     assert torch.equal(wide[..., 8:85], want)
     assert bool((wide[..., :8] == 5.0).all() and (wide[..., 85:] == 5.0).all())
+
+
+@pytest.mark.parametrize("route", ["add", "mul", "expand", "gram"])
+def test_traffic_of_routed_lora(route: str) -> None:
+    """GPT-2's c_attn: x, the middle and q and v where they lie, beyond the base."""
+    call = traffic.RoutedProjection(route)
+
+    def kernel(
+        tensors: list[Tensor | None], work: list[Tensor | None], out: Tensor, *rest: Any
+    ) -> tuple[Any, Any]:
+        given = dict(zip(cuda_impl.Tensors._fields, tensors, strict=True))
+        return [*(given | {"bottleneck": None}).values(), work[0]], [out]
+
+    with pk.use_backend("torch"):
+        moved = call.count({"petal_cuda_emulated::gated_fwd": kernel})
+    call.check(moved)

@@ -4,15 +4,17 @@ split, several splits, samples longer than a block, every instruction set, any n
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import petal_kernels as pk
 from petal_kernels import _build_info
 from petal_kernels._runtime import device
 from petal_kernels.ops.gated_bottleneck.workload import Case
-from tests import discovery
+from tests import discovery, traffic
 
 OPERATOR = next(op for op in discovery.operators() if op.name == "gated_bottleneck")
 BART = {"dropout": 0.1, "residual": "gate_input", "norm": True}
@@ -74,3 +76,15 @@ def test_threads_do_not_change_bits(case: Case) -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(one, three, strict=True))
+
+
+@pytest.mark.parametrize("route", ["add", "mul", "expand", "gram"])
+def test_traffic_of_routed_lora(route: str) -> None:
+    """GPT-2's c_attn: x, the middle and q and v where they lie, beyond the base."""
+    call = traffic.RoutedProjection(route)
+
+    def kernel(tensors: list[Tensor | None], *rest: Any) -> tuple[Any, Any]:
+        return tensors, rest[-1]
+
+    with pk.use_backend("native"):
+        call.check(call.count({"petal_native::gated_bottleneck_forward": kernel}))

@@ -15,7 +15,7 @@ import pytest
 from tests import triton_audit
 
 pytest.importorskip("triton")
-LOWRANK, MODE, GATED = (f"petal_kernels.ops.{m}" for m in triton_audit.MODULES)
+LOWRANK, MODE, GATED, DISPATCH = (f"petal_kernels.ops.{m}" for m in triton_audit.MODULES)
 
 
 def check(reports: list[dict[str, Any]]) -> None:
@@ -35,6 +35,7 @@ def check(reports: list[dict[str, Any]]) -> None:
         (LOWRANK, "^expand bf16 r64 large has_base.drop_h$", 90),
         (MODE, "^fwd fp32 fold$", 80),
         (GATED, "^rows bf16 r128 large_gated large$", 90),
+        (DISPATCH, "^fwd bf16 r64 large topk$", 90),
     ],
 )
 def test_one_form(module: str, pattern: str, arch: int) -> None:
@@ -48,7 +49,8 @@ def test_one_form(module: str, pattern: str, arch: int) -> None:
     [(LOWRANK, f"^{k} ") for k in ("shrink", "expand", "dh", "tn", "gemm_ext", "dx", "reduce")]
     + [(MODE, "^(fwd|bwd|sum)"), (MODE, "^cp")]
     + [(GATED, f"^{k} {e}") for k in ("fwd", "rows", "weights") for e in ("bf16", "fp32")]
-    + [(GATED, "^reduce")],
+    + [(GATED, "^reduce")]
+    + [(DISPATCH, f"^{k}") for k in ("(route|shrink|slots|reduce)", "fwd", "rows", "weights")],
 )
 def test_every_form(module: str, pattern: str, arch: int) -> None:
     check(triton_audit.in_subprocess("compile", module, pattern, str(arch)))

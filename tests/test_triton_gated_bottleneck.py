@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import petal_kernels as pk
 from petal_kernels._runtime import device
-from tests import triton_audit
+from tests import traffic, triton_audit
 
 if device.triton_reason() is not None or torch.cuda.is_available():
     pytest.skip("needs Triton's interpreter", allow_module_level=True)
@@ -178,6 +179,19 @@ def test_traffic_unequal_widths() -> None:
         (4 * (N * (D + R) + s * D * R), 0),
         (4 * (N * (g + RG) + s * g * RG), 0),
     )
+
+
+@pytest.mark.parametrize("route", ["add", "mul", "expand", "gram"])
+def test_traffic_of_routed_lora(route: str) -> None:
+    """GPT-2's c_attn: x, the middle and q and v where they lie, beyond the base."""
+    call = traffic.RoutedProjection(route)
+    with pk.use_backend("triton"), triton_audit.Audit() as audit:
+        library = call.count({})
+    launches = audit.of("_fwd")
+    assert len(launches) == len(audit.launches) == 2
+    assert all(found.grid[0] > 1 and not found.rewritten() for found in launches)
+    moved = [found.moved(ignore=("rng_ptr", "up_ptr")) for found in launches]
+    call.check(library + sum(moved))
 
 
 def everything(case: Any) -> list[Tensor]:

@@ -9,12 +9,14 @@ public operator normalises away or rarely sees.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import petal_kernels as pk
 from petal_kernels._runtime import device, philox
 from tests import triton_audit
 
@@ -28,8 +30,10 @@ from petal_kernels._runtime import triton_lib
 from petal_kernels._runtime.triton_lib import dropout_keep
 from petal_kernels.ops.lowrank_linear import reference as lowrank_reference
 from petal_kernels.ops.lowrank_linear import triton_impl as lowrank
+from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Settings, Tensors
 from petal_kernels.ops.mode_contract import reference as mode_reference
 from petal_kernels.ops.mode_contract import triton_impl as mode
+from petal_kernels.ops.mode_contract.arguments import Call as Contraction
 
 triton_audit.hasten_interpreter()
 
@@ -71,16 +75,28 @@ def problem(dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Any
     return {**given, **changes}
 
 
-def forward(p: dict[str, Any], plan: str = "update") -> tuple[list[Tensor], Tensor]:
-    return lowrank.forward(**p, plan=plan)
+def call_of(p: dict[str, Any]) -> Call:
+    return Call(
+        Tensors(*(p[n] for n in Tensors._fields)), Settings(*(p[n] for n in Settings._fields))
+    )
 
 
-def backward(p: dict[str, Any], h: Tensor, dys: list[Tensor]) -> tuple[Any, ...]:
-    names = ("x", "down", "ups", "weights", "core", "rng", "scale", "dropout", "dropout_at")
-    call = {n: p[n] for n in names}
-    has_core = p["core"] is not None
-    return lowrank.backward(dys, h=h, **call, need_dx=True, need_ddown=p["down"] is not None,
-                            need_dups=True, need_dcore=has_core)  # fmt: skip
+def forward(p: dict[str, Any], plan: str = "update") -> tuple[list[Tensor], Saved]:
+    return lowrank.forward(call_of(p), p["rng"], plan)
+
+
+def backward(
+    p: dict[str, Any], saved: Saved, dys: list[Tensor], need: Iterable[str] | None = None
+) -> Gradients:
+    if need is None:
+        need = (n for n in ("x", "down", "ups", "core") if p[n] is not None)
+    return lowrank.backward(call_of(p), saved, dys, p["rng"], frozenset(need))
+
+
+def contraction(
+    core: Tensor, modes: Tensor, up: Tensor | None, dtype: torch.dtype = torch.float32
+) -> Contraction:
+    return Contraction(core, modes, up, 0.5, dtype)
 
 
 def exact(p: dict[str, Any], dys: list[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -104,17 +120,16 @@ def close(got: Tensor | None, want: Tensor, tolerance: float) -> None:
 
 
 def check_all(p: dict[str, Any], plan: str = "update", tolerance: float = 2e-6) -> None:
-    ys, h = forward(p, plan)
+    ys, saved = forward(p, plan)
     dys = [draw(*y.shape, seed=7, dtype=y.dtype) for y in ys]
     want, grads = exact(p, dys)
     for y, w in zip(ys, want, strict=True):
         close(y, w, tolerance)
-    dx, dh, ddown, dups, dcore = backward(p, h, dys)
-    found = {"x": dx, "down": ddown, "ups": dups, "core": dcore, "hidden": dh}
+    found = backward(p, saved, dys)
     for name in ("x", "down", "core", "hidden"):
         if name in grads:
-            close(found[name], grads[name], 2 * tolerance)
-    for g, w in zip(dups, grads["ups"], strict=True):
+            close(getattr(found, name), grads[name], 2 * tolerance)
+    for g, w in zip(found.ups, grads["ups"], strict=True):
         close(g, w, 2 * tolerance)
 
 
@@ -142,8 +157,8 @@ def test_lowrank_traffic_update(site: str, dtype: torch.dtype) -> None:
     e = dtype.itemsize
     p = problem(dtype, base=[draw(N, o, dtype=dtype) for o in OUTS], dropout_at=site)
     with triton_audit.Audit() as audit:
-        _, h = forward(p)
-        backward(p, h, [draw(N, o, seed=3, dtype=dtype) for o in OUTS])
+        _, saved = forward(p)
+        backward(p, saved, [draw(N, o, seed=3, dtype=dtype) for o in OUTS])
     clean(audit)
     expect(audit, "shrink", (N * D + R * D + N * R) * e)
     dx = (N * D + N * R + R * D) * e
@@ -169,8 +184,8 @@ def test_lowrank_traffic_extend_and_one_pass_dx() -> None:
     weights = [draw(o, D, dtype=dtype) for o in OUTS]
     p = problem(dtype, weights=weights, biases=[draw(o, dtype=dtype) for o in OUTS])
     with triton_audit.Audit() as audit:
-        _, h = forward(p, "extend")
-        backward(p, h, [draw(N, o, seed=3, dtype=dtype) for o in OUTS])
+        _, saved = forward(p, "extend")
+        backward(p, saved, [draw(N, o, seed=3, dtype=dtype) for o in OUTS])
     clean(audit)
     expect(audit, "gemm_ext", (N * D + D * WIDE + N * WIDE + N * R + WIDE * R + WIDE) * e)
     expect(audit, "bwd_dx", (N * WIDE + D * WIDE + N * D + N * R + R * D) * e)
@@ -185,8 +200,9 @@ def test_mode_contract_traffic(fold: bool, k: int, r: int, o: int) -> None:
     out = k * r * (o if fold else r) * 4
     v = o * r * 4 if fold else 0
     with triton_audit.Audit() as audit:
-        mode.forward(core, modes, up, 0.5, torch.float32)
-        mode.backward(draw(k, r, o if fold else r), core, modes, up, 0.5, True, True, fold)
+        call = contraction(core, modes, up)
+        mode.forward(call)
+        mode.backward(call, draw(*call.shape), frozenset(("core", "modes", "up")))
     clean(audit)
     expect(audit, "_fwd", (r**3 + k * r) * 4 + v + out)
     part = r * -(-r // 32) * k * r * 4  # a share of every dp_k from each slab and b tile
@@ -202,8 +218,9 @@ def test_mode_contract_cp_traffic() -> None:
     k, r, o = 5, 35, 140
     core, modes, up = draw(r), draw(k, r), draw(o, r)
     with triton_audit.Audit() as audit:
-        mode.forward(core, modes, up, 0.5, torch.float32)
-        mode.backward(draw(k, r, o), core, modes, up, 0.5, True, True, True)
+        call = contraction(core, modes, up)
+        mode.forward(call)
+        mode.backward(call, draw(k, r, o), frozenset(("core", "modes", "up")))
     clean(audit)
     expect(audit, "cp_fwd", (r + k * r + o * r + k * r * o) * 4)
     backward_bytes = sum(launch.moved() for launch in audit.of("bwd"))
@@ -214,12 +231,13 @@ def test_mode_contract_cp_traffic() -> None:
 def everything() -> list[Tensor]:
     """Outputs and gradients of both operators on one odd problem."""
     p = problem(base=[draw(N, o) for o in OUTS])
-    ys, h = forward(p)
-    grads = backward(p, h, [draw(N, o, seed=3) for o in OUTS])
+    ys, saved = forward(p)
+    grads = backward(p, saved, [draw(N, o, seed=3) for o in OUTS])
     core, modes, up = draw(19, 19, 19), draw(70, 19), draw(140, 19)
-    pt = mode.forward(core, modes, up, 0.5, torch.float32)
-    more = mode.backward(draw(70, 19, 140), core, modes, up, 0.5, True, True, True)
-    found = [*ys, h, *grads[:3], *grads[3], pt, *more]
+    contract = contraction(core, modes, up)
+    pt = mode.forward(contract)
+    more = mode.backward(contract, draw(*contract.shape), frozenset(("core", "modes", "up")))
+    found = [*ys, saved.h, grads.x, grads.hidden, grads.down, *grads.ups, pt, *more]
     return [t for t in found if t is not None]
 
 
@@ -255,10 +273,10 @@ def test_layouts_mixed() -> None:
     p = problem(torch.float16, ups=[ups[0], ups[1].half()], down=draw(R, 2 * D)[:, ::2])
     check_all(p, tolerance=2e-3)
     p = problem(base=[draw(N, o) for o in OUTS])
-    _, h = forward(p)
+    _, saved = forward(p)
     dys = [draw(1, o).expand(N, o) for o in OUTS]
     same = [dy.contiguous() for dy in dys]
-    for a, b in zip(backward(p, h, dys)[:3], backward(p, h, same)[:3], strict=True):
+    for a, b in zip(backward(p, saved, dys)[:3], backward(p, saved, same)[:3], strict=True):
         assert torch.equal(a, b)
 
 
@@ -291,16 +309,18 @@ def test_mode_contract_dtypes(core_dims: int) -> None:
     core, modes, up = draw(*[19] * core_dims), draw(70, 19), draw(140, 19)
     for store, given in ((torch.float16, torch.float32), (torch.float32, torch.float16)):
         c, p, v = core.to(given), modes.to(given), up.to(given)
-        pt = mode.forward(c, p, v, 0.5, store)
+        call = contraction(c, p, v, store)
+        pt = mode.forward(call)
         want = mode_reference.forward(c.double(), p.double(), v.double(), scale=0.5)[0]
         assert pt.dtype == store
         close(pt.transpose(1, 2), want, 6e-4 if store == torch.float16 else 2e-6)
         dout = draw(70, 19, 140).to(store)
-        grads = mode.backward(dout, c, p, v, 0.5, True, True, True)
+        grads = mode.backward(call, dout, frozenset(("core", "modes", "up")))
         exact_grads = mode_reference.backward(
             dout.double().transpose(1, 2), c.double(), p.double(), v.double(), scale=0.5
         )
-        for g, name in zip(grads, ("core", "modes", "up"), strict=True):
+        for name in ("core", "modes", "up"):
+            g = getattr(grads, name)
             assert g is not None
             assert g.dtype == given
             close(g, exact_grads[name], 1e-3 if given == torch.float16 else 4e-6)
@@ -309,42 +329,43 @@ def test_mode_contract_dtypes(core_dims: int) -> None:
 def test_partial_needs() -> None:
     """Gradients that are not asked for are not computed, and the others do not change."""
     p = problem(base=[draw(N, o) for o in OUTS])
-    _, h = forward(p)
+    _, saved = forward(p)
     dys = [draw(N, o, seed=3) for o in OUTS]
-    full = backward(p, h, dys)
-    names = ("x", "down", "ups", "weights", "core", "rng", "scale", "dropout", "dropout_at")
-    call = {n: p[n] for n in names}
-    only = lowrank.backward(dys, h=h, **call, need_dx=False, need_ddown=True, need_dups=False,
-                            need_dcore=False)  # fmt: skip
-    assert only[0] is None
-    assert only[3] is None
-    assert only[2] is not None
-    assert torch.equal(only[2], full[2])
+    full = backward(p, saved, dys)
+    only = backward(p, saved, dys, ("down",))
+    assert only.x is None
+    assert only.ups is None
+    assert only.down is not None
+    assert torch.equal(only.down, full.down)
     with triton_audit.Audit() as audit:
-        only = lowrank.backward(
-            dys, h=h, **call, need_dx=False, need_ddown=False, need_dups=True, need_dcore=False
-        )
+        only = backward(p, saved, dys, ("ups",))
     assert not audit.of("bwd_dh")
-    assert all(torch.equal(a, b) for a, b in zip(only[3], full[3], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(only.ups, full.ups, strict=True))
+
+
+def test_ups_alone_trained() -> None:
+    """Backward then has no value of x, but still its dtype and device to choose a backend by."""
+    x, down, up = draw(N, D), draw(R, D), draw(OUTS[0], R).requires_grad_()
+    (y,) = pk.lowrank_linear(x, down, [up], backend="triton")
+    (dup,) = torch.autograd.grad(y.sum(), up)
+    close(dup, (x.double() @ down.double().t()).sum(0).expand_as(up), 4e-6)
 
 
 def test_reasons() -> None:
     """Each limit is a reason of its own, and all are given at once."""
     x = draw(4, 300).double()
-    reasons = lowrank.unsupported(
-        x, draw(300, 300), None, [draw(5, 300)] * 5, [], [], None, 0.0, "input", "augment"
-    )
+    p = problem(x=x, down=draw(300, 300), ups=[draw(5, 300)] * 5)
+    reasons = lowrank.unsupported(call_of(p), "augment")
     text = "; ".join(reasons)
     limits = ("at most 4 outputs, got 5", "rank at most 256, got 300", "no plan 'augment'")
     for part in ("float64", *limits):
         assert part in text
     odd = draw(20, 20, 2)[..., 0]
-    reasons = lowrank.unsupported(
-        draw(4, 20), draw(4, 20), None, [draw(20, 4)], [odd], [], None, 0.0, "input", "extend"
-    )
+    p = problem(x=draw(4, 20), down=draw(4, 20), ups=[draw(20, 4)], weights=[odd], biases=[None])
+    reasons = lowrank.unsupported(call_of(p), "extend")
     assert reasons == ["plan 'extend' needs weights with a unit stride, all in the same dim"]
     bf16 = draw(4, 4).bfloat16()
-    assert "bfloat16" in mode.unsupported(bf16, bf16, None, torch.float32)[0]
+    assert "bfloat16" in mode.unsupported(contraction(bf16, bf16, None))[0]
 
 
 def test_precision_follows_torch() -> None:

@@ -7,7 +7,7 @@ import pytest
 from tests import triton_audit
 
 pytest.importorskip("triton")
-LOWRANK, MODE, GATED = (f"petal_kernels.ops.{m}" for m in triton_audit.MODULES)
+LOWRANK, MODE, GATED, DISPATCH = (f"petal_kernels.ops.{m}" for m in triton_audit.MODULES)
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,7 @@ LOWRANK, MODE, GATED = (f"petal_kernels.ops.{m}" for m in triton_audit.MODULES)
         (LOWRANK, "r64 (large|fp32)|reduce"),
         (MODE, "."),
         (GATED, "r128 (large|fp32)|reduce"),
+        (DISPATCH, "r64 (large|fp32)|reduce"),
     ],
 )
 def test_addresses_are_64_bit(module: str, pattern: str) -> None:

@@ -109,6 +109,15 @@ class Launch:
         """All bytes asked of the caches."""
         return sum(self._bytes(k, n, False) for k in (self.reads, self.writes) for n in k)
 
+    def readback(self) -> int:
+        """Unique bytes read of what the launch has itself written."""
+        total = 0
+        for name in self.reads.keys() & self.writes.keys():
+            read = np.unique(np.concatenate([a for a, _ in self.reads[name]]))
+            written = np.unique(np.concatenate([a for a, _ in self.writes[name]]))
+            total += self.reads[name][0][1] * int(np.isin(read, written).sum())
+        return total
+
     def rewritten(self) -> list[str]:
         """Arguments with an element stored more than once."""
         return [
@@ -193,6 +202,7 @@ MODULES = (
     "lowrank_linear.triton_configs",
     "mode_contract.triton_impl",
     "gated_bottleneck.triton_configs",
+    "expert_dispatch.triton_configs",
 )
 # What each architecture grants a block; bucket 80 also serves 8.6, 8.9 and 12.0, which have 99 KiB.
 SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
@@ -212,7 +222,7 @@ def _source(shipped: Any) -> Any:
         for n, kind in shipped.signature.items()
         if kind.startswith("*")
         or n.startswith(("stride", "out"))
-        or n in ("D", "R", "O", "G", "RG")
+        or n in ("D", "R", "O", "G", "RG", "W")
     ]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
     signature = {**shipped.signature, **dict.fromkeys(shipped.constexprs, "constexpr")}

@@ -15,6 +15,13 @@ constexpr uint64_t kStreamBytes = 4 << 20;  // results from this size on go past
 PETAL_INLINE int64_t n_panels(int64_t cols) { return (cols + kNR - 1) / kNR; }
 PETAL_INLINE int64_t padded(int64_t cols) { return round_up(cols, kNR); }
 
+PETAL_INLINE int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
+
+// The rows of a block.
+struct Span {
+  int64_t row0, rows;
+};
+
 // Hands out consecutive pieces of a scratch buffer.
 struct Arena {
   float* p;
@@ -24,6 +31,28 @@ struct Arena {
     return out;
   }
 };
+
+// Stands in for an Arena where only the size is wanted.
+struct Sizer {
+  int64_t n = 0;
+  float* take(int64_t floats) {
+    n += round_up(floats, 16);
+    return nullptr;
+  }
+};
+
+PETAL_INLINE float sum(vf v) {
+  for (int half = kVL / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  }
+  return v[0];
+}
+
+PETAL_INLINE float dot(const float* a, const float* b, int64_t n) {
+  vf total = {};
+  for (int64_t i = 0; i < n; i += kVL) total += load(a + i) * load(b + i);
+  return sum(total);
+}
 
 template <typename T>
 struct Storage {
@@ -142,6 +171,40 @@ void pack(float* dst, const void* src, CpuType type, int64_t sk, int64_t sc, int
 void reduce(void* dst, CpuType type, int64_t sr, int64_t sc, const float* partials, int64_t splits,
             int64_t R, int64_t cols, int64_t j) {
   PETAL_BY_TYPE(type, reduce_of<T>(dst, sr, sc, partials, splits, R, cols, j));
+}
+
+inline void round_to(CpuType type, float* p, int64_t n) { PETAL_BY_TYPE(type, round_rows<T>(p, n)); }
+
+template <typename T>
+PETAL_INLINE T* from_row(const CpuRows& rows, int64_t row) {
+  return static_cast<T*>(rows.p) + row * rows.ld;
+}
+
+// A [rows, K] B, B packed.
+struct Product {
+  Rows a;
+  int64_t K;
+  const float* b;
+};
+
+// c (+)= A B + bias. Sums start from zero and what is there is added last: H is large beside them.
+inline void project(const Block& c, bool add, const Product& m, int64_t rows, int64_t panels,
+                    const float* bias) {
+  for (int64_t j = 0; j < panels; ++j) {
+    const vf bias0 = bias ? load(bias + j * kNR) : vf{};
+    const vf bias1 = bias ? load(bias + j * kNR + kVL) : vf{};
+    for_row_tiles(rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
+      Tile<decltype(height)::value> t;
+      clear(t);
+      mac_rows(t, m.a, i, m.b + j * m.K * kNR, m.K);
+      float* p = c.p + j * c.panel + i * c.row;
+      each(t, [=](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
+        float* at = p + r * c.row;
+        store(at, v0 + bias0 + (add ? load(at) : vf{}));
+        store(at + kVL, v1 + bias1 + (add ? load(at + kVL) : vf{}));
+      });
+    });
+  }
 }
 
 }  // namespace

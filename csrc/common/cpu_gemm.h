@@ -177,7 +177,26 @@ inline void to_panels(float* dst, const T* src, int64_t ld, int64_t rows, int64_
   }
 }
 
-// The same into rows of `width` floats, a multiple of kNR.
+// fp32 panels of `height` rows -> storage, row after row; `streamed`: past the caches.
+template <typename T>
+inline void from_panels(T* dst, int64_t ld, const float* src, int64_t height, int64_t rows, int64_t cols,
+                        bool streamed) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; j += kVL) {
+      const vf v = load(src + j / kNR * height * kNR + i * kNR + j % kNR);
+      T* out = dst + i * ld + j;
+      if (cols - j < kVL) {
+        store_part(out, v, cols - j);
+      } else if (streamed) {
+        stream(out, v);
+      } else {
+        store(out, v);
+      }
+    }
+  }
+}
+
+// The same as to_panels into rows of `width` floats, a multiple of kNR.
 template <typename T>
 inline void to_rows(float* dst, int64_t width, const T* src, int64_t ld, int64_t rows, int64_t cols) {
   for (int64_t i = 0; i < rows; ++i) {

@@ -12,6 +12,12 @@ namespace petal {
 // Storage types of activations; parameters may also be fp32 beside 16-bit activations.
 enum class CpuType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
+// A row tensor [N, width] in the activations' dtype; ld in elements.
+struct CpuRows {
+  void* p;
+  int64_t ld;
+};
+
 // threshold 0: dropout is off. scale: of the kept values.
 struct CpuDropout {
   uint64_t seed;

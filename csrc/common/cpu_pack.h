@@ -35,34 +35,48 @@ inline Matrix slice(const Tensor& t, int64_t k, const char* name) {
   return {data, type, t.size(1), t.size(2), t.stride(1), t.stride(2)};
 }
 
-// Right operands to be packed: the contraction runs over a matrix's rows.
+// Right operands to be packed: the contraction runs over a matrix's rows, or over those of several
+// matrices, one below the other.
 class Packer {
  public:
-  void add(const float** packed, const Matrix& m) { operands_.push_back({packed, m}); }
+  void add(const float** packed, const Matrix& m) { add(packed, std::vector<Matrix>{m}); }
+  void add(const float** packed, std::vector<Matrix> parts) {
+    int64_t rows = 0;
+    for (const Matrix& m : parts) rows += m.rows;
+    operands_.push_back({packed, std::move(parts), rows});
+  }
   int64_t floats(int64_t panel) const {
     int64_t n = 0;
-    for (const Operand& o : operands_) n += ceil_div(o.m.cols, panel) * panel * o.m.rows;
+    for (const Operand& o : operands_) n += o.panels(panel) * panel * o.rows;
     return n;
   }
   void run(float* out, const CpuOperands& kernel, bool parallel) const {
     struct Job {
-      const Matrix* m;
+      const Operand* o;
       float* dst;
       int64_t begin, end;
     };
     std::vector<Job> jobs;
     for (const Operand& o : operands_) {
-      const int64_t panels = ceil_div(o.m.cols, kernel.panel);
+      const int64_t panels = o.panels(kernel.panel);
       for (int64_t j = 0; j < panels; j += kPanelsPerJob) {
-        jobs.push_back({&o.m, out, j, std::min(panels, j + kPanelsPerJob)});
+        jobs.push_back({&o, out, j, std::min(panels, j + kPanelsPerJob)});
       }
       *o.packed = out;
-      out += panels * kernel.panel * o.m.rows;
+      out += panels * kernel.panel * o.rows;
     }
     run_tasks(static_cast<int64_t>(jobs.size()), parallel, [&](const auto& next) {
       for (int64_t i = next(); i >= 0; i = next()) {
-        const auto& [m, dst, begin, end] = jobs[i];
-        kernel.pack(dst, m->data, m->type, m->row_stride, m->col_stride, m->rows, m->cols, begin, end);
+        const auto& [o, dst, begin, end] = jobs[i];
+        for (int64_t j = begin; j < end; ++j) {
+          float* at = dst + j * o->rows * kernel.panel;
+          for (const Matrix& m : o->parts) {
+            // A panel is written at its index; this one lies where its operand says.
+            kernel.pack(at - j * m.rows * kernel.panel, m.data, m.type, m.row_stride, m.col_stride,
+                        m.rows, m.cols, j, j + 1);
+            at += m.rows * kernel.panel;
+          }
+        }
       }
     });
   }
@@ -71,7 +85,9 @@ class Packer {
   static constexpr int64_t kPanelsPerJob = 4;
   struct Operand {
     const float** packed;
-    Matrix m;
+    std::vector<Matrix> parts;
+    int64_t rows;
+    int64_t panels(int64_t panel) const { return ceil_div(parts[0].cols, panel); }
   };
   std::vector<Operand> operands_;
 };

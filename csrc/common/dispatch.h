@@ -8,6 +8,8 @@ namespace petal {
 
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
+enum class Activation : int32_t { kIdentity = 0, kRelu, kGelu, kGeluTanh, kSilu };
+
 template <typename T>
 struct TypeTag {
   using type = T;
@@ -20,6 +22,13 @@ struct MatrixView {
   void* data = nullptr;
   int64_t stride = 0;
   bool vec = false;
+};
+
+// A small tensor with any stride, in T or (wide) fp32.
+struct VectorView {
+  const void* data = nullptr;
+  int64_t stride = 0;
+  bool wide = false;
 };
 
 inline bool can_vectorise(const void* data, int64_t stride, int64_t element_size) {

@@ -74,7 +74,7 @@ __device__ __forceinline__ void store8(T* p, const float (&v)[8], int valid, boo
   }
 }
 
-// Stores whose dtype is known at run time only.
+// Accesses whose dtype is known at run time only.
 __device__ __forceinline__ void store_as(void* data, DType dtype, int64_t index, float v) {
   if (dtype == DType::kFloat32) {
     static_cast<float*>(data)[index] = v;
@@ -96,10 +96,36 @@ __device__ __forceinline__ void store8_as(void* data, DType dtype, int64_t index
   }
 }
 
+__device__ __forceinline__ void load8_as(float (&v)[8], const void* data, DType dtype,
+                                         int64_t index, int valid, bool vec) {
+  if (dtype == DType::kFloat32) {
+    load8<float>(v, static_cast<const float*>(data) + index, valid, vec);
+  } else if (dtype == DType::kFloat16) {
+    load8<__half>(v, static_cast<const __half*>(data) + index, valid, vec);
+  } else {
+    load8<__nv_bfloat16>(v, static_cast<const __nv_bfloat16*>(data) + index, valid, vec);
+  }
+}
+
 // How many of `width` columns a group starting at `col` holds, at most `most`.
 __device__ __forceinline__ int valid_columns(int64_t col, int64_t width, int most) {
   const int64_t left = width - col;
   return left >= most ? most : (left > 0 ? static_cast<int>(left) : 0);
+}
+
+template <typename T>
+__device__ __forceinline__ float element(const VectorView& v, int64_t i) {
+  return v.wide ? static_cast<const float*>(v.data)[i * v.stride]
+                : to_float(static_cast<const T*>(v.data)[i * v.stride]);
+}
+
+template <typename T>
+__device__ __forceinline__ const T* at(const MatrixView& m, int64_t row, int64_t col) {
+  return static_cast<const T*>(m.data) + row * m.stride + col;
+}
+template <typename T>
+__device__ __forceinline__ T* at_out(const MatrixView& m, int64_t row, int64_t col) {
+  return static_cast<T*>(m.data) + row * m.stride + col;
 }
 
 }  // namespace petal

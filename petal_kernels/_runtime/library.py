@@ -27,13 +27,13 @@ def define(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> A
     name = schema.split("(", 1)[0].strip()
 
     @functools.wraps(impl)
-    def outside_autocast(*args: Any) -> Any:
+    def without_autocast(*args: Any) -> Any:
         # The dtypes were settled by whoever called: a product that autocast rounds again inside an
         # operator would silently change its result.
         with torch._C._DisableAutocast():
             return impl(*args)
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, outside_autocast, "CompositeExplicitAutograd")
+    _library.impl(name, without_autocast, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default

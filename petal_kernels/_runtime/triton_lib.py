@@ -1,5 +1,7 @@
-"""Triton building blocks of two or more operators: the dropout tile, and the host's view of the
-device.
+"""Triton building blocks of two or more operators: masked tiles, a projection, activations, the
+dropout tile, sums of partials; and the host's view of the device.
+
+Masked lanes of a tile read zero, rows are addressed in 64 bits, an absent tensor is None.
 
 ``dropout_keep`` draws the keep mask of ``_runtime/philox.py`` for a tile: one Philox4x32-7 call
 serves eight columns, its four words split into 16-bit lanes that are joined back in column order.
@@ -24,6 +26,12 @@ MAX_POINTERS = 4
 # eighth of 50 MB).
 MAX_PARTIAL_BYTES = 6 << 20
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Elements: in a row of partial sums every section starts on a 64-byte boundary.
+ALIGNED = tl.constexpr(16)
+_GELU_SLOPE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+_GELU_CUBE = tl.constexpr(0.044715)
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+_DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 
 
 @triton.jit
@@ -57,6 +65,106 @@ def pick(k, a, b, c, d):  # type: ignore[no-untyped-def]
     """The k-th of four scalars (sizes, strides or pointers of one type), k known only at run
     time."""
     return tl.where(k == 0, a, tl.where(k == 1, b, tl.where(k == 2, c, d)))
+
+
+@triton.jit
+def activate(q, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The activation, in fp32."""
+    if ACT == "relu":
+        q = tl.where(q < 0, 0.0, q)  # a NaN passes
+    elif ACT == "silu":
+        q *= tl.sigmoid(q)
+    elif ACT == "gelu_tanh":
+        # (1 + tanh k) / 2 is sigmoid(2 k), without the cancellation.
+        q *= tl.sigmoid((q + q * q * q * _GELU_CUBE) * _GELU_SLOPE)
+    elif ACT == "gelu":
+        q *= 0.5 * (1.0 + tl.erf(q * _SQRT_HALF))
+    return q
+
+
+@triton.jit
+def activate_backward(q, d, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """d times the activation's derivative at q; sigmoid(-t) is 1 - sigmoid(t), not cancelled."""
+    if ACT == "relu":
+        d = tl.where(q <= 0, 0.0, d)
+    elif ACT == "silu":
+        d = d * tl.sigmoid(q) * (1.0 + q * tl.sigmoid(-q))
+    elif ACT == "gelu_tanh":
+        t = (q + q * q * q * _GELU_CUBE) * _GELU_SLOPE
+        slope = (1.0 + q * q * (3.0 * _GELU_CUBE)) * _GELU_SLOPE
+        d = d * tl.sigmoid(t) * (1.0 + q * tl.sigmoid(-t) * slope)
+    elif ACT == "gelu":
+        density = tl.exp(-0.5 * q * q) * _DENSITY
+        d *= 0.5 * (1.0 + tl.erf(q * _SQRT_HALF)) + q * density
+    return d
+
+
+@triton.jit
+def load_tile(ptr, stride, offs_i, offs_j, mask_i, J):  # type: ignore[no-untyped-def]
+    """Rows offs_i, columns offs_j < J of a matrix with unit column stride."""
+    offs = offs_i.to(tl.int64)[:, None] * stride + offs_j[None, :]
+    return tl.load(ptr + offs, mask=mask_i[:, None] & (offs_j < J)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, stride, offs_i, offs_j, mask_i, J, tile):  # type: ignore[no-untyped-def]
+    """The same for a store, in the matrix's dtype."""
+    offs = offs_i.to(tl.int64)[:, None] * stride + offs_j[None, :]
+    mask = mask_i[:, None] & (offs_j < J)[None, :]
+    tl.store(ptr + offs, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_vector(ptr, offs, n):  # type: ignore[no-untyped-def]
+    """A vector's elements in fp32; zeros where there is no vector."""
+    if ptr is None:
+        vector = tl.zeros(offs.shape, tl.float32)
+    else:
+        vector = tl.load(ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+    return vector
+
+
+@triton.jit
+def project(  # type: ignore[no-untyped-def]
+    x_ptr,
+    stride,
+    w_ptr,
+    bias_ptr,
+    offs_m,
+    mask_m,
+    D,
+    R,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """x W^T + c in fp32, [BLOCK_M, BLOCK_R]."""
+    offs_r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros((offs_m.shape[0], BLOCK_R), tl.float32)
+    for k0 in range(0, D, BLOCK_K):
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, stride, offs_m, offs_k, mask_m, D)  # [BLOCK_M, BLOCK_K]
+        w = load_tile(w_ptr, D, offs_r, offs_k, offs_r < R, D).to(x.dtype)
+        acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+    return acc + load_vector(bias_ptr, offs_r, R)[None, :]
+
+
+@triton.jit
+def sum_section(  # type: ignore[no-untyped-def]
+    d_ptr, index, size, start, part_ptr, stride_part, splits, BLOCK: tl.constexpr
+):
+    """Sum one parameter's partials in the order of the splits; where the next section starts."""
+    if d_ptr is not None:
+        if tl.program_id(1) == index:
+            offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+            part = part_ptr + start + offs
+            acc = tl.zeros((BLOCK,), tl.float32)
+            for _ in range(splits):
+                acc += tl.load(part, mask=offs < size, other=0.0)
+                part += stride_part
+            tl.store(d_ptr + offs, acc.to(d_ptr.dtype.element_ty), mask=offs < size)
+        start += tl.cdiv(size, ALIGNED) * ALIGNED
+    return start
 
 
 def interpreted() -> bool:

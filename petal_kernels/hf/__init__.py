@@ -4,6 +4,7 @@ from petal_kernels.hf.attach import attach
 from petal_kernels.hf.attachment import Attachment
 from petal_kernels.hf.config import (
     AuroraConfig,
+    ExpertConfig,
     PetalConfig,
     RoutingConfig,
     VLAdapterConfig,
@@ -15,6 +16,7 @@ from petal_kernels.hf.report import Report
 __all__ = [
     "Attachment",
     "AuroraConfig",
+    "ExpertConfig",
     "MergeReport",
     "PetalConfig",
     "Report",

@@ -8,7 +8,7 @@ from torch import nn
 
 from petal_kernels.hf import files
 from petal_kernels.hf.attachment import NAME, Attachment
-from petal_kernels.hf.config import AdapterConfig, AuroraConfig, PetalConfig
+from petal_kernels.hf.config import AdapterConfig, AuroraConfig, ExpertConfig, PetalConfig
 
 IMPLEMENTATIONS = ("fused", "published")
 
@@ -64,6 +64,10 @@ def _attach(model: nn.Module, config: AdapterConfig, implementation: str) -> Att
         from petal_kernels.hf.aurora.attachment import AuroraAttachment
 
         return AuroraAttachment(model, config, implementation)
+    if isinstance(config, ExpertConfig):
+        from petal_kernels.hf.insertion.experts import ExpertAttachment
+
+        return ExpertAttachment(model, config, implementation)
     from petal_kernels.hf.insertion.attachment import InsertionAttachment
 
     return InsertionAttachment(model, config, implementation)

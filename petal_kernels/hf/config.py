@@ -8,12 +8,25 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
+from petal_kernels.nn import experts as moe
 from petal_kernels.nn.gated_adapter import ACTIVATIONS, GATES, INITS, ROUTES
 
 VARIANTS = ("paper", "release")
 _VARIANT_DEFAULTS: dict[str, dict[str, Any]] = {
-    "paper": {"core": "cp", "context": "none", "use_cross_residual": True},
-    "release": {"core": "tucker", "context": "batch", "use_cross_residual": False},
+    "paper": {
+        "core": "cp",
+        "context": "none",
+        "use_cross_residual": True,
+        "gate": "softmax",
+        "tokens": "text",
+    },
+    "release": {
+        "core": "tucker",
+        "context": "batch",
+        "use_cross_residual": False,
+        "gate": "mean",
+        "tokens": "all",
+    },
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -33,7 +46,7 @@ class AdapterConfig:
     adapter_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        _want(type(self.r) is int and self.r >= 1, "r", "an integer >= 1", self.r)
+        _want(_is_size(self.r, 1), "r", "an integer >= 1", self.r)
         _one_of("variant", self.variant, VARIANTS)
         if isinstance(self.adapter_dtype, torch.dtype):
             self.adapter_dtype = str(self.adapter_dtype).removeprefix("torch.")
@@ -60,11 +73,12 @@ class AdapterConfig:
 
 @dataclass
 class PetalConfig(AdapterConfig):
-    """Mode approximation with the scale/shift residual and the batch context of PETAL.
+    """Mode approximation with the scale/shift residual, the batch context and the experts of PETAL.
 
     r                   rank of the shared factors.
     variant             "paper" (the published formulas) or "release" (what the authors' code does);
-                        it fills `core`, `context` and `use_cross_residual` where they are None.
+                        it fills `core`, `context`, `use_cross_residual`, `gate` and `tokens` where
+                        they are None.
     core                "cp" (a vector lambda) or "tucker" (a full R x R x R core).
     dropout             on the r-wide middle, one mask per mode.
     scale               factor s of every update.
@@ -77,6 +91,13 @@ class PetalConfig(AdapterConfig):
     scale_shift         the per-layer scale/shift residual.
     use_cross_residual  a second residual from the cross-attention output. Where variant is
                         "release" and it is off, its vectors are stored, frozen, for every layer.
+    experts, expert_r   how many experts the embeddings of [queries; instruction] pass through (0:
+                        none; 6 as published), and their rank.
+    gate                "softmax" (a trained router; the paper has no formula) or "mean".
+    top_k, router_input, router_noise   of the router, as in ExpertConfig.
+    tokens              which embeddings are served: "text" (not the queries) or "all".
+    keep, mix           e' = keep e + mix E(e); 0.6 and 0.4 as published, at step 0 about 0.6 e.
+    expert_init         "normal" (as published), or "identity": step 0 changes nothing, keep is 1.
     adapter_dtype       "float32" (default) or "bfloat16": storage of the adapter's parameters.
     """
 
@@ -87,6 +108,16 @@ class PetalConfig(AdapterConfig):
     context: Literal["none", "batch"] | None = None
     scale_shift: bool = True
     use_cross_residual: bool | None = None
+    experts: int = 0
+    expert_r: int = 64
+    gate: str | None = None
+    top_k: int | None = None
+    router_input: str = "token"
+    router_noise: float = 0.0
+    tokens: str | None = None
+    keep: float | None = None
+    mix: float = 0.4
+    expert_init: str = "normal"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,6 +131,15 @@ class PetalConfig(AdapterConfig):
         ok = _is_number(self.dropout) and 0.0 <= self.dropout < 1.0
         _want(ok, "dropout", "a number with 0 <= dropout < 1", self.dropout)
         _want(_is_finite(self.scale), "scale", "a finite number", self.scale)
+        _want(_is_size(self.experts, 0), "experts", "an integer >= 0", self.experts)
+        _want(_is_size(self.expert_r, 1), "expert_r", "an integer >= 1", self.expert_r)
+        _check_router(self, moe.GATES[:2])
+        _one_of("tokens", self.tokens, moe.TOKENS)
+        _one_of("expert_init", self.expert_init, ("normal", "identity"))
+        identity = self.expert_init == "identity"
+        ok = self.keep is None or (_is_finite(self.keep) and not (identity and self.keep != 1))
+        _want(ok, "keep", "None or 1" if identity else "None or a finite number", self.keep)
+        _want(_is_finite(self.mix), "mix", "a finite number", self.mix)
 
 
 @dataclass
@@ -108,12 +148,13 @@ class AuroraConfig(AdapterConfig):
 
     r                rank of the shared factors.
     variant          "paper" (the published formulas) or "release" (what the authors' code does); it
-                     fills `core` where that is None: "cp" and "tucker".
+                     fills `core` and `layout` where they are None: "cp" and "blocks", or "tucker"
+                     and "aurora_release".
     dropout          on the r-wide middle: after the core in the image encoder, before it in text.
     scale            factor s of every update.
     layout           of the feed-forward modes: "blocks" (one mode per block of outputs or inputs)
                      or "aurora_release" (the authors' code, whose blocks mix the entries of their
-                     modes; only for adapters trained so).
+                     modes).
     scale_shift      the query transformation: scale/shift residuals of a text layer's self and
                      cross attention, added where the text runs with image features. The paper
                      calls it gated; no gate is published or released, and there is none here.
@@ -127,7 +168,7 @@ class AuroraConfig(AdapterConfig):
     core: Literal["cp", "tucker"] | None = None
     dropout: float = 0.1
     scale: float = 1.0
-    layout: Literal["blocks", "aurora_release"] = "blocks"
+    layout: Literal["blocks", "aurora_release"] | None = None
     scale_shift: bool = True
     context: Literal["none", "batch"] = "none"
 
@@ -135,6 +176,8 @@ class AuroraConfig(AdapterConfig):
         super().__post_init__()
         if self.core is None:
             self.core = _VARIANT_DEFAULTS[self.variant]["core"]
+        if self.layout is None:
+            self.layout = "aurora_release" if self.variant == "release" else "blocks"
         _one_of("core", self.core, ("cp", "tucker"))
         _one_of("layout", self.layout, ("blocks", "aurora_release"))
         _one_of("context", self.context, ("none", "batch"))
@@ -176,14 +219,8 @@ class VLPetConfig(AdapterConfig):
         _one_of("init", self.init, INITS)
         if self.gate_r is None:
             self.gate_r = self.r
-        ok = type(self.gate_r) is int and self.gate_r >= 1
-        _want(ok, "gate_r", "None or an integer >= 1", self.gate_r)
-        _want(
-            type(self.value_r) is int and self.value_r >= 0,
-            "value_r",
-            "an integer >= 0",
-            self.value_r,
-        )
+        _want(_is_size(self.gate_r, 1), "gate_r", "None or an integer >= 1", self.gate_r)
+        _want(_is_size(self.value_r, 0), "value_r", "an integer >= 0", self.value_r)
         _want(_is_finite(self.scale), "scale", "a finite number", self.scale)
         _want(isinstance(self.train_norms, bool), "train_norms", "a bool", self.train_norms)
 
@@ -253,10 +290,75 @@ class RoutingConfig(AdapterConfig):
             _want(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
 
 
+@dataclass
+class ExpertConfig(AdapterConfig):
+    """Mixtures of LoRA updates or of adapters: `experts` of rank `r` in every place.
+
+    kind          "lora" (query and value projections) or "adapter" (after every block).
+    alpha         LoRA's scale is alpha / r (default alpha = r).
+    activation, scale   of the adapters; `scale` multiplies their sum.
+    gate          "softmax" (a trained router), "mean", or "domain": `with attachment.domains(...):`
+                  says which expert serves each token (Context-PEFT: one for image, one for text).
+    top_k         softmax: how many experts serve a token (default all).
+    router_input  "token", or "pooled": one choice per sample, by the mean of its tokens (without
+                  padding). A layer pools what it is given: in cached decoding the new token alone.
+    router_noise  standard deviation of the noise on the logits while training.
+    shared_down   one down-projection for all experts.
+    """
+
+    method: ClassVar[str] = "experts"
+    r: int = 8
+    experts: int = 4
+    kind: str = "lora"
+    alpha: float | None = None
+    activation: str = "gelu_tanh"
+    scale: float = 1.0
+    gate: str = "softmax"
+    top_k: int | None = None
+    router_input: str = "token"
+    router_noise: float = 0.0
+    shared_down: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _want(_is_size(self.experts, 1), "experts", "an integer >= 1", self.experts)
+        _one_of("kind", self.kind, ("lora", "adapter"))
+        _one_of("activation", self.activation, ACTIVATIONS)
+        lora = self.kind == "lora"
+        ok = self.alpha is None or (lora and _is_finite(self.alpha))
+        want = "None or a finite number" if lora else "None with kind='adapter'"
+        _want(ok, "alpha", want, self.alpha)
+        ok = _is_finite(self.scale) and (not lora or self.scale == 1)
+        want = "1.0 with kind='lora' (alpha scales it)" if lora else "a finite number"
+        _want(ok, "scale", want, self.scale)
+        _check_router(self, moe.GATES)
+        _want(isinstance(self.shared_down, bool), "shared_down", "a bool", self.shared_down)
+
+
 METHODS: dict[str, type[AdapterConfig]] = {
     config.method: config
-    for config in (PetalConfig, AuroraConfig, VLPetConfig, VLAdapterConfig, RoutingConfig)
+    for config in (
+        PetalConfig,
+        AuroraConfig,
+        VLPetConfig,
+        VLAdapterConfig,
+        RoutingConfig,
+        ExpertConfig,
+    )
 }
+
+
+def _check_router(config: PetalConfig | ExpertConfig, gates: tuple[str, ...]) -> None:
+    _one_of("gate", config.gate, gates)
+    _one_of("router_input", config.router_input, moe.ROUTER_INPUTS)
+    top_k, noise = config.top_k, config.router_noise
+    want = f"None or an integer from 1 to experts={config.experts}"
+    _want(top_k is None or (_is_size(top_k, 1) and top_k <= config.experts), "top_k", want, top_k)
+    _want(_is_finite(noise) and noise >= 0, "router_noise", "a finite number >= 0", noise)
+    if config.gate != "softmax":
+        for name, default in (("top_k", None), ("router_input", "token"), ("router_noise", 0)):
+            value = getattr(config, name)
+            _want(value == default, name, f"{default!r} with gate={config.gate!r}", value)
 
 
 def _want(ok: bool, name: str, want: str, got: object) -> None:
@@ -270,6 +372,10 @@ def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_size(value: object, least: int) -> bool:
+    return type(value) is int and value >= least
 
 
 def _is_finite(value: object) -> bool:

@@ -15,7 +15,6 @@ added in it, whatever the adapter's own dtype.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from petal_kernels._runtime.autocast import autocast_off, autocast_on
 from petal_kernels.ops.lowrank_linear import lowrank_linear
 
 if TYPE_CHECKING:
@@ -36,21 +36,9 @@ MERGED_TRAINING = (
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a linear of `x` would run here: autocast's if it is on, else x's."""
     device = x.device.type
-    if x.dtype != torch.float64 and _autocast_on(device):
+    if x.dtype != torch.float64 and autocast_on(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
-
-
-def _autocast_on(device: str) -> bool:
-    # torch has no autocast for meta tensors and raises when asked about it.
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
-def autocast_off(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A context in which autocast casts nothing on x's device: the dtypes are settled."""
-    if not _autocast_on(x.device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def weight_is_plain(base: nn.Module) -> bool:

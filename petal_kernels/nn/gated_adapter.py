@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from petal_kernels.nn.frozen_linear import autocast_off, compute_dtype
+from petal_kernels._runtime.autocast import autocast_off
+from petal_kernels.nn.frozen_linear import compute_dtype
 from petal_kernels.ops.gated_bottleneck import gated_bottleneck
 
 GATES = ("none", "large", "middleX", "middleY", "small")

@@ -11,43 +11,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from petal_kernels._runtime.autocast import autocast_off
+from petal_kernels.nn.experts import InstructionExperts, LowRankExperts
 from petal_kernels.nn.frozen_linear import MERGED_TRAINING, FrozenLinear
 from petal_kernels.nn.gated_adapter import GatedAdapter
 from petal_kernels.nn.mode_approximation import ModeApproximation
 from petal_kernels.nn.residual import CONTEXT_SCALE, RESIDUAL_SCALE, ScaleShift
 from petal_kernels.nn.routed_lora import RoutedLoRALinear
 from petal_kernels.nn.value_adapter import ValueAdapter
+from petal_kernels.ops.expert_dispatch.routing import Routing
 
 
-class PublishedModeLinear(FrozenLinear):
-    """y = base(x) + s (dropout(x U^T) M) V^T for one mode p of the shared factors."""
+class PublishedLinear(FrozenLinear):
+    """y = base(x) + update(x), of factors that many such layers share."""
 
     factors: ModeApproximation
     dropout: nn.Module
 
-    def __init__(self, base: nn.Module, factors: ModeApproximation, mode: int) -> None:
+    def __init__(self, base: nn.Module, factors: ModeApproximation) -> None:
         super().__init__(base)
-        self.mode = mode
         self.enabled = True
         self.merged = False
         # References, not children: the factors are registered once, at the model's root.
         self.__dict__["factors"] = factors
         self.__dict__["dropout"] = nn.Dropout(factors.dropout).train(base.training)
 
-    def train(self, mode: bool = True) -> PublishedModeLinear:
+    def train(self, mode: bool = True) -> PublishedLinear:
         super().train(mode)
         self.dropout.train(mode)
         return self
 
     def update(self, x: Tensor) -> Tensor:
-        factors = self.factors
-        p = factors.modes[self.mode]
-        z = self.dropout(F.linear(x, factors.down.to(_weight_dtype(x))))
-        if factors.core_kind == "cp":
-            w = z * (factors.core * p).to(z.dtype)
-        else:
-            w = z @ torch.einsum("abc,c->ab", factors.core, p).to(z.dtype)
-        return factors.scale * F.linear(w, factors.up.to(_weight_dtype(w)))
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged and self.training:
@@ -57,7 +52,25 @@ class PublishedModeLinear(FrozenLinear):
         return super().forward(x) + self.update(x)
 
 
-def _weight_dtype(x: Tensor) -> torch.dtype:
+class PublishedModeLinear(PublishedLinear):
+    """y = base(x) + s (dropout(x U^T) M) V^T for one mode p of the shared factors."""
+
+    def __init__(self, base: nn.Module, factors: ModeApproximation, mode: int) -> None:
+        super().__init__(base, factors)
+        self.mode = mode
+
+    def update(self, x: Tensor) -> Tensor:
+        factors = self.factors
+        p = factors.modes[self.mode]
+        z = self.dropout(F.linear(x, factors.down.to(weight_dtype(x))))
+        if factors.core_kind == "cp":
+            w = z * (factors.core * p).to(z.dtype)
+        else:
+            w = z @ torch.einsum("abc,c->ab", factors.core, p).to(z.dtype)
+        return factors.scale * F.linear(w, factors.up.to(weight_dtype(w)))
+
+
+def weight_dtype(x: Tensor) -> torch.dtype:
     """float32 weights stay as they are under autocast, which casts them itself."""
     return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
 
@@ -77,7 +90,7 @@ def published_context(c: Tensor, a: Tensor) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
     assert weight is not None
-    dtype = _weight_dtype(x)
+    dtype = weight_dtype(x)
     return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
@@ -165,3 +178,70 @@ def published_lora(m: RoutedLoRALinear, y: Tensor, x: Tensor, vision: Tensor | N
             q = _route(m.route, q, None if v is None else v[..., columns], m.variant)
         pieces[target] = pieces[target] + m.scale * _linear(q, m.up[n])
     return torch.cat(pieces, dim=-1)
+
+
+def _gates(
+    m: LowRankExperts, x: Tensor, mask: Tensor | None, domain: Tensor | None
+) -> tuple[Tensor, Routing]:
+    """The experts' weights [..., E], or [B, 1, E] where a sample's tokens share them."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if m.gate == "mean":
+        gates = torch.full((m.experts,), 1.0 / m.experts, dtype=wide, device=x.device)
+        return gates.expand(*x.shape[:-1], -1), Routing(None, None)
+    if m.gate == "domain":
+        assert domain is not None
+        hit = F.one_hot(domain, m.experts).bool()
+        gates = hit.to(wide)
+        return gates if domain.dim() == x.dim() - 1 else gates.unsqueeze(1), Routing(None, hit)
+    seen = x.to(wide)
+    if m.router_input == "pooled":
+        kept = x.new_ones(x.shape[:-1]) if mask is None else mask
+        kept = kept.to(wide).unsqueeze(-1)
+        seen = (kept * seen).sum(1) / kept.sum(1).clamp_min(1)
+    assert m.router is not None
+    with autocast_off(seen):
+        logits = F.linear(seen, m.router.to(wide))
+    if m.training and m.router_noise:
+        noise = torch.randn(logits.shape, device=x.device)
+        logits = logits + m.router_noise * noise.to(wide)
+    chosen, scores = None, logits
+    if m.top_k is not None:
+        best = logits.argsort(dim=-1, descending=True, stable=True)[..., : m.top_k]
+        chosen = F.one_hot(best, m.experts).any(-2)
+        scores = logits.masked_fill(~chosen, float("-inf"))
+    gates = F.softmax(scores, dim=-1)
+    return gates if gates.dim() == x.dim() else gates.unsqueeze(1), Routing(logits, chosen)
+
+
+def published_experts(
+    m: LowRankExperts,
+    x: Tensor,
+    base: Tensor,
+    *,
+    keep: float,
+    mix: float,
+    mask: Tensor | None = None,
+    domain: Tensor | None = None,
+) -> tuple[Tensor, Routing]:
+    """keep * base + mix * sum_j g_j (B_j act(A_j x + a_j) + b_j), one expert after the other on all
+    tokens."""
+    gates, routing = _gates(m, x, mask, domain)
+    total = torch.zeros_like(base)
+    for e in range(m.experts):
+        own = 0 if m.shared_down else e
+        z = _linear(x, m.down[own], None if m.down_bias is None else m.down_bias[own])
+        bias = None if m.up_bias is None else m.up_bias[e]
+        y = _linear(_activate(m.activation, z), m.up[e], bias)
+        total = total + gates[..., e, None].to(y.dtype) * y
+    return keep * base + mix * total, routing
+
+
+def published_instruction(
+    m: InstructionExperts, embeddings: Tensor, queries: int = 0, mask: Tensor | None = None
+) -> tuple[Tensor, Routing]:
+    """The same on [queries; instruction], or on the instruction alone."""
+    first = queries if m.tokens == "text" else 0
+    served = embeddings[:, first:]
+    mask = None if mask is None else mask[:, first:]
+    out, routing = published_experts(m, served, served, keep=m.keep, mix=m.mix, mask=mask)
+    return torch.cat((embeddings[:, :first], out), dim=1), routing

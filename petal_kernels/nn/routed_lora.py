@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from petal_kernels.nn.frozen_linear import autocast_off, compute_dtype, why_not_readable
+from petal_kernels._runtime.autocast import autocast_off
+from petal_kernels.nn.frozen_linear import compute_dtype, why_not_readable
 from petal_kernels.nn.gated_adapter import ROUTES, Near, check_choice, check_size, expand_vision
 from petal_kernels.ops.gated_bottleneck import gated_bottleneck
 

@@ -83,6 +83,18 @@ T __shfl_xor_sync(unsigned, T value, int lane_mask) {
   return scratch[lane ^ static_cast<unsigned>(lane_mask)];
 }
 
+inline unsigned __ballot_sync(unsigned, bool hit) {
+  bool* const scratch = static_cast<bool*>(::petal_emulation::warp_scratch());
+  scratch[threadIdx.x % 32] = hit;
+  ::petal_emulation::warp_barrier();
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(scratch[lane]) << lane;
+  return bits;
+}
+inline int __popc(unsigned bits) {
+  return __builtin_popcount(bits);
+}
+
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 1 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };

@@ -35,7 +35,7 @@ float* floats(const Matrix& m) {
   return reinterpret_cast<float*>(m.memory.get());
 }
 
-// Y = H + relu(z (+ or *) left) U^T + b; the logits of every gate are 0: G is 1/2, 3/2 or 1.
+// Y = H + relu(route(z)) U^T + b; the logits of every gate are 0: G is 1/2, 3/2 or 1.
 void gated(const Config& c) {
   const int64_t rows = c.samples * c.length;
   const DType t = c.dtype, f32 = DType::kFloat32;
@@ -48,12 +48,14 @@ void gated(const Config& c) {
   Matrix x(t, rows, c.width, c.pad), h(t, rows, c.outs, c.pad), gate_input(t, rows, c.outs, c.pad);
   Matrix down(t, c.rank, c.width, c.pad), up(t, c.outs, c.rank, c.pad);
   Matrix gate_down(t, rg, c.outs, c.pad), gate_up(t, c.outs, rg, c.pad);
-  Matrix left(t, c.samples, c.rank), up_bias(f32, 1, c.outs), down_bias(t, 1, c.rank);
+  Matrix left(t, c.samples, c.rank), right(t, c.samples, c.rank);
+  Matrix up_bias(f32, 1, c.outs), down_bias(t, 1, c.rank);
   Matrix zeros(f32, 1, 2 * c.outs), fold(f32, 1, c.rank);
   Matrix z(t, rows, c.rank, c.pad), zg(t, rows, rg, c.pad), out(t, rows, c.outs, c.pad);
   Matrix logits(f32, rows, 1), pooled(f32, c.samples, 1);
   unsigned salt = 0;
-  for (Matrix* m : {&x, &h, &gate_input, &down, &up, &gate_down, &left, &up_bias, &down_bias})
+  for (Matrix* m :
+       {&x, &h, &gate_input, &down, &up, &gate_down, &left, &up_bias, &down_bias, &right})
     m->fill(salt++);
   for (Matrix* m : {&gate_up, &zeros, &fold})
     for (int64_t r = 0; r < m->rows; ++r)
@@ -73,7 +75,9 @@ void gated(const Config& c) {
   p.down = {x.view(), down.view(), z.view(), vector(down_bias), c.width, c.rank, true};
   if (large)
     p.gate = {gate_input.view(), gate_down.view(), zg.view(), {}, c.outs, c.gate_rank, true};
+  p.route_relu = true;
   p.left = left.view();
+  p.right = right.view();
   p.columns[kUpBias] = vector(up_bias);
   if (c.gate == Gate::kMiddleY) p.columns[kGateColumn] = vector(zeros);
   if (row_gate) p.columns[kInputWeight] = p.columns[kSeenWeight] = vector(zeros);
@@ -101,7 +105,14 @@ void gated(const Config& c) {
   };
   expect(label + " z", z, hidden);
   const auto routed = [&](int64_t r, int64_t k) {
-    const double by = left.get(r / c.length, k), v = z.get(r, k);
+    const int64_t b = r / c.length;
+    if (c.route == Route::kOuter) {
+      double sum = 0;
+      for (int64_t j = 0; j < c.rank; ++j)
+        sum += z.get(r, j) > 0 ? z.get(r, j) * left.get(b, j) : 0;
+      return sum * right.get(b, k);
+    }
+    const double by = left.get(b, k), v = z.get(r, k);
     return c.route == Route::kMul ? v * by : c.route == Route::kAdd ? v + by : v;
   };
   Matrix a(t, rows, c.rank), y(f32, rows, c.outs);
@@ -120,6 +131,7 @@ void gated(const Config& c) {
     return gate_input.get(r, o) + 2 * gate * keep(r, o) * y.get(r, o);
   });
 
+  if (c.route == Route::kOuter) return;  // backward's product is the library's
   // Backward, of a random dout: dY = 2 G keep dout; every logit's gradient multiplies zeros.
   Matrix dout(t, rows, c.outs, c.pad), sums(f32, rows, kRowSums), totals(f32, c.samples, 1);
   Matrix kept_a(t, rows, c.rank, c.pad), kept_ag(t, rows, rg, c.pad), dz(t, rows, c.rank, c.pad);
@@ -229,6 +241,8 @@ int main() {
     gated({dtype, 3, 23, 5, 37, 0, 3, 0, Gate::kMiddleX, Route::kNone, true, true});
     gated({dtype, 1, 35, 5, 37, 3, 3, 0, Gate::kMiddleY, Route::kNone, false, false});
     gated({dtype, 5, 7, 8, 40, 8, 4, 0, Gate::kSmall, Route::kMul, true, false});
+    gated({dtype, 5, 7, 8, 40, 3, 6, 0, Gate::kSmall, Route::kOuter, true, true});
+    gated({dtype, 2, 17, 5, 37, 0, 70, 3, Gate::kLarge, Route::kOuter, false, false});
     gated({dtype, 1, 33, 3, 37, 0, 3, 140, Gate::kLarge, Route::kNone, false, false});
   }
   std::printf(failures == 0 ? "every kernel is right\n" : "%d checks failed\n", failures);

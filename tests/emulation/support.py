@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from petal_kernels.ops.lowrank_linear.arguments import Call, Settings, Tensors
 from tests.emulation import build
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -79,23 +80,22 @@ def wider(value: Any) -> Any:
     return value
 
 
-def run_linear(impl: Any, args: dict[str, Any], dys: list[Tensor]) -> dict[str, Tensor]:
-    ys, h = impl.forward(**args, plan="update")
-    shared = {k: args[k] for k in ("x", "down", "ups", "weights", "core", "rng")}
-    need_x, need_core = args["x"] is not None, args["core"] is not None
-    dx, dh, ddown, dups, dcore = impl.backward(
-        dys,
-        h=h,
-        **shared,
-        scale=args["scale"],
-        dropout=args["dropout"],
-        dropout_at=args["dropout_at"],
-        need_dx=need_x,
-        need_ddown=need_x,
-        need_dups=True,
-        need_dcore=need_core,
+def linear_call(**args: Any) -> Call:
+    """What is not named is not given."""
+    nothing = {"hidden": None, "weights": [], "biases": [], "base": [], "core": None}
+    given = nothing | {"scale": 1.0, "dropout": 0.0, "dropout_at": "input"} | args
+    return Call(
+        Tensors(*(given[n] for n in Tensors._fields)),
+        Settings(*(given[n] for n in Settings._fields)),
     )
-    found = {f"y{k}": y for k, y in enumerate(ys)} | {"h": h}
-    found |= {"dx": dx, "dh": dh, "ddown": ddown, "dcore": dcore}
-    found |= {f"dup{k}": dup for k, dup in enumerate(dups)}
+
+
+def run_linear(impl: Any, args: dict[str, Any], dys: list[Tensor]) -> dict[str, Tensor]:
+    call, rng = linear_call(**args), args["rng"]
+    ys, saved = impl.forward(call, rng, "update")
+    need = frozenset(n for n in ("x", "down", "ups", "core") if args[n] is not None)
+    grads = impl.backward(call, saved, dys, rng, need)
+    found = {f"y{k}": y for k, y in enumerate(ys)} | {"h": saved.h}
+    found |= {"dx": grads.x, "dh": grads.hidden, "ddown": grads.down, "dcore": grads.core}
+    found |= {f"dup{k}": dup for k, dup in enumerate(grads.ups)}
     return {k: v for k, v in found.items() if v is not None}

@@ -71,6 +71,31 @@ def test_full_size_counts(
     assert sum(p.numel() for p in vicuna_7b.parameters()) == VICUNA_7B_PARAMETERS
 
 
+@pytest.mark.parametrize(
+    ("variant", "trainable", "stored"),
+    [
+        ("paper", 863_616 + 6 * 768, 863_616 + 6 * 768),
+        ("release", 1_378_560, 1_396_992),
+    ],
+)
+def test_full_size_counts_with_experts(
+    vicuna_7b: nn.Module, variant: str, trainable: int, stored: int
+) -> None:
+    config = pk.PetalConfig(r=64, variant=variant, experts=6)  # type: ignore[arg-type]
+    attachment = pk.attach(vicuna_7b, config)
+    try:
+        report = attachment.report()
+        assert (report.trainable, report.stored) == (trainable, stored)
+        assert sum(row.trainable for row in report.rows) == trainable
+        assert sum(p.numel() for p in vicuna_7b.parameters() if p.requires_grad) == trainable
+        (row,) = (row for row in report.rows if row.role == "instruction experts")
+        assert row.shape.startswith("768 -> 768, 6 x r 64")
+        assert row.trainable in (594_816, 594_816 + 6 * 768)
+        assert attachment.signature()["embeddings"] == {"width": 768}
+    finally:
+        attachment.detach()
+
+
 def test_report_names_module_role_shape_backend_and_reason() -> None:
     model = tiny.instructblip()
     attachment = pk.attach(model, pk.PetalConfig(r=4))
@@ -150,7 +175,7 @@ def test_a_known_model_without_its_stack() -> None:
         (["query", "q"], r"target_modules: \['q'\] match nothing"),
         (
             r"nothing\..*",
-            r"want projections with roles \['cross.key'.*got 18 candidates in 4 layer",
+            r"want places that 'petal' adapts \(roles \['cross.key'.*got 18 candidates in 4 layer",
         ),
     ],
 )

@@ -34,7 +34,7 @@ from tests.hf.tiny_blip import (
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {"variant": "paper"},
     "release": {"variant": "release"},
-    "release-layout": {"variant": "release", "layout": "aurora_release"},
+    "release-blocks": {"variant": "release", "layout": "blocks"},
     "paper-layout": {"layout": "aurora_release"},
     "some": {"target_modules": ["vision.fc2", "vision.qkv", "cross.key"], "scale_shift": False},
 }
@@ -65,7 +65,7 @@ class FixedMask(nn.Module):
         return z * torch.cat(list(masks[self.first :]), dim=-1).reshape(z.shape)
 
 
-@pytest.mark.parametrize("variant", ["paper", "release", "release-layout"])
+@pytest.mark.parametrize("variant", ["paper", "release", "release-blocks"])
 @pytest.mark.parametrize("task", TASKS)
 def test_fused_equals_published_with_dropout(
     task: str, variant: str, monkeypatch: pytest.MonkeyPatch
@@ -115,7 +115,7 @@ def test_fused_equals_published_with_dropout(
     assert not torch.allclose(dry, got[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("variant", ["paper", "release", "release-layout"])
+@pytest.mark.parametrize("variant", ["paper", "release", "release-blocks"])
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("implementation", ["fused", "published"])
 def test_life(task: str, variant: str, implementation: str, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_saved_adapter_is_attached_from_its_directory(tmp_path: Path) -> None:
     [
         ("retrieval", "release", "fused"),
         ("vqa", "paper", "fused"),
-        ("vqa", "release-layout", "fused"),
+        ("vqa", "release-blocks", "fused"),
         ("caption", "release", "published"),
     ],
 )
@@ -234,7 +234,7 @@ def test_what_layers_share_is_made_once_per_forward(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(blocks, "mode_contract", counting)
     monkeypatch.setattr(mode_approximation, "mode_contract", counting)
     monkeypatch.setattr(frozen_linear, "lowrank_linear", watching)
-    model, _ = attached("vqa", config_of(variant="release"))
+    model, _ = attached("vqa", config_of(core="tucker"))
     forward(model, "vqa")
     # Two layers: 3 + 4 modes of outputs, 1 + 4 of inputs, 6 of a text layer; encoder and decoder.
     whole = [2 * 5, 2 * 7, 2 * 6, 2 * 6]

@@ -50,7 +50,7 @@ def modes_of(attachment: Any, layer: str) -> dict[str, range]:
 @pytest.mark.parametrize("variant", ["paper", "release"])
 def test_vision_layer_is_auroras(variant: str) -> None:
     """Pre-LN; dW of every block of qkv, of the projection, of fc1's rows and of fc2's columns."""
-    model, attachment = attached("retrieval", config_of(variant=variant))
+    model, attachment = attached("retrieval", config_of(variant=variant, layout="blocks"))
     layer = model.vision_model.encoder.layers[1]  # type: ignore[union-attr, index]
     shared = attachment.adapter.shared
     modes = modes_of(attachment, "vision_model.encoder.layers.1.")
@@ -114,7 +114,7 @@ def test_text_layer_is_auroras(variant: str, with_image: bool) -> None:
 
 def test_dropout_of_the_image_encoder_is_after_the_core() -> None:
     """One mask per block of outputs; one on the sum over the blocks of inputs."""
-    model, attachment = attached("retrieval", config_of(variant="release", dropout=0.5))
+    model, attachment = attached("retrieval", config_of(core="tucker", dropout=0.5))
     shared = attachment.adapter.shared
     modes = modes_of(attachment, "vision_model.encoder.layers.0.")
     mlp = model.vision_model.encoder.layers[0].mlp.train()  # type: ignore[union-attr, index]
@@ -142,14 +142,15 @@ def test_dropout_of_the_image_encoder_is_after_the_core() -> None:
 
 @torch.no_grad()
 def test_released_layout_mixes_the_modes() -> None:
-    """[R, R, 4] read as [R, 4 R], mode fastest, and used with the mode slowest."""
-    config = config_of(variant="release", layout="aurora_release")
-    model, attachment = attached("retrieval", config)
+    """Of the feed-forward: [R, R, 4] read as [R, 4 R], mode fastest, and used with the mode
+    slowest; attention's modes are each one block's."""
+    model, attachment = attached("retrieval", config_of(variant="release"))
     shared, modes = (
         attachment.adapter.shared,
         modes_of(attachment, "vision_model.encoder.layers.0."),
     )
-    mlp = model.vision_model.encoder.layers[0].mlp  # type: ignore[union-attr, index]
+    layer = model.vision_model.encoder.layers[0]  # type: ignore[union-attr, index]
+    mlp, qkv = layer.mlp, layer.self_attn.qkv
 
     def table(name: str) -> Tensor:
         return torch.stack(matrices(shared, modes[name]), dim=2).reshape(5, 20)
@@ -158,6 +159,8 @@ def test_released_layout_mixes_the_modes() -> None:
     w = (x @ shared.down.t() @ table("fc1")).view(3, 4, 5)
     update = 0.8 * (w @ shared.up.t()).reshape(3, 4 * WIDTH)
     torch.testing.assert_close(mlp.fc1(x), F.linear(x, mlp.fc1.weight, mlp.fc1.bias) + update)
+    dw = torch.cat([delta(shared, m) for m in matrices(shared, modes["qkv"])])
+    torch.testing.assert_close(qkv(x), F.linear(x, qkv.weight + dw, qkv.bias))
     x = torch.randn(3, 4 * WIDTH, dtype=torch.float64)
     z = (x.view(3, 4, WIDTH) @ shared.down.t()).reshape(3, 20)
     update = 0.8 * z @ table("fc2").t() @ shared.up.t()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 import petal_kernels as pk
-from tests.hf import compare, tiny
+from tests.hf import compare, tiny, tiny_text
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +53,19 @@ def test_a_compiled_adapted_layer_with_dropout() -> None:
     assert not torch.equal(outs[0], outs[2])
     outs[0].sum().backward()
     assert attachment.adapter.branch("text").down.grad is not None
+
+
+def test_a_stack_with_experts_compiles_and_keeps_its_routing() -> None:
+    model = tiny_text.build("llama", torch.float32)
+    attachment: Any = pk.attach(model, pk.ExpertConfig(r=3, experts=3, top_k=2))
+    tiny.randomise(attachment.adapter)
+    stack, batch = model.model.train(), tiny_text.batch("llama")  # type: ignore[union-attr]
+    batch.pop("labels")
+    runs = []
+    for run in (stack, torch.compile(stack, fullgraph=True, backend="aot_eager")):
+        for parameter in attachment.parameters():
+            parameter.grad = None
+        out = run(**batch, use_cache=False).last_hidden_state
+        (out.square().sum() + attachment.auxiliary_loss()).backward()
+        runs.append(compare.Run(out.detach(), compare.gradients(attachment)))
+    compare.assert_close(runs[1], runs[0], 1e-5)

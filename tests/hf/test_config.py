@@ -1,4 +1,4 @@
-"""PetalConfig: defaults of the variants, refusals, and the dictionary form."""
+"""Configs: defaults of the variants, refusals, and the dictionary form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,20 @@ def test_defaults_are_the_published_ones() -> None:
     assert (release.core, release.context) == ("tucker", "batch")
     assert release.use_cross_residual is False
     assert pk.PetalConfig(variant="release", core="cp").core == "cp"
-    assert not hasattr(config, "experts")
+    assert (config.experts, config.gate, config.tokens) == (0, "softmax", "text")
+    assert (release.gate, release.tokens, release.keep, release.mix) == ("mean", "all", None, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("variant", "core", "layout"),
+    [("paper", "cp", "blocks"), ("release", "tucker", "aurora_release")],
+)
+def test_auroras_variant_fills_core_and_layout(variant: str, core: str, layout: Any) -> None:
+    config = pk.AuroraConfig(variant=variant)
+    assert (config.core, config.layout) == (core, layout)
+    for given in ("blocks", "aurora_release"):
+        assert pk.AuroraConfig(variant=variant, layout=given).layout == given  # type: ignore[arg-type]
+    assert pk.AuroraConfig.from_dict(config.to_dict()) == config
 
 
 @pytest.mark.parametrize(
@@ -37,6 +50,16 @@ def test_defaults_are_the_published_ones() -> None:
         ({"scale": float("nan")}, "scale: want a finite number, got nan"),
         ({"context": "mean"}, "context: want one of ('none', 'batch'), got 'mean'"),
         ({"use_cross_residual": 1}, "use_cross_residual: want a bool, got 1"),
+        ({"experts": -1}, "experts: want an integer >= 0, got -1"),
+        ({"gate": "domain"}, "gate: want one of ('softmax', 'mean'), got 'domain'"),
+        ({"experts": 2, "top_k": 3}, "top_k: want None or an integer from 1 to experts=2, got 3"),
+        (
+            {"variant": "release", "experts": 2, "top_k": 1},
+            "top_k: want None with gate='mean', got 1",
+        ),
+        ({"router_noise": -0.5}, "router_noise: want a finite number >= 0, got -0.5"),
+        ({"tokens": "image"}, "tokens: want one of ('text', 'all'), got 'image'"),
+        ({"expert_init": "identity", "keep": 0.6}, "keep: want None or 1, got 0.6"),
         ({"adapter_dtype": "float16"}, "adapter_dtype: want one of"),
         ({"adapter_dtype": torch.float16}, "adapter_dtype: want one of"),
         ({"target_modules": []}, "target_modules: want None or a non-empty list of module names"),
@@ -49,6 +72,27 @@ def test_refusals_name_the_field(values: dict[str, Any], message: str) -> None:
         pk.PetalConfig(**values)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"experts": 0}, "experts: want an integer >= 1, got 0"),
+        ({"kind": "prefix"}, "kind: want one of ('lora', 'adapter'), got 'prefix'"),
+        ({"kind": "adapter", "alpha": 8}, "alpha: want None with kind='adapter', got 8"),
+        ({"scale": 2.0}, "scale: want 1.0 with kind='lora' (alpha scales it), got 2.0"),
+        (
+            {"gate": "domain", "router_input": "pooled"},
+            "router_input: want 'token' with gate='domain', got 'pooled'",
+        ),
+        ({"top_k": True}, "top_k: want None or an integer from 1 to experts=4, got True"),
+        ({"shared_down": 1}, "shared_down: want a bool, got 1"),
+    ],
+    ids=str,
+)
+def test_refusals_of_experts(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        pk.ExpertConfig(**values)
+
+
 def test_dictionary_round_trip() -> None:
     config = pk.PetalConfig(
         r=8, variant="release", adapter_dtype=torch.bfloat16, target_modules={"query", "key"}
@@ -57,5 +101,7 @@ def test_dictionary_round_trip() -> None:
     assert config.dtype is torch.bfloat16
     assert config.target_modules == ["key", "query"]
     assert pk.PetalConfig.from_dict(config.to_dict()) == config
+    experts = pk.ExpertConfig(kind="adapter", gate="softmax", top_k=2, router_input="pooled")
+    assert pk.ExpertConfig.from_dict(experts.to_dict()) == experts
     with pytest.raises(ValueError, match=r"got unknown \['alpha'\]"):
         pk.PetalConfig.from_dict({"r": 8, "alpha": 1})

@@ -216,7 +216,8 @@ def test_a_newer_format(attachment: pk.Attachment, saved: Path) -> None:
         ({"format_version": "1"}, "format_version: want 1, got '1'"),
         (
             {"method": "nothing"},
-            "method: want one of ['aurora', 'petal', 'routing', 'vladapter', 'vlpet'], got ",
+            "method: want one of ['aurora', 'experts', 'petal', 'routing', "
+            "'vladapter', 'vlpet'], got ",
         ),
         ({"base": None}, "missing ['base']"),
         ({"variant": "release"}, "variant: want 'paper' as in config, got 'release'"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import petal_kernels as pk
 from petal_kernels._runtime import philox
 from petal_kernels.hf.config import AdapterConfig
+from petal_kernels.nn.routed_lora import RoutedLoRALinear
 from tests.hf import tiny, tiny_text
 
 SAME = 1e-9  # relative, in fp64
@@ -175,6 +176,47 @@ def test_checkpointing_and_two_forwards(
     want, got = run(False), run(True)
     for name, gradient in want.items():
         torch.testing.assert_close(got[name], gradient, rtol=SAME, atol=SAME, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_reentrant_recompute_projects_an_encoding_passed_by_keyword() -> None:
+    """Reentrant checkpointing detaches positional arguments only: what all layers share must not be
+    differentiated once per layer."""
+
+    def run(checkpointing: bool) -> dict[str, Tensor]:
+        model, attachment = attached("bart", vlpet(target_modules=["decoder.cross.value"]))
+        for layer in model.model.decoder.layers:  # type: ignore[union-attr]
+            layer.__class__ = by_keyword(type(layer))
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": True})  # type: ignore[operator]
+        batch = tiny_text.batch("bart")
+        with torch.no_grad():
+            encoded = model.model.encoder(batch.pop("input_ids"), batch["attention_mask"])  # type: ignore[union-attr, operator]
+        model(encoder_outputs=encoded, **batch).loss.backward()
+        value = attachment.adapter.value
+        return {n: p.grad.clone() for n, p in value.named_parameters()}
+
+    def by_keyword(cls: Any) -> Any:
+        def call(self: Any, hidden: Tensor, mask: Any, encoded: Tensor, **more: Any) -> Any:
+            return cls.__call__(self, hidden, mask, encoder_hidden_states=encoded, **more)
+
+        return type(cls.__name__, (cls,), {"__call__": call})
+
+    want, got = run(False), run(True)
+    assert all(gradient.any() for gradient in want.values())
+    for name, gradient in want.items():
+        torch.testing.assert_close(got[name], gradient, rtol=SAME, atol=SAME, msg=name)
+
+
+def test_a_folded_update_lies_on_the_parts_that_it_adapts() -> None:
+    lora = RoutedLoRALinear(nn.Linear(8, 12), 3, parts=3, targets=(0, 2), alpha=6.0).double()
+    nn.init.normal_(lora.up)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    with torch.no_grad():
+        want = lora(x) - lora.base(x)
+        torch.testing.assert_close(x @ lora.delta(torch.float64).t(), want)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")

@@ -96,22 +96,36 @@ def gpt2() -> nn.Module:
     )
 
 
+def _bert_like() -> dict[str, Any]:
+    return {
+        **_SMALL,
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.2,
+    }
+
+
 def roberta() -> nn.Module:
     import transformers
 
-    return transformers.RobertaForMaskedLM(
-        transformers.RobertaConfig(
-            **_SMALL,
-            hidden_size=WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=48,
-            max_position_embeddings=64,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            initializer_range=0.2,
-        )
-    )
+    return transformers.RobertaForMaskedLM(transformers.RobertaConfig(**_bert_like()))
+
+
+def bert() -> nn.Module:
+    import transformers
+
+    return transformers.BertForMaskedLM(transformers.BertConfig(**_bert_like()))
+
+
+def llama() -> nn.Module:
+    import transformers
+
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_llama_like()))
 
 
 def llava() -> nn.Module:
@@ -194,7 +208,10 @@ def qwen2_5_vl() -> nn.Module:
 
 MODELS = {
     f.__name__: f
-    for f in (bart, t5, gpt2, roberta, llava, paligemma, idefics3, smolvlm, qwen2_5_vl)
+    for f in (
+        *(bart, t5, gpt2, roberta, bert, llama),
+        *(llava, paligemma, idefics3, smolvlm, qwen2_5_vl),
+    )
 }
 ENCODER_DECODER = ("bart", "t5")
 
@@ -210,7 +227,7 @@ def batch(family: str, size: int = 2, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY - 5, (size, 9), generator=generator)
     mask = torch.ones_like(ids)
-    if family in (*ENCODER_DECODER, "roberta"):
+    if family in (*ENCODER_DECODER, "roberta", "bert"):
         mask[-1, 6:] = 0
         ids[-1, 6:] = 0
     labels = torch.randint(3, VOCABULARY - 5, (size, 5), generator=generator)

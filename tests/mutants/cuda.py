@@ -4,6 +4,7 @@ TESTS = [
     "tests/test_cuda_emulation_exact.py",
     "tests/test_cuda_emulation.py",
     "tests/test_cuda_gated_bottleneck.py",
+    "tests/test_cuda_expert_dispatch.py",
     "-m",
     "not slow",
 ]
@@ -19,6 +20,13 @@ _GATED_FWD = "csrc/gated_bottleneck_fwd.cu"
 _GATED_ROWS = "csrc/gated_bottleneck_bwd.cu"
 _GATED_TN = "csrc/gated_bottleneck_tn.cu"
 _GATED = "petal_kernels/ops/gated_bottleneck/cuda_impl.py"
+_SORT = "csrc/expert_dispatch_sort.cu"
+_EXPERT_DEVICE = "csrc/expert_dispatch_device.h"
+_EXPERT_GATES = "csrc/expert_dispatch_gates.h"
+_EXPERT_FWD = "csrc/expert_dispatch_fwd.cu"
+_EXPERT_ROWS = "csrc/expert_dispatch_bwd.cu"
+_EXPERT_TN = "csrc/expert_dispatch_tn.cu"
+_EXPERTS = "petal_kernels/ops/expert_dispatch/cuda_impl.py"
 
 MUTANTS = [
     # masks
@@ -123,6 +131,11 @@ MUTANTS = [
     (_GATED_FWD, "(v[j] - mean) * (v[j] - mean)", "v[j] * v[j]"),
     (_GATED_FWD, "  __syncthreads();  // the block's own rows, read back by other threads\n", ""),
     (_GATED_FWD, "if (p.sees_output) {", "if (false) {"),
+    (_GATED_FWD, "*at<T>(p.left, sample[r], c)", "*at<T>(p.left, 0, c)"),
+    (_GATED_FWD, "*at<T>(p.right, sample[r], c)", "*at<T>(p.left, sample[r], c)"),
+    (_GATED_FWD, "sum[r] = warp_sum(sum[r]);", "sum[r] = sum[r];"),
+    (_GATED_FWD, "    __syncthreads();  // rows of a warp, columns of all\n", ""),
+    (_GATED, "int(s.route_relu),", "0,"),
     (_GATED_ROWS, " - info.mean_gx * sums[i][4]", ""),
     (_GATED_ROWS, "if (f.sees_output) g.dy[j] = dh[j];", ""),
     (_GATED_ROWS, "* weight * slope;", "* slope;"),
@@ -137,4 +150,23 @@ MUTANTS = [
     (_GATED_TN, "t < kThreads; t += kGroups", "t < kThreads / 2; t += kGroups"),
     ("csrc/gated_bottleneck_cuda.cpp", "grad.stride(sum || down ? 0 : 1)", "grad.stride(0)"),
     (_GATED, "rows(Work(dz=work.dz, dx=work.dx), False, False, True)", "pass"),
+    # expert_dispatch
+    (_SORT, "(1u << threadIdx.x % kWarp) - 1u;", "(1u << threadIdx.x % kWarp);"),
+    (_SORT, "slot += counts[warp * p.experts + e];", "slot += 0;"),
+    (_SORT, "    if (slot >= end) p.order[slot] = -1;\n", ""),
+    (_SORT, "p.counts[b * p.experts + e] = slot;\n    slot += count;", "slot += count;"),
+    (_EXPERT_GATES, "l > m || (l != l && m == m)", "l >= m || (l != l && m == m)"),
+    (_EXPERT_GATES, "|| (l != l && m == m)", ""),
+    (_EXPERT_GATES, "p.renormalize ? chosen : all, chosen", "chosen, chosen"),
+    (_EXPERT_DEVICE, "(63 - (end - 1) / rank)", "(63 - first / rank)"),
+    (_EXPERT_DEVICE, "operand);\n                   __syncthreads();", "operand);"),
+    (_EXPERT_FWD, "? g[e] * activate(", "? activate("),
+    (_EXPERT_FWD, "m.gates[row * f.experts + e]", "m.gates[e]"),
+    (_EXPERT_ROWS, "e = first + i / kRows;", "e = i / kRows;"),
+    (_EXPERT_ROWS, "d[e] = g[e] * (d[e] - inner);", "d[e] = g[e] * d[e];"),
+    (_EXPERT_ROWS, "if (!f.renormalize) {", "if (false) {"),
+    (_EXPERT_ROWS, "d[e] += p.dlogits[first + e];", "d[e] += 0.0f;"),
+    (_EXPERT_TN, "  if (end > first + share) end = first + share;\n", ""),
+    ("csrc/expert_dispatch_cuda.cpp", "add ? splits * experts : splits;", "splits;"),
+    (_EXPERTS, "per_sample.sum(1) if", "per_sample.mean(1) if"),
 ]

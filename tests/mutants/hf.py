@@ -17,10 +17,20 @@ _SPECS = "petal_kernels/hf/insertion/specs.py"
 _ADAPTER = "petal_kernels/nn/gated_adapter.py"
 _VALUE = "petal_kernels/nn/value_adapter.py"
 _LORA = "petal_kernels/nn/routed_lora.py"
+_WALK = "petal_kernels/hf/walk.py"
+_CONFIG = "petal_kernels/hf/config.py"
+_AURORA = "petal_kernels/hf/aurora/attachment.py"
+_BLOCKS = "petal_kernels/hf/aurora/blocks.py"
+_PLACES = "petal_kernels/hf/aurora/specs.py"
+_STACKS = "petal_kernels/hf/aurora/layers.py"
 _FILES = "petal_kernels/hf/files.py"
 _LINEAR = "petal_kernels/nn/frozen_linear.py"
 _RESIDUAL = "petal_kernels/nn/residual.py"
 _MODES = "petal_kernels/nn/mode_approximation.py"
+_ROUTINGS = "petal_kernels/hf/experts.py"
+_EXPERTS = "petal_kernels/hf/insertion/experts.py"
+_TOKENS = "petal_kernels/hf/insertion/tokens.py"
+_INSTRUCTION = "petal_kernels/hf/petal/experts.py"
 
 MUTANTS = [
     (_LAYERS, "                factors.reentrant.add(self.index)", "                pass"),
@@ -28,9 +38,9 @@ MUTANTS = [
     (_LAYERS, "same = x is self.x and self.version == version_of(x)", "same = True"),
     (_LAYERS, "same = x is self.x and self.version == version_of(x)", "same = x is self.x"),
     (_LAYERS, "if not all(weight_is_plain(each.base) for each in self.members):", "if False:"),
-    (_LAYERS, "            slot.call = previous", "            pass"),
+    (_STACK, "            slot.call = previous", "            pass"),
     (_STACK, "args = (args[0].detach().requires_grad_(), *args[1:])", "pass"),
-    (_LAYERS, "    state.factors = None\n\n\ndef", "    pass\n\n\ndef"),
+    (_LAYERS, "    state.factors = None", "    pass"),
     (_LAYERS, "ups[member.mode - first]", "ups[0]"),
     (
         _LAYERS,
@@ -68,8 +78,8 @@ MUTANTS = [
     (_INSERTION, "return call.middles[self.number]", "return call.middles[0]"),
     (
         _INSERTION,
-        "    state.factors = Context(state.vision, mask)",
-        "    state.factors = Context(None, mask)",
+        "    state.factors = Context(state.vision, Tokens",
+        "    state.factors = Context(None, Tokens",
     ),
     (_SPECS, 'config.variant == "release" and place.raw', "False"),
     (
@@ -81,4 +91,40 @@ MUTANTS = [
     (_VALUE, "rows = slice(layer * self.r, (layer + 1) * self.r)", "rows = slice(0, self.r)"),
     (_LORA, "before, after = n * self.r,", "before, after = 0,"),
     (_LORA, "delta[target] =", "delta[n] ="),
+    (_WALK, "re.fullmatch(wanted, site.path)", "re.search(wanted, site.path)"),
+    (_WALK, 'endswith("." + name)', "endswith(name)"),
+    (_CONFIG, '"aurora_release" if self.variant == "release" else "blocks"', '"blocks"'),
+    (
+        _AURORA,
+        'config.layout == "aurora_release" and site.row.block in MLP_BLOCKS',
+        'config.layout == "aurora_release"',
+    ),
+    (_PLACES, "site.modes = range(count, count + blocks)", "site.modes = range(blocks)"),
+    (_BLOCKS, "else table.permute(1, 2, 0)", "else table.transpose(0, 1)"),
+    (_BLOCKS, "turned = core.transpose(0, 1) if core.dim() == 3 else core", "turned = core"),
+    (_STACKS, "VisionFactors) and factors.masked == masked", "VisionFactors)"),
+    (_STACKS, "if cache is not None and cache.get_seq_length() > 0:", "if False:"),
+    (_STACKS, "call.a is None or call.c is None", "call.a is None"),
+    (_STACKS, "        vectors = vectors.clone()", "        pass"),
+    (_ROUTINGS, "        return Routings, ()", "        return Routings, (dict(self),)"),
+    (_ROUTINGS, "if trains and not routing.logits.requires_grad:", "if False:"),
+    (_EXPERTS, "(lora.up.to(dtype) @ downs).mean(0)", "(lora.up.to(dtype) @ downs).sum(0)"),
+    (_EXPERTS, "encoded=place.encoded)", "encoded=False)"),
+    (_EXPERTS, "            self._state.domains = before", "            pass"),
+    (
+        _TOKENS,
+        "repeat_interleave(rows // samples, dim=0)",
+        "repeat(rows // samples, *[1] * (given.dim() - 1))",
+    ),
+    (_TOKENS, "0 < known <= self.past", "0 < known < self.past"),
+    (_TOKENS, "last = mask[:, 0, -1]", "last = mask[:, 0, 0]"),
+    (_TOKENS, "mask = self.encoded_mask if encoded else self.mask", "mask = self.mask"),
+    (
+        _INSERTION,
+        "if self.call is not None and self.call is self.state.factors:",
+        "if self.call is not None:",
+    ),
+    (_INSERTION, "    if encoded is None:  # the first", "    if True:  # the first"),
+    (_INSTRUCTION, "return served.to(output.dtype)", "return served"),
+    (_INSTRUCTION, "queries = 0 if embeds is None else embeds.shape[1]", "queries = 0"),
 ]

@@ -8,6 +8,11 @@ GATED_BACKWARD = "csrc/gated_bottleneck_cpu_backward.h"
 GATED_PARTS = "csrc/gated_bottleneck_cpu_parts.h"
 GATED_ROUTE = "csrc/gated_bottleneck_cpu_route.h"
 GATED_HOST = "csrc/gated_bottleneck_cpu.cpp"
+EXPERTS = "csrc/expert_dispatch_cpu_kernel.h"
+EXPERTS_BACKWARD = "csrc/expert_dispatch_cpu_backward.h"
+EXPERTS_PARTS = "csrc/expert_dispatch_cpu_parts.h"
+EXPERTS_SUMS = "csrc/expert_dispatch_cpu_sums.h"
+EXPERTS_HOST = "csrc/expert_dispatch_cpu.cpp"
 GEMM = "csrc/common/cpu_gemm.h"
 MATH = "csrc/common/cpu_math.h"
 DROPOUT = "csrc/common/cpu_dropout.h"
@@ -17,6 +22,7 @@ REBUILD = True
 TESTS = [
     "tests/test_build.py",
     "tests/test_native_gated_bottleneck.py",
+    "tests/test_native_expert_dispatch.py",
     "tests/test_ops.py",
     "-k",
     "native or many_splits",
@@ -111,4 +117,40 @@ MUTANTS = [
     (GATED_HOST, "a.gate == Gate::kSmall ? a.O : 0", "0"),
     # erf is odd.
     (MATH, "| (reinterpret_cast<vu>(x) & 0x80000000u)", ""),
+    # An expert multiplies the block's first rows, not its own.
+    (EXPERTS_PARTS, "wide + j * panel + g.tokens[i] * kNR", "wide + j * panel + i * kNR"),
+    # Its results are added to the block's first rows.
+    (EXPERTS_PARTS, "(tokens ? tokens[i + r] : i + r)", "(i + r)"),
+    # NaN is below every logit.
+    (EXPERTS_PARTS, " || (a != a && b == b)", ""),
+    # The gates of the chosen are a share of all.
+    (EXPERTS_PARTS, "if (chosen && !chosen[e]) g[e] = 0.0f;", ""),
+    # The slots behind the last keep what memory held.
+    (EXPERTS_HOST, "std::fill(order + n, order + c.slots(), -1);", ""),
+    # mix is left out of an expert that was chosen.
+    (
+        EXPERTS,
+        "rounded<T>(activation(name, load(z + c)) * gates[e]) * a.mix;",
+        "rounded<T>(activation(name, load(z + c)) * gates[e]);",
+    ),
+    # A block's runs of slots are all taken from its beginning.
+    (EXPERTS_HOST, "        from += count;\n", ""),
+    # A block's first row is left to the block before.
+    (EXPERTS_BACKWARD, "order[middle] < row ?", "order[middle] <= row ?"),
+    # The gates' gradient counts what hangs over a segment's end.
+    (EXPERTS_BACKWARD, "along += first_lanes(d * value, a.R - c)", "along += d * value"),
+    # Softmax over all experts: the gradient of one over the chosen.
+    (EXPERTS_BACKWARD, "if (choice_of(a, row) && !a.renormalize) {", "if (false) {"),
+    # z that nobody wrote, times zero.
+    (
+        EXPERTS_BACKWARD,
+        "in ? d * derivative(name, q) * factor : vf{}",
+        "d * derivative(name, q) * factor",
+    ),
+    # A shared z keeps the last expert's gradient alone.
+    (EXPERTS_BACKWARD, "add ? load(dz + e * own + c) + through : through", "through"),
+    # A weight gradient is its last 128 slots'.
+    (EXPERTS_SUMS, "store(at + r * kNR, load(at + r * kNR) + v0)", "store(at + r * kNR, v0)"),
+    # Its rows are taken in the order of the tokens.
+    (EXPERTS_SUMS, "w.order ? w.order[slot + i] : slot + i", "slot + i"),
 ]

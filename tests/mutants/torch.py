@@ -14,28 +14,25 @@ TESTS = [
 _LINEAR = "petal_kernels/ops/lowrank_linear/torch_impl.py"
 _GATED = "petal_kernels/ops/gated_bottleneck/torch_impl.py"
 _GATED_OP = "petal_kernels/ops/gated_bottleneck/op.py"
+_GATED_FUNCTION = "petal_kernels/ops/gated_bottleneck/function.py"
 _CONTRACT = "petal_kernels/ops/mode_contract/torch_impl.py"
 
 MUTANTS = [
     (
         _LINEAR,
-        "dups = [\n            (dy.t() @ m).mul_(scale)",
+        "dups = [\n            (dy.t() @ m).mul_(s.scale)",
         "dups = [\n            (dy.t() @ m).mul_(1.0)",
     ),
-    (_LINEAR, "g = [(dy @ up.to(dtype)).mul_(scale)", "g = [(dy @ up.to(dtype))"),
+    (_LINEAR, "g = [(dy @ up.to(dtype)).mul_(s.scale)", "g = [(dy @ up.to(dtype))"),
     (_LINEAR, "g = [gk.mul_(mask)", "g = [gk"),
     (_LINEAR, "g = [gk @ c.to(dtype).t()", "g = [gk @ c.to(dtype)"),
     (_LINEAR, "dh = dh.add_(gk)", "dh = gk"),
-    (
-        _LINEAR,
-        "ddown = (dh.t() @ _drop_input(x, rng, dropout, dropout_at))",
-        "ddown = (dh.t() @ x)",
-    ),
+    (_LINEAR, "ddown = (dh.t() @ _drop_input(t.x, rng, s))", "ddown = (dh.t() @ t.x)"),
     (_LINEAR, "dx = dy @ w if dx is None else dx.addmm_(dy, w)", "dx = dy @ w"),
     (
         _LINEAR,
-        "torch.addmm(base[k], m, p.t(), alpha=scale)",
-        "torch.addmm(base[0], m, p.t(), alpha=scale)",
+        "torch.addmm(t.base[k], m, p.t(), alpha=scale)",
+        "torch.addmm(t.base[0], m, p.t(), alpha=scale)",
     ),
     (
         _CONTRACT,
@@ -54,9 +51,9 @@ MUTANTS = [
         "p0 & _MASK32,\n        ((p0",
     ),
     (
-        "petal_kernels/ops/lowrank_linear/op.py",
-        "grads += [dy if w else None for dy, w in zip(dys, want_base",
-        "grads += [dys[0] if w else None for dy, w in zip(dys, want_base",
+        "petal_kernels/ops/lowrank_linear/function.py",
+        "dys[: len(wants.base)],",
+        "dys[:1] * len(wants.base),",
     ),
     (_GATED, "* (1 - m.gate)).to(dtype))", "* m.gate).to(dtype))"),
     (_GATED, "        dz = (d * t.left).view_as(z)\n", "        dz = d.reshape_as(z)\n"),
@@ -68,12 +65,12 @@ MUTANTS = [
     (_GATED, "share = 1.0 / length", "share = 1.0"),
     (_GATED, "dv = du if s.scale == 1.0 else du * s.scale", "dv = du"),
     (_GATED, "return mean.expand_as(per_token)", "return per_token"),
-    (_GATED_OP, "or (s.add_gate_input and norm)", "or False"),
-    (_GATED_OP, "columns = flat[:, ctx.first", "columns = flat[:, 0 * ctx.first"),
+    (_GATED_FUNCTION, "or (s.add_gate_input and norm)", "or False"),
+    (_GATED_FUNCTION, "columns = flat[:, ctx.first", "columns = flat[:, 0 * ctx.first"),
     (_GATED_OP, "rank * (length + tokens) < 2 * length * tokens", "tokens < 0"),
     (_GATED_OP, "kept.sum(-1, keepdim=True).clamp_min(1)", "kept.shape[-1]"),
     (
-        _GATED_OP,
+        _GATED_FUNCTION,
         'passed["residual"] = dout',
         'passed["residual"] = 2 * dout',
     ),

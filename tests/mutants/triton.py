@@ -3,6 +3,7 @@
 TESTS = [
     "tests/test_triton_interpreter.py",
     "tests/test_triton_gated_bottleneck.py",
+    "tests/test_triton_expert_dispatch.py",
     "tests/test_triton_offsets.py",
     "tests/test_triton_compile.py",
     "-m",
@@ -20,6 +21,11 @@ _GATED_FWD = "petal_kernels/ops/gated_bottleneck/triton_kernels.py"
 _GATED_ROWS = "petal_kernels/ops/gated_bottleneck/triton_kernels_bwd.py"
 _GATED_WEIGHTS = "petal_kernels/ops/gated_bottleneck/triton_kernels_weights.py"
 _GATED_LAUNCH = "petal_kernels/ops/gated_bottleneck/triton_launch.py"
+_DISPATCH_TILES = "petal_kernels/ops/expert_dispatch/triton_kernels_tiles.py"
+_DISPATCH_FWD = "petal_kernels/ops/expert_dispatch/triton_kernels.py"
+_DISPATCH_ROWS = "petal_kernels/ops/expert_dispatch/triton_kernels_bwd.py"
+_DISPATCH_WEIGHTS = "petal_kernels/ops/expert_dispatch/triton_kernels_weights.py"
+_DISPATCH_LAUNCH = "petal_kernels/ops/expert_dispatch/triton_launch.py"
 
 MUTANTS = [
     # the generator's tile: words in another order, the row's high word lost
@@ -81,7 +87,7 @@ MUTANTS = [
     (_MODE, "part_rows = (a * tiles + tile_b) * K", "part_rows = a * tiles * K"),
     (_MODE, "out = (acc * scale)", "out = acc"),
     # gated_bottleneck: the derivative's other half, another sample's factor, the next sample's rows
-    (_GATED_TILES, "q * tl.sigmoid(-t) * slope", "q * tl.sigmoid(t) * slope"),
+    (_LIB, "q * tl.sigmoid(-t) * slope", "q * tl.sigmoid(t) * slope"),
     (_GATED_TILES, "left_ptr, R, offs_m // length", "left_ptr, R, offs_m // (length + 1)"),
     (_GATED_TILES, "part * rows + offs, offs < rows", "part * rows + offs, offs < rows - 1"),
     # the norm: the tiles' means not merged, padding counted, a mean of the gradient left out
@@ -113,7 +119,36 @@ MUTANTS = [
     (_GATED_WEIGHTS, "_store_sum(p_gate_weight_ptr + O,", "_store_sum(p_gate_weight_ptr,"),
     # splits that overlap, only the first split, rows of many samples, addresses in 32 bits
     (_GATED_WEIGHTS, "split * rows_per_split + step", "split * (rows_per_split - 1) + step"),
-    (_GATED_WEIGHTS, "part += stride_part", "part += 0"),
+    (_LIB, "part += stride_part", "part += 0"),
     (_GATED_LAUNCH, "self.s.samples if per_sample else 1", "1"),
     (_GATED_WEIGHTS, "tl.program_id(1).to(tl.int64)", "tl.program_id(1)"),
+    # expert_dispatch: two zeros, a NaN below everything, negative numbers in the wrong order
+    (_DISPATCH_TILES, "tl.where(logits == 0, 0.0, logits)", "logits"),
+    (_DISPATCH_TILES, "tl.where(logits != logits, _HIGHEST, key)", "key"),
+    (_DISPATCH_TILES, "tl.where(bits < 0, bits ^ _HIGHEST, bits)", "bits"),
+    # a ragged tile of slots lost, too few programs for them, another expert's slot, gate
+    (_DISPATCH_TILES, "tl.cdiv(end - begin, BLOCK_M)", "(end - begin) // BLOCK_M"),
+    (
+        _DISPATCH_LAUNCH,
+        "triton.cdiv(self.slots, block) + self.experts,",
+        "triton.cdiv(self.slots, block),",
+    ),
+    (_DISPATCH_TILES, "place_ptr + e * N + offs_m", "place_ptr + offs_m"),
+    (_DISPATCH_FWD, "e, column(g, e), mask_e", "e, column(g, 0), mask_e"),
+    # an expert passed by that some row chose
+    (_DISPATCH_FWD, "if SHARED or not CHOICE or tl.max(", "if SHARED or not CHOICE or tl.min("),
+    # the softmax: of the chosen in place of all; the losses' gradient; a shared bottleneck's sum
+    (_DISPATCH_ROWS, "dl = p * (dg", "dl = g * (dg"),
+    (_DISPATCH_ROWS, "dl += load_tile(dlogits_ptr", "dl -= load_tile(dlogits_ptr"),
+    (_DISPATCH_ROWS, "total += tl.where(", "total = tl.where("),
+    (_DISPATCH_ROWS, "dg += mix * column(through, e)", "dg += column(through, e)"),
+    # sums: memory that nobody wrote, one expert's slots for all, splits that overlap, E for A
+    (_DISPATCH_WEIGHTS, "mask = mask & (seen != 0)", "mask = mask & (seen == seen)"),
+    (_DISPATCH_WEIGHTS, "tl.where(experts == 1, E, e + 1)", "e + 1"),
+    (
+        _DISPATCH_WEIGHTS,
+        "start = begin + split * per_split",
+        "start = begin + split * (per_split - 1)",
+    ),
+    (_DISPATCH_LAUNCH, "p.experts if up else p.downs", "p.experts"),
 ]

@@ -69,10 +69,7 @@ def whole(
 @pytest.fixture
 def trainer(cached: tuple[train.Cached, train.Cached]) -> Callable[[], train.Trainer]:
     def make() -> train.Trainer:
-        model = small.load()
-        torch.manual_seed(TINY.seed)
-        attachment = pk.attach(model, train.adapter_config(TINY))
-        return train.Trainer(model, attachment, train.Batches(cached[0], TINY), TINY)
+        return train.attached(small.load(), train.Batches(cached[0], TINY), TINY)
 
     return make
 
@@ -140,7 +137,7 @@ def test_committed_model_reads_held_out_digits_and_does_not_know_the_new_word() 
     assert small.WEIGHTS.stat().st_size <= 8_000_000
     model = small.load()
     settings = replace(TINY, held_out=300, pictures=1)
-    shares = train.all_accuracies(model, train.cache(model, settings)[1])
+    shares = train.all_accuracies(train.form_of(model), train.cache(model, settings)[1])
     assert shares["left digit ?"] >= 0.9
     assert shares["right digit ?"] >= 0.9
     assert shares["larger digit ?"] < 0.7
@@ -158,11 +155,21 @@ def test_weights_that_are_missing_or_do_not_fit_are_named(tmp_path: Path) -> Non
         small.load(tmp_path / "short.safetensors")
 
 
+def compared(cached: train.Cached, steps: int, timed: int) -> compare.Comparison:
+    batches = train.Batches(cached, TINY)
+    return compare.compare(
+        lambda implementation: train.attached(small.load(), batches, TINY, implementation),
+        train.bare_form(),
+        steps,
+        timed,
+        tick=lambda done, total: None,
+    )
+
+
 def test_both_forms_walk_one_curve_and_the_fused_one_keeps_less(
     cached: tuple[train.Cached, train.Cached],
 ) -> None:
-    batches = train.Batches(cached[0], TINY)
-    found = compare.compare(batches, TINY, steps=4, timed=1, tick=lambda done, total: None)
+    found = compared(cached[0], steps=4, timed=1)
     assert found.agrees
     assert len(found.fused_losses) == 4
     assert 0.0 < found.bound < 1e-3
@@ -181,24 +188,34 @@ def test_a_wrong_scale_of_a_tenth_of_a_percent_breaks_the_bound(
         return attach(model, config, implementation=implementation)
 
     monkeypatch.setattr(pk, "attach", faulty)
-    batches = train.Batches(cached[0], TINY)
-    found = compare.compare(batches, TINY, steps=6, timed=0, tick=lambda done, total: None)
-    assert not found.agrees
+    assert not compared(cached[0], steps=6, timed=0).agrees
     assert compare.largest_difference([1.0, float("nan")], [1.0, 1.0]) == float("inf")
 
 
-def test_saved_bytes_count_a_storage_once_and_no_parameter(
-    cached: tuple[train.Cached, train.Cached], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    form = torch.nn.Linear(4, 4, bias=False)
+def test_saved_bytes_count_a_storage_once_and_no_parameter() -> None:
+    linear = torch.nn.Linear(4, 4, bias=False)
     x = torch.randn(8, 4)
 
-    def loss(module: torch.nn.Module, batch: object) -> torch.Tensor:
-        return (module(x) + module(x[:4]).sum()).sum()
+    def logits(features: torch.Tensor, questions: torch.Tensor) -> torch.Tensor:
+        return linear(features) + linear(features[:4]).sum()
 
-    monkeypatch.setattr(compare, "batch_loss", loss)
-    batch = train.Batches(cached[0], TINY)[0]
-    assert compare.saved_bytes(form, batch) == x.untyped_storage().nbytes()
+    class Sum(train.Form):
+        def loss(self, batch: train.Batch) -> torch.Tensor:
+            return self.logits(batch.features, batch.questions).sum()
+
+    batch = train.Batch(x, x, x)
+    assert compare.saved_bytes(Sum(linear, logits), batch) == x.untyped_storage().nbytes()
+
+
+def test_the_rate_warms_up_and_falls_to_zero(trainer: Callable[[], train.Trainer]) -> None:
+    running = trainer()
+    running.settings = replace(TINY, steps=20, warm_up=0.1)
+    rates = []
+    for _ in running.run(20):
+        rates.append(running.optimizer.param_groups[0]["lr"] / TINY.learning_rate)
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert 0.0 < rates[-1] < 0.01
 
 
 def test_a_resumed_run_walks_the_same_curve_bit_for_bit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,15 @@ pytest.importorskip("transformers")
 
 import petal_kernels as pk
 from petal_kernels.tools import cli
-from petal_kernels.tools.demo import backbones, methods, methods_report, methods_run, tasks, train
+from petal_kernels.tools.demo import (
+    backbones,
+    compare,
+    methods,
+    methods_report,
+    methods_run,
+    tasks,
+    train,
+)
 from petal_kernels.tools.demo import model as small
 
 SIZES: dict[str, Any] = {"steps": 3, "batch": 8, "pictures": 48, "held_out": 24}
@@ -49,7 +58,10 @@ def tick(done: int, total: int) -> None:
 
 def compared(method: methods.Method, cached: train.Cached, steps: int) -> Any:
     settings = replace(method.settings, **SIZES)
-    return methods.compare(method, train.Batches(cached, settings), settings, steps, 1, tick)
+    trainer_of = functools.partial(
+        methods.attached, method, train.Batches(cached, settings), settings
+    )
+    return compare.compare(trainer_of, methods.bare_form(method), steps, 1, tick)
 
 
 def test_the_table_of_methods() -> None:
@@ -123,30 +135,14 @@ def test_a_wrong_scale_of_a_percent_breaks_the_bound(
     assert not compared(methods.METHODS["lora"], cached[0], steps=6).agrees
 
 
-def test_saved_bytes_count_a_storage_once_and_no_parameter() -> None:
-    linear = torch.nn.Linear(4, 4, bias=False)
-    x = torch.randn(8, 4)
-
-    class Two:
-        backbone = linear
-
-        def loss(self, batch: object) -> torch.Tensor:
-            total: torch.Tensor = (linear(x) + linear(x[:4]).sum()).sum()
-            return total
-
-    form: Any = Two()
-    batch: Any = None
-    assert methods.saved_bytes(form, batch) == x.untyped_storage().nbytes()
-
-
 def test_a_routed_adapter_reads_the_picture_and_a_disabled_one_does_not(
     cached: tuple[train.Cached, train.Cached],
 ) -> None:
     method = methods.METHODS["routing-lora"]
-    trainer = methods.MethodTrainer(method, train.Batches(cached[0], TINY), TINY)
+    trainer = methods.attached(method, train.Batches(cached[0], TINY), TINY)
     list(trainer.run(1))
-    backbone, attachment = trainer.form.backbone, trainer.form.attachment
-    assert attachment is not None
+    backbone: Any = trainer.model
+    attachment: Any = trainer.attachment
     visual = backbone.visual_tokens(cached[1].features)
     ids = tasks.question_ids((tasks.NEW,)).expand(len(cached[1]), -1)
     with torch.no_grad():
@@ -200,7 +196,7 @@ def test_curves_that_differ_end_in_exit_code_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(methods_run, "cache", lambda model, settings: raw)
-    monkeypatch.setattr(methods, "curve_bound", lambda published, controls: -1.0)
+    monkeypatch.setattr(compare, "curve_bound", lambda published, controls: -1.0)
     options = methods_run.MethodOptions(tmp_path, {**SIZES, "steps": 1}, 1, 1)
     assert methods_run.run("lora", options) == 1
     assert "DO NOT COINCIDE" in capsys.readouterr().out
@@ -213,7 +209,7 @@ def test_bad_options_are_refused_by_name(
     cases = [
         (["--method", "bitfit"], "--method: invalid choice: 'bitfit'"),
         (["--method", "lora", "--steps", "0"], "--steps: want a number >= 1, got 0"),
-        (["--method", "all", "--resume"], "--resume: want --method petal, got --method all"),
+        (["--method", "all", "--resume"], "got --method all, which always runs from its beginning"),
     ]
     for arguments, message in cases:
         with pytest.raises(SystemExit) as stopped:

@@ -47,7 +47,7 @@ from petal_kernels.hf.report import Report
 from petal_kernels.hf.stack import adapted_class
 from petal_kernels.nn.frozen_linear import FrozenLinear
 from petal_kernels.nn.mode_approximation import ModeApproximation
-from petal_kernels.nn.published import PublishedModeLinear
+from petal_kernels.nn.published import PublishedLinear, PublishedModeLinear
 from petal_kernels.nn.residual import ScaleShift
 
 
@@ -121,7 +121,7 @@ class AuroraAttachment(Attachment):
         for state in self._states:
             state.enabled = enabled
         for _, _, wrapper in self._wrapped:
-            if isinstance(wrapper, (PublishedModeLinear, PublishedBlocks)):
+            if isinstance(wrapper, PublishedLinear):
                 wrapper.enabled = enabled
 
     # -- installing ---------------------------------------------------------------------------

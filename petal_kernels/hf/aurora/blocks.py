@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from petal_kernels.nn.frozen_linear import autocast_off, compute_dtype, weight_is_plain
+from petal_kernels._runtime.autocast import autocast_off
+from petal_kernels.nn.frozen_linear import compute_dtype, weight_is_plain
 from petal_kernels.nn.mode_approximation import ModeApproximation
 from petal_kernels.ops.lowrank_linear import lowrank_linear
 from petal_kernels.ops.mode_contract import mode_contract

@@ -7,27 +7,21 @@ blocks of one width: a fused or wide projection counts one mode per block of its
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from petal_kernels.hf import walk
 from petal_kernels.hf.config import AuroraConfig
-from petal_kernels.hf.walk import class_name, family_of, is_a
+from petal_kernels.hf.walk import class_name, family_of, is_a, owners, select_named, shapes_by_role
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(walk.Row):
     """One projection of a layer."""
 
-    role: str  # reported, and a name that target_modules may use
-    block: str  # the layer's child it lies in
-    parent: str  # class-name pattern of the module that owns it
-    child: str  # its name there
     form: str = "linear"  # one mode; or one per block of "outputs" or of "inputs"
-    branch: str = "text"  # "image": it reads the features that all layers of the stack read
-    group: str = ""  # projections of one group read one input and share one operator call
 
 
 @dataclass(frozen=True)
@@ -50,10 +44,10 @@ BLIP = (
         stack="BlipEncoder",
         layer="BlipEncoderLayer",
         rows=(
-            Row("vision.qkv", "self_attn", "BlipAttention", "qkv", "outputs"),
-            Row("vision.projection", "self_attn", "BlipAttention", "projection", "inputs"),
-            Row("vision.fc1", "mlp", "BlipMLP", "fc1", "outputs"),
-            Row("vision.fc2", "mlp", "BlipMLP", "fc2", "inputs"),
+            Row("vision.qkv", "self_attn", "BlipAttention", "qkv", form="outputs"),
+            Row("vision.projection", "self_attn", "BlipAttention", "projection", form="inputs"),
+            Row("vision.fc1", "mlp", "BlipMLP", "fc1", form="outputs"),
+            Row("vision.fc2", "mlp", "BlipMLP", "fc2", form="inputs"),
         ),
     ),
     Kind(
@@ -89,25 +83,11 @@ EMBEDDINGS = "BlipTextEmbeddings"  # they add to their word embeddings in place
 
 
 @dataclass
-class Site:
-    """One projection found in a model."""
+class Site(walk.Projection):
+    """One projection found in a model, and its modes."""
 
     row: Row
-    path: str
-    parent: nn.Module
-    base: nn.Module
     modes: range = range(0)  # its rows of the mode matrix; set by `find`
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(in_features, out_features) of the base."""
-        sizes = [getattr(self.base, name, None) for name in ("in_features", "out_features")]
-        if not all(isinstance(size, int) for size in sizes):
-            raise ValueError(
-                f"{self.path}: want a linear layer with in_features and out_features, got a "
-                f"{type(self.base).__name__}"
-            )
-        return sizes[0], sizes[1]  # type: ignore[return-value]
 
     @property
     def long(self) -> int:
@@ -182,7 +162,11 @@ def find(model: nn.Module, config: AuroraConfig) -> Found:
     head = getattr(root, MATCHING_HEAD, None)
     embeddings = [m for m in root.modules() if is_a(m, EMBEDDINGS)]
     found = Found(model_type, stacks, head if isinstance(head, nn.Module) else None, embeddings)
-    _select(found, config)
+    roles = (row.role for kind in FAMILIES[model_type] for row in kind.rows)
+    kept = select_named(found.sites(), config, roles, f"{[stack.path for stack in stacks]}")
+    chosen = {id(site) for site in kept}
+    for layer in (layer for stack in stacks for layer in stack.layers):
+        layer.sites = [site for site in layer.sites if id(site) in chosen]
     found.width = _width(found.sites())
     _number(found)
     return found
@@ -201,46 +185,8 @@ def _layer(kind: Kind, index: int, path: str, layer: nn.Module) -> LayerSite:
     cross_block = getattr(layer, kind.cross_block, None) if kind.cross_block else None
     site = LayerSite(index, path, layer, self_block, cross_block)
     for row in kind.rows:
-        block = getattr(layer, row.block, None)
-        if not isinstance(block, nn.Module):
-            continue
-        for name, parent in block.named_modules():
-            base = getattr(parent, row.child, None)
-            if is_a(parent, row.parent) and isinstance(base, nn.Module):
-                parts = (path, row.block, name, row.child)
-                site.sites.append(Site(row, ".".join(p for p in parts if p), parent, base))
+        site.sites += [Site(row, *found) for found in owners(layer, path, row)]
     return site
-
-
-def _select(found: Found, config: AuroraConfig) -> None:
-    """Keeps what `target_modules` names; an empty result or a name without a match raises."""
-    sites, wanted = found.sites(), config.target_modules
-    roles = sorted({site.row.role for site in sites})
-    if wanted is None:
-        kept = sites
-    elif isinstance(wanted, str):
-        kept = [site for site in sites if re.fullmatch(wanted, site.path)]
-    else:
-        kept = [site for site in sites if any(_named(site, name) for name in wanted)]
-        missing = [name for name in wanted if not any(_named(site, name) for site in sites)]
-        if missing:
-            raise ValueError(
-                f"target_modules: {missing} match nothing; want names among the roles {roles} or "
-                f"ends of module paths such as {[site.path for site in sites[:2]]}"
-            )
-    if not kept:
-        raise ValueError(
-            f"model: want projections with roles {roles} (target_modules={wanted!r}), got "
-            f"{len(sites)} candidates in {[stack.path for stack in found.stacks]} and none selected"
-        )
-    chosen = {id(site) for site in kept}
-    for stack in found.stacks:
-        for layer in stack.layers:
-            layer.sites = [site for site in layer.sites if id(site) in chosen]
-
-
-def _named(site: Site, name: str) -> bool:
-    return name in (site.row.role, site.path) or site.path.endswith("." + name)
 
 
 def _width(sites: list[Site]) -> int:
@@ -286,14 +232,9 @@ def base_signature(found: Found) -> dict[str, Any]:
     """What an adapter needs of its base: its stacks, their layers, the projections' shapes."""
     signature: dict[str, Any] = {}
     for number, stack in enumerate(found.stacks):
-        projections: dict[str, dict[str, int]] = {}
-        for site in stack.sites():
-            d_in, d_out = site.shape
-            entry = projections.setdefault(site.row.role, {"count": 0, "in": d_in, "out": d_out})
-            entry["count"] += 1
         signature[f"stack {number}"] = {
             "class": class_name(stack.module, stack.kind.stack),
             "layers": len(stack.layers),
-            "projections": projections,
+            "projections": shapes_by_role(stack.sites()),
         }
     return signature

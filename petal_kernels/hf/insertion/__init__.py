@@ -1,1 +1,1 @@
-"""VL-PET, VL-Adapter and routing functions: adapters inserted after a layer's blocks."""
+"""VL-PET, VL-Adapter, routing functions, mixtures of experts: adapters in a layer's places."""

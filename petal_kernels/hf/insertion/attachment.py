@@ -116,7 +116,7 @@ class InsertionAttachment(Attachment):
                 self._install_point(insertion, slots[index])
             elif isinstance(self.config, VLPetConfig):
                 wrapper = ValueLinear(insertion.module, slots[index], place.role, values)
-                self._wrap(*_parent(self.model, insertion.path), wrapper)
+                self._wrap(*parent_of(self.model, insertion.path), wrapper)
                 values += 1
             else:
                 self._install_lora(insertion, place, slots[index])
@@ -149,7 +149,7 @@ class InsertionAttachment(Attachment):
             len(targets),
             activation=config.activation,
             init="normal" if config.init == "normal" else "zero",
-            device=_device(targets[0].module),
+            device=device_of(targets[0].module),
             dtype=config.dtype,
         )
 
@@ -159,7 +159,7 @@ class InsertionAttachment(Attachment):
         name = "shared" if shared else insertion.role.rpartition(".")[2]
         if not shared or not self.adapter.has(insertion.layer, name):
             layer = self.found.layers[insertion.layer][1]
-            self.adapter.add(insertion.layer, name, _adapter(config, self._width, _device(layer)))
+            self.adapter.add(insertion.layer, name, _adapter(config, self._width, device_of(layer)))
         self._modules[insertion.path] = self.adapter.place(insertion.layer, name)
         path, layer, _ = self.found.layers[insertion.layer]
         place = insertion.place
@@ -167,7 +167,9 @@ class InsertionAttachment(Attachment):
         norm = layer.get_submodule(place.norm) if place.norm else None
         insert = Insert(slot, insertion.role, name, norm)
         if norm is not None:
-            self._wrap(*_parent(self.model, f"{path}.{place.norm}"), PostNorm(norm, insert, layer))
+            self._wrap(
+                *parent_of(self.model, f"{path}.{place.norm}"), PostNorm(norm, insert, layer)
+            )
         assert insertion.reads is not None
         self._mark(insertion.reads, "_petal_reads", insert)
         self._mark(insertion.module, "_petal_insert", insert)
@@ -195,7 +197,7 @@ class InsertionAttachment(Attachment):
         self.adapter.add(insertion.layer, name, lora)
         self._modules[insertion.path] = lora
         wrapper = RoutedLinear(insertion.module, slot, place.role, name)
-        self._wrap(*_parent(self.model, insertion.path), wrapper)
+        self._wrap(*parent_of(self.model, insertion.path), wrapper)
         self._routed.append((insertion, wrapper))
 
     # -- switching, merging -------------------------------------------------------------------
@@ -235,12 +237,14 @@ class InsertionAttachment(Attachment):
         return merged
 
 
-def _parent(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+def parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that owns the one at `path`, and its name there."""
     parent, _, child = path.rpartition(".")
     return model.get_submodule(parent), child
 
 
-def _device(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters are."""
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 

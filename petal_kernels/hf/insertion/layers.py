@@ -1,10 +1,10 @@
 """What runs inside an adapted layer: hooks that put an adapter after a block, wrappers on linears.
 
-The vision features and the padding mask are given to every layer as an argument of its own call
-(`hf/stack.py`), and so are the value adapters' down-projections of the encoder's output, which are
-one product for all decoder layers. Reentrant checkpointing runs a layer first without and then with
-gradients and does not detach keyword arguments: a layer in its recompute therefore projects the
-encoder's output itself.
+The vision features and what is known of the tokens are given to every layer as an argument of its
+own call (`hf/stack.py`), and so are the value adapters' down-projections of the encoder's output,
+which are one product for all decoder layers. Reentrant checkpointing runs a layer first without and
+then with gradients and does not detach keyword arguments: a layer in its recompute therefore
+projects the encoder's output itself.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petal_kernels.hf.experts import Routings
+from petal_kernels.hf.insertion.tokens import Domains, Tokens
 from petal_kernels.nn.frozen_linear import MERGED_TRAINING, FrozenLinear, compute_dtype
 from petal_kernels.nn.gated_adapter import GatedAdapter
 from petal_kernels.nn.published import published_adapter, published_lora, published_value
 from petal_kernels.nn.routed_lora import RoutedLoRALinear, linear_features
 from petal_kernels.nn.value_adapter import ValueAdapter
+from petal_kernels.ops.expert_dispatch.routing import Routing
 
 
 class InsertionAdapter(nn.Module):
@@ -57,6 +60,8 @@ class State:
         self.published = published
         self.enabled = True
         self.vision: Tensor | None = None  # inside `with attachment.vision(features):`
+        self.domains: Domains | None = None  # inside `with attachment.domains(domain):`
+        self.routings = Routings()
         self.layers: dict[str, list[nn.Module]] = {}
         self.factors: Context | None = None  # only while a stack's forward runs
 
@@ -64,8 +69,8 @@ class State:
 class Context:
     """What one forward of a stack gives to its layers."""
 
-    def __init__(self, vision: Tensor | None, mask: Tensor | None) -> None:
-        self.vision, self.mask = vision, mask
+    def __init__(self, vision: Tensor | None, tokens: Tokens) -> None:
+        self.vision, self.tokens = vision, tokens
         self.encoded: Tensor | None = None  # the encoder's output, and its projections
         self.middles: tuple[Tensor, ...] = ()
         self.grad = torch.is_grad_enabled()
@@ -94,7 +99,7 @@ class LayerSlot:
     def begin(self, factors: Context | None) -> Context:
         """The context of this run: without shared graphs in a reentrant recompute."""
         if factors is None:  # the layer runs outside its stack
-            return Context(self.state.vision, None)
+            return Context(self.state.vision, Tokens(domains=self.state.domains))
         if factors.grad and not torch.is_grad_enabled():
             if factors.vision is not None and factors.vision.requires_grad:
                 raise RuntimeError(
@@ -104,7 +109,7 @@ class LayerSlot:
                 )
             factors.reentrant.add(self.index)
         elif self.index in factors.reentrant:
-            return Context(factors.vision, factors.mask)
+            return Context(factors.vision, factors.tokens)
         return factors
 
     def finish(self, call: Context, y: Any) -> Any:
@@ -120,6 +125,15 @@ class LayerSlot:
                 "`with attachment.vision(features):`"
             )
         return found
+
+    def tokens(self) -> Tokens:
+        """What is known of the tokens of this run."""
+        return Tokens(domains=self.state.domains) if self.call is None else self.call.tokens
+
+    def record(self, path: str, routing: Routing) -> None:
+        """Keeps how the experts at `path` were routed, unless this run is a recompute."""
+        if self.call is not None and self.call is self.state.factors:
+            self.state.routings[path] = routing
 
 
 class Insert:
@@ -144,12 +158,13 @@ class Insert:
         """The adapted output of the block; None where it stays for now, or while disabled."""
         slot, state, adapter = self.slot, self.slot.state, self.adapter
         x = slot.inputs.pop(self.role, None)
+        slot.pending.pop(self.role, None)  # of a forward that failed before the norm
         if not state.enabled:
             return None
         vision = None if adapter.route == "none" else slot.vision(self.role)
         mask = None
         if adapter.gate == "small" and adapter.variant == "paper" and slot.call is not None:
-            mask = slot.call.mask
+            mask = slot.call.tokens.mask
             mask = mask if mask is not None and mask.shape == h.shape[:2] else None
         if state.published:
             return published_adapter(adapter, h, x, vision=vision, mask=mask)
@@ -182,13 +197,18 @@ def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 def adapt_output(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook of the module whose output is adapted."""
     insert: Insert = module.__dict__["_petal_insert"]
-    if isinstance(output, tuple):
-        adapted = insert.run(output[0])
-        return None if adapted is None else (adapted, *output[1:])
-    return insert.run(output)
+    h: Tensor = output[0] if isinstance(output, tuple) else output
+    adapted = insert.run(h)
+    # The layer's dropout and residual + H would be thrown away by the norm. Of an empty tensor that
+    # broadcasts they cost nothing; but other hooks on this module are to see H.
+    if insert.role in insert.slot.pending and len(module._forward_hooks) == 1:
+        adapted = h.new_empty((0,) + (1,) * h.dim())
+    if adapted is None or not isinstance(output, tuple):
+        return adapted
+    return (adapted, *output[1:])
 
 
-class _Adapted(FrozenLinear):
+class AdaptedLinear(FrozenLinear):
     """A linear with an adapter that is registered at the model's root."""
 
     slot: LayerSlot
@@ -211,8 +231,8 @@ class _Adapted(FrozenLinear):
 class PostNorm(FrozenLinear):
     """The norm after an adapted block: adapter, dropout, residual and norm in one call.
 
-    The layer has added dropout(H) to X by then; where the adapter was left to the norm, that sum is
-    not looked at and nothing of it is kept.
+    Where the adapter was left to it, the norm does not look at what the layer gives it: X plus the
+    dropout of what stood in H's place (`adapt_output`).
     """
 
     insert: Insert
@@ -244,7 +264,7 @@ class PostNorm(FrozenLinear):
         return f"base={type(self.base).__name__}"
 
 
-class ValueLinear(_Adapted):
+class ValueLinear(AdaptedLinear):
     """The values' projection of a cross-attention, with VL-PET's value adapter of its layer."""
 
     def __init__(self, base: nn.Module, slot: LayerSlot, role: str, number: int) -> None:
@@ -269,7 +289,7 @@ class ValueLinear(_Adapted):
         return call.middles[self.number]
 
 
-class RoutedLinear(_Adapted):
+class RoutedLinear(AdaptedLinear):
     """A linear with a routed low-rank update."""
 
     def __init__(self, base: nn.Module, slot: LayerSlot, role: str, name: str) -> None:
@@ -294,10 +314,10 @@ def enter_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     state: State = module.__dict__["_petal_state"]
     if not state.enabled:
         return
-    mask = kwargs.get("attention_mask")
-    mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    state.factors = Context(state.vision, mask)
+    state.factors = Context(state.vision, Tokens.entering(kwargs, state.domains))
     encoded = kwargs.get("encoder_hidden_states")
+    if encoded is None:  # the first stack of a forward
+        state.routings.clear()
     if encoded is not None and state.adapter.value is not None and not state.published:
         state.factors.encoded = encoded
         state.factors.middles = state.adapter.value.project(encoded)

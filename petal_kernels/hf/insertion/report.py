@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from petal_kernels._runtime.backends import explain
+from petal_kernels.hf.experts import expert_row
 from petal_kernels.hf.insertion.layers import InsertionAdapter
 from petal_kernels.hf.insertion.specs import Found
 from petal_kernels.hf.report import Report, Row, choice_in_words, finish
+from petal_kernels.nn.experts import LowRankExperts
 from petal_kernels.nn.gated_adapter import GatedAdapter
 from petal_kernels.nn.routed_lora import RoutedLoRALinear
 from petal_kernels.ops.gated_bottleneck import gated_bottleneck
@@ -31,6 +33,10 @@ def make_report(
     rows, seen = [], set()
     for insertion in found.insertions:
         module = modules.get(insertion.path)
+        if isinstance(module, LowRankExperts):
+            at = insertion.path, insertion.role
+            rows.append(expert_row(*at, module, implementation, insertion.module))
+            continue
         count = 0
         if module is not None and id(module) not in seen:
             seen.add(id(module))

@@ -8,14 +8,19 @@ row of `FAMILIES`.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from petal_kernels.hf.config import AdapterConfig, RoutingConfig, VLAdapterConfig, VLPetConfig
-from petal_kernels.hf.walk import class_name, family_of, is_a
+from petal_kernels.hf.config import (
+    AdapterConfig,
+    ExpertConfig,
+    RoutingConfig,
+    VLAdapterConfig,
+    VLPetConfig,
+)
+from petal_kernels.hf.walk import class_name, family_of, is_a, select_named
 from petal_kernels.nn.routed_lora import linear_features
 
 
@@ -38,6 +43,7 @@ class Target:
     path: str
     parts: int = 1
     targets: tuple[int, ...] = (0,)
+    encoded: bool = False  # it reads the encoder's output
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,10 @@ def _bert_like(layer: str) -> tuple[Stack, ...]:
 
 
 def _linears(name: str, paths: tuple[str, ...]) -> tuple[Target, ...]:
-    return tuple(Target(f"{name}.{role}", path) for role, path in zip(_ROLES, paths, strict=False))
+    return tuple(
+        Target(f"{name}.{role}", path, encoded=role == "cross.value")
+        for role, path in zip(_ROLES, paths, strict=False)
+    )
 
 
 _ROLES = ("query", "value", "cross.query", "cross.value")
@@ -216,7 +225,9 @@ def find(model: nn.Module, config: AdapterConfig) -> Found:
     for index, (path, layer, stack) in enumerate(found.layers):
         for place in _places(stack, config):
             found.insertions.append(_insertion(index, path, layer, place, config))
-    _select(found, model, config)
+    roles = (place.role for stack in FAMILIES[model_type] for place in _places(stack, config))
+    where = f"{len(found.layers)} layers of a {model_type!r} model, a {type(model).__name__},"
+    found.insertions = select_named(found.insertions, config, roles, where)
     return found
 
 
@@ -228,7 +239,7 @@ def _places(stack: Stack, config: AdapterConfig) -> list[Point | Target]:
         return [stack.value] if stack.value is not None and config.value_r else []
     if isinstance(config, VLAdapterConfig):
         return list(stack.points)
-    assert isinstance(config, RoutingConfig)
+    assert isinstance(config, (RoutingConfig, ExpertConfig))
     return list(stack.linears if config.kind == "lora" else stack.points)
 
 
@@ -255,33 +266,6 @@ def _insertion(
         _child(layer, path, place.output),
         _child(layer, path, reads),
     )
-
-
-def _select(found: Found, model: nn.Module, config: AdapterConfig) -> None:
-    """Keeps what `target_modules` names; an empty result or a name without a match raises."""
-    wanted, every = config.target_modules, found.insertions
-    roles = sorted({i.role for i in every})
-    if isinstance(wanted, str):
-        found.insertions = [i for i in every if re.fullmatch(wanted, i.path)]
-    elif wanted is not None:
-        found.insertions = [i for i in every if any(_named(i, name) for name in wanted)]
-        missing = [name for name in wanted if not any(_named(i, name) for i in every)]
-        if missing:
-            raise ValueError(
-                f"target_modules: {missing} match nothing; want names among the roles {roles} or "
-                f"ends of module paths such as {[i.path for i in every[:2]]}"
-            )
-    if not found.insertions:
-        raise ValueError(
-            f"model: want places that {config.method!r} adapts (roles {roles}, target_modules="
-            f"{wanted!r}) in a {found.model_type!r} model, got none in {len(found.layers)} layers "
-            f"of a {type(model).__name__}"
-        )
-
-
-def _named(insertion: Insertion, name: str) -> bool:
-    path = insertion.path
-    return name in (insertion.role, path) or path.endswith("." + name)
 
 
 def base_signature(found: Found) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""PETAL on models with a Q-Former: mode approximation, scale/shift residual, batch context."""
+"""PETAL on models with a Q-Former: mode approximation, residual, batch context, experts."""

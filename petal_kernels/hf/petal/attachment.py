@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from petal_kernels.hf.attachment import Attachment
 from petal_kernels.hf.config import PetalConfig
+from petal_kernels.hf.experts import RoutedAttachment, Routings
 from petal_kernels.hf.merging import Merged
 from petal_kernels.hf.petal import merging
+from petal_kernels.hf.petal.experts import (
+    build_experts,
+    enter_model,
+    leave_model,
+    serve_embeddings,
+)
 from petal_kernels.hf.petal.layers import (
     LayerSlot,
     ModeGroup,
@@ -24,16 +30,24 @@ from petal_kernels.hf.petal.layers import (
     leave_stack,
 )
 from petal_kernels.hf.petal.report import make_report
-from petal_kernels.hf.petal.specs import Found, LayerSite, base_signature, find
+from petal_kernels.hf.petal.specs import (
+    Embeddings,
+    Found,
+    LayerSite,
+    base_signature,
+    find,
+    norm_width,
+)
 from petal_kernels.hf.report import Report
 from petal_kernels.hf.stack import adapted_class
+from petal_kernels.nn.experts import LowRankExperts
 from petal_kernels.nn.frozen_linear import FrozenLinear
 from petal_kernels.nn.mode_approximation import ModeApproximation
 from petal_kernels.nn.published import PublishedModeLinear
 from petal_kernels.nn.residual import ScaleShift
 
 
-class PetalAttachment(Attachment):
+class PetalAttachment(RoutedAttachment):
     """PETAL on one model."""
 
     adapter: PetalAdapter
@@ -48,6 +62,14 @@ class PetalAttachment(Attachment):
         self._state = State(adapter, published=published, context=config.context == "batch")
         self._groups: list[ModeGroup] = []
         self._install()
+
+    @property
+    def _routings(self) -> Routings:
+        return self._state.routings
+
+    def _experts(self) -> dict[str, LowRankExperts]:
+        experts = self.adapter.experts
+        return {} if experts is None else {self._state.embeddings: experts}
 
     def signature(self) -> dict[str, Any]:
         return base_signature(self.found)
@@ -73,6 +95,18 @@ class PetalAttachment(Attachment):
         self._hooks.append(hook)
         for site in self.found.layers:
             self._install_layer(site)
+        if self.found.embeddings is not None:
+            self._install_experts(self.found.embeddings)
+
+    def _install_experts(self, found: Embeddings) -> None:
+        self._state.embeddings = found.path
+        self._mark(found.owner, "_petal_state", self._state)
+        self._mark(found.module, "_petal_state", self._state)
+        self._hooks += [
+            found.owner.register_forward_pre_hook(enter_model, with_kwargs=True),
+            found.owner.register_forward_hook(leave_model, always_call=True),
+            found.module.register_forward_hook(serve_embeddings, with_kwargs=True),
+        ]
 
     def _install_layer(self, site: LayerSite) -> None:
         slot = LayerSlot(self._state, site.index, _mode_slices(site))
@@ -133,6 +167,8 @@ def _build_adapter(found: Found, config: PetalConfig) -> PetalAdapter:
     if config.scale_shift:
         for layer in found.layers:
             adapter.layers[str(layer.index)] = _pairs(layer, found, config, device)
+    if found.embeddings is not None:
+        adapter.experts = build_experts(found.embeddings, config)
     return adapter
 
 
@@ -140,23 +176,14 @@ def _pairs(
     layer: LayerSite, found: Found, config: PetalConfig, device: torch.device
 ) -> nn.ModuleDict:
     """The scale/shift pairs of a layer; those that never act are stored, frozen, in "release"."""
-    width = _hidden_width(found)
+    first = found.layers[0]
+    width = norm_width(first.self_block, first.path)
     pairs = nn.ModuleDict({"self": ScaleShift(width, device=device, dtype=config.dtype)})
     live = bool(config.use_cross_residual) and layer.cross_block is not None
     if live or config.variant == "release":
         pairs["cross"] = ScaleShift(width, device=device, dtype=config.dtype)
         pairs["cross"].requires_grad_(live)
     return pairs
-
-
-def _hidden_width(found: Found) -> int:
-    """Width of the blocks' outputs: what the LayerNorm at the end of the self block normalises."""
-    for module in reversed(list(found.layers[0].self_block.modules())):
-        if isinstance(module, nn.LayerNorm):
-            return int(module.normalized_shape[0])
-    raise ValueError(
-        f"{found.layers[0].path}: want a LayerNorm in the self-attention block, got none"
-    )
 
 
 def _mode_slices(site: LayerSite) -> dict[str, slice]:

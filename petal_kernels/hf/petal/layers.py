@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petal_kernels.hf.experts import Routings
 from petal_kernels.hf.stack import shrink, version_of
+from petal_kernels.nn.experts import InstructionExperts
 from petal_kernels.nn.frozen_linear import (
     MERGED_TRAINING,
     FrozenLinear,
@@ -39,6 +41,7 @@ class PetalAdapter(nn.Module):
         super().__init__()
         self.branches = nn.ModuleDict()
         self.layers = nn.ModuleDict()
+        self.experts: InstructionExperts | None = None
 
     def branch(self, name: str) -> ModeApproximation:
         module = self.branches[name]
@@ -64,6 +67,9 @@ class State:
         self.merged = False
         self.layers: list[nn.Module] = []
         self.factors: Factors | None = None  # only while the stack's forward runs
+        self.embeddings = ""  # the path of what the experts serve
+        self.mask: Tensor | None = None  # only while the embeddings' owner runs
+        self.routings = Routings()
 
 
 class Factors:

@@ -78,5 +78,7 @@ def _list_kept(attachment: PetalAttachment, report: MergeReport) -> None:
             report.kept[f"{layer.path}: scale/shift residual"] = "added after the block's LayerNorm"
         if config.context == "batch" and layer.cross_block is not None:
             report.kept[f"{layer.path}: batch context"] = "depends on the batch"
+    if attachment.found.embeddings is not None:
+        report.kept[f"{attachment.found.embeddings.path}: experts"] = "no linear precedes them"
     for path in attachment._extra:
         report.kept[path] = "trained whole"

@@ -6,10 +6,12 @@ import torch
 from torch import nn
 
 from petal_kernels._runtime.backends import explain
+from petal_kernels.hf.experts import expert_row
 from petal_kernels.hf.petal.layers import PetalAdapter
 from petal_kernels.hf.petal.specs import Found, Site
 from petal_kernels.hf.report import Report, Row, choice_in_words, finish
 from petal_kernels.nn.frozen_linear import why_not_plain
+from petal_kernels.nn.gated_adapter import Near
 from petal_kernels.nn.mode_approximation import ModeApproximation
 from petal_kernels.ops.lowrank_linear import lowrank_linear
 
@@ -25,6 +27,9 @@ def make_report(
 ) -> Report:
     """The report of an attachment, as it would run now."""
     rows = _projection_rows(adapter, found, implementation) + _shared_rows(adapter)
+    if found.embeddings is not None and adapter.experts is not None:
+        at, place = (found.embeddings.path, "instruction experts"), found.embeddings.module
+        rows.append(expert_row(*at, adapter.experts, implementation, place))
     declined = {site.path: why_not_plain(site.base) for site in found.sites()}
     declined = {path: why for path, why in declined.items() if why}
     return finish(rows, model, adapter, extra, implementation, declined)
@@ -79,9 +84,10 @@ def _backend(sites: list[Site], factors: ModeApproximation, implementation: str)
         outs = torch.empty(_TYPICAL_ROWS, factors.out_features, **like)  # type: ignore[call-overload]
         base["base"] = [outs] * len(sites)
     ups, dropout = [up] * len(sites), factors.dropout
+    down = Near(dtype, x.device).parameter(factors.down)
     try:
         with torch.enable_grad():
-            found = explain(lowrank_linear, x, factors.down, ups, dropout=dropout, **base)
+            found = explain(lowrank_linear, x, down, ups, dropout=dropout, **base)
     except RuntimeError as error:  # a backend asked for by name that cannot run here
         return "none", str(error)
     return choice_in_words(found)

@@ -7,26 +7,22 @@ they move between releases of the model library. A new family is a row of `FAMIL
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from petal_kernels.hf.config import PetalConfig
-from petal_kernels.hf.walk import class_name, family_of, is_a
-
-
-@dataclass(frozen=True)
-class Row:
-    """One projection of a layer."""
-
-    role: str  # "self.query": reported, and a name that target_modules may use
-    block: str  # the layer's child it lies in
-    parent: str  # class-name pattern of the module that owns it
-    child: str  # its name there
-    branch: str  # shared factors it uses: "text" or "image"
-    group: str  # projections of one group read one input and share one operator call
+from petal_kernels.hf.walk import (
+    Projection,
+    Row,
+    class_name,
+    family_of,
+    is_a,
+    owners,
+    select_named,
+    shapes_by_role,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,7 @@ class Family:
     self_block: str  # child whose output the scale/shift residual reads
     cross_block: str  # child whose output the cross residual and the context touch
     rows: tuple[Row, ...]
+    embeddings: str = ""  # class-name pattern of [queries; instruction]; "": takes no instruction
 
 
 def _attention_rows(parent: str) -> tuple[Row, ...]:
@@ -60,10 +57,11 @@ _QFORMER = Family(
     cross_block="crossattention",
     rows=_attention_rows("*QFormerMultiHeadAttention"),
 )
+_INSTRUCTED = replace(_QFORMER, embeddings="*QFormerEmbeddings")
 
 FAMILIES: dict[str, Family] = {
-    "instructblip": _QFORMER,
-    "instructblip_qformer": _QFORMER,
+    "instructblip": _INSTRUCTED,
+    "instructblip_qformer": _INSTRUCTED,
     "blip-2": _QFORMER,
     "blip_2": _QFORMER,
     "blip_2_qformer": _QFORMER,
@@ -71,25 +69,10 @@ FAMILIES: dict[str, Family] = {
 
 
 @dataclass
-class Site:
-    """One projection found in a model."""
+class Site(Projection):
+    """One projection found in a model, and its mode."""
 
-    row: Row
-    path: str
-    parent: nn.Module
-    base: nn.Module
     mode: int = -1  # row of the branch's mode matrix; set by `find`
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(in_features, out_features) of the base."""
-        sizes = [getattr(self.base, name, None) for name in ("in_features", "out_features")]
-        if not all(isinstance(size, int) for size in sizes):
-            raise ValueError(
-                f"{self.path}: want a linear layer with in_features and out_features, got a "
-                f"{type(self.base).__name__}"
-            )
-        return sizes[0], sizes[1]  # type: ignore[return-value]
 
 
 @dataclass
@@ -105,14 +88,25 @@ class LayerSite:
 
 
 @dataclass
+class Embeddings:
+    """The module that embeds [queries; instruction], and the one that calls it."""
+
+    path: str
+    module: nn.Module
+    owner: nn.Module
+    width: int
+
+
+@dataclass
 class Found:
-    """What the walk found: the model type, the stack and its layers."""
+    """What the walk found: the model type, the stack and its layers; for experts the embeddings."""
 
     model_type: str
     family: Family
     path: str
     stack: nn.Module
     layers: list[LayerSite]
+    embeddings: Embeddings | None = None
 
     def sites(self, branch: str | None = None) -> list[Site]:
         every = (site for layer in self.layers for site in layer.sites)
@@ -138,9 +132,37 @@ def find(model: nn.Module, config: PetalConfig) -> Found:
         )
     ]
     found = Found(model_type, family, path, stack, layers)
-    _select(found, config)
+    classes = sorted({type(layer.layer).__name__ for layer in layers})
+    where = f"{len(layers)} layers {classes} under {path!r}"
+    kept = select_named(found.sites(), config, (row.role for row in family.rows), where)
+    chosen = {id(site) for site in kept}
+    for layer in layers:
+        layer.sites = [site for site in layer.sites if id(site) in chosen]
     _number(found)
+    if config.experts:
+        found.embeddings = _embeddings(model_type, root_path, root, family)
     return found
+
+
+def _embeddings(model_type: str, root_path: str, root: nn.Module, family: Family) -> Embeddings:
+    matches = [(n, m) for n, m in root.named_modules() if is_a(m, family.embeddings)]
+    if len(matches) != 1:
+        raise ValueError(
+            "experts: want a model whose Q-Former embeds an instruction (one module of class "
+            f"'*QFormerEmbeddings'), got a {model_type!r} model with {len(matches)}"
+        )
+    name, module = matches[0]
+    owner = root.get_submodule(name.rpartition(".")[0])
+    path = ".".join(part for part in (root_path, name) if part)
+    return Embeddings(path, module, owner, norm_width(module, path))
+
+
+def norm_width(block: nn.Module, path: str) -> int:
+    """What the last LayerNorm of a block normalises: the width of its output."""
+    for module in reversed(list(block.modules())):
+        if isinstance(module, nn.LayerNorm):
+            return int(module.normalized_shape[0])
+    raise ValueError(f"{path}: want a LayerNorm in the {type(block).__name__}, got none")
 
 
 def _layer_site(index: int, path: str, layer: nn.Module, family: Family) -> LayerSite:
@@ -153,47 +175,8 @@ def _layer_site(index: int, path: str, layer: nn.Module, family: Family) -> Laye
         )
     site = LayerSite(index, path, layer, self_block, cross_block)
     for row in family.rows:
-        block = getattr(layer, row.block, None)
-        if block is None:
-            continue
-        for name, parent in block.named_modules():
-            base = getattr(parent, row.child, None)
-            if is_a(parent, row.parent) and isinstance(base, nn.Module):
-                parts = (path, row.block, name, row.child)
-                site.sites.append(Site(row, ".".join(p for p in parts if p), parent, base))
+        site.sites += [Site(row, *found) for found in owners(layer, path, row)]
     return site
-
-
-def _select(found: Found, config: PetalConfig) -> None:
-    """Keeps what `target_modules` names; an empty result or a name without a match raises."""
-    sites = found.sites()
-    wanted = config.target_modules
-    roles = sorted({row.role for row in found.family.rows})
-    if wanted is None:
-        kept = sites
-    elif isinstance(wanted, str):
-        kept = [site for site in sites if re.fullmatch(wanted, site.path)]
-    else:
-        kept = [site for site in sites if any(_named(site, name) for name in wanted)]
-        missing = [name for name in wanted if not any(_named(site, name) for site in sites)]
-        if missing:
-            raise ValueError(
-                f"target_modules: {missing} match nothing; want names among the roles {roles} or "
-                f"ends of module paths such as {[site.path for site in sites[:2]]}"
-            )
-    if not kept:
-        classes = sorted({type(layer.layer).__name__ for layer in found.layers})
-        raise ValueError(
-            f"model: want projections with roles {roles} (target_modules={wanted!r}) under "
-            f"{found.path!r}, got {len(sites)} candidates in {len(found.layers)} layers {classes} "
-            "and none selected"
-        )
-    for layer in found.layers:
-        layer.sites = [site for site in layer.sites if any(site is k for k in kept)]
-
-
-def _named(site: Site, name: str) -> bool:
-    return name in (site.row.role, site.path) or site.path.endswith("." + name)
 
 
 def _number(found: Found) -> None:
@@ -205,13 +188,11 @@ def _number(found: Found) -> None:
 
 def base_signature(found: Found) -> dict[str, Any]:
     """What an adapter needs of its base: the stack's class, its layers, the projections' shapes."""
-    projections: dict[str, dict[str, int]] = {}
-    for site in found.sites():
-        d_in, d_out = site.shape
-        entry = projections.setdefault(site.row.role, {"count": 0, "in": d_in, "out": d_out})
-        entry["count"] += 1
-    return {
+    signature = {
         "stack": class_name(found.stack, found.family.stack),
         "layers": len(found.layers),
-        "projections": projections,
+        "projections": shapes_by_role(found.sites()),
     }
+    if found.embeddings is not None:
+        signature["embeddings"] = {"width": found.embeddings.width}
+    return signature

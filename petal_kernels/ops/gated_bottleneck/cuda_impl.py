@@ -15,7 +15,8 @@ Maths (N rows, D input width, r rank, O output width, Dg and rg of the gate; T =
     fold     the splits of weights in order
 
 One launch forward, three backward. "small" adds one before a pool in both directions; a product
-route one for z, and one for dx after its own backward on r-wide tensors.
+route through more than one vision token one for z, and every product route one for dx after its own
+backward on r-wide tensors.
 Shapes and strides: row tensors [N, width] with unit column stride and any row stride, parameters
 with any strides (weights are made row-major where their rows are not, and rounded once to T).
 Grid: in the headers of the .cu files. No block waits for another.
@@ -24,12 +25,13 @@ forward reads x, X and writes out, z, zg: 3 N D + 2 N r (the rows' second readin
 come from L2 and L1). Backward: rows reads x, X, dout, z, zg and writes dx, dX, a, ag, dz, dzg;
 weights reads x, X, dout, a, ag, dz, dzg: 8 N D + 10 N r. At r = D / 8 that is 3.25 and 9.25 N D,
 beside fp32 partials of N / 256 (at most 8) times the weights, written and read once in L2. "small"
-reads x and X twice in forward, x, X, dout once more in backward. The eager chain's forward moves
-about 20 N D.
-Numerics: fp32 accumulators and epilogues. Rounded to T: z, zg, act(q), act(zg), dY and dlogit as
-operands, dz, dzg, and dH, dX before their products are added; u before a norm. 16-bit products run
-on tensor cores (mma.sync), fp32 ones are IEEE FMAs. Every reduction has a fixed order, and splits
-of the rows depend on N alone: same bits on every run.
+reads x and X twice in forward, x, X, dout once more in backward. A product by the library reads z
+again, writes q and reads it: 3 N r and 2 N V for its half. Through one vision token forward forms
+it from the rows at hand and moves nothing more. The eager chain's forward moves about 20 N D.
+Numerics: fp32 accumulators and epilogues. Rounded to T: z, zg, q of a product, act(q), act(zg), dY
+and dlogit as operands, dz, dzg, and dH, dX before their products are added; u before a norm. 16-bit
+products run on tensor cores (mma.sync), fp32 ones are IEEE FMAs. Every reduction has a fixed order,
+and splits of the rows depend on N alone: same bits on every run.
 Limits: exactly what ``unsupported`` says.
 Source: see ``reference.py``.
 """
@@ -55,7 +57,7 @@ ROWS_PER_SPLIT = 256
 MAX_SPLITS = 8  # with a dozen column tiles about a block per multiprocessor; partials grow with it
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_ROUTES = ("none", "add", "mul")  # as the kernels see them: a product has become "none"
+_ROUTES = ("none", "add", "mul", "outer")  # as the kernels see them
 _ROW_GATES = ("middleX", "small")
 _SUMS = ("up_bias", "gate_up_bias", "gate_weight", "norm_weight", "norm_bias")
 _COLUMNS = frozenset(("up", "gate_up", *_SUMS))  # want dY formed again
@@ -65,7 +67,7 @@ _WEIGHTS = _COLUMNS | {"down", "gate_down"}
 class Work(NamedTuple):
     """What the kernels read and write besides their arguments and the output, in their order."""
 
-    z: Tensor | None = None  # after a product route: q
+    z: Tensor | None = None  # after a product by the library: q
     zg: Tensor | None = None
     logits: Tensor | None = None
     pooled: Tensor | None = None  # small: the samples' gates
@@ -114,6 +116,11 @@ def _splits(rows: int) -> int:
     return max(1, min(MAX_SPLITS, -(-rows // ROWS_PER_SPLIT)))
 
 
+def _is_outer(t: Tensors, s: Settings) -> bool:
+    """Whether the route is a product through one vision token: a number per row, times a vector."""
+    return s.route == "product" and t.right is not None and t.right.shape[1] == 1
+
+
 def _row_major(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if t is None:
         return None
@@ -123,22 +130,24 @@ def _row_major(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _arguments(t: Tensors, s: Settings, dtype: torch.dtype) -> Tensors:
     """The tensors as the kernels read them."""
-    left = None
-    if s.route in ("add", "mul"):
+    left = right = None
+    if s.route in ("add", "mul") or _is_outer(t, s):
         assert t.left is not None
         left = t.left.reshape(s.samples, -1).contiguous()
+        right = None if t.right is None else t.right.reshape(s.samples, -1).contiguous()
     weights = ("down", "up", "gate_down", "gate_up")
     cast: dict[str, Any] = {name: _row_major(getattr(t, name), dtype) for name in weights}
     token_weights = None if t.token_weights is None else t.token_weights.contiguous()
-    return t._replace(left=left, right=None, token_weights=token_weights, **cast)
+    return t._replace(left=left, right=right, token_weights=token_weights, **cast)
 
 
-def _numbers(s: Settings) -> tuple[list[int], list[float]]:
-    """The settings in the kernels' order."""
-    route = "none" if s.route == "product" else s.route
+def _numbers(s: Settings, outer: bool = False) -> tuple[list[int], list[float]]:
+    """The settings in the kernels' order. A product by the library is no route to them."""
+    route = s.route if s.route != "product" else "outer" if outer else "none"
     codes = [
         ACTIVATIONS.index(s.activation),
         _ROUTES.index(route),
+        int(s.route_relu),
         GATES.index(s.gate),
         int(s.gate_linear),
         int(s.gate_sees_output),
@@ -184,7 +193,8 @@ def forward(
     s, first = call.settings, call.first
     t = _arguments(call.tensors, s, first.dtype)
     n, (outs, rank) = first.shape[0], t.up.shape
-    product, small = s.route == "product", s.gate == "small"
+    outer, small = _is_outer(call.tensors, s), s.gate == "small"
+    product = s.route == "product" and not outer  # by the library
     form_z = t.bottleneck is None
     z = t.bottleneck
     if form_z and (keep or product or small):
@@ -199,7 +209,7 @@ def forward(
     work = Work(z=z, zg=zg, logits=logits, moments=moments)
     if s.gate in _ROW_GATES and s.gate_sees_output:
         t, work = _fold(t, work)
-    numbers = _numbers(s)
+    numbers = _numbers(s, outer)
 
     def run(out: Tensor | None, z: bool, zg: bool, logits: bool) -> None:
         _ops().gated_fwd(list(t), list(work), out, rng, *numbers, z, zg, logits)

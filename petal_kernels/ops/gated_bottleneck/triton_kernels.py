@@ -9,18 +9,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from petal_kernels._runtime.triton_lib import dropout_keep
-from petal_kernels.ops.gated_bottleneck.triton_kernels_tiles import (
+from petal_kernels._runtime.triton_lib import (
     activate,
-    gate_tile,
+    dropout_keep,
     load_tile,
     load_vector,
+    project,
+    store_tile,
+)
+from petal_kernels.ops.gated_bottleneck.triton_kernels_tiles import (
+    gate_tile,
     output_tile,
     owned_rows,
-    project,
     route,
     sample_mean,
-    store_tile,
 )
 
 

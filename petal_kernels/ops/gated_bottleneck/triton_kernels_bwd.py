@@ -11,20 +11,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from petal_kernels._runtime.triton_lib import dropout_keep
-from petal_kernels.ops.gated_bottleneck.triton_kernels_tiles import (
+from petal_kernels._runtime.triton_lib import (
     activate,
     activate_backward,
-    gate_tile,
-    load_row,
+    dropout_keep,
     load_tile,
     load_vector,
+    store_tile,
+)
+from petal_kernels.ops.gated_bottleneck.triton_kernels_tiles import (
+    gate_tile,
+    load_row,
     normalised,
     output_tile,
     owned_rows,
     route,
     sample_mean,
-    store_tile,
 )
 
 

@@ -9,42 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_GELU_SLOPE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
-_GELU_CUBE = tl.constexpr(0.044715)
-_SQRT_HALF = tl.constexpr(0.7071067811865476)
-_DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
-
-
-@triton.jit
-def activate(q, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The activation, in fp32."""
-    if ACT == "relu":
-        q = tl.where(q < 0, 0.0, q)  # a NaN passes
-    elif ACT == "silu":
-        q *= tl.sigmoid(q)
-    elif ACT == "gelu_tanh":
-        # (1 + tanh k) / 2 is sigmoid(2 k), without the cancellation.
-        q *= tl.sigmoid((q + q * q * q * _GELU_CUBE) * _GELU_SLOPE)
-    elif ACT == "gelu":
-        q *= 0.5 * (1.0 + tl.erf(q * _SQRT_HALF))
-    return q
-
-
-@triton.jit
-def activate_backward(q, d, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """d times the activation's derivative at q; sigmoid(-t) is 1 - sigmoid(t), not cancelled."""
-    if ACT == "relu":
-        d = tl.where(q <= 0, 0.0, d)
-    elif ACT == "silu":
-        d = d * tl.sigmoid(q) * (1.0 + q * tl.sigmoid(-q))
-    elif ACT == "gelu_tanh":
-        t = (q + q * q * q * _GELU_CUBE) * _GELU_SLOPE
-        slope = (1.0 + q * q * (3.0 * _GELU_CUBE)) * _GELU_SLOPE
-        d = d * tl.sigmoid(t) * (1.0 + q * tl.sigmoid(-t) * slope)
-    elif ACT == "gelu":
-        density = tl.exp(-0.5 * q * q) * _DENSITY
-        d *= 0.5 * (1.0 + tl.erf(q * _SQRT_HALF)) + q * density
-    return d
+from petal_kernels._runtime.triton_lib import load_tile, load_vector
 
 
 @triton.jit
@@ -57,59 +22,9 @@ def owned_rows(pid, tiles, rows, BLOCK_M: tl.constexpr):  # type: ignore[no-unty
 
 
 @triton.jit
-def load_tile(ptr, stride, offs_i, offs_j, mask_i, J):  # type: ignore[no-untyped-def]
-    """Rows offs_i, columns offs_j < J of a matrix with unit column stride."""
-    offs = offs_i.to(tl.int64)[:, None] * stride + offs_j[None, :]
-    return tl.load(ptr + offs, mask=mask_i[:, None] & (offs_j < J)[None, :], other=0.0)
-
-
-@triton.jit
-def store_tile(ptr, stride, offs_i, offs_j, mask_i, J, tile):  # type: ignore[no-untyped-def]
-    """The same for a store, in the matrix's dtype."""
-    offs = offs_i.to(tl.int64)[:, None] * stride + offs_j[None, :]
-    mask = mask_i[:, None] & (offs_j < J)[None, :]
-    tl.store(ptr + offs, tile.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_vector(ptr, offs, n):  # type: ignore[no-untyped-def]
-    """A vector's elements in fp32; zeros where there is no vector."""
-    if ptr is None:
-        vector = tl.zeros(offs.shape, tl.float32)
-    else:
-        vector = tl.load(ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
-    return vector
-
-
-@triton.jit
 def load_row(ptr, offs_m, mask_m):  # type: ignore[no-untyped-def]
     """One fp32 number per row."""
     return tl.load(ptr + offs_m, mask=mask_m, other=0.0)
-
-
-@triton.jit
-def project(  # type: ignore[no-untyped-def]
-    x_ptr,
-    stride,
-    w_ptr,
-    bias_ptr,
-    offs_m,
-    mask_m,
-    D,
-    R,
-    PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """x W^T + c in fp32, [BLOCK_M, BLOCK_R]."""
-    offs_r = tl.arange(0, BLOCK_R)
-    acc = tl.zeros((offs_m.shape[0], BLOCK_R), tl.float32)
-    for k0 in range(0, D, BLOCK_K):
-        offs_k = k0 + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, stride, offs_m, offs_k, mask_m, D)  # [BLOCK_M, BLOCK_K]
-        w = load_tile(w_ptr, D, offs_r, offs_k, offs_r < R, D).to(x.dtype)
-        acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
-    return acc + load_vector(bias_ptr, offs_r, R)[None, :]
 
 
 @triton.jit

@@ -9,18 +9,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from petal_kernels._runtime.triton_lib import dropout_keep
+from petal_kernels._runtime.triton_lib import (
+    dropout_keep,
+    load_tile,
+    load_vector,
+    store_tile,
+    sum_section,
+)
 from petal_kernels.ops.gated_bottleneck.triton_kernels_tiles import (
     gate_tile,
     load_row,
-    load_tile,
-    load_vector,
     normalised,
     output_tile,
-    store_tile,
 )
-
-ALIGNED = tl.constexpr(16)  # elements: every parameter's partials start on a 64-byte boundary
 
 
 @triton.jit
@@ -223,24 +224,6 @@ def _gated_bottleneck_bwd_weights_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sum_section(  # type: ignore[no-untyped-def]
-    d_ptr, index, size, start, part_ptr, stride_part, splits, BLOCK: tl.constexpr
-):
-    """Sum one parameter's partials in the order of the splits; where the next section starts."""
-    if d_ptr is not None:
-        if tl.program_id(1) == index:
-            offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-            part = part_ptr + start + offs
-            acc = tl.zeros((BLOCK,), tl.float32)
-            for _ in range(splits):
-                acc += tl.load(part, mask=offs < size, other=0.0)
-                part += stride_part
-            tl.store(d_ptr + offs, acc.to(d_ptr.dtype.element_ty), mask=offs < size)
-        start += tl.cdiv(size, ALIGNED) * ALIGNED
-    return start
-
-
-@triton.jit
 def _gated_bottleneck_bwd_reduce_kernel(  # type: ignore[no-untyped-def]
     part_ptr,
     d0_ptr,
@@ -267,12 +250,12 @@ def _gated_bottleneck_bwd_reduce_kernel(  # type: ignore[no-untyped-def]
 ):
     """Every parameter's gradient from its partials: parameter on axis 1, BLOCK elements on 0."""
     s = 0
-    s = _sum_section(d0_ptr, 0, n0, s, part_ptr, stride_part, splits, BLOCK)
-    s = _sum_section(d1_ptr, 1, n1, s, part_ptr, stride_part, splits, BLOCK)
-    s = _sum_section(d2_ptr, 2, n2, s, part_ptr, stride_part, splits, BLOCK)
-    s = _sum_section(d3_ptr, 3, n3, s, part_ptr, stride_part, splits, BLOCK)
-    s = _sum_section(d4_ptr, 4, n4, s, part_ptr, stride_part, splits, BLOCK)
-    s = _sum_section(d5_ptr, 5, n5, s, part_ptr, stride_part, splits, BLOCK)
-    s = _sum_section(d6_ptr, 6, n6, s, part_ptr, stride_part, splits, BLOCK)
-    s = _sum_section(d7_ptr, 7, n7, s, part_ptr, stride_part, splits, BLOCK)
-    _sum_section(d8_ptr, 8, n8, s, part_ptr, stride_part, splits, BLOCK)
+    s = sum_section(d0_ptr, 0, n0, s, part_ptr, stride_part, splits, BLOCK)
+    s = sum_section(d1_ptr, 1, n1, s, part_ptr, stride_part, splits, BLOCK)
+    s = sum_section(d2_ptr, 2, n2, s, part_ptr, stride_part, splits, BLOCK)
+    s = sum_section(d3_ptr, 3, n3, s, part_ptr, stride_part, splits, BLOCK)
+    s = sum_section(d4_ptr, 4, n4, s, part_ptr, stride_part, splits, BLOCK)
+    s = sum_section(d5_ptr, 5, n5, s, part_ptr, stride_part, splits, BLOCK)
+    s = sum_section(d6_ptr, 6, n6, s, part_ptr, stride_part, splits, BLOCK)
+    s = sum_section(d7_ptr, 7, n7, s, part_ptr, stride_part, splits, BLOCK)
+    sum_section(d8_ptr, 8, n8, s, part_ptr, stride_part, splits, BLOCK)

@@ -311,7 +311,7 @@ def weights_backward(
     starts, total = {}, 0
     for n, v in given.items():
         starts[n] = total
-        total += triton.cdiv(v.numel(), tw.ALIGNED.value) * tw.ALIGNED.value
+        total += triton.cdiv(v.numel(), lib.ALIGNED.value) * lib.ALIGNED.value
     config = p.config("weights", dout)
     block_m = config["BLOCK_M"]
     tiles = triton.cdiv(p.out, config["BLOCK_O"])

@@ -1,56 +1,86 @@
-"""The arguments of ``lowrank_linear`` as one value, and their checks."""
+"""The arguments of ``lowrank_linear``: what backends receive and give back, and the checks of what
+users give."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from petal_kernels._runtime import checks, philox
+from petal_kernels.ops.lowrank_linear.planner import PLANS
 
 DROPOUT_SITES = ("bottleneck", "input", "mode")
 
 
-@dataclass(frozen=True)
-class Call:
-    """Everything but the generator's state; empty sequences stand for what was not given."""
+class Tensors(NamedTuple):
+    """Every tensor argument; None or an empty sequence where it is not given.
 
-    x: Tensor | None
-    down: Tensor | None
-    hidden: Tensor | None
-    ups: Sequence[Tensor]
-    weights: Sequence[Tensor]
-    biases: Sequence[Tensor | None]
-    base: Sequence[Tensor]
-    core: Tensor | None
+    In a backend's hands x, hidden and base are [N, width] with unit stride in the last dim.
+    Backward has neither biases nor base, and reads x for dU alone: otherwise only its shape is
+    real.
+    """
+
+    x: Tensor | None  # [N, D]
+    down: Tensor | None  # U [R, D]
+    hidden: Tensor | None  # [N, R], in place of x U^T
+    ups: Sequence[Tensor]  # P_k [O_k, R]
+    weights: Sequence[Tensor]  # W_k [O_k, D], any strides
+    biases: Sequence[Tensor | None]  # [O_k], one for each weight
+    base: Sequence[Tensor]  # [N, O_k], in place of weights
+    core: Tensor | None  # [K, R, R], with dropout_at "mode" only
+
+
+class Settings(NamedTuple):
+    """Everything that is no tensor, in the order of the raw operators' schemas."""
+
     scale: float
-    dropout: float
-    dropout_at: str
+    dropout: float  # 0 where no mask is drawn
+    dropout_at: str  # of DROPOUT_SITES
+
+
+class Call(NamedTuple):
+    """One call as a backend gets it."""
+
+    tensors: Tensors
+    settings: Settings
 
     @property
-    def activations(self) -> Tensor:
+    def first(self) -> Tensor:
         """The tensor whose leading dims, dtype and device the outputs have."""
-        first = self.x if self.x is not None else self.hidden
+        t = self.tensors
+        first = t.x if t.x is not None else t.hidden
         assert first is not None
         return first
 
-    def supported(self, plan: str) -> tuple[Any, ...]:
-        """The arguments of a backend's ``unsupported``."""
-        return (
-            self.x,
-            self.down,
-            self.hidden,
-            self.ups,
-            self.weights,
-            self.base,
-            self.core,
-            self.dropout,
-            self.dropout_at,
-            plan,
-        )
+    @property
+    def device(self) -> torch.device:
+        """Where everything lies."""
+        return self.first.device
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether that is a GPU."""
+        return self.first.is_cuda
+
+
+class Saved(NamedTuple):
+    """What a forward leaves for backward besides its inputs."""
+
+    h: Tensor  # [N, R] before cores and masks, in x's dtype; the given one where hidden is given
+
+
+class Gradients(NamedTuple):
+    """What a backward returns, in the order of the raw operator's ``need``; None where it was not
+    asked for."""
+
+    x: Tensor | None = None
+    down: Tensor | None = None
+    hidden: Tensor | None = None
+    ups: Sequence[Tensor] | None = None
+    core: Tensor | None = None
 
 
 def _check_sequence(name: str, value: Any, length: int | None = None) -> Sequence[Any]:
@@ -142,7 +172,9 @@ def check(
     scale: Any,
     dropout: Any,
     dropout_at: Any,
+    training: Any,
     rng: Any,
+    plan: Any,
 ) -> Call:
     """Raise TypeError or ValueError, naming the argument, or return the call."""
     ups = _check_sequence("ups", ups)
@@ -192,5 +224,8 @@ def check(
         checks.check_shape("rng", rng, (2,))
         checks.check_device("rng", rng, first.device)
     number = checks.check_number("scale", scale)
-    p = float(dropout)
-    return Call(x, down, hidden, ups, weights, biases, base, core, number, p, dropout_at)
+    checks.check_choice("plan", plan, ("auto", *PLANS))
+    p = float(dropout) if training and philox.threshold(dropout) > 0 else 0.0
+    return Call(
+        Tensors(x, down, hidden, ups, weights, biases, base, core), Settings(number, p, dropout_at)
+    )

@@ -38,6 +38,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved
+
 PLANS = ("update",)
 
 MAX_OUTPUTS = 4
@@ -54,22 +56,10 @@ def _ops() -> Any:
     return torch.ops.petal_cuda
 
 
-def unsupported(
-    x: Tensor | None,
-    down: Tensor | None,
-    hidden: Tensor | None,
-    ups: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    base: Sequence[Tensor],
-    core: Tensor | None,
-    dropout: float,
-    dropout_at: str,
-    plan: str,
-) -> list[str]:
+def unsupported(call: Call, plan: str) -> list[str]:
     """Every reason for not running on these tensors; an empty list says that they can."""
+    first, ups = call.first, call.tensors.ups
     reasons = []
-    first = x if x is not None else hidden
-    assert first is not None
     if first.device.type != "cuda":
         reasons.append(f"wants CUDA tensors, got {first.device.type}")
     if first.dtype not in _DTYPES:
@@ -128,76 +118,50 @@ def _shrink(
     return out
 
 
-def forward(
-    x: Tensor | None,
-    down: Tensor | None,
-    hidden: Tensor | None,
-    ups: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    base: Sequence[Tensor],
-    core: Tensor | None,
-    rng: Tensor | None,
-    scale: float,
-    dropout: float,
-    dropout_at: str,
-    plan: str,
-) -> tuple[list[Tensor], Tensor]:
+def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Saved]:
     """Outputs [N, O_k] and h [N, R]."""
     assert plan in PLANS
-    first = x if x is not None else hidden
-    assert first is not None
-    factors = _factors(ups, first.dtype)
-    if weights:
+    t, s = call
+    x, first, p = t.x, call.first, s.dropout
+    factors = _factors(t.ups, first.dtype)
+    if t.weights:
         assert x is not None
-        ys = [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
-        bases: Sequence[Tensor] = ys
+        ys = [torch.nn.functional.linear(x, w, b) for w, b in zip(t.weights, t.biases, strict=True)]
     else:
-        ys = [first.new_empty(first.shape[0], up.shape[0]) for up in ups]
-        bases = base
-    at_input = dropout_at == "input"
-    if hidden is None:
+        ys = [first.new_empty(first.shape[0], up.shape[0]) for up in t.ups]
+    bases = ys if t.weights else t.base
+    at_input = s.dropout_at == "input"
+    if t.hidden is not None:
+        h = t.hidden
+    else:
         assert x is not None
-        assert down is not None
-        narrow = _row_major(down, x.dtype)
-        if core is None and x.shape[0] <= FUSED_ROWS and down.shape[0] <= MAX_FUSED_RANK:
-            h = x.new_empty(x.shape[0], down.shape[0])
+        assert t.down is not None
+        narrow = _row_major(t.down, x.dtype)
+        rank = narrow.shape[0]
+        if t.core is None and x.shape[0] <= FUSED_ROWS and rank <= MAX_FUSED_RANK:
+            h = x.new_empty(x.shape[0], rank)
             _ops().lowrank_update(
-                x, narrow, h, factors, bases, ys, rng, scale, dropout, at_input, not at_input
+                x, narrow, h, factors, bases, ys, rng, s.scale, p, at_input, not at_input
             )
-            return ys, h
-        h = _shrink([x], [narrow.t()], rng, 1.0, dropout, mask_a=at_input)
-    else:
-        h = hidden
-    middles = [h] if core is None else _modes(h, core, len(ups))
-    _ops().lowrank_expand(middles, factors, bases, ys, rng, scale, dropout, not at_input, False)
-    return ys, h
+            return ys, Saved(h)
+        h = _shrink([x], [narrow.t()], rng, 1.0, p, mask_a=at_input)
+    middles = [h] if t.core is None else _modes(h, t.core, len(t.ups))
+    _ops().lowrank_expand(middles, factors, bases, ys, rng, s.scale, p, not at_input, False)
+    return ys, Saved(h)
 
 
 def backward(
-    dys: Sequence[Tensor],
-    x: Tensor | None,
-    h: Tensor,
-    down: Tensor | None,
-    ups: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    core: Tensor | None,
-    rng: Tensor | None,
-    scale: float,
-    dropout: float,
-    dropout_at: str,
-    need_dx: bool,
-    need_ddown: bool,
-    need_dups: bool,
-    need_dcore: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor] | None, Tensor | None]:
-    """dx, dh, ddown, dups, dcore."""
-    k, dtype, rank = len(ups), h.dtype, h.shape[1]
-    at_input = dropout_at == "input"
-    factors = _factors(ups, dtype)
+    call: Call, saved: Saved, dys: list[Tensor], rng: Tensor | None, need: frozenset[str]
+) -> Gradients:
+    """The gradients that ``need`` names."""
+    t, s = call
+    h, core, down, p = saved.h, t.core, t.down, s.dropout
+    k, dtype, rank = len(t.ups), h.dtype, h.shape[1]
+    at_input = s.dropout_at == "input"
+    factors = _factors(t.ups, dtype)
 
     # dh, and every g_k apart where a core follows.
-    g = _shrink(dys, factors, rng, scale, dropout, mask_out=not at_input, separate=core is not None)
+    g = _shrink(dys, factors, rng, s.scale, p, mask_out=not at_input, separate=core is not None)
     gs = list(g.split(rank, dim=1)) if core is not None else []
     dh = g
     if core is not None:
@@ -210,41 +174,39 @@ def backward(
     scales: list[float] = []
     masks: list[int] = []
     dups = None
-    if need_dups:
+    if "ups" in need:
         middles = [h] * k if core is None else _modes(h, core, k)
-        dups = [torch.empty_like(up, memory_format=torch.contiguous_format) for up in ups]
+        dups = [torch.empty_like(up, memory_format=torch.contiguous_format) for up in t.ups]
         bigs += dys
         smalls += middles
         outs += dups
-        scales += [scale] * k
+        scales += [s.scale] * k
         masks += [_NO_MASK if at_input else _MASK_SMALL] * k
     ddown = None
-    if need_ddown and down is not None:
-        assert x is not None
+    if "down" in need and down is not None:
+        assert t.x is not None
         ddown = torch.empty_like(down, memory_format=torch.contiguous_format)
-        bigs.append(x)
+        bigs.append(t.x)
         smalls.append(dh)
         outs.append(ddown.t())
         scales.append(1.0)
         masks.append(_MASK_BIG if at_input else _NO_MASK)
     if bigs:
-        _ops().lowrank_param_grad(bigs, smalls, outs, rng, scales, dropout, masks, 0)
+        _ops().lowrank_param_grad(bigs, smalls, outs, rng, scales, p, masks, 0)
     dcore = None
-    if need_dcore and core is not None:
+    if "core" in need and core is not None:
         dcore = torch.empty_like(core, memory_format=torch.contiguous_format)
         _ops().lowrank_param_grad(
             gs, [h] * k, [d.t() for d in dcore], None, [1.0] * k, 0.0, [_NO_MASK] * k, 0
         )
 
     dx = None
-    if need_dx:
-        for dy, w in zip(dys, weights, strict=False):
+    if "x" in need:
+        for dy, w in zip(dys, t.weights, strict=False):
             dx = torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
         if down is not None:
             bases = [] if dx is None else [dx]
             dx = h.new_empty(h.shape[0], down.shape[1]) if dx is None else dx
             narrow = _row_major(down, dtype)
-            _ops().lowrank_expand(
-                [dh], [narrow.t()], bases, [dx], rng, 1.0, dropout, False, at_input
-            )
-    return dx, dh, ddown, dups, dcore
+            _ops().lowrank_expand([dh], [narrow.t()], bases, [dx], rng, 1.0, p, False, at_input)
+    return Gradients(dx, ddown, dh, dups, dcore)

@@ -24,12 +24,13 @@ same bits for any number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from petal_kernels._runtime import device, philox
+from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Settings
 
 PLANS = ("update", "extend")
 
@@ -38,30 +39,21 @@ _LARGE = 4 << 20  # bytes
 _SITES = {"bottleneck": 0, "input": 1, "mode": 2}
 
 
-def unsupported(
-    x: Tensor | None,
-    down: Tensor | None,
-    hidden: Tensor | None,
-    ups: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    base: Sequence[Tensor],
-    core: Tensor | None,
-    dropout: float,
-    dropout_at: str,
-    plan: str,
-) -> list[str]:
+def unsupported(call: Call, plan: str) -> list[str]:
     """Every reason for not running on these tensors."""
+    t = call.tensors
     reasons = []
     if plan not in ("auto", *PLANS):
         reasons.append(f"has no plan {plan!r}")
-    if plan == "extend" and not weights:
+    if plan == "extend" and not t.weights:
         reasons.append("plan 'extend' needs the base's weights")
-    given = [t for t in (x, down, hidden, core, *ups, *weights, *base) if t is not None]
-    if any(t.device.type != "cpu" for t in given):
+    if call.device.type != "cpu":
         reasons.append("needs CPU tensors")
-    wrong = sorted({str(t.dtype) for t in given if t.dtype not in _DTYPES})
+    single = (t.x, t.down, t.hidden, t.core)
+    given = [each for each in (*single, *t.ups, *t.weights, *t.base) if each is not None]
+    wrong = {each.dtype for each in given}.difference(_DTYPES)
     if wrong:
-        reasons.append(f"has no kernels for {', '.join(wrong)}")
+        reasons.append(f"has no kernels for {', '.join(sorted(str(d) for d in wrong))}")
     return reasons
 
 
@@ -82,77 +74,55 @@ def _fresh(like: Tensor, cols: int) -> Tensor:
     return out
 
 
-def _dropout(rng: Tensor | None, p: float) -> tuple[int, float]:
-    return (0, 1.0) if rng is None else (philox.threshold(p), philox.keep_scale(p))
+def _numbers(rng: Tensor | None, s: Settings) -> list[Any]:
+    """The settings as both kernels take them."""
+    threshold, keep_scale = 0, 1.0
+    if rng is not None:
+        threshold, keep_scale = philox.threshold(s.dropout), philox.keep_scale(s.dropout)
+    return [rng, s.scale, threshold, keep_scale, _SITES[s.dropout_at]]
 
 
-def forward(
-    x: Tensor | None,
-    down: Tensor | None,
-    hidden: Tensor | None,
-    ups: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    base: Sequence[Tensor],
-    core: Tensor | None,
-    rng: Tensor | None,
-    scale: float,
-    dropout: float,
-    dropout_at: str,
-    plan: str,
-) -> tuple[list[Tensor], Tensor]:
+def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Saved]:
     """Outputs [N, O_k] and h [N, R]."""
     device.load_cpu_library()
-    like = x if hidden is None else hidden
+    t, s = call
+    like = t.x if t.hidden is None else t.hidden
     assert like is not None
-    ys = [_fresh(like, up.shape[0]) for up in ups]
+    ys = [_fresh(like, up.shape[0]) for up in t.ups]
+    base, weights = t.base, t.weights
     if weights and plan == "update":
-        assert x is not None
+        assert t.x is not None
         for y, w in zip(ys, weights, strict=True):
-            torch.mm(x, w.t(), out=y)
-        base, weights = ys, []
-    h = like.new_empty((like.shape[0], ups[0].shape[1])) if hidden is None else hidden
+            torch.mm(t.x, w.t(), out=y)
+        base, weights = ys, ()
+    h = like.new_empty((like.shape[0], t.ups[0].shape[1])) if t.hidden is None else t.hidden
     torch.ops.petal_native.lowrank_linear_forward(
-        x,
-        down,
-        hidden,
-        list(ups),
-        list(weights),
-        list(biases),
-        list(base),
-        core,
-        rng,
-        scale,
-        *_dropout(rng, dropout),
-        _SITES[dropout_at],
+        t.x,
+        t.down,
+        t.hidden,
+        t.ups,
+        weights,
+        t.biases,
+        base,
+        t.core,
+        *_numbers(rng, s),
         ys,
-        h if hidden is None else None,
+        h if t.hidden is None else None,
     )
-    return ys, h
+    return ys, Saved(h)
 
 
 def backward(
-    dys: Sequence[Tensor],
-    x: Tensor | None,
-    h: Tensor,
-    down: Tensor | None,
-    ups: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    core: Tensor | None,
-    rng: Tensor | None,
-    scale: float,
-    dropout: float,
-    dropout_at: str,
-    need_dx: bool,
-    need_ddown: bool,
-    need_dups: bool,
-    need_dcore: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor] | None, Tensor | None]:
-    """dx, dh, ddown, dups, dcore; dh only where the bottleneck was given (no ``down``)."""
+    call: Call, saved: Saved, dys: list[Tensor], rng: Tensor | None, need: frozenset[str]
+) -> Gradients:
+    """The gradients that ``need`` names; the bottleneck's only where it was given."""
     device.load_cpu_library()
+    t, s = call
+    h, down, core = saved.h, t.down, t.core
+    weights = t.weights if "x" in need else ()
     dx: Tensor | None = None
     dx_has_base = False
-    if need_dx and (down is not None or weights):
+    if "x" in need and (down is not None or weights):
         width = weights[0].shape[1] if weights else (down.shape[1] if down is not None else 0)
         dx = _fresh(h, width)
         if weights and _library_multiplies(h.dtype):
@@ -160,23 +130,20 @@ def backward(
             for dy, w in zip(dys[1:], weights[1:], strict=True):
                 dx.addmm_(dy, w)
             dx_has_base = True
-            weights = []
+            weights = ()
     dh = h.new_empty(h.shape) if down is None else None
-    ddown = torch.empty_like(down) if down is not None and need_ddown else None
-    dups = [torch.empty_like(up) for up in ups] if need_dups else None
-    dcore = torch.empty_like(core) if core is not None and need_dcore else None
+    ddown = torch.empty_like(down) if down is not None and "down" in need else None
+    dups = [torch.empty_like(up) for up in t.ups] if "ups" in need else None
+    dcore = torch.empty_like(core) if core is not None and "core" in need else None
     torch.ops.petal_native.lowrank_linear_backward(
-        list(dys),
-        x if ddown is not None else None,  # else only its shape is real: nothing may read it
+        dys,
+        t.x if ddown is not None else None,  # else only its shape is real: nothing may read it
         h,
         down,
-        list(ups),
-        list(weights) if need_dx else [],
+        t.ups,
+        weights,
         core,
-        rng,
-        scale,
-        *_dropout(rng, dropout),
-        _SITES[dropout_at],
+        *_numbers(rng, s),
         dx_has_base,
         dx,
         dh,
@@ -184,4 +151,4 @@ def backward(
         dups or [],
         dcore,
     )
-    return dx, dh, ddown, dups, dcore
+    return Gradients(dx, ddown, dh, dups, dcore)

@@ -16,49 +16,42 @@ products accumulate in fp32 and every intermediate N x R tensor is rounded to x'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from petal_kernels._runtime import philox
+from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Settings
 
 PLANS = ("update", "augment", "merge")
 
 
-def unsupported(
-    x: Tensor | None,
-    down: Tensor | None,
-    hidden: Tensor | None,
-    ups: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    base: Sequence[Tensor],
-    core: Tensor | None,
-    dropout: float,
-    dropout_at: str,
-    plan: str,
-) -> list[str]:
+def unsupported(call: Call, plan: str) -> list[str]:
     """Runs everywhere; plans it lacks are reasons."""
     if plan not in ("auto", *PLANS):
         return [f"has no plan {plan!r}"]
     return []
 
 
-def _middles(
-    h: Tensor, k: int, core: Tensor | None, rng: Tensor | None, p: float, dropout_at: str
-) -> list[Tensor]:
-    middles = [h] * k if core is None else [h @ c.to(h.dtype) for c in core]
-    if rng is None or dropout_at == "input":
-        return middles
-    masks = philox.scaled_masks(rng, p, k, h.shape[0], h.shape[1], h.dtype)
-    return [m * mask for m, mask in zip(middles, masks, strict=True)]
+def _masks(rng: Tensor | None, s: Settings, k: int, like: Tensor) -> list[Tensor] | None:
+    """Of the K bottlenecks; None where they are not masked."""
+    if rng is None or s.dropout_at == "input":
+        return None
+    rows, rank = like.shape
+    return list(philox.scaled_masks(rng, s.dropout, k, rows, rank, like.dtype))
 
 
-def _drop_input(x: Tensor, rng: Tensor | None, p: float, dropout_at: str) -> Tensor:
-    if rng is None or dropout_at != "input":
+def _middles(call: Call, h: Tensor, rng: Tensor | None) -> list[Tensor]:
+    t, s = call
+    middles = [h] * len(t.ups) if t.core is None else [h @ c.to(h.dtype) for c in t.core]
+    masks = _masks(rng, s, len(t.ups), h)
+    return middles if masks is None else [m * k for m, k in zip(middles, masks, strict=True)]
+
+
+def _drop_input(x: Tensor, rng: Tensor | None, s: Settings) -> Tensor:
+    if rng is None or s.dropout_at != "input":
         return x
-    return x * philox.scaled_masks(rng, p, 1, x.shape[0], x.shape[1], x.dtype)[0]
+    return x * philox.scaled_masks(rng, s.dropout, 1, x.shape[0], x.shape[1], x.dtype)[0]
 
 
 def _merged(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
@@ -66,104 +59,77 @@ def _merged(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
     return torch.addmm(weight.to(wide), up.to(wide), down.to(wide), alpha=scale).to(weight.dtype)
 
 
-def forward(
-    x: Tensor | None,
-    down: Tensor | None,
-    hidden: Tensor | None,
-    ups: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    base: Sequence[Tensor],
-    core: Tensor | None,
-    rng: Tensor | None,
-    scale: float,
-    dropout: float,
-    dropout_at: str,
-    plan: str,
-) -> tuple[list[Tensor], Tensor]:
+def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Saved]:
     """Outputs [N, O_k] and h [N, R]."""
-    if hidden is not None:
-        h = hidden
+    t, s = call
+    x, scale = t.x, s.scale
+    if t.hidden is not None:
+        h = t.hidden
     else:
         assert x is not None
-        assert down is not None
-        h = _drop_input(x, rng, dropout, dropout_at) @ down.to(x.dtype).t()
+        assert t.down is not None
+        h = _drop_input(x, rng, s) @ t.down.to(x.dtype).t()
     if plan == "merge":
         assert x is not None
-        assert down is not None
+        assert t.down is not None
         return [
-            F.linear(x, _merged(w, up, down, scale), b)
-            for w, up, b in zip(weights, ups, biases, strict=True)
-        ], h
-    middles = _middles(h, len(ups), core, rng, dropout, dropout_at)
+            F.linear(x, _merged(w, up, t.down, scale), b)
+            for w, up, b in zip(t.weights, t.ups, t.biases, strict=True)
+        ], Saved(h)
     outputs = []
-    for k, (m, up) in enumerate(zip(middles, ups, strict=True)):
+    for k, (m, up) in enumerate(zip(_middles(call, h, rng), t.ups, strict=True)):
         p = up.to(m.dtype)
-        if base:
-            outputs.append(torch.addmm(base[k], m, p.t(), alpha=scale))
-        elif not weights:
+        if t.base:
+            outputs.append(torch.addmm(t.base[k], m, p.t(), alpha=scale))
+        elif not t.weights:
             outputs.append((m * scale) @ p.t())
         elif plan == "augment":
             assert x is not None
             extended = torch.cat((x, m * scale), dim=1)
-            outputs.append(F.linear(extended, torch.cat((weights[k], p), dim=1), biases[k]))
+            outputs.append(F.linear(extended, torch.cat((t.weights[k], p), dim=1), t.biases[k]))
         else:
             assert x is not None
-            outputs.append(F.linear(x, weights[k], biases[k]).addmm_(m, p.t(), alpha=scale))
-    return outputs, h
+            outputs.append(F.linear(x, t.weights[k], t.biases[k]).addmm_(m, p.t(), alpha=scale))
+    return outputs, Saved(h)
 
 
 def backward(
-    dys: Sequence[Tensor],
-    x: Tensor | None,
-    h: Tensor,
-    down: Tensor | None,
-    ups: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    core: Tensor | None,
-    rng: Tensor | None,
-    scale: float,
-    dropout: float,
-    dropout_at: str,
-    need_dx: bool,
-    need_ddown: bool,
-    need_dups: bool,
-    need_dcore: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor] | None, Tensor | None]:
-    """dx, dh, ddown, dups, dcore."""
-    k, dtype = len(ups), h.dtype
+    call: Call, saved: Saved, dys: list[Tensor], rng: Tensor | None, need: frozenset[str]
+) -> Gradients:
+    """The gradients that ``need`` names."""
+    t, s = call
+    h, dtype = saved.h, saved.h.dtype
     dups = None
-    if need_dups:
-        middles = _middles(h, k, core, rng, dropout, dropout_at)
+    if "ups" in need:
         dups = [
-            (dy.t() @ m).mul_(scale).to(up.dtype)
-            for dy, m, up in zip(dys, middles, ups, strict=True)
+            (dy.t() @ m).mul_(s.scale).to(up.dtype)
+            for dy, m, up in zip(dys, _middles(call, h, rng), t.ups, strict=True)
         ]
-    g = [(dy @ up.to(dtype)).mul_(scale) for dy, up in zip(dys, ups, strict=True)]
-    if rng is not None and dropout_at != "input":
-        masks = philox.scaled_masks(rng, dropout, k, h.shape[0], h.shape[1], dtype)
+    g = [(dy @ up.to(dtype)).mul_(s.scale) for dy, up in zip(dys, t.ups, strict=True)]
+    masks = _masks(rng, s, len(t.ups), h)
+    if masks is not None:
         g = [gk.mul_(mask) for gk, mask in zip(g, masks, strict=True)]
     dcore = None
-    if core is not None:
-        if need_dcore:
-            dcore = torch.stack([h.t() @ gk for gk in g]).to(core.dtype)
-        g = [gk @ c.to(dtype).t() for gk, c in zip(g, core, strict=True)]
+    if t.core is not None:
+        if "core" in need:
+            dcore = torch.stack([h.t() @ gk for gk in g]).to(t.core.dtype)
+        g = [gk @ c.to(dtype).t() for gk, c in zip(g, t.core, strict=True)]
     dh = g[0]
     for gk in g[1:]:
         dh = dh.add_(gk)
     ddown = None
-    if down is not None and need_ddown:
-        assert x is not None
-        ddown = (dh.t() @ _drop_input(x, rng, dropout, dropout_at)).to(down.dtype)
+    if t.down is not None and "down" in need:
+        assert t.x is not None
+        ddown = (dh.t() @ _drop_input(t.x, rng, s)).to(t.down.dtype)
     dx = None
-    if need_dx:
-        for dy, w in zip(dys, weights, strict=False):
+    if "x" in need:
+        for dy, w in zip(dys, t.weights, strict=False):
             dx = dy @ w if dx is None else dx.addmm_(dy, w)
-        if down is not None:
-            through = down.to(dtype)
-            if dropout_at == "input" and rng is not None:
-                update = _drop_input(dh @ through, rng, dropout, dropout_at)
+        if t.down is not None:
+            through = t.down.to(dtype)
+            if s.dropout_at == "input" and rng is not None:
+                update = _drop_input(dh @ through, rng, s)
                 dx = update if dx is None else dx.add_(update)
             else:
                 dx = dh @ through if dx is None else dx.addmm_(dh, through)
-    return dx, dh, ddown, dups, dcore
+    return Gradients(dx, ddown, dh, dups, dcore)

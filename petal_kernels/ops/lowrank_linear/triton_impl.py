@@ -64,6 +64,7 @@ from torch import Tensor
 
 from petal_kernels._runtime import triton_lib as lib
 from petal_kernels.ops.lowrank_linear import triton_launch as launch
+from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Tensors
 
 PLANS = ("update", "extend")
 MAX_RANK = 256
@@ -71,27 +72,17 @@ MAX_RANK = 256
 MAX_FUSED_DX_WIDTH = 1024
 
 
-def unsupported(
-    x: Tensor | None,
-    down: Tensor | None,
-    hidden: Tensor | None,
-    ups: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    base: Sequence[Tensor],
-    core: Tensor | None,
-    dropout: float,
-    dropout_at: str,
-    plan: str,
-) -> list[str]:
+def unsupported(call: Call, plan: str) -> list[str]:
     """Every reason for not running on these tensors."""
-    reasons = lib.device_reasons(x, hidden)
-    if len(ups) > lib.MAX_POINTERS:
-        reasons.append(f"at most {lib.MAX_POINTERS} outputs, got {len(ups)}")
-    if ups[0].shape[1] > MAX_RANK:
-        reasons.append(f"rank at most {MAX_RANK}, got {ups[0].shape[1]}")
+    t = call.tensors
+    reasons = lib.device_reasons(t.x, t.hidden)
+    if len(t.ups) > lib.MAX_POINTERS:
+        reasons.append(f"at most {lib.MAX_POINTERS} outputs, got {len(t.ups)}")
+    if t.ups[0].shape[1] > MAX_RANK:
+        reasons.append(f"rank at most {MAX_RANK}, got {t.ups[0].shape[1]}")
     if plan not in ("auto", *PLANS):
         reasons.append(f"has no plan {plan!r}")
-    if plan == "extend" and launch.one_layout(weights) is None:
+    if plan == "extend" and launch.one_layout(t.weights) is None:
         reasons.append("plan 'extend' needs weights with a unit stride, all in the same dim")
     return reasons
 
@@ -102,63 +93,44 @@ def _side_by_side(core: Tensor, dtype: torch.dtype) -> Tensor:
     return core.to(dtype).permute(1, 0, 2).reshape(rank, k * rank)
 
 
-def forward(
-    x: Tensor | None,
-    down: Tensor | None,
-    hidden: Tensor | None,
-    ups: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    base: Sequence[Tensor],
-    core: Tensor | None,
-    rng: Tensor | None,
-    scale: float,
-    dropout: float,
-    dropout_at: str,
-    plan: str,
-) -> tuple[list[Tensor], Tensor]:
+def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Saved]:
     """Outputs [N, O_k] and h [N, R]."""
-    first = x if hidden is None else hidden
-    assert first is not None
-    drop = launch.dropout_arguments(rng, dropout, dropout_at)
-    with lib.on_device(first):
-        if hidden is None:
-            assert x is not None
-            assert down is not None
-            h = x.new_empty(0, down.shape[0]) if x.shape[0] == 0 else launch.shrink(x, down, drop)
+    t, s = call
+    x = t.x
+    drop = launch.Dropout.of(rng, s)
+    with lib.on_device(call.first):
+        if t.hidden is not None:
+            h = t.hidden
         else:
-            h = hidden
+            assert x is not None
+            assert t.down is not None
+            none = x.shape[0] == 0
+            h = x.new_empty(0, t.down.shape[0]) if none else launch.shrink(x, t.down, drop)
         rows, rank = h.shape
         if rows == 0:
-            return [h.new_empty(0, up.shape[0]) for up in ups], h
-        middle = h if core is None else h @ _side_by_side(core, h.dtype)
-        alpha = scale * (drop.scale if drop.on_middle else 1.0)
-        p = launch.matrices(ups, h.dtype, cast=plan == "extend")
+            return [h.new_empty(0, up.shape[0]) for up in t.ups], Saved(h)
+        shared = t.core is None
+        middle = h if t.core is None else h @ _side_by_side(t.core, h.dtype)
+        alpha = s.scale * (drop.scale if drop.on_middle else 1.0)
+        p = launch.matrices(t.ups, h.dtype, cast=plan == "extend")
         if plan == "extend":
             assert x is not None
-            w = launch.matrices(weights, x.dtype)
-            return launch.gemm_ext(x, w, biases, p, middle, core is None, rank, alpha, drop), h
-        if weights:
+            w = launch.matrices(t.weights, x.dtype)
+            ys = launch.gemm_ext(x, w, t.biases, p, middle, shared, rank, alpha, drop)
+            return ys, Saved(h)
+        if t.weights:
             assert x is not None
             ys = [
                 torch.mm(x, w.t()) if b is None else torch.addmm(b, x, w.t())
-                for w, b in zip(weights, biases, strict=True)
+                for w, b in zip(t.weights, t.biases, strict=True)
             ]
         else:
-            ys = [h.new_empty(rows, up.shape[0]) for up in ups]
+            ys = [h.new_empty(rows, up.shape[0]) for up in t.ups]
+        base = ys if t.weights else t.base
         launch.expand(
-            ys,
-            ys if weights else base,
-            p,
-            middle,
-            core is None,
-            rank,
-            alpha,
-            drop,
-            drop_h=drop.on_middle,
-            drop_y=False,
+            ys, base, p, middle, shared, rank, alpha, drop, drop_h=drop.on_middle, drop_y=False
         )
-    return ys, h
+    return ys, Saved(h)
 
 
 def _fuses_dx(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -166,15 +138,12 @@ def _fuses_dx(x: Tensor, weights: Sequence[Tensor]) -> bool:
 
 
 def _dx(
-    dys: Sequence[Tensor],
-    x: Tensor,
-    dh: Tensor | None,
-    down: Tensor | None,
-    weights: Sequence[Tensor],
-    drop: launch.Dropout,
+    t: Tensors, dys: Sequence[Tensor], dh: Tensor | None, drop: launch.Dropout
 ) -> Tensor | None:
     """One GEMM over all (dy_k, W_k) and (dh, U), or the library's GEMMs and one read-modify-write
     pass."""
+    x, down, weights = t.x, t.down, t.weights
+    assert x is not None
     layout = launch.one_layout(weights)
     if down is not None and dh is not None and _fuses_dx(x, weights) and layout is not None:
         return launch.dx_one_pass(dys, x, dh, down, launch.Matrices(list(weights), layout), drop)
@@ -193,81 +162,65 @@ def _dx(
     return out
 
 
-def _reduce_parameters(
+def _parameter_gradients(
+    t: Tensors,
     dys: Sequence[Tensor],
     middle: Tensor,
     alpha: float,
-    x: Tensor | None,
     dh: Tensor | None,
     drop: launch.Dropout,
-    rank: int,
-    has_core: bool,
-    written: list[Tensor],
-    transposed: bool,
-    ddown: Tensor | None,
-) -> None:
+    need: frozenset[str],
+) -> tuple[list[Tensor] | None, Tensor | None]:
     """dP_k and dU: one launch, except that a masked x is reduced apart (its mask is drawn per
     element of x)."""
+    rank = t.ups[0].shape[1]
+    offset = 0 if t.core is None else rank
     alpha_u = drop.scale if drop.on_input else 1.0
-    offset = rank if has_core else 0
-    ups_only = launch.Reduction(dys, middle, offset, alpha, None, None, 1.0, rank)
-    if ddown is None or x is None:
-        if written:
-            ups_only.run(drop, written, transposed, None)
-        return
-    if written and not drop.on_input:
-        both = launch.Reduction(dys, middle, offset, alpha, x, dh, alpha_u, rank)
+    dups, ddown = None, None
+    written: list[Tensor] = []
+    transposed = False
+    if "ups" in need:
+        dups, written, transposed = launch.up_gradients(t.ups)
+    if "down" in need and t.x is not None and t.down is not None and dh is not None:
+        ddown = torch.empty_like(t.down, memory_format=torch.contiguous_format)
+    if written and ddown is not None and not drop.on_input:
+        both = launch.Reduction(dys, middle, offset, alpha, t.x, dh, alpha_u, rank)
         both.run(drop, written, transposed, ddown)
-        return
-    if written:
-        ups_only.run(drop, written, transposed, None)
-    launch.Reduction((), None, 0, 1.0, x, dh, alpha_u, rank).run(drop, (), False, ddown)
+    else:
+        if written:
+            ups = launch.Reduction(dys, middle, offset, alpha, None, None, 1.0, rank)
+            ups.run(drop, written, transposed, None)
+        if ddown is not None:
+            down = launch.Reduction((), None, 0, 1.0, t.x, dh, alpha_u, rank)
+            down.run(drop, (), False, ddown)
+    for target, source in zip(dups or (), written, strict=True):
+        if target is not source:
+            target.copy_(source)
+    return dups, ddown
 
 
 def backward(
-    dys: Sequence[Tensor],
-    x: Tensor | None,
-    h: Tensor,
-    down: Tensor | None,
-    ups: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    core: Tensor | None,
-    rng: Tensor | None,
-    scale: float,
-    dropout: float,
-    dropout_at: str,
-    need_dx: bool,
-    need_ddown: bool,
-    need_dups: bool,
-    need_dcore: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor] | None, Tensor | None]:
-    """dx, dh, ddown, dups, dcore."""
-    drop = launch.dropout_arguments(rng, dropout, dropout_at)
-    rank = h.shape[1]
-    alpha = scale * (drop.scale if drop.on_middle else 1.0)
+    call: Call, saved: Saved, dys: list[Tensor], rng: Tensor | None, need: frozenset[str]
+) -> Gradients:
+    """The gradients that ``need`` names."""
+    t, s = call
+    h, core, rank = saved.h, t.core, saved.h.shape[1]
+    drop = launch.Dropout.of(rng, s)
+    alpha = s.scale * (drop.scale if drop.on_middle else 1.0)
     with lib.on_device(h):
-        p = launch.matrices(ups, h.dtype, cast=core is not None)
         g = None
-        if need_dx or need_ddown or need_dcore or down is None:
+        if need & {"x", "down", "core"} or t.down is None:
+            p = launch.matrices(t.ups, h.dtype, cast=core is not None)
             g = launch.bottleneck_gradient(dys, p, rank, alpha, drop, separate=core is not None)
         dcore, dh, middle = None, g, h
         if core is not None:
             side = _side_by_side(core, h.dtype)
             dh = None if g is None else g @ side.t()
-            middle = h @ side if need_dups else h
-            if need_dcore and g is not None:
+            middle = h @ side if "ups" in need else h
+            if "core" in need and g is not None:
                 dcore = torch.empty_like(core, memory_format=torch.contiguous_format)
-                cores = launch.Reduction([h] * len(ups), g, rank, 1.0, None, None, 1.0, rank)
-                cores.run(launch.dropout_arguments(None, 0.0, ""), dcore.unbind(0), False, None)
-        returned, written, transposed = launch.up_gradients(ups) if need_dups else ([], [], False)
-        ddown = None
-        if need_ddown and x is not None and down is not None and dh is not None:
-            ddown = torch.empty_like(down, memory_format=torch.contiguous_format)
-        _reduce_parameters(
-            dys, middle, alpha, x, dh, drop, rank, core is not None, written, transposed, ddown
-        )
-        for target, source in zip(returned, written, strict=True):
-            if target is not source:
-                target.copy_(source)
-        dx = _dx(dys, x, dh, down, weights, drop) if need_dx and x is not None else None
-    return dx, dh, ddown, returned if need_dups else None, dcore
+                cores = launch.Reduction([h] * len(dys), g, rank, 1.0, None, None, 1.0, rank)
+                cores.run(launch.NO_DROPOUT, dcore.unbind(0), False, None)
+        dups, ddown = _parameter_gradients(t, dys, middle, alpha, dh, drop, need)
+        dx = _dx(t, dys, dh, drop) if "x" in need and t.x is not None else None
+    return Gradients(dx, ddown, dh, dups, dcore)

@@ -16,6 +16,7 @@ from petal_kernels._runtime import philox
 from petal_kernels._runtime import triton_lib as lib
 from petal_kernels.ops.lowrank_linear import triton_gemm_ext as gx
 from petal_kernels.ops.lowrank_linear import triton_kernels as tk
+from petal_kernels.ops.lowrank_linear.arguments import Settings
 from petal_kernels.ops.lowrank_linear.triton_configs import RANK_SLICE, REDUCE, choose, swaps
 
 
@@ -29,6 +30,13 @@ class Dropout:
     threshold: int
     scale: float
 
+    @classmethod
+    def of(cls, rng: Tensor | None, s: Settings) -> Dropout:
+        """A probability that rounds to zero is no dropout."""
+        if rng is None or philox.threshold(s.dropout) == 0:
+            return NO_DROPOUT
+        return cls(rng, s.dropout_at, philox.threshold(s.dropout), philox.keep_scale(s.dropout))
+
     @property
     def on_input(self) -> bool:
         """Whether x is masked."""
@@ -40,11 +48,7 @@ class Dropout:
         return self.rng is not None and self.at != "input"
 
 
-def dropout_arguments(rng: Tensor | None, p: float, at: str) -> Dropout:
-    """The arguments for probability p; a p that rounds to zero is no dropout."""
-    if rng is None or philox.threshold(p) == 0:
-        return Dropout(None, at, 0, 1.0)
-    return Dropout(rng, at, philox.threshold(p), philox.keep_scale(p))
+NO_DROPOUT = Dropout(None, "", 0, 1.0)
 
 
 def _is_transposed(t: Tensor) -> bool | None:

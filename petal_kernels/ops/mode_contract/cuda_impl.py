@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from petal_kernels.ops.mode_contract.arguments import Call, Gradients
+
 MAX_RANK = 256
 MAX_TILES = 4  # ceil(K / 64) * ceil(R / 64): the mode matrices of one slab in shared memory
 MAX_DIAGONAL_MODES = 1024
@@ -42,8 +44,9 @@ def _shared_bytes(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES))
 
 
-def unsupported(core: Tensor, modes: Tensor, up: Tensor | None, dtype: torch.dtype) -> list[str]:
+def unsupported(call: Call) -> list[str]:
     """Every reason for not running on these tensors; an empty list says that they can."""
+    core, dtype = call.core, call.dtype
     reasons = []
     if core.device.type != "cuda":
         reasons.append(f"wants CUDA tensors, got {core.device.type}")
@@ -53,7 +56,7 @@ def unsupported(core: Tensor, modes: Tensor, up: Tensor | None, dtype: torch.dty
         reasons.append(f"wants a float32, float16 or bfloat16 output, got {dtype}")
     elif core.dtype != torch.float32 and dtype != core.dtype:
         reasons.append(f"wants float32 factors for a {dtype} output, got {core.dtype}")
-    count, rank = modes.shape
+    count, rank = call.modes.shape
     if core.dim() == 3:
         if rank > MAX_RANK:
             reasons.append(f"wants a rank of at most {MAX_RANK}, got {rank}")
@@ -67,12 +70,10 @@ def unsupported(core: Tensor, modes: Tensor, up: Tensor | None, dtype: torch.dty
     return reasons
 
 
-def forward(
-    core: Tensor, modes: Tensor, up: Tensor | None, scale: float, dtype: torch.dtype
-) -> Tensor:
+def forward(call: Call) -> Tensor:
     """PT [K, R, O], or scale * M [K, R, R] without ``up``."""
-    count, rank = modes.shape
-    out = core.new_empty((count, rank, rank if up is None else up.shape[0]), dtype=dtype)
+    core, modes, up, scale, dtype = call
+    out = core.new_empty(call.shape, dtype=dtype)
     _ops().mode_contract_fwd(
         core.contiguous(),
         modes.contiguous(),
@@ -83,25 +84,16 @@ def forward(
     return out
 
 
-def backward(
-    dout: Tensor,
-    core: Tensor,
-    modes: Tensor,
-    up: Tensor | None,
-    scale: float,
-    need_dcore: bool,
-    need_dmodes: bool,
-    need_dup: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of core, modes and up in their dtypes."""
-    need_dup = need_dup and up is not None
+def backward(call: Call, dout: Tensor, need: frozenset[str]) -> Gradients:
+    """The gradients that ``need`` names."""
+    core, modes, up, scale, _ = call
     fold = up
     if up is None and core.dim() == 3:
         fold = torch.eye(modes.shape[1], dtype=core.dtype, device=core.device)
-    dcore = core.new_empty(core.shape) if need_dcore else None
-    dmodes = modes.new_empty(modes.shape) if need_dmodes else None
-    dup = up.new_empty(up.shape) if up is not None and need_dup else None
-    if need_dcore or need_dmodes or need_dup:
+    dcore = core.new_empty(core.shape) if "core" in need else None
+    dmodes = modes.new_empty(modes.shape) if "modes" in need else None
+    dup = up.new_empty(up.shape) if up is not None and "up" in need else None
+    if dcore is not None or dmodes is not None or dup is not None:
         _ops().mode_contract_bwd(
             dout.to(core.dtype).contiguous(),
             core.contiguous(),
@@ -112,4 +104,4 @@ def backward(
             dup,
             scale,
         )
-    return dcore, dmodes, dup
+    return Gradients(dcore, dmodes, dup)

@@ -16,49 +16,39 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import device
+from petal_kernels.ops.mode_contract.arguments import Call, Gradients
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def unsupported(core: Tensor, modes: Tensor, up: Tensor | None, dtype: torch.dtype) -> list[str]:
+def unsupported(call: Call) -> list[str]:
     """Every reason for not running on these tensors."""
     reasons = []
-    given = [core, modes] if up is None else [core, modes, up]
-    if any(t.device.type != "cpu" for t in given):
+    if call.device.type != "cpu":
         reasons.append("needs CPU tensors")
-    wrong = sorted({str(d) for d in (dtype, *(t.dtype for t in given)) if d not in _DTYPES})
+    wrong = {call.dtype, call.core.dtype}.difference(_DTYPES)
     if wrong:
-        reasons.append(f"has no kernels for {', '.join(wrong)}")
+        reasons.append(f"has no kernels for {', '.join(sorted(str(d) for d in wrong))}")
     return reasons
 
 
-def forward(
-    core: Tensor, modes: Tensor, up: Tensor | None, scale: float, dtype: torch.dtype
-) -> Tensor:
+def forward(call: Call) -> Tensor:
     """PT [K, R, O], or scale * M [K, R, R] without ``up``."""
     device.load_cpu_library()
-    rank = core.shape[0]
-    out = core.new_empty((modes.shape[0], rank, rank if up is None else up.shape[0]), dtype=dtype)
+    core, modes, up, scale, dtype = call
+    out = core.new_empty(call.shape, dtype=dtype)
     torch.ops.petal_native.mode_contract_forward(core.contiguous(), modes, up, scale, out)
     return out
 
 
-def backward(
-    dout: Tensor,
-    core: Tensor,
-    modes: Tensor,
-    up: Tensor | None,
-    scale: float,
-    need_dcore: bool,
-    need_dmodes: bool,
-    need_dup: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of core, modes and up in their dtypes."""
+def backward(call: Call, dout: Tensor, need: frozenset[str]) -> Gradients:
+    """The gradients that ``need`` names."""
     device.load_cpu_library()
-    dcore = core.new_empty(core.shape) if need_dcore else None
-    dmodes = torch.empty_like(modes) if need_dmodes else None
-    dup = torch.empty_like(up) if need_dup and up is not None else None
+    core, modes, up, scale, _ = call
+    dcore = core.new_empty(core.shape) if "core" in need else None
+    dmodes = torch.empty_like(modes) if "modes" in need else None
+    dup = torch.empty_like(up) if "up" in need and up is not None else None
     torch.ops.petal_native.mode_contract_backward(
         dout, core.contiguous(), modes, up, scale, dcore, dmodes, dup
     )
-    return dcore, dmodes, dup
+    return Gradients(dcore, dmodes, dup)

@@ -1,7 +1,9 @@
-"""``mode_contract``: checks, raw operators, backends, autograd, public function."""
+"""``mode_contract``: raw operators, choice of backend, autograd, public function."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -9,8 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from petal_kernels._runtime import backends as rt
-from petal_kernels._runtime import checks
 from petal_kernels._runtime.library import define
+from petal_kernels.ops.mode_contract.arguments import Call, Gradients, check
 
 _NAME = "mode_contract"
 _FUSED_MODES = 12
@@ -20,20 +22,11 @@ BACKENDS = tuple(
 )
 
 
-def _out_shape(core: Tensor, modes: Tensor, up: Tensor | None) -> tuple[int, int, int]:
-    rank = core.shape[0]
-    return modes.shape[0], rank, rank if up is None else up.shape[0]
+def _select(call: Call, backend: str) -> rt.Backend:
+    return rt.select(_NAME, BACKENDS, preferred(call) if backend == rt.AUTO else backend, call)
 
 
-def _select(
-    core: Tensor, modes: Tensor, up: Tensor | None, dtype: torch.dtype, backend: str
-) -> rt.Backend:
-    if backend == rt.AUTO:
-        backend = preferred(core, modes, up)
-    return rt.select(_NAME, BACKENDS, backend, core, modes, up, dtype)
-
-
-def preferred(core: Tensor, modes: Tensor, up: Tensor | None) -> str:
+def preferred(call: Call) -> str:
     """What ``auto`` means for these inputs: the library where it was measured faster, else the
     first backend.
 
@@ -41,25 +34,27 @@ def preferred(core: Tensor, modes: Tensor, up: Tensor | None) -> str:
     modes on the fused one is level in forward and ahead in backward. The diagonal core has no GEMM
     and always runs fused (``python -m benchmarks.run op mode_contract``).
     """
-    if core.device.type == "cpu" and core.dim() == 3 and modes.shape[0] < _FUSED_MODES:
+    few = call.core.dim() == 3 and call.modes.shape[0] < _FUSED_MODES
+    if few and call.device.type == "cpu":
         return "torch"
     return rt.AUTO
 
 
-def _fwd(
-    core: Tensor, modes: Tensor, up: Tensor | None, scale: float, dtype: torch.dtype, backend: str
-) -> Tensor:
-    if modes.shape[0] == 0 or (up is not None and up.shape[0] == 0):
-        return core.new_zeros(_out_shape(core, modes, up), dtype=dtype)
-    impl = _select(core, modes, up, dtype, backend).load()
-    out: Tensor = impl.forward(core, modes, up, scale, dtype)
+def _fwd(*args: Any) -> Tensor:
+    *given, backend = args
+    call = Call(*given)
+    if 0 in call.shape:
+        return _fwd_fake(*args)
+    out: Tensor = _select(call, backend).load().forward(call)
     return out.contiguous()
 
 
-def _fwd_fake(
-    core: Tensor, modes: Tensor, up: Tensor | None, scale: float, dtype: torch.dtype, backend: str
-) -> Tensor:
-    return core.new_empty(_out_shape(core, modes, up), dtype=dtype)
+def _fwd_fake(*args: Any) -> Tensor:
+    call = Call(*args[:-1])
+    return call.core.new_empty(call.shape, dtype=call.dtype)
+
+
+_Results = tuple[Tensor, Tensor, Tensor]
 
 
 def _bwd(
@@ -70,28 +65,14 @@ def _bwd(
     scale: float,
     need: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> _Results:
+    given = Gradients(core, modes, up)
     if dout.numel() == 0:
-        return (
-            _grad(core, None, need[0]),
-            _grad(modes, None, need[1]),
-            _grad(up, None, need[2], core),
-        )
-    impl = _select(core, modes, up, dout.dtype, backend).load()
-    dcore, dmodes, dup = impl.backward(dout.contiguous(), core, modes, up, scale, *need)
-    return _grad(core, dcore, need[0]), _grad(modes, dmodes, need[1]), _grad(up, dup, need[2], core)
-
-
-def _grad(
-    of: Tensor | None, value: Tensor | None, needed: bool, like: Tensor | None = None
-) -> Tensor:
-    """A gradient as the fake promises it: contiguous, shaped like its tensor; empty where it is not
-    needed."""
-    if of is None or not needed:
-        placed = of if of is not None else like
-        assert placed is not None
-        return placed.new_empty(0)
-    return of.new_zeros(of.shape) if value is None else value.contiguous()
+        return _results(given, need, Gradients())
+    call = Call(core, modes, up, scale, dout.dtype)
+    wanted = frozenset(compress(Gradients._fields, need))
+    found = _select(call, backend).load().backward(call, dout.contiguous(), wanted)
+    return _results(given, need, found)
 
 
 def _bwd_fake(
@@ -102,12 +83,23 @@ def _bwd_fake(
     scale: float,
     need: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = [
-        core.new_empty(0) if t is None or not n else t.new_empty(t.shape)
-        for t, n in zip((core, modes, up), need, strict=True)
-    ]
-    return grads[0], grads[1], grads[2]
+) -> _Results:
+    return _results(Gradients(core, modes, up), need, Gradients())
+
+
+def _results(given: Gradients, need: Sequence[bool], found: Gradients) -> _Results:
+    """Gradients as the fake promises them: contiguous, shaped like their tensors, empty where not
+    needed, zero where there is nothing to sum."""
+    like = given.core
+    assert like is not None
+
+    def grad(of: Tensor | None, value: Tensor | None, needed: bool) -> Tensor:
+        if of is None or not needed:
+            return like.new_empty(0)
+        return of.new_zeros(of.shape) if value is None else value.contiguous()
+
+    core, modes, up = (grad(*each) for each in zip(given, found, need, strict=True))
+    return core, modes, up
 
 
 _forward_op = define(
@@ -151,30 +143,6 @@ class ModeContractFunction(torch.autograd.Function):
         return (*(g if n else None for g, n in zip(grads, need, strict=True)), None, None, None)
 
 
-def _check(core: Tensor, modes: Tensor, up: Tensor | None, dtype: torch.dtype | None) -> None:
-    checks.check_floating("core", core)
-    checks.check_floating("modes", modes)
-    if core.dim() == 3:
-        rank = core.shape[0]
-        checks.check_shape("core", core, (rank, rank, rank))
-    elif core.dim() != 1:
-        raise ValueError(f"core: want shape [R] (CP) or [R, R, R] (Tucker), got {list(core.shape)}")
-    rank = core.shape[0]
-    if rank < 1:
-        raise ValueError(f"core: want rank R >= 1, got {list(core.shape)}")
-    checks.check_shape("modes", modes, ("K", rank))
-    others = [("modes", modes)]
-    if up is not None:
-        checks.check_floating("up", up)
-        checks.check_shape("up", up, ("O", rank))
-        others.append(("up", up))
-    for name, tensor in others:
-        checks.check_dtype(name, tensor, (core.dtype,), " like core")
-        checks.check_device(name, tensor, core.device)
-    if dtype is not None and dtype not in checks.FLOATING:
-        raise TypeError(f"dtype: want a floating dtype, got {dtype}")
-
-
 def mode_contract(
     core: Tensor,
     modes: Tensor,
@@ -213,15 +181,13 @@ def mode_contract(
     Differentiable once, in core, modes and up; nothing but the inputs is saved. Deterministic.
     Source: PETAL arXiv 2312.12458, Aurora arXiv 2305.08381.
     """
-    _check(core, modes, up, dtype)
-    scale = checks.check_number("scale", scale)
+    call = check(core, modes, up, scale, dtype)
     name = rt.default_backend() if backend is None else rt.check_name(backend)
-    out_dtype = core.dtype if dtype is None else dtype
     tensors = (core, modes) if up is None else (core, modes, up)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        out = ModeContractFunction.apply(core, modes, up, scale, out_dtype, name)  # type: ignore[no-untyped-call]
+        out = ModeContractFunction.apply(*call, name)  # type: ignore[no-untyped-call]
     else:
-        out = _forward_op(core, modes, up, scale, out_dtype, name)
+        out = _forward_op(*call, name)
     result: Tensor = out if up is None else out.transpose(1, 2)
     return result
 
@@ -235,13 +201,12 @@ def _explain(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> rt.Explanation:
-    _check(core, modes, up, dtype)
-    out_dtype = core.dtype if dtype is None else dtype
-    rows = rt.candidates(BACKENDS, core, modes, up, out_dtype)
-    name = rt.default_backend() if backend is None else backend
-    choice = _select(core, modes, up, out_dtype, name)
+    call = check(core, modes, up, scale, dtype)
+    rows = rt.candidates(BACKENDS, call)
+    name = rt.default_backend() if backend is None else rt.check_name(backend)
+    choice = _select(call, name)
     notes = []
-    if name == rt.AUTO and preferred(core, modes, up) == "torch":
+    if name == rt.AUTO and preferred(call) == "torch":
         notes.append("plan: the library's GEMM, measured faster than a fused loop on this device")
     return rt.Explanation(
         _NAME,

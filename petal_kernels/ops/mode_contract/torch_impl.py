@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from petal_kernels.ops.mode_contract.arguments import Call, Gradients
 
-def unsupported(core: Tensor, modes: Tensor, up: Tensor | None, dtype: torch.dtype) -> list[str]:
+
+def unsupported(call: Call) -> list[str]:
     """Runs everywhere."""
     return []
 
@@ -29,10 +31,9 @@ def _matrices(core: Tensor, modes: Tensor) -> Tensor:
     return (modes @ core.reshape(rank * rank, rank).t()).view(-1, rank, rank)
 
 
-def forward(
-    core: Tensor, modes: Tensor, up: Tensor | None, scale: float, dtype: torch.dtype
-) -> Tensor:
+def forward(call: Call) -> Tensor:
     """PT [K, R, O], or scale * M [K, R, R] without ``up``."""
+    core, modes, up, scale, dtype = call
     m = _matrices(_wide(core), _wide(modes))
     if up is None:
         out = torch.diag_embed(m) if core.dim() == 1 else m
@@ -44,17 +45,9 @@ def forward(
     return (m.view(k * rank, rank) @ v.t()).view(k, rank, -1).to(dtype)
 
 
-def backward(
-    dout: Tensor,
-    core: Tensor,
-    modes: Tensor,
-    up: Tensor | None,
-    scale: float,
-    need_dcore: bool,
-    need_dmodes: bool,
-    need_dup: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of core, modes and up in their dtypes."""
+def backward(call: Call, dout: Tensor, need: frozenset[str]) -> Gradients:
+    """The gradients that ``need`` names."""
+    core, modes, up, scale, _ = call
     c, p, d = _wide(core), _wide(modes), _wide(dout)
     rank = core.shape[0]
     dup = None
@@ -62,18 +55,18 @@ def backward(
         diagonal = scale * (
             torch.diagonal(d, dim1=1, dim2=2) if up is None else (d * _wide(up).t()).sum(2)
         )
-        if up is not None and need_dup:
+        if up is not None and "up" in need:
             dup = scale * torch.einsum("kro,kr->or", d, c * p)
-        dcore = (diagonal * p).sum(0) if need_dcore else None
-        dmodes = diagonal * c if need_dmodes else None
+        dcore = (diagonal * p).sum(0) if "core" in need else None
+        dmodes = diagonal * c if "modes" in need else None
     else:
         flat = d.reshape(-1, d.shape[2])
         dm = (scale * (flat if up is None else flat @ _wide(up))).view(-1, rank * rank)
-        if up is not None and need_dup:
+        if up is not None and "up" in need:
             dup = scale * (flat.t() @ _matrices(c, p).view(-1, rank))
-        dcore = (dm.t() @ p).view(rank, rank, rank) if need_dcore else None
-        dmodes = dm @ c.reshape(rank * rank, rank) if need_dmodes else None
-    return (
+        dcore = (dm.t() @ p).view(rank, rank, rank) if "core" in need else None
+        dmodes = dm @ c.reshape(rank * rank, rank) if "modes" in need else None
+    return Gradients(
         None if dcore is None else dcore.to(core.dtype),
         None if dmodes is None else dmodes.to(modes.dtype),
         None if dup is None or up is None else dup.to(up.dtype),

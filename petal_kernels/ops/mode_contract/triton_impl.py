@@ -59,6 +59,7 @@ from torch import Tensor
 from petal_kernels._runtime import triton_lib as lib
 from petal_kernels._runtime.triton_lib import Shipped, Tile, tile
 from petal_kernels.ops.mode_contract import triton_kernels as tk
+from petal_kernels.ops.mode_contract.arguments import Call, Gradients
 
 ARCHS = (80, 90, 100)
 _KERNELS = {
@@ -108,9 +109,9 @@ _INTERPRETER = {
 }
 
 
-def unsupported(core: Tensor, modes: Tensor, up: Tensor | None, dtype: torch.dtype) -> list[str]:
+def unsupported(call: Call) -> list[str]:
     """Every reason for not running on these tensors."""
-    return lib.device_reasons(core, modes, up, dtypes=(dtype,))
+    return lib.device_reasons(call.core, dtypes=(call.dtype,))
 
 
 def _row(kernel: str, arch: int, bits: str) -> Tile:
@@ -140,13 +141,12 @@ def _v_arguments(up: Tensor | None, core: Tensor) -> tuple[Tensor, int, int, int
     return up, up.shape[0], up.stride(0), up.stride(1)
 
 
-def forward(
-    core: Tensor, modes: Tensor, up: Tensor | None, scale: float, dtype: torch.dtype
-) -> Tensor:
+def forward(call: Call) -> Tensor:
     """PT [K, R, O], or scale * M [K, R, R] without ``up``."""
+    core, modes, up, scale, dtype = call
     core, modes = core.contiguous(), modes.contiguous()
     (k, rank), (v, width, stride_vo, stride_vb) = modes.shape, _v_arguments(up, core)
-    out = torch.empty((k, rank, width), dtype=dtype, device=core.device)
+    out = torch.empty(call.shape, dtype=dtype, device=core.device)
     if out.numel() == 0:
         return out
     fold = up is not None
@@ -177,22 +177,14 @@ def _sum(part: Tensor, out: Tensor, scale: float) -> None:
     tk._mode_contract_bwd_sum_kernel[grid](part, out, out.numel(), part.shape[0], scale, **config)
 
 
-def backward(
-    dout: Tensor,
-    core: Tensor,
-    modes: Tensor,
-    up: Tensor | None,
-    scale: float,
-    need_dcore: bool,
-    need_dmodes: bool,
-    need_dup: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of core, modes and up in their dtypes."""
+def backward(call: Call, dout: Tensor, need: frozenset[str]) -> Gradients:
+    """The gradients that ``need`` names."""
+    core, modes, up, scale, _ = call
     core, modes, dout = core.contiguous(), modes.contiguous(), dout.contiguous()
-    dcore = torch.empty_like(core) if need_dcore else None
-    dmodes = torch.empty_like(modes) if need_dmodes else None
+    dcore = torch.empty_like(core) if "core" in need else None
+    dmodes = torch.empty_like(modes) if "modes" in need else None
     dup = None
-    if need_dup and up is not None:
+    if "up" in need and up is not None:
         dup = torch.empty(up.shape, dtype=up.dtype, device=up.device)
     with lib.on_device(core):
         if core.dim() == 1:
@@ -202,7 +194,7 @@ def backward(
                 _backward_slabs(dout, core, modes, up, scale, dcore, dmodes)
             if dup is not None:
                 _backward_up(dout, core, modes, scale, dup)
-    return dcore, dmodes, dup
+    return Gradients(dcore, dmodes, dup)
 
 
 def _backward_slabs(

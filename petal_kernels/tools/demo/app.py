@@ -21,18 +21,22 @@ import petal_kernels as pk
 from petal_kernels.tools.demo import methods_run, report, tasks
 from petal_kernels.tools.demo import model as small
 from petal_kernels.tools.demo.compare import Comparison, compare
-from petal_kernels.tools.demo.terminal import Progress, heading, table
+from petal_kernels.tools.demo.terminal import Progress, heading, table, ticker
 from petal_kernels.tools.demo.train import (
     Batches,
     Cached,
+    Curve,
     Settings,
     Trainer,
     accuracy,
-    adapter_config,
     all_accuracies,
+    attached,
+    balance,
+    bare_form,
     baselines,
     cache,
     checkpoints,
+    expert_usage,
     read_state,
 )
 
@@ -118,7 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.compare_steps < 1:
         parser.error(f"--compare-steps: want a number >= 1, got {args.compare_steps}")
     if args.resume and args.method != "petal":
-        parser.error(f"--resume: want --method petal, got --method {args.method}")
+        parser.error(
+            "--resume: want --method petal, the only one that keeps checkpoints, got --method "
+            f"{args.method}, which always runs from its beginning: going on is not supported"
+        )
     given = {k: v for k in ("steps", "rank", "seed") if (v := getattr(args, k)) is not None}
     try:
         settings = resumed_settings(args.out, given) if args.resume else Settings(**given)
@@ -170,8 +177,8 @@ def run(options: Options) -> int:
         "pictures, which share no digit image"
     )
     batches = Batches(train, settings)
-    torch.manual_seed(settings.seed)
-    attachment = pk.attach(model, adapter_config(settings), implementation="fused")
+    trainer = attached(model, batches, settings)
+    attachment = trainer.attachment
     layers = attachment.report()
     (options.out / "layers.txt").write_text(f"{layers}\n")
     names = sorted({row.backend for row in layers.rows} - {""})
@@ -179,15 +186,21 @@ def run(options: Options) -> int:
         f"  PETAL attached: {layers.trainable:,} trainable parameters, {layers.percent:.2f} % of "
         f"the model's; backend {', '.join(names)}"
     )
-    trainer = Trainer(model, attachment, batches, settings)
     if options.resume:
         checkpoint = checkpoints(options.out)[-1]
         notes = read_state(checkpoint)["notes"]
         comparison = Comparison.from_dict(notes["comparison"])
     else:
         with attachment.disabled():
-            before = all_accuracies(model, held)
-        comparison = _compare(batches, options)
+            before = all_accuracies(trainer.form, held)
+        heading("Fused layers beside the eager published form")
+        comparison = compare(
+            lambda implementation: attached(small.load(), batches, settings, implementation),
+            bare_form(),
+            options.compare_steps,
+            options.timed_steps,
+            ticker("comparing"),
+        )
         notes = {
             "before": before,
             "comparison": comparison.as_dict(),
@@ -213,24 +226,8 @@ def run(options: Options) -> int:
     return 0 if comparison.agrees else 1
 
 
-def _compare(batches: Batches, options: Options) -> Comparison:
-    heading("Fused layers beside the eager published form")
-    progress: list[Progress] = []
-
-    def tick(done: int, total: int) -> None:
-        if not progress:
-            progress.append(Progress("comparing", total))
-        progress[0].update(done)
-
-    return compare(batches, options.settings, options.compare_steps, options.timed_steps, tick)
-
-
 def _show_comparison(comparison: Comparison) -> None:
-    word = "coincide" if comparison.agrees else "DO NOT COINCIDE"
-    print(
-        f"  loss curves, {comparison.steps} steps from one seed, dropout off: they {word}; "
-        f"largest difference {comparison.max_difference:.1e}, bound {comparison.bound:.1e}"
-    )
+    print(f"  loss curves, {comparison.verdict}")
     ms, saved = comparison.milliseconds, comparison.saved_bytes
     share = f"{comparison.trainable_percent:.2f} %"
     rows = []
@@ -270,7 +267,11 @@ def _train(trainer: Trainer, held: Cached, options: Options, notes: dict[str, An
             done = trainer.step_number
             if done in looks:
                 curve.accuracy_steps.append(done)
-                curve.accuracies.append(accuracy(trainer.model, held, tasks.NEW))
+                curve.accuracies.append(accuracy(trainer.form, held, tasks.NEW))
+                if settings.experts:
+                    usage = expert_usage(trainer.form, trainer.attachment, held)
+                    curve.expert_usage.append(usage)
+                    curve.expert_balance.append(balance(usage))
             note = f"loss {loss:.3f}"
             if curve.accuracies:
                 note += f"  held-out {curve.accuracies[-1]:.1%}"
@@ -287,17 +288,19 @@ def _finish(
     trainer: Trainer, held: Cached, options: Options, notes: dict[str, Any]
 ) -> dict[str, Any]:
     """Accuracies after, pictures, adapter file, detach; returns everything for report.json."""
-    model, attachment = trainer.model, trainer.attachment
+    attachment = trainer.attachment
     before, floor = notes["before"], notes["baselines"]
-    after = all_accuracies(model, held)
+    after = all_accuracies(trainer.form, held)
     heading("Held-out pictures answered right")
     rows = [[name, f"{before[name]:.1%}", f"{after[name]:.1%}"] for name in after]
     rows[0].append("<- new")
     print(table(["question", "before", "after", ""], [row + [""] * (4 - len(row)) for row in rows]))
     print("  without looking at the whole picture, the new question is answered right by")
     print("   ", ", ".join(f"{name}: {value:.1%}" for name, value in floor.items()))
+    if trainer.curve.expert_usage:
+        _show_experts(trainer.curve)
     attachment.save(options.out / "adapter")
-    shown = _answers(model, attachment, held)
+    shown = _answers(trainer.model, attachment, held)
     report.write_answers(options.out / "answers.png", held.pairs.pictures, shown, _SHOWN)
     for entry in shown[:: len(_QUESTIONS)][:3]:
         print(
@@ -305,7 +308,7 @@ def _finish(
             f"before {entry['before']}, after {entry['after']}"
         )
     attachment.detach()
-    restored = all_accuracies(model, held) == before
+    restored = all_accuracies(trainer.form, held) == before
     print(f"  adapter detached: the model answers as before: {'yes' if restored else 'NO'}")
     figures = {
         "question": tasks.NEW.text,
@@ -321,6 +324,15 @@ def _finish(
     }
     report.write_curves(options.out / "curves.png", figures)
     return figures
+
+
+def _show_experts(curve: Curve) -> None:
+    heading("Share of each expert in an instruction's tokens (mean gate)")
+    usage = curve.expert_usage[-1]
+    rows = [[name, *(f"{share:.1%}" for share in shares)] for name, shares in usage.items()]
+    count = len(rows[0]) - 1
+    print(table(["instruction", *(f"expert {e}" for e in range(count))], rows))
+    print(f"  balance {curve.expert_balance[-1]:.3f} (1: all serve alike; {count}: one serves all)")
 
 
 _QUESTIONS = (tasks.NEW, tasks.OLD[0], tasks.OLD[2])

@@ -1,10 +1,9 @@
 """Fused and eager published layers side by side: the same curve, time per step, bytes kept for
 backward.
 
-Three copies of the model, measured in turns inside one run: `fused`, `published` (the layers as the
+Three copies of a model, measured in turns inside one run: `fused`, `published` (the layers as the
 authors wrote them, in eager torch, with the same parameters) and `frozen` (no adapter; the gradient
-still flows through the Q-Former to its queries). What a form costs above `frozen` is the adapter's
-own cost.
+still flows through the same layers). What a form costs above `frozen` is the adapter's own cost.
 """
 
 from __future__ import annotations
@@ -18,18 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import InstructBlipForConditionalGeneration
 
-import petal_kernels as pk
-from petal_kernels.tools.demo import model as small
-from petal_kernels.tools.demo.train import (
-    Batch,
-    Batches,
-    Settings,
-    Trainer,
-    adapter_config,
-    batch_loss,
-)
+from petal_kernels.tools.demo.train import Batch, Batches, Form, Trainer
 
 # A wrong index or scale moves the loss by 1e-2 or more; see `curve_bound` for where the bound comes
 # from.
@@ -58,6 +47,15 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "agrees": self.agrees, "trainable_percent": self.trainable_percent}
 
+    @property
+    def verdict(self) -> str:
+        """In words, what the curves show."""
+        word = "coincide" if self.agrees else "DO NOT COINCIDE"
+        return (
+            f"{self.steps} steps from one seed, dropout off: they {word}; largest difference "
+            f"{self.max_difference:.1e}, bound {self.bound:.1e}"
+        )
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Comparison:
         return cls(**{entry.name: values[entry.name] for entry in fields(cls)})
@@ -70,15 +68,20 @@ class Comparison:
 Tick = Callable[[int, int], None]
 
 
-def compare(batches: Batches, settings: Settings, steps: int, timed: int, tick: Tick) -> Comparison:
-    """Runs the comparison; `tick(done, total)` is called after each step."""
+def compare(
+    trainer_of: Callable[[str], Trainer], frozen: Form, steps: int, timed: int, tick: Tick
+) -> Comparison:
+    """Compares `trainer_of("fused")` with `trainer_of("published")`, and both with `frozen`;
+    `tick(done, total)` is called after each step.
+    """
     total = steps * (2 + _CONTROLS) + timed
     done = 0
-    trainers = {"fused": _trainer(batches, settings, "fused")}
+    trainers = {"fused": trainer_of("fused")}
     for name in ("published", *(f"control {i}" for i in range(_CONTROLS))):
-        trainers[name] = _trainer(batches, settings, "published")
+        trainers[name] = trainer_of("published")
+    fused, published = trainers["fused"], trainers["published"]
     _share_parameters(trainers)
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(fused.settings.seed)
     for i in range(_CONTROLS):
         _nudge(trainers[f"control {i}"].parameters, generator)
     # Evaluation mode: dropout off.
@@ -87,19 +90,15 @@ def compare(batches: Batches, settings: Settings, steps: int, timed: int, tick: 
             trainer.step()
             done += 1
             tick(done, total)
-    fused, published = trainers["fused"], trainers["published"]
     controls = [trainers[f"control {i}"].curve.losses for i in range(_CONTROLS)]
-    frozen = small.load()
-    frozen.requires_grad_(False)
-    frozen.query_tokens.requires_grad_(True)
-    forms = {"frozen": frozen, "published": published.model, "fused": fused.model}
+    forms = {"frozen": frozen, "published": published.form, "fused": fused.form}
 
     def timed_tick(count: int) -> None:
         tick(done + count, total)
 
     state = torch.get_rng_state()
-    milliseconds = _times(forms, batches, timed, timed_tick)
-    saved = {name: saved_bytes(form, batches[0]) for name, form in forms.items()}
+    milliseconds = _times(forms, fused.batches, timed, timed_tick)
+    saved = {name: saved_bytes(form, fused.batches[0]) for name, form in forms.items()}
     torch.set_rng_state(state)
     return Comparison(
         steps=steps,
@@ -110,7 +109,7 @@ def compare(batches: Batches, settings: Settings, steps: int, timed: int, tick: 
         milliseconds=milliseconds,
         saved_bytes=saved,
         trainable=sum(p.numel() for p in fused.parameters),
-        total=sum(p.numel() for p in frozen.parameters()),
+        total=sum(p.numel() for p in frozen.model.parameters()),
     )
 
 
@@ -133,13 +132,6 @@ def curve_bound(published: list[float], controls: list[list[float]]) -> float:
     return _AMPLIFICATION * (spread + floor)
 
 
-def _trainer(batches: Batches, settings: Settings, implementation: str) -> Trainer:
-    model = small.load()
-    torch.manual_seed(settings.seed)
-    attachment = pk.attach(model, adapter_config(settings), implementation=implementation)
-    return Trainer(model, attachment, batches, settings)
-
-
 def _share_parameters(trainers: dict[str, Trainer]) -> None:
     """All forms start from the fused form's parameters: they have the same state dict."""
     state = trainers["fused"].attachment.state_dict()
@@ -160,35 +152,32 @@ def _nudge(parameters: Sequence[Tensor], generator: torch.Generator) -> None:
 
 
 def _times(
-    forms: dict[str, InstructBlipForConditionalGeneration],
-    batches: Batches,
-    count: int,
-    tick: Callable[[int], None],
+    forms: dict[str, Form], batches: Batches, count: int, tick: Callable[[int], None]
 ) -> dict[str, float]:
     """Median milliseconds of forward + backward in training mode, the forms taking turns on the
     same batches.
     """
     spent: dict[str, list[float]] = {name: [] for name in forms}
     for form in forms.values():
-        form.train()
-        batch_loss(form, batches[0]).backward()
+        form.model.train()
+        form.loss(batches[0]).backward()
     for i in range(count):
         batch = batches[i]
         for name, form in forms.items():
-            form.zero_grad(set_to_none=True)
+            form.model.zero_grad(set_to_none=True)
             began = time.perf_counter()
-            batch_loss(form, batch).backward()
+            form.loss(batch).backward()
             spent[name].append(1000.0 * (time.perf_counter() - began))
         tick(i + 1)
     for form in forms.values():
-        form.zero_grad(set_to_none=True)
-        form.eval()
+        form.model.zero_grad(set_to_none=True)
+        form.model.eval()
     return {name: statistics.median(values) for name, values in spent.items() if values}
 
 
-def saved_bytes(form: InstructBlipForConditionalGeneration, batch: Batch) -> int:
+def saved_bytes(form: Form, batch: Batch) -> int:
     """Bytes that the graph of one training step keeps: each storage once, parameters left out."""
-    parameters = {p.untyped_storage().data_ptr() for p in form.parameters()}
+    parameters = {p.untyped_storage().data_ptr() for p in form.model.parameters()}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -197,10 +186,10 @@ def saved_bytes(form: InstructBlipForConditionalGeneration, batch: Batch) -> int
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    form.train()
+    form.model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = batch_loss(form, batch)
+        loss = form.loss(batch)
     # The graph is alive until here, so no address was used twice.
     del loss
-    form.eval()
+    form.model.eval()
     return sum(kept.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,10 +13,19 @@ import torch
 
 from petal_kernels.tools.demo import methods, methods_report, report, tasks
 from petal_kernels.tools.demo import model as small
-from petal_kernels.tools.demo.compare import Comparison
-from petal_kernels.tools.demo.methods import METHODS, Method, MethodTrainer
-from petal_kernels.tools.demo.terminal import Progress, heading
-from petal_kernels.tools.demo.train import Batches, Cached, Settings, baselines, cache
+from petal_kernels.tools.demo.compare import compare
+from petal_kernels.tools.demo.methods import METHODS, Method
+from petal_kernels.tools.demo.terminal import Progress, heading, ticker
+from petal_kernels.tools.demo.train import (
+    Batches,
+    Cached,
+    Settings,
+    Trainer,
+    accuracy,
+    all_accuracies,
+    baselines,
+    cache,
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ def run_one(method: Method, train: Cached, held: Cached, options: MethodOptions)
     settings, out = options.settings(method), options.out / method.name
     out.mkdir(parents=True, exist_ok=True)
     batches = Batches(train, settings)
-    trainer = MethodTrainer(method, batches, settings)
+    trainer = methods.attached(method, batches, settings)
     attachment = trainer.attachment
     layers = attachment.report()
     (out / "layers.txt").write_text(f"{layers}\n")
@@ -78,15 +88,22 @@ def run_one(method: Method, train: Cached, held: Cached, options: MethodOptions)
         f"backend {backends}"
     )
     with attachment.disabled():
-        before = methods.all_accuracies(trainer, held)
-    comparison = _compare(method, batches, settings, options)
+        before = all_accuracies(trainer.form, held)
+    comparison = compare(
+        functools.partial(methods.attached, method, batches, settings),
+        methods.bare_form(method),
+        options.compare_steps,
+        options.timed_steps,
+        ticker("comparing"),
+    )
+    print(f"  loss curves, fused and eager published, {comparison.verdict}")
     _teach(trainer, held)
-    after = methods.all_accuracies(trainer, held)
+    after = all_accuracies(trainer.form, held)
     attachment.save(out / "adapter")
     attachment.detach()
     # As it was inside disabled(): torch rounds otherwise where a weight asks for a gradient.
-    trainer.form = methods.Form(trainer.form.backbone.requires_grad_(False))
-    restored = methods.all_accuracies(trainer, held) == before
+    trainer.model.requires_grad_(False)
+    restored = all_accuracies(methods.form_of(trainer.model), held) == before
     figures = {
         "method": method.name,
         "label": method.label,
@@ -112,27 +129,8 @@ def run_one(method: Method, train: Cached, held: Cached, options: MethodOptions)
     return figures
 
 
-def _compare(
-    method: Method, batches: Batches, settings: Settings, options: MethodOptions
-) -> Comparison:
-    steps, timed = options.compare_steps, options.timed_steps
-    progress: list[Progress] = []
-
-    def tick(done: int, total: int) -> None:
-        if not progress:
-            progress.append(Progress("comparing", total))
-        progress[0].update(done)
-
-    comparison = methods.compare(method, batches, settings, steps, timed, tick)
-    word = "coincide" if comparison.agrees else "DO NOT COINCIDE"
-    print(
-        f"  loss curves, fused and eager published, {steps} steps from one seed: they {word}; "
-        f"largest difference {comparison.max_difference:.1e}, bound {comparison.bound:.1e}"
-    )
-    return comparison
-
-
-def _teach(trainer: MethodTrainer, held: Cached) -> None:
+def _teach(trainer: Trainer, held: Cached) -> None:
+    """All steps; the held-out pictures are looked at on the way and choose nothing."""
     settings, curve = trainer.settings, trainer.curve
     # Most is learned at the beginning: look after all steps, half of them, a quarter, ...
     looks = {settings.steps >> halvings for halvings in range(8)}
@@ -142,7 +140,7 @@ def _teach(trainer: MethodTrainer, held: Cached) -> None:
         done = trainer.step_number
         if done in looks:
             curve.accuracy_steps.append(done)
-            curve.accuracies.append(methods.accuracy(trainer, held, tasks.NEW))
+            curve.accuracies.append(accuracy(trainer.form, held, tasks.NEW))
         note = f"loss {loss:.3f}"
         if curve.accuracies:
             note += f"  held-out {curve.accuracies[-1]:.1%}"

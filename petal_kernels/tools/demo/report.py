@@ -79,22 +79,27 @@ def write_json(path: Path, figures: dict[str, Any]) -> None:
 
 
 def write_curves(path: Path, figures: dict[str, Any]) -> None:
-    """All figures of the run in six panels."""
+    """All figures of the run in six panels, and two more about the experts where there are any."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(17, 8), layout="constrained")
-    axes = figure.subplots(2, 3)
+    training = figures["training"]
+    columns = 4 if training["expert_usage"] else 3
+    figure = Figure(figsize=(17 * columns / 3, 8), layout="constrained")
+    axes = figure.subplots(2, columns)
     comparison = figures["comparison"]
     _draw_both(axes[0][0], comparison)
     _draw_distance(axes[0][1], comparison)
     percent = comparison["trainable_percent"]
     _draw_bars(axes[0][2], comparison["milliseconds"], "ms per step, forward + backward", 1.0)
     _draw_bars(axes[1][2], comparison["saved_bytes"], "MB kept for backward", 1e-6)
-    losses = figures["training"]["losses"]
+    losses = training["losses"]
     axes[1][0].plot(range(1, len(losses) + 1), losses, color=_FUSED, lw=0.8)
     title = f"Training the adapter (fused): {percent:.2f} % of the parameters"
     axes[1][0].set(title=title, xlabel="step", ylabel="loss")
     _draw_accuracy(axes[1][1], figures)
+    if training["expert_usage"]:
+        _draw_usage(axes[0][3], training["expert_usage"][-1])
+        _draw_balance(axes[1][3], training)
     figure.savefig(path, dpi=100)
 
 
@@ -142,6 +147,29 @@ def _draw_accuracy(axes: Axes, figures: dict[str, Any]) -> None:
     axes.set(title="Held-out pictures", xlabel="step", ylabel="share answered right")
     axes.set(xlim=(-0.2, 1.2 * steps[-1]), ylim=(0, 1.02))
     axes.legend(loc="lower right")
+
+
+def _draw_usage(axes: Axes, usage: dict[str, list[float]]) -> None:
+    shares = list(usage.values())
+    experts = range(len(shares[0]))
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=max(map(max, shares)), aspect="auto")
+    for row, values in enumerate(shares):
+        for column, value in enumerate(values):
+            axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=8)
+    axes.set_xticks(experts, [str(e) for e in experts])
+    axes.set_yticks(range(len(shares)), list(usage))
+    axes.set(title="Share of each expert in an instruction's tokens", xlabel="expert")
+
+
+def _draw_balance(axes: Axes, training: dict[str, Any]) -> None:
+    steps = [0, *training["accuracy_steps"]]
+    # A router of zeros: every expert has the same share.
+    axes.plot(steps, [1.0, *training["expert_balance"]], "o-", color=_FUSED)
+    axes.axhline(1.0, color=_GREY, ls="--", label="all serve alike")
+    axes.set_xscale("symlog", linthresh=1)
+    title = "Balance of the experts (E times the squared shares)"
+    axes.set(title=title, xlabel="step", xlim=(-0.2, 1.2 * steps[-1]))
+    axes.legend(loc="upper left")
 
 
 def write_answers(path: Path, pictures: Tensor, rows: list[dict[str, Any]], count: int) -> None:

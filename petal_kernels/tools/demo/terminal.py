@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 _WIDTH = 28
 
@@ -67,3 +67,15 @@ class Progress:
         spent = now - self.began
         left = f"{spent / made * (self.total - done):.0f} s left" if made > 0 else ""
         return f"  {self.label} [{bar}] {done}/{self.total}  {note}  {left}".rstrip()
+
+
+def ticker(label: str) -> Callable[[int, int], None]:
+    """A function of (done, total) that draws a bar; it learns the total from its first call."""
+    progress: list[Progress] = []
+
+    def tick(done: int, total: int) -> None:
+        if not progress:
+            progress.append(Progress(label, total))
+        progress[0].update(done)
+
+    return tick

@@ -8,20 +8,20 @@ for bit.
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import InstructBlipForConditionalGeneration
 
 import petal_kernels as pk
 from petal_kernels.tools.demo import data, tasks
-from petal_kernels.tools.demo.model import answer_logits, image_features
+from petal_kernels.tools.demo import model as small
+from petal_kernels.tools.demo.pretrain import rate
 
 _EVALUATION_SEED = 7
 
@@ -33,7 +33,10 @@ class Settings:
     steps: int = 200
     batch: int = 128
     rank: int = 32
+    experts: int = 6
+    expert_rank: int = 16
     learning_rate: float = 1e-2
+    warm_up: float = 0.0  # share of the steps
     dropout: float = 0.1
     old_share: float = 0.3
     pictures: int = 4000
@@ -59,6 +62,9 @@ class Curve:
     losses: list[float] = field(default_factory=list)
     accuracy_steps: list[int] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
+    # At the accuracy steps: the mean gate of each expert by instruction, and 1 where all are equal.
+    expert_usage: list[dict[str, list[float]]] = field(default_factory=list)
+    expert_balance: list[float] = field(default_factory=list)
 
 
 def cache(model: InstructBlipForConditionalGeneration, settings: Settings) -> tuple[Cached, Cached]:
@@ -67,14 +73,20 @@ def cache(model: InstructBlipForConditionalGeneration, settings: Settings) -> tu
     train_pairs = data.draw_pairs(train, settings.pictures, seed=settings.seed + 1000, augment=True)
     held_pairs = data.draw_pairs(held, settings.held_out, seed=_EVALUATION_SEED, augment=False)
     return (
-        Cached(train_pairs, image_features(model, train_pairs.pictures)),
-        Cached(held_pairs, image_features(model, held_pairs.pictures)),
+        Cached(train_pairs, small.image_features(model, train_pairs.pictures)),
+        Cached(held_pairs, small.image_features(model, held_pairs.pictures)),
     )
 
 
 def adapter_config(settings: Settings) -> pk.PetalConfig:
     """The PETAL configuration that these settings ask for."""
-    return pk.PetalConfig(r=settings.rank, variant="paper", dropout=settings.dropout)
+    return pk.PetalConfig(
+        r=settings.rank,
+        variant="paper",
+        dropout=settings.dropout,
+        experts=settings.experts,
+        expert_r=settings.expert_rank,
+    )
 
 
 @dataclass(frozen=True)
@@ -105,23 +117,46 @@ class Batches:
         return Batch(self.cached.features[rows], self.questions[which], self.answers[which, rows])
 
 
-def batch_loss(model: InstructBlipForConditionalGeneration, batch: Batch) -> Tensor:
-    """Cross-entropy of the answers' first token."""
-    logits = answer_logits(model, batch.features, batch.questions)[:, 0]
-    return torch.nn.functional.cross_entropy(logits, batch.answers)
+@dataclass(frozen=True)
+class Form:
+    """A model, with an adapter or without one, and the logits of its answers' first word [N, words]
+    from cached features and questions.
+    """
+
+    model: nn.Module
+    logits: Callable[[Tensor, Tensor], Tensor]
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross-entropy of the answers' first word."""
+        return nn.functional.cross_entropy(
+            self.logits(batch.features, batch.questions), batch.answers
+        )
+
+
+def form_of(model: InstructBlipForConditionalGeneration) -> Form:
+    """The InstructBLIP, with whatever is attached to it."""
+
+    def logits(features: Tensor, questions: Tensor) -> Tensor:
+        return small.answer_logits(model, features, questions)[:, 0]
+
+    return Form(model, logits)
+
+
+def bare_form() -> Form:
+    """No adapter; the gradient still flows through the Q-Former to its queries."""
+    model = small.load()
+    model.requires_grad_(False)
+    model.query_tokens.requires_grad_(True)
+    return form_of(model)
 
 
 class Trainer:
     """One model with its attached adapter and the adapter's optimizer."""
 
     def __init__(
-        self,
-        model: InstructBlipForConditionalGeneration,
-        attachment: pk.Attachment,
-        batches: Batches,
-        settings: Settings,
+        self, form: Form, attachment: pk.Attachment, batches: Batches, settings: Settings
     ) -> None:
-        self.model, self.attachment, self.batches = model, attachment, batches
+        self.form, self.attachment, self.batches = form, attachment, batches
         self.settings = settings
         self.parameters = list(attachment.parameters())
         self.optimizer = torch.optim.AdamW(
@@ -130,18 +165,21 @@ class Trainer:
         self.curve = Curve()
 
     @property
+    def model(self) -> nn.Module:
+        return self.form.model
+
+    @property
     def step_number(self) -> int:
         return len(self.curve.losses)
 
     def step(self) -> float:
         """One training step; returns its loss."""
-        done, total = self.step_number, self.settings.steps
+        done, settings = self.step_number, self.settings
+        warm_up = int(settings.warm_up * settings.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = (
-                self.settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done / total))
-            )
+            group["lr"] = rate(done, settings.steps, settings.learning_rate, warm_up)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = batch_loss(self.model, self.batches[done])
+        loss = self.form.loss(self.batches[done])
         loss.backward()
         self.optimizer.step()
         self.curve.losses.append(loss.item())
@@ -184,6 +222,18 @@ class Trainer:
         self.curve = Curve(**state["curve"])
 
 
+def attached(
+    model: InstructBlipForConditionalGeneration,
+    batches: Batches,
+    settings: Settings,
+    implementation: str = "fused",
+) -> Trainer:
+    """The InstructBLIP with PETAL on it, whose parameters are drawn from the settings' seed."""
+    torch.manual_seed(settings.seed)
+    attachment = pk.attach(model, adapter_config(settings), implementation=implementation)
+    return Trainer(form_of(model), attachment, batches, settings)
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, the newest last."""
     return sorted(folder.glob("checkpoint-[0-9]*"))
@@ -196,34 +246,21 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def answers(
-    model: InstructBlipForConditionalGeneration, cached: Cached, instruction: tasks.Instruction
-) -> Tensor:
-    """First answer word for each picture [N]."""
-    model.eval()
+def accuracy(form: Form, cached: Cached, instruction: tasks.Instruction) -> float:
+    """Share of the cached pictures whose best first word answers the instruction."""
+    form.model.eval()
     ids = tasks.question_ids((instruction,))
     parts = [
-        answer_logits(model, part, ids.expand(part.shape[0], -1))[:, 0].argmax(-1)
+        form.logits(part, ids.expand(part.shape[0], -1)).argmax(-1)
         for part in cached.features.split(250)
     ]
-    return torch.cat(parts)
-
-
-def accuracy(
-    model: InstructBlipForConditionalGeneration, cached: Cached, instruction: tasks.Instruction
-) -> float:
-    """Share of the cached pictures whose best first token answers the instruction."""
     wanted = instruction.answer(cached.pairs.left, cached.pairs.right)
-    return (answers(model, cached, instruction) == wanted).float().mean().item()
+    return (torch.cat(parts) == wanted).float().mean().item()
 
 
-def all_accuracies(
-    model: InstructBlipForConditionalGeneration,
-    cached: Cached,
-    instructions: Sequence[tasks.Instruction] = (tasks.NEW, *tasks.OLD),
-) -> dict[str, float]:
-    """``accuracy`` of every instruction, by its text."""
-    return {entry.text: accuracy(model, cached, entry) for entry in instructions}
+def all_accuracies(form: Form, cached: Cached) -> dict[str, float]:
+    """`accuracy` of every instruction, by its text."""
+    return {entry.text: accuracy(form, cached, entry) for entry in (tasks.NEW, *tasks.OLD)}
 
 
 def baselines(train: Cached, held: Cached) -> dict[str, float]:
@@ -239,3 +276,24 @@ def baselines(train: Cached, held: Cached) -> dict[str, float]:
         "always the right digit": (right == wanted).float().mean().item(),
         f"always {tasks.WORDS[int(common)]!r}": (wanted == common).float().mean().item(),
     }
+
+
+@torch.no_grad()
+def expert_usage(
+    form: Form, attachment: pk.Attachment, cached: Cached, pictures: int = 8
+) -> dict[str, list[float]]:
+    """Mean gate of each expert over the tokens of an instruction, by the instruction's text."""
+    form.model.eval()
+    found = {}
+    for instruction in (tasks.NEW, *tasks.OLD):
+        questions = tasks.question_ids((instruction,)).expand(pictures, -1)
+        form.logits(cached.features[:pictures], questions)
+        (usage,) = attachment.expert_usage().values()
+        found[instruction.text] = usage.tolist()
+    return found
+
+
+def balance(usage: dict[str, list[float]]) -> float:
+    """E times the sum of squared mean shares: 1 where all experts serve alike, E where one does."""
+    shares = torch.tensor(list(usage.values())).mean(0)
+    return len(shares) * shares.square().sum().item()

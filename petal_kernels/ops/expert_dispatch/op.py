@@ -1,0 +1,218 @@
+"""``expert_dispatch``: what users call, and how their arguments become one ``Call``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from petal_kernels._runtime import backends as rt
+from petal_kernels.ops.expert_dispatch import planner, routing
+from petal_kernels.ops.expert_dispatch.arguments import Call, Settings, Tensors, check
+from petal_kernels.ops.expert_dispatch.function import (
+    BACKENDS,
+    NAME,
+    ExpertDispatchFunction,
+    PooledLogitsFunction,
+    choice_op,
+    forward_op,
+    select,
+    wide_dtype,
+)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Flatten the leading dims; copies only where no view has unit stride in the last dim and one
+    row stride."""
+    flat = t.reshape(-1, t.shape[-1])
+    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
+
+
+def expert_dispatch(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    *,
+    base: Tensor | str | None = "input",
+    keep: float = 1.0,
+    mix: float = 1.0,
+    activation: str = "identity",
+    gate: str = "softmax",
+    router: Tensor | None = None,
+    router_bias: Tensor | None = None,
+    noise: Tensor | None = None,
+    top_k: int | None = None,
+    renormalize: bool = True,
+    router_input: str = "token",
+    mask: Tensor | None = None,
+    gates: Tensor | None = None,
+    indices: Tensor | None = None,
+    return_routing: bool = False,
+    plan: str = "auto",
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, routing.Routing]:
+    """A mixture of low-rank experts, each token's or each sample's own.
+
+    ``out = keep * H + mix * sum_e g_e * (act(x down_e^T + down_bias_e) up_e^T + up_bias_e)`` with
+    H = ``base`` and g by ``gate``; ``reference.py`` writes out every gate.
+
+    Dims: B samples, L tokens, D input width, E experts, r rank of each, O output width.
+
+    Args:
+        x: ``[..., D]``; ``[B, L, D]`` where a sample's tokens share their gates.
+        down: ``[E, r, D]``, or ``[1, r, D]``: one down-projection for all experts.
+        up, down_bias, up_bias: ``[E, O, r]``, ``[E or 1, r]``, ``[E, O]``.
+        base: H: ``"input"`` (x itself, O = D), ``[..., O]`` (a frozen linear's output), or None.
+        keep, mix: of the base, and of the sum over experts (alpha / r for LoRA).
+        activation: "identity", "relu", "gelu" (erf), "gelu_tanh" (gelu_new) or "silu".
+        gate: "mean" (1 / E each), "softmax" (of the router's logits) or "given".
+        router, router_bias, noise: softmax: ``[E, D]``, ``[E]``, and ``[..., E]`` added to the
+            logits. A router of zeros makes step 0 the mean (with ``top_k``, the first experts').
+        top_k: softmax over the logits: only the k largest of each token (sample, if pooled); of
+            equal ones the first experts.
+        renormalize: with top_k, the softmax is over the chosen alone, so that their gates sum to 1.
+        router_input: "token", or "pooled": the logits of the mean over a sample's tokens, one
+            choice per instruction.
+        mask: pooled: ``[B, L]``, nonzero where a token counts; default all.
+        gates: given: ``[..., E]`` or ``[B, E]``, any numbers; with ``indices`` their shape, default
+            ones.
+        indices: given: integers ``[..., k]`` or ``[B, k]``, the experts of a token or sample;
+            weights of one that is named twice add up. On a CPU an index outside 0 .. E - 1 raises;
+            on a GPU that would cost a host synchronisation, and it is ignored.
+        return_routing: return ``(out, Routing)``: logits, choice, losses, usage.
+        plan: "stationary", "sorted", or "auto" by shape (``planner.py``).
+        backend: a backend's name; default ``use_backend``'s, ``PETAL_BACKEND``'s or the first that
+            can run.
+
+    Returns:
+        ``[..., O]`` in x's dtype, or with the ``Routing``.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name. x and base share one dtype;
+            parameters have the same or float32, and get their gradients in their own.
+        RuntimeError: a named backend that cannot run here, with its reasons.
+
+    Differentiable once, also in the logits of the ``Routing``. Saved for backward: x where a
+    projection of it is trained, z (N E r values, or N k r sorted), the logits and the choice.
+    Deterministic: of equal inputs, the same bits. Source: see ``reference.py``.
+    """
+    call, name, lead, pooled = _prepare(
+        x, down, up, down_bias, up_bias, base=base, keep=keep, mix=mix, activation=activation,
+        gate=gate, router=router, router_bias=router_bias, noise=noise, top_k=top_k,
+        renormalize=renormalize, router_input=router_input, mask=mask, gates=gates,
+        indices=indices, plan=plan, backend=backend,
+    )  # fmt: skip
+    grads = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.tensors)
+    if grads:
+        out, logits, chosen = ExpertDispatchFunction.apply(  # type: ignore[no-untyped-call]
+            name, *call.settings, *call.tensors
+        )
+    else:
+        found = forward_op(list(call.tensors), *call.settings, False, name)
+        out, _, logits, chosen = found[:4]
+    out = out.view(*lead, out.shape[-1])
+    if not return_routing:
+        return out  # type: ignore[no-any-return]
+    if pooled is not None:
+        return out, pooled
+    experts = up.shape[0]
+    return out, routing.Routing(
+        logits.view(*lead, experts) if call.routed else None,
+        chosen.view(*lead, experts) if top_k is not None else None,
+    )
+
+
+def _prepare(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    *,
+    backend: str | None,
+    **given: Any,
+) -> tuple[Call, str, tuple[int, ...], routing.Routing | None]:
+    """Check, flatten and reduce: the call, the backend's name, the leading dims, and the routing
+    where it was settled before the call."""
+    check(x, down, up, down_bias, up_bias, **given)
+    name = rt.default_backend() if backend is None else rt.check_name(backend)
+    experts, rank = up.shape[0], up.shape[2]
+    gate, gates, top_k, base = given["gate"], given["gates"], given["top_k"], given["base"]
+    router, router_bias, noise = given["router"], given["router_bias"], given["noise"]
+    chosen, settled, k = None, None, top_k or 0
+    if given["router_input"] == "pooled":
+        logits = PooledLogitsFunction.apply(x, router, router_bias, given["mask"])  # type: ignore[no-untyped-call]
+        logits = logits if noise is None else logits + noise.to(logits.dtype)
+        chosen = None if top_k is None else routing.choose(logits, top_k)
+        gates = routing.weights(logits, chosen, given["renormalize"])
+        settled = routing.Routing(logits, chosen)
+        gate, router, router_bias, noise = "given", None, None, None
+    elif gate == "given" and given["indices"] is not None:
+        indices = given["indices"]
+        k, chosen = indices.shape[-1], choice_op(indices, experts)
+        hit = indices.unsqueeze(-1) == torch.arange(experts, device=x.device)
+        hit = hit.to(wide_dtype(x.dtype) if gates is None else gates.dtype)
+        gates = (hit if gates is None else gates.unsqueeze(-1) * hit).sum(-2)
+    if gate == "given":
+        settled = routing.Routing(None, chosen) if settled is None else settled
+    elif top_k is not None:
+        gate = "topk"
+    shared = gates is not None and gates.dim() < x.dim()
+    length = x.shape[1] if shared else 1
+    plan = given["plan"]
+    if plan == "auto":
+        plan = planner.choose(x.device.type, experts, rank, k, length)
+    settings = Settings(
+        given["activation"],
+        gate,
+        k,
+        given["renormalize"],
+        length,
+        isinstance(base, str),
+        float(given["keep"]),
+        float(given["mix"]),
+        plan,
+    )
+    tensors = Tensors(
+        _rows(x),
+        down,
+        down_bias,
+        up,
+        up_bias,
+        _rows(base) if isinstance(base, Tensor) else None,
+        router,
+        router_bias,
+        None if noise is None else _rows(noise),
+        None if gates is None else _rows(gates),
+        None if chosen is None else _rows(chosen),
+    )
+    assert tensors.x is not None
+    return Call(tensors, settings, tensors.x), name, tuple(x.shape[:-1]), settled
+
+
+def _explain(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    **options: Any,
+) -> rt.Explanation:
+    given = _DEFAULTS | options
+    given.pop("return_routing")
+    call, name, _, _ = _prepare(x, down, up, down_bias, up_bias, **given)
+    rows = rt.candidates(BACKENDS, call)
+    chosen = select(call, name)
+    s = call.settings
+    used = f"{s.top_k} of {call.experts}" if s.top_k else f"all {call.experts}"
+    notes = (f"gate {s.gate}, {used} experts of rank {call.rank}",)
+    return rt.Explanation(
+        NAME, tuple((c.backend.name, c.reasons) for c in rows), chosen.name, s.plan, notes
+    )
+
+
+_DEFAULTS: dict[str, Any] = expert_dispatch.__kwdefaults__ or {}
+rt.register_explainer(expert_dispatch, _explain)

@@ -1,0 +1,290 @@
+"""``lowrank_linear``: choice of backend and plan, raw operators, autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from petal_kernels._runtime import backends as rt
+from petal_kernels._runtime import device
+from petal_kernels._runtime.library import define
+from petal_kernels.ops.lowrank_linear import planner
+from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Settings, Tensors
+
+NAME = "lowrank_linear"
+
+BACKENDS = tuple(
+    rt.Backend(name, f"petal_kernels.ops.lowrank_linear.{name}_impl") for name in rt.NAMES
+)
+_LIBRARY = BACKENDS[-1]  # torch: also lends its plans to the other backends
+
+
+def problem(call: Call, inference: bool) -> planner.Problem:
+    """The sizes that the planner looks at."""
+    t, first = call.tensors, call.first
+    kind = first.device.type
+    if kind == "cpu" and device.native_16bit(first.dtype):
+        kind = "cpu native"
+    return planner.Problem(
+        rows=first.shape[:-1].numel(),
+        width=t.x.shape[-1] if t.x is not None else 0,
+        rank=t.ups[0].shape[1],
+        outs=tuple(up.shape[0] for up in t.ups),
+        itemsize=first.element_size(),
+        device=kind,
+        has_weights=bool(t.weights),
+        shares_hidden=t.hidden is not None,
+        dropout=call.settings.dropout > 0.0,
+        has_core=t.core is not None,
+        inference=inference,
+    )
+
+
+def choose(call: Call, inference: bool, plan: str, backend: str) -> tuple[rt.Backend, str]:
+    """The backend and the concrete plan.
+
+    A plan asked for by name runs on the first backend that has it. ``auto`` takes the cheapest plan
+    of the selected backend; for inference the library's ``merge`` competes with them.
+    """
+    sizes = problem(call, inference)
+    if plan != "auto":
+        reason = planner.not_applicable(plan, sizes)
+        if reason is not None:
+            raise ValueError(f"plan: {plan!r} does not apply: {reason}")
+        return rt.select(NAME, BACKENDS, backend, call, plan), plan
+    chosen = rt.select(NAME, BACKENDS, backend, call, plan)
+    own = planner.rank_plans(chosen.load().PLANS, sizes)
+    if backend == rt.AUTO and inference and chosen is not _LIBRARY:
+        merge = planner.rank_plans(("merge",), sizes)
+        if merge and merge[0].seconds < own[0].seconds:
+            return _LIBRARY, "merge"
+    return chosen, own[0].plan
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Flatten the leading dims; copies only where no view has unit stride in the last dim and one
+    row stride."""
+    flat = t.reshape(-1, t.shape[-1])
+    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
+
+
+def _fwd(*args: Any) -> tuple[list[Tensor], Tensor]:
+    *tensors, rng, scale, dropout, dropout_at, keep, plan, backend = args
+    x, down, hidden, ups, weights, biases, base, core = tensors
+    first: Tensor = x if x is not None else hidden
+    if first.numel() == 0:
+        return _fwd_fake(*args)
+    t = Tensors(
+        None if x is None else _rows(x),
+        down,
+        None if hidden is None else _rows(hidden),
+        ups,
+        weights,
+        biases,
+        [_rows(b) for b in base],
+        core,
+    )
+    call = Call(t, Settings(scale, dropout, dropout_at))
+    inference = not keep and hidden is None
+    chosen, concrete = choose(call, inference, plan, backend)
+    ys, saved = chosen.load().forward(call, rng, concrete)
+    lead = first.shape[:-1]
+    outputs = [y.contiguous().view(*lead, y.shape[1]) for y in ys]
+    return outputs, saved.h if keep and hidden is None else first.new_empty(0)
+
+
+def _fwd_fake(*args: Any) -> tuple[list[Tensor], Tensor]:
+    *tensors, _, scale, dropout, dropout_at, keep, _, _ = args
+    call = Call(Tensors(*tensors), Settings(scale, dropout, dropout_at))
+    t, first = call.tensors, call.first
+    lead = first.shape[:-1]
+    kept = (lead.numel(), t.ups[0].shape[1]) if keep and t.hidden is None else (0,)
+    return [first.new_empty((*lead, up.shape[0])) for up in t.ups], first.new_empty(kept)
+
+
+_Results = tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]
+
+
+def _bwd(
+    dys: list[Tensor],
+    x: Tensor | None,
+    h: Tensor,
+    down: Tensor | None,
+    ups: list[Tensor],
+    weights: list[Tensor],
+    core: Tensor | None,
+    rng: Tensor | None,
+    *rest: Any,
+) -> _Results:
+    *settings, need, backend = rest
+    given = Gradients(x, down, h, ups, core)
+    if h.numel() == 0:
+        return _results(given, need, Gradients())
+    wanted = frozenset(compress(Gradients._fields, need))
+    if x is not None:
+        x = _rows(x) if "down" in wanted else x.reshape(-1, x.shape[-1])
+    rows = _rows(h)
+    hidden = None if down is not None else rows
+    call = Call(Tensors(x, down, hidden, ups, weights, (), (), core), Settings(*settings))
+    impl = rt.select(NAME, BACKENDS, backend, call, "auto").load()
+    found = impl.backward(call, Saved(rows), [_rows(dy) for dy in dys], rng, wanted)
+    return _results(given, need, found)
+
+
+def _bwd_fake(
+    dys: list[Tensor],
+    x: Tensor | None,
+    h: Tensor,
+    down: Tensor | None,
+    ups: list[Tensor],
+    weights: list[Tensor],
+    core: Tensor | None,
+    rng: Tensor | None,
+    *rest: Any,
+) -> _Results:
+    return _results(Gradients(x, down, h, ups, core), rest[-2], Gradients())
+
+
+def _results(given: Gradients, need: Sequence[bool], found: Gradients) -> _Results:
+    """Gradients as the fake promises them: contiguous, shaped like their tensors, empty where not
+    needed, zero where there is nothing to sum."""
+    x, down, h, ups, core = given
+    need_x, need_down, need_hidden, need_ups, need_core = need
+    assert h is not None
+    dups = []
+    if need_ups:
+        assert ups is not None
+        values = found.ups or [None] * len(ups)  # type: ignore[list-item]
+        dups = [_grad(up, value, h) for up, value in zip(ups, values, strict=True)]
+    return (
+        _grad(x if need_x else None, found.x, h),
+        _grad(down if need_down else None, found.down, h),
+        _grad(h if need_hidden else None, found.hidden, h),
+        dups,
+        _grad(core if need_core else None, found.core, h),
+    )
+
+
+def _grad(of: Tensor | None, value: Tensor | None, like: Tensor) -> Tensor:
+    if of is None:
+        return like.new_empty(0)
+    return of.new_zeros(of.shape) if value is None else value.contiguous().view(of.shape)
+
+
+_SETTINGS = "float scale, float dropout, str dropout_at"
+_N_SETTINGS = len(Settings._fields)
+
+forward_op = define(
+    f"{NAME}_fwd(Tensor? x, Tensor? down, Tensor? hidden, Tensor[] ups, Tensor[] weights, "
+    f"Tensor?[] biases, Tensor[] base, Tensor? core, Tensor? rng, {_SETTINGS}, bool keep_hidden, "
+    "str plan, str backend) -> (Tensor[], Tensor)",
+    _fwd,
+    _fwd_fake,
+)
+_backward_op = define(
+    f"{NAME}_bwd(Tensor[] dys, Tensor? x, Tensor h, Tensor? down, Tensor[] ups, Tensor[] weights, "
+    f"Tensor? core, Tensor? rng, {_SETTINGS}, bool[] need, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor[], Tensor)",
+    _bwd,
+    _bwd_fake,
+)
+
+
+def flatten(t: Tensors) -> tuple[Tensor | None, ...]:
+    """One argument of ``apply`` for each tensor, since autograd does not look into sequences."""
+    return (t.x, t.down, t.hidden, t.core, *t.ups, *t.weights, *t.biases, *t.base)
+
+
+def _unflatten(flat: Sequence[Any], outputs: int, weighted: int) -> Tensors:
+    """Of tensors or of flags; ``outputs`` ups, ``weighted`` weights."""
+    x, down, hidden, core, *lists = flat
+    biases = outputs + weighted
+    base = biases + weighted
+    return Tensors(
+        x,
+        down,
+        hidden,
+        lists[:outputs],
+        lists[outputs:biases],
+        lists[biases:base],
+        lists[base:],
+        core,
+    )
+
+
+class LowRankLinearFunction(torch.autograd.Function):
+    """Saves x (where U is trained), h or the given hidden, the generator's state and the
+    parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rng: Tensor | None,
+        plan: str,
+        backend: str,
+        outputs: int,
+        weighted: int,
+        *rest: Any,
+    ) -> tuple[Tensor, ...]:
+        settings = rest[:_N_SETTINGS]
+        t = _unflatten(rest[_N_SETTINGS:], outputs, weighted)
+        ys, h = forward_op(*t, rng, *settings, True, plan, backend)
+        trains_down = t.down is not None and ctx.needs_input_grad[_FIXED + 1]
+        ctx.save_for_backward(
+            t.x if trains_down else None,
+            h if t.hidden is None else t.hidden,
+            t.down,
+            t.core,
+            rng,
+            *t.ups,
+            *t.weights,
+        )
+        ctx.x_shape = None if t.x is None else t.x.shape
+        ctx.settings, ctx.backend, ctx.counts = settings, backend, (outputs, weighted)
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, down, core, rng, *rest = ctx.saved_tensors
+        outputs, weighted = ctx.counts
+        flags = ctx.needs_input_grad[_FIXED:]
+        wants = _unflatten(flags, outputs, weighted)
+        if x is None and ctx.x_shape is not None:
+            # With U frozen nothing reads a value of x, only its shape: an expanded scalar occupies
+            # nothing.
+            x = dys[0].new_empty(()).expand(ctx.x_shape)
+        need = [wants.x, wants.down, wants.hidden, any(wants.ups), wants.core]
+        ups, weights = rest[:outputs], rest[outputs:]
+        dx, ddown, dhidden, dups, dcore = _backward_op(
+            dys, x, h, down, ups, weights, core, rng, *ctx.settings, need, ctx.backend
+        )
+        dbiases = [
+            _column_sum(dy) if want else None for dy, want in zip(dys, wants.biases, strict=False)
+        ]
+        grads = Tensors(
+            dx,
+            ddown,
+            dhidden,
+            dups or [None] * outputs,
+            [None] * weighted,  # type: ignore[list-item]
+            dbiases,
+            dys[: len(wants.base)],
+            dcore,
+        )
+        return (
+            *[None] * _FIXED,
+            *(g if want else None for g, want in zip(flatten(grads), flags, strict=True)),
+        )
+
+
+_FIXED = 5 + _N_SETTINGS  # arguments of LowRankLinearFunction.forward before the tensors
+
+
+def _column_sum(dy: Tensor) -> Tensor:
+    return dy.reshape(-1, dy.shape[-1]).sum(0)
