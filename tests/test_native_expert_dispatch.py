@@ -268,3 +268,19 @@ def test_refusals() -> None:
     inputs = workload.make_inputs(DENSE, torch.float64)
     with pytest.raises(RuntimeError, match=r"native.*float64"):
         pk.expert_dispatch(**inputs, backend="native")
+
+
+@pytest.mark.parametrize(("rank", "plan", "want"), [
+    (64, "stationary", "torch"), (64, "sorted", "native"), (8, "stationary", "native"),
+])  # fmt: skip
+def test_wide_16_bit_products_are_the_library_s(
+    rank: int, plan: str, want: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the processor multiplies bf16 itself; a named backend is obeyed."""
+    monkeypatch.setattr(device, "native_16bit", lambda dtype: dtype == torch.bfloat16)
+    case = replace(SORTED, rank=rank, plan=plan)
+    for dtype, name in ((torch.bfloat16, want), (torch.float32, "native")):
+        inputs = workload.make_inputs(case, dtype)
+        assert pk.explain(pk.expert_dispatch, **inputs, plan=plan).backend == name
+        named = pk.explain(pk.expert_dispatch, **inputs, plan=plan, backend="native")
+        assert named.backend == "native"

@@ -30,9 +30,10 @@ def build() -> bool:
 
 
 def red(tests: list[str]) -> bool:
-    """Whether the tests fail."""
+    """Whether the tests fail, or crash."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 1
+    code = subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode
+    return code == 1 or code < 0
 
 
 def survivors(family: ModuleType) -> list[str]:

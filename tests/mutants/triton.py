@@ -122,8 +122,7 @@ MUTANTS = [
     (_LIB, "part += stride_part", "part += 0"),
     (_GATED_LAUNCH, "self.s.samples if per_sample else 1", "1"),
     (_GATED_WEIGHTS, "tl.program_id(1).to(tl.int64)", "tl.program_id(1)"),
-    # expert_dispatch: two zeros, a NaN below everything, negative numbers in the wrong order
-    (_DISPATCH_TILES, "tl.where(logits == 0, 0.0, logits)", "logits"),
+    # expert_dispatch: a NaN below everything, negative numbers in the wrong order
     (_DISPATCH_TILES, "tl.where(logits != logits, _HIGHEST, key)", "key"),
     (_DISPATCH_TILES, "tl.where(bits < 0, bits ^ _HIGHEST, bits)", "bits"),
     # a ragged tile of slots lost, too few programs for them, another expert's slot, gate
@@ -142,7 +141,8 @@ MUTANTS = [
     (_DISPATCH_ROWS, "dl += load_tile(dlogits_ptr", "dl -= load_tile(dlogits_ptr"),
     (_DISPATCH_ROWS, "total += tl.where(", "total = tl.where("),
     (_DISPATCH_ROWS, "dg += mix * column(through, e)", "dg += column(through, e)"),
-    # sums: memory that nobody wrote, one expert's slots for all, splits that overlap, E for A
+    # sums: memory that nobody wrote, one expert's slots for all, splits that overlap, a shared
+    # bottleneck of the tokens of expert 0 alone
     (_DISPATCH_WEIGHTS, "mask = mask & (seen != 0)", "mask = mask & (seen == seen)"),
     (_DISPATCH_WEIGHTS, "tl.where(experts == 1, E, e + 1)", "e + 1"),
     (
@@ -150,5 +150,5 @@ MUTANTS = [
         "start = begin + split * per_split",
         "start = begin + split * (per_split - 1)",
     ),
-    (_DISPATCH_LAUNCH, "p.experts if up else p.downs", "p.experts"),
+    (_DISPATCH_LAUNCH, "if not up and (p.sorted or p.shared)", "if not up and p.sorted"),
 ]

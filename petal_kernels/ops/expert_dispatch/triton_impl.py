@@ -34,8 +34,8 @@ from L2 and is not counted; 4 N E bytes for l and 1 N E for c wherever gates are
 
     fwd      (N (D + O [base] + O) + Z + P) e;  sorted: (N (O [H] + O) + Z + P) e + 4 N k, and
              route (N D + P) e, shrink (N D + Z + P) e + 4 N k
-    rows     (N (O + D) + 2 Z + P) e + 4 N E;  sorted: (N (O [keep] + D) + Z + P) e + 12 N k, and
-             slots (N O + 2 Z + P) e + 8 N k
+    rows     (N (O + D) + 2 Z + P) e + 4 N E;  sorted: (N (O [keep] + D) + Z + P) e + 4 N E + 8 N k,
+             and slots (N O + 2 Z + P) e + 8 N k
     weights  (N (O + D) + 2 Z) e + 4 N E + 4 S P (+ 8 N k), S splits; reduce 4 S P + P e
 
 E = 6, r = 64, d = 768: 2.02 N d + N E r forward; eager code moves each z_e, g_e z_e and expert's
