@@ -4,13 +4,17 @@ losses, refusals."""
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import petal_kernels as pk
+from petal_kernels.ops.expert_dispatch import op as op_module
 from petal_kernels.ops.expert_dispatch import planner, routing, workload
 from petal_kernels.ops.expert_dispatch.routing import Routing
 from tests import discovery
@@ -138,6 +142,37 @@ def test_sort_by_expert(skew: str, n: int, experts: int, k: int) -> None:
     assert order.tolist() == flat + [-1] * (n * k - len(flat))
     assert offsets.tolist() == [sum(map(len, lists[:e])) for e in range(experts + 1)]
     assert order.dtype == offsets.dtype == torch.int32
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that any call returned."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        found = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.nbytes = max([self.nbytes, *(t.nbytes for t in found)])
+        return out
+
+
+@pytest.mark.parametrize("backend", ["native", "triton", "torch"])
+def test_sorted_holds_nothing_of_every_pair(backend: str) -> None:
+    """Rows of x, slots of rank r, partial sums of parameters; no tensor of N k d numbers."""
+    case = workload.Case("", (768,), 64, 4, 4, top_k=3, noise=True, plan="sorted")
+    inputs = workload.make_inputs(case, torch.float32)
+    if backend not in backends(inputs):
+        pytest.skip(f"{backend} cannot run here")
+    given = op_module._DEFAULTS | inputs | {"plan": "sorted", "backend": backend}
+    given.pop("return_routing")
+    call = op_module._prepare(**given)[0]
+    module = importlib.import_module(f"petal_kernels.ops.expert_dispatch.{backend}_impl")
+    need = {name for name, t in call.tensors._asdict().items() if t is not None} - {"noise"}
+    with Largest() as largest:
+        out, saved = module.forward(call, True)
+        module.backward(call, saved, draw(768, 64), None, frozenset(need))
+    assert out.shape == (768, 64)
+    assert largest.nbytes < 2 * inputs["x"].nbytes  # N k d would be three times x
 
 
 @pytest.mark.parametrize("name", ["softmax", "topk", "topk-stationary", "topk-odd"])
