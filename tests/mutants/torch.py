@@ -6,8 +6,12 @@ TESTS = [
     "tests/test_contract.py",
     "tests/test_philox.py",
     "tests/test_gated_bottleneck.py",
+    "tests/test_expert_dispatch.py",
+    "tests/nn/test_experts.py",
+    "tests/nn/test_mutual_information.py",
     "-k",
-    "(torch or reference or gradcheck or masks or lanes or scale or saved or test_gated) "
+    "(torch or reference or gradcheck or masks or lanes or scale or saved or test_gated "
+    "or test_expert or mutual) "
     "and not inductor and not triton and not native",
 ]
 
@@ -15,6 +19,11 @@ _LINEAR = "petal_kernels/ops/lowrank_linear/torch_impl.py"
 _GATED = "petal_kernels/ops/gated_bottleneck/torch_impl.py"
 _GATED_OP = "petal_kernels/ops/gated_bottleneck/op.py"
 _GATED_FUNCTION = "petal_kernels/ops/gated_bottleneck/function.py"
+_EXPERTS = "petal_kernels/ops/expert_dispatch/torch_impl.py"
+_EXPERTS_OP = "petal_kernels/ops/expert_dispatch/op.py"
+_EXPERTS_FUNCTION = "petal_kernels/ops/expert_dispatch/function.py"
+_ROUTING = "petal_kernels/ops/expert_dispatch/routing.py"
+_INFORMATION = "petal_kernels/nn/mutual_information.py"
 _CONTRACT = "petal_kernels/ops/mode_contract/torch_impl.py"
 
 MUTANTS = [
@@ -74,4 +83,27 @@ MUTANTS = [
         'passed["residual"] = dout',
         'passed["residual"] = 2 * dout',
     ),
+    (_ROUTING, "descending=True, stable=True", "descending=False, stable=True"),
+    (_ROUTING, "return g * (dgates - inner)", "return g * dgates"),
+    (_ROUTING, "offsets[1:] = chosen.sum(0).cumsum(0)", "offsets[1:] = chosen.sum(0)"),
+    (_ROUTING, "experts * (self.usage() * p).sum()", "(self.usage() * p).sum()"),
+    (_EXPERTS, "dl if dlogits is None else dl + dlogits", "dl"),
+    (
+        _EXPERTS,
+        "dgates.view(-1, s.tokens_per_gate, call.experts).sum(1)",
+        "dgates[: t.gates.shape[0]]",
+    ),
+    (_EXPERTS, 'grads["down"][own] += dz.t()', 'grads["down"][own] = dz.t()'),
+    (_EXPERTS, "index_add_(0, rows, dz @ t.down[own]", "index_copy_(0, rows, dz @ t.down[own]"),
+    (_EXPERTS, "dz = dz.sum(1) if call.shared_down else", "dz = dz[:, 0] if call.shared_down else"),
+    (_EXPERTS_OP, "length = x.shape[1] if shared else 1", "length = 1"),
+    (_EXPERTS_FUNCTION, "dbase = s.keep * dout", "dbase = dout"),
+    (_EXPERTS_FUNCTION, "dx = into / ctx.shape[1] if kept", "dx = into if kept"),
+    (
+        _INFORMATION,
+        "torch.cat((answers.weights, -other.weights)",
+        "torch.cat((answers.weights, other.weights)",
+    ),
+    (_INFORMATION, "(2 * mean - own)", "(2 * mean + own)"),
+    (_INFORMATION, "torch.logsumexp(marginal.squeeze(1), 0)\n", "marginal.mean()\n"),
 ]

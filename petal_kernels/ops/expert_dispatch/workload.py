@@ -101,7 +101,7 @@ CASES = (
     Case("domain", (3, 50), 64, 2, 16, top_k=1, choice="ones", activation="gelu", **_GIVEN),
     Case("indices-samples", (4, 37), 64, 6, 16, pooled=True, **_PICKED),
     Case("samples-stationary", (4, 70), 64, 6, 16, pooled=True, plan="stationary", **_PICKED),
-    Case("lora", (3, 35), 64, 4, 8, base="given", out=56, keep=1.0, mix=2.0, bias=False),
+    Case("lora", (3, 35), 64, 4, 8, base="given", out=56, keep=0.7, mix=2.0, bias=False),
     _topk("lora-topk", (3, 35), 64, 4, 8, base="given", out=72, bias=False),
     Case("no-base", (129,), 64, 4, 13, base="none", out=77, activation="silu"),
     _topk("no-base-topk", (129,), 64, 4, 13, base="none", out=77, plan="sorted"),
