@@ -29,10 +29,11 @@ from typing import Any
 import torch
 
 import petal_kernels as pk
-from benchmarks import environment, scenarios, timing
-from benchmarks.qformer import QFormerCase, adapter_tax, qformer
 from petal_kernels.ops.lowrank_linear import op as lowrank_op
 from petal_kernels.ops.lowrank_linear.arguments import Call, Settings, Tensors
+from petal_kernels.tools import environment
+from petal_kernels.tools.bench import scenarios, timing
+from petal_kernels.tools.bench.qformer import QFormerCase, adapter_tax, qformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import run, scenarios, timing
+from benchmarks import run
+from petal_kernels.tools.bench import scenarios, timing
 
 
 @pytest.mark.parametrize("what", ["op", "layer", "qformer", "overhead"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import petal_kernels as pk
-from benchmarks.scenarios import Scenario, Step
+from petal_kernels.tools.bench.scenarios import Scenario, Step
 
 
 @dataclass(frozen=True)

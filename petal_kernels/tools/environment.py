@@ -1,4 +1,4 @@
-"""What a result file says about where it was measured."""
+"""What a report says about where its figures were measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import petal_kernels
 from petal_kernels._runtime import device
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def commit() -> str:

@@ -1,0 +1,1 @@
+"""Benchmarks of operators, layers and whole models against their eager forms."""
