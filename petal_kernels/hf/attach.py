@@ -35,6 +35,12 @@ def attach(
             f"model: want a model without a {NAME!r} module, got one that has it (already "
             "attached? detach it first)"
         )
+    for path, part in model.named_modules():
+        if path and isinstance(getattr(part, NAME, None), nn.Module):
+            raise ValueError(
+                f"model: want a model whose parts have no adapter yet, got one at {path!r}, which "
+                "would be frozen; attach to the whole model first, then to its part"
+            )
     saved = None
     if isinstance(config, (str, os.PathLike)):
         saved = files.read(config)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import petal_kernels as pk
 from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.insertion.tokens import Tokens
+from tests.hf.tiny import QUERIES
 from tests.hf.tiny_experts import (
     EXPERTS,
     SAME,
@@ -54,12 +55,20 @@ def test_a_decoder_generates_and_reads_the_encoders_domains(family: str) -> None
         assert torch.equal(routing.chosen, torch.eye(3).bool()[:2])
 
 
-@pytest.mark.parametrize("family", ["bart", "roberta", "llama", "instructblip"])
-def test_a_pooled_router_leaves_padding_out(family: str) -> None:
+_POOLED: dict[str, Any] = {"router_input": "pooled"}
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        *((family, lora(**_POOLED)) for family in ("bart", "roberta", "llama", "caption")),
+        *(("instructblip", f(**_POOLED)) for f in (petal, lora, adapter)),
+    ],
+)
+def test_a_pooled_router_leaves_padding_out(family: str, config: AdapterConfig) -> None:
     """The logits of a sample do not depend on its padding."""
     blip = family == "instructblip"
-    pooled = {"router_input": "pooled"}
-    model, attachment = attached(family, petal(**pooled) if blip else lora(**pooled))
+    model, attachment = attached(family, config)
     found = []
     for padding in (0, 4):
         ids = torch.arange(5, 11).repeat(2, 1)
@@ -72,12 +81,64 @@ def test_a_pooled_router_leaves_padding_out(family: str) -> None:
         else:
             inputs = {"input_ids": ids, "attention_mask": mask}
             inputs |= {"decoder_input_ids": ids[:, :3]} if family == "bart" else {}
+            if family == "caption":
+                inputs["pixel_values"] = batch(family)["pixel_values"][:2]
         with torch.no_grad():
             model(**inputs)
         found.append({path: r.logits for path, r in attachment.routing().items()})
     for path, want in found[0].items():
         assert want.shape == (2, EXPERTS)
         torch.testing.assert_close(found[1][path], want, rtol=1e-6, atol=1e-6, msg=path)
+
+
+@pytest.mark.parametrize("kind", [lora, adapter])
+def test_a_qformers_places_see_their_part_of_the_domains(kind: Any) -> None:
+    model, attachment = attached("instructblip", kind(gate="domain"))
+    logits(model, attachment, "instructblip")
+    want = nn.functional.one_hot(domain_of("instructblip"), EXPERTS).bool()
+    parts = {
+        "qformer.cross.value": torch.tensor([False, True, False]).expand(3, 3),  # image=1
+        **dict.fromkeys(
+            ("qformer.cross.query", "qformer.cross", "qformer.ffn_query"), want[:, :QUERIES]
+        ),
+        "qformer.ffn": want[:, QUERIES:],
+    }
+    roles = {row.module: row.role for row in attachment.report().rows}
+    for path, routing in attachment.routing().items():
+        assert torch.equal(routing.chosen, parts.get(roles[path], want)), roles[path]
+    layers = {role: sum(r == role for r in roles.values()) for role in roles.values()}
+    crossed = {"qformer.cross", "qformer.cross.query", "qformer.cross.value"}
+    assert all(count == (2 if role in crossed else 4) for role, count in layers.items())
+    with (
+        pytest.raises(ValueError, match=r"for the 12 positions .* got \[3, 11\]"),
+        attachment.domains(domain_of("instructblip")[:, 1:]),
+    ):
+        model(**batch("instructblip"))
+
+
+def test_blips_decoder_reads_an_image_or_the_encoders_domains() -> None:
+    """The first stack crosses to the image; an answering decoder to the question."""
+    for task in ("caption", "vqa"):
+        model, attachment = attached(task, lora(gate="domain"))
+        logits(model, attachment, task)
+        want = nn.functional.one_hot(domain_of(task), EXPERTS).bool()
+        for path, routing in attachment.routing().items():
+            decodes, crosses = "text_decoder" in path, "crossattention.self.value" in path
+            if task == "vqa" and decodes:
+                expected = want if crosses else torch.tensor([False, False, True])
+            else:
+                expected = torch.tensor([False, True, False]) if crosses else want
+            assert torch.equal(routing.chosen, expected.expand_as(routing.chosen)), path
+
+
+def test_pieces_of_a_feed_forward_are_refused() -> None:
+    model = build("instructblip", torch.float32)
+    for module in model.modules():
+        if hasattr(module, "chunk_size_feed_forward"):
+            module.chunk_size_feed_forward = 4
+    pk.attach(model, lora()).detach()
+    with pytest.raises(ValueError, match="want chunk_size_feed_forward = 0, since"):
+        pk.attach(model, adapter())
 
 
 def test_rows_of_one_sample_are_neighbours() -> None:
@@ -96,7 +157,7 @@ def test_padding_is_read_off_a_causal_mask(additive: bool) -> None:
     mask = torch.ones(4, 4).tril().bool() & padding[:, None, None]
     if additive:
         mask = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
-    tokens, x = Tokens.entering({"attention_mask": mask}, None), torch.zeros(2, 3, 5)
+    tokens, x = Tokens.entering((), {"attention_mask": mask}, None), torch.zeros(2, 3, 5)
     counted = tokens.counted(x, encoded=False)
     assert counted is not None
     assert torch.equal(counted, padding[:, 1:])  # one position lies in the cache
@@ -187,8 +248,9 @@ def test_refusals() -> None:
     ):
         with pytest.raises(error, match=message), attachment.domains(wrong):
             pass
-    with pytest.raises(ValueError, match="generated: want an expert, 0 to 2, got 3"):
-        attachment.domains(good, generated=3).__enter__()
+    for name in ("generated", "image"):
+        with pytest.raises(ValueError, match=f"{name}: want an expert, 0 to 2, got 3"):
+            attachment.domains(good, **{name: 3}).__enter__()
     for wrong, message in (
         (good[:, :8], r"for the 9 positions of the sequence \(9 tokens\), got \[2, 8\]"),
         (torch.cat((good, good)), "domain: want a batch that divides the hidden states' 2, got 4"),

@@ -23,6 +23,7 @@ from tests.hf.tiny_experts import (
     logits,
     lora,
     petal,
+    read,
     served,
     step,
 )
@@ -46,6 +47,16 @@ CASES: dict[str, tuple[str, AdapterConfig]] = {
     "paligemma-adapter": ("paligemma", adapter(router_input="pooled", top_k=1)),
     "smolvlm-lora": ("smolvlm", lora(router_noise=0.5)),
     "idefics3-adapter": ("idefics3", adapter(top_k=2, router_noise=0.5)),
+    "instructblip-lora": ("instructblip", lora(gate="domain")),
+    "instructblip-adapter": ("instructblip", adapter(gate="domain", shared_down=True)),
+    "instructblip-pooled": ("instructblip", adapter(router_input="pooled", top_k=2)),
+    "blip2-lora": ("blip2", lora(router_input="pooled")),
+    "blip2-adapter": ("blip2", adapter(gate="domain")),
+    "vqa-lora": ("vqa", lora(gate="domain")),
+    "vqa-adapter": ("vqa", adapter(top_k=2)),
+    "caption-lora": ("caption", lora(router_input="pooled", top_k=2)),
+    "caption-adapter": ("caption", adapter(gate="domain")),
+    "retrieval-lora": ("retrieval", lora(gate="domain", shared_down=True)),
     "petal-paper": ("instructblip", petal()),
     "petal-pooled": ("instructblip", petal(top_k=2, router_input="pooled")),
     "petal-release": ("instructblip", petal(variant="release", keep=0.7)),
@@ -53,7 +64,10 @@ CASES: dict[str, tuple[str, AdapterConfig]] = {
 EVERY = [pytest.param(*case, id=name) for name, case in CASES.items()]
 SOME = [
     pytest.param(*CASES[name], id=name)
-    for name in ("bart-lora", "t5-lora", "gpt2-adapter", "llama-adapter", "petal-pooled")
+    for name in (
+        *("bart-lora", "t5-lora", "gpt2-adapter", "llama-adapter", "petal-pooled"),
+        *("instructblip-adapter", "vqa-lora"),
+    )
 ]
 
 
@@ -67,6 +81,7 @@ def test_fused_equals_published(family: str, config: AdapterConfig) -> None:
         error = float((got[1][name] - gradient).norm())
         assert error <= SAME * max(float(gradient.norm()), 1.0), name
         trivial = getattr(config, "top_k", None) == 1 and name.endswith("router")
+        trivial |= family == "instructblip" and name.startswith("layers.3.ffn.")  # nobody reads it
         assert trivial or float(gradient.norm()) > 0, name
     routings = published[1].routing()
     assert fused[1].routing().keys() == routings.keys()
@@ -79,7 +94,7 @@ def test_fused_equals_published(family: str, config: AdapterConfig) -> None:
                 assert torch.equal(mine, its)
         usage = fused[1].expert_usage()[path]
         torch.testing.assert_close(usage.sum(), torch.ones((), dtype=usage.dtype))
-    assert not torch.allclose(got[0], build(family)(**batch(family)).logits, atol=1e-3)
+    assert not torch.allclose(got[0], read(family, build(family))[0], atol=1e-3)
 
 
 @pytest.mark.parametrize(("family", "config"), EVERY)
@@ -88,7 +103,7 @@ def test_life(family: str, config: AdapterConfig, tmp_path: Path) -> None:
     model, attachment = attached(family, config)
     plain = build(family)
     with torch.no_grad():
-        before = plain(**batch(family)).logits
+        before = read(family, plain)[0]
     keys = {k for k in model.state_dict() if not k.startswith("petal.")}
     assert keys == set(plain.state_dict())
     optimizer = torch.optim.SGD(list(attachment.parameters()), lr=0.05)
@@ -97,7 +112,7 @@ def test_life(family: str, config: AdapterConfig, tmp_path: Path) -> None:
     trained = logits(model, attachment, family)
     attachment.save(tmp_path / "adapter")
     with attachment.disabled(), torch.no_grad():
-        assert torch.equal(model(**batch(family)).logits, before)
+        assert torch.equal(read(family, model)[0], before)
 
     other: Any = pk.attach(plain, copy.deepcopy(config))
     plain.to(torch.float64)
@@ -116,7 +131,7 @@ def test_life(family: str, config: AdapterConfig, tmp_path: Path) -> None:
     assert attachment.detach() is model
     assert not attachment._routings
     with torch.no_grad():
-        assert torch.equal(model(**batch(family)).logits, before)
+        assert torch.equal(read(family, model)[0], before)
     assert set(model.state_dict()) == keys
     assert all(p.requires_grad for p in model.parameters())
 
@@ -150,7 +165,7 @@ def test_checkpointing_and_two_forwards(family: str, config: AdapterConfig) -> N
         total = torch.zeros((), dtype=torch.float64)
         for seed in range(2):
             with served(attachment, family, seed):
-                total = total + model(**batch(family, seed)).loss
+                total = total + read(family, model, seed)[1]
         last = attachment.routing()
         total.backward()
         now = attachment.routing()  # a recompute is no forward

@@ -16,7 +16,7 @@ import petal_kernels as pk
 from petal_kernels._runtime import philox
 from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.nn.routed_lora import RoutedLoRALinear
-from tests.hf import tiny, tiny_text
+from tests.hf import tiny, tiny_experts, tiny_text
 
 SAME = 1e-9  # relative, in fp64
 VLMS = ("llava", "paligemma", "idefics3", "smolvlm", "qwen2_5_vl")
@@ -107,6 +107,48 @@ def test_fused_equals_published(family: str, config: AdapterConfig) -> None:
     assert all(float(g.norm()) > 0 for g in fused[1].values())
     plain = tiny_text.build(family)(**tiny_text.batch(family)).logits
     assert not torch.allclose(fused[0], plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["lora", "adapter"])
+@pytest.mark.parametrize(
+    ("family", "width"), [("instructblip", 32), ("blip2", 32), ("caption", 16)]
+)
+def test_routing_in_layers_of_which_some_cross(family: str, width: int, kind: str) -> None:
+    runs = []
+    for form in ("fused", "published"):
+        config = routing(kind=kind, function="gram")
+        model, attachment = tiny_experts.attached(family, config, form)
+        generator = torch.Generator().manual_seed(3)
+        features = torch.randn(3, 4, width, generator=generator, dtype=torch.float64)
+        with attachment.vision(features):
+            out, loss = tiny_experts.read(family, model)
+        loss.backward()
+        runs.append((out.detach(), {n: p.grad for n, p in attachment.named_parameters()}))
+        crossed = sum(".cross" in row.role for row in attachment.report().rows)
+        # The Q-Former's values read image features of another width: no route there.
+        assert crossed == (2 if kind == "adapter" or family != "caption" else 4)
+        attachment.detach()
+        if kind == "lora" and family != "caption":
+            config.target_modules = ["value"]
+            with pytest.raises(ValueError, match="target_modules: want places that read the la"):
+                pk.attach(model, config)
+        with torch.no_grad():
+            plain = tiny_experts.read(family, tiny_experts.build(family))[0]
+            assert torch.equal(tiny_experts.read(family, model)[0], plain)
+            assert not torch.allclose(out, plain, atol=1e-3)
+    close(*runs)
+
+
+def test_a_part_of_a_model_can_be_adapted() -> None:
+    model: Any = tiny_experts.build("instructblip")
+    rows = pk.attach(model.language_model, routing()).report().rows
+    assert {row.role for row in rows} == {"decoder.query", "decoder.value"}
+    with pytest.raises(ValueError, match="got one at 'language_model', which would be frozen"):
+        pk.attach(model, routing())
+    both: Any = tiny_experts.build("instructblip")
+    adapters = [pk.attach(both, tiny_experts.petal()), pk.attach(both.language_model, routing())]
+    own = {id(p) for adapter in adapters for p in adapter.parameters()}
+    assert own == {id(p) for p in both.parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize(("family", "config"), EVERY)

@@ -30,6 +30,8 @@ _MODES = "petal_kernels/nn/mode_approximation.py"
 _ROUTINGS = "petal_kernels/hf/experts.py"
 _EXPERTS = "petal_kernels/hf/insertion/experts.py"
 _TOKENS = "petal_kernels/hf/insertion/tokens.py"
+_EMBEDDINGS = "petal_kernels/hf/embeddings.py"
+_PLACED = "petal_kernels/hf/insertion/attachment.py"
 _INSTRUCTION = "petal_kernels/hf/petal/experts.py"
 
 MUTANTS = [
@@ -78,8 +80,8 @@ MUTANTS = [
     (_INSERTION, "return call.middles[self.number]", "return call.middles[0]"),
     (
         _INSERTION,
-        "    state.factors = Context(state.vision, Tokens",
-        "    state.factors = Context(None, Tokens",
+        "    state.factors = Context(state.vision, tokens",
+        "    state.factors = Context(None, tokens",
     ),
     (_SPECS, 'config.variant == "release" and place.raw', "False"),
     (
@@ -105,11 +107,11 @@ MUTANTS = [
     (_STACKS, "VisionFactors) and factors.masked == masked", "VisionFactors)"),
     (_STACKS, "if cache is not None and cache.get_seq_length() > 0:", "if False:"),
     (_STACKS, "call.a is None or call.c is None", "call.a is None"),
-    (_STACKS, "        vectors = vectors.clone()", "        pass"),
+    (_EMBEDDINGS, "        vectors = vectors.clone()", "        pass"),
     (_ROUTINGS, "        return Routings, ()", "        return Routings, (dict(self),)"),
     (_ROUTINGS, "if trains and not routing.logits.requires_grad:", "if False:"),
     (_EXPERTS, "(lora.up.to(dtype) @ downs).mean(0)", "(lora.up.to(dtype) @ downs).sum(0)"),
-    (_EXPERTS, "encoded=place.encoded)", "encoded=False)"),
+    (_EXPERTS, "isinstance(place, Target) and place.encoded", "False"),
     (_EXPERTS, "            self._state.domains = before", "            pass"),
     (
         _TOKENS,
@@ -124,7 +126,19 @@ MUTANTS = [
         "if self.call is not None and self.call is self.state.factors:",
         "if self.call is not None:",
     ),
-    (_INSERTION, "    if encoded is None:  # the first", "    if True:  # the first"),
+    (_INSERTION, "    if first:\n", "    if True:\n"),
     (_INSTRUCTION, "return served.to(output.dtype)", "return served"),
     (_INSTRUCTION, "queries = 0 if embeds is None else embeds.shape[1]", "queries = 0"),
+    (_TOKENS, '    if part == "first":', '    if part == "none":'),
+    (_TOKENS, "of_tokens[:, of_tokens.shape[1] - length :]", "of_tokens[:, :length]"),
+    (_TOKENS, "if encoded and self.reads_image:", "if False:"),
+    (_TOKENS, "behind_encoder=crosses and not first,", "behind_encoder=crosses,"),
+    (_TOKENS, "return _part(mask, x.shape[1], part)", 'return _part(mask, x.shape[1], "last")'),
+    (_SPECS, 'if place.part != "all" and chunk:', "if False:"),
+    (
+        _PLACED,
+        'self._mark(stack, "_petal_first", number == 0)',
+        'self._mark(stack, "_petal_first", True)',
+    ),
+    (_SPECS, "if point or linear_features(insertion.module)[0] == width:", "if True:"),
 ]

@@ -26,7 +26,6 @@ from petal_kernels.hf.aurora.layers import (
     capture_self,
     enter_text,
     enter_vision,
-    fresh_embeddings,
 )
 from petal_kernels.hf.aurora.published import PublishedBlocks
 from petal_kernels.hf.aurora.report import make_report
@@ -41,6 +40,7 @@ from petal_kernels.hf.aurora.specs import (
     find,
 )
 from petal_kernels.hf.config import AuroraConfig
+from petal_kernels.hf.embeddings import guard_embeddings
 from petal_kernels.hf.merging import Merged
 from petal_kernels.hf.petal.layers import ModeGroup, ModeLinear, leave_stack
 from petal_kernels.hf.report import Report
@@ -71,9 +71,7 @@ class AuroraAttachment(Attachment):
         self._context = Context()
         for stack in self.found.stacks:
             self._install_stack(stack)
-        for module in self.found.embeddings:
-            hook = module.register_forward_pre_hook(fresh_embeddings, with_kwargs=True)
-            self._hooks.append(hook)
+        self._hooks += guard_embeddings(model)
         if config.context == "batch":
             assert self.found.head is not None
             self._mark(self.found.head, "_petal_context", self._context)

@@ -218,23 +218,6 @@ def _shares(state: StackState) -> bool:
     return state.enabled and not (state.published or state.merged)
 
 
-def fresh_embeddings(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook of a text's embeddings, which add to their words' vectors in place.
-
-    Enabling checkpointing lets these vectors require grad: of frozen embeddings they are leaves,
-    which must not be written.
-    """
-    ids, words = kwargs.get("input_ids"), module.word_embeddings
-    if ids is None or not isinstance(words, nn.Module) or not words._forward_hooks:
-        return None
-    vectors: Tensor = words(ids)
-    if vectors.is_leaf and vectors.requires_grad:
-        vectors = vectors.clone()
-    return args, {**kwargs, "input_ids": None, "inputs_embeds": vectors}
-
-
 class Context:
     """The text-only features whose mean the matching head's input gains, where they are given."""
 

@@ -79,7 +79,6 @@ BLIP = (
 FAMILIES: dict[str, tuple[Kind, ...]] = {"blip": BLIP}
 MLP_BLOCKS = ("mlp",)  # whose modes the layout concerns
 MATCHING_HEAD = "itm_head"
-EMBEDDINGS = "BlipTextEmbeddings"  # they add to their word embeddings in place
 
 
 @dataclass
@@ -133,7 +132,6 @@ class Found:
     model_type: str
     stacks: list[Stack]
     head: nn.Module | None
-    embeddings: list[nn.Module]
     width: int = 0
 
     def sites(self) -> list[Site]:
@@ -160,8 +158,7 @@ def find(model: nn.Module, config: AuroraConfig) -> Found:
             stacks.append(Stack(kind, path, module, _layers(kind, path, module, first)))
             first += len(stacks[-1].layers)
     head = getattr(root, MATCHING_HEAD, None)
-    embeddings = [m for m in root.modules() if is_a(m, EMBEDDINGS)]
-    found = Found(model_type, stacks, head if isinstance(head, nn.Module) else None, embeddings)
+    found = Found(model_type, stacks, head if isinstance(head, nn.Module) else None)
     roles = (row.role for kind in FAMILIES[model_type] for row in kind.rows)
     kept = select_named(found.sites(), config, roles, f"{[stack.path for stack in stacks]}")
     chosen = {id(site) for site in kept}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from petal_kernels.hf.attachment import Attachment
 from petal_kernels.hf.config import AdapterConfig, RoutingConfig, VLAdapterConfig, VLPetConfig
+from petal_kernels.hf.embeddings import guard_embeddings
 from petal_kernels.hf.insertion.layers import (
     Insert,
     InsertionAdapter,
@@ -33,6 +34,7 @@ from petal_kernels.hf.insertion.specs import (
     Target,
     base_signature,
     find,
+    width_of,
 )
 from petal_kernels.hf.merging import Merged, MergeReport, wide_dtype
 from petal_kernels.hf.report import Report
@@ -57,7 +59,7 @@ class InsertionAttachment(Attachment):
         self._state = State(adapter, published=implementation == "published")
         self._routed: list[tuple[Insertion, RoutedLinear]] = []
         self._modules: dict[str, nn.Module] = {}  # the adapters by the path of their place
-        self._width = _width(self.found)
+        self._width = width_of(self.found)
         self._install()
 
     def signature(self) -> dict[str, Any]:
@@ -121,8 +123,10 @@ class InsertionAttachment(Attachment):
             else:
                 self._install_lora(insertion, place, slots[index])
         self.adapter.train(self.model.training)
-        for _, stack in self.found.stacks.values():
+        self._hooks += guard_embeddings(self.model)
+        for number, (_, stack) in enumerate(self.found.stacks.values()):
             self._mark(stack, "_petal_state", self._state)
+            self._mark(stack, "_petal_first", number == 0)
             hook = stack.register_forward_pre_hook(enter_stack, with_kwargs=True)
             self._hooks.append(hook)
             self._hooks.append(stack.register_forward_hook(leave_stack, always_call=True))
@@ -248,17 +252,6 @@ def device_of(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
-def _width(found: Found) -> int:
-    """Of the adapted layers' hidden states: their norms know it."""
-    for module in found.layers[found.insertions[0].layer][1].modules():
-        weight = getattr(module, "weight", None)
-        if type(module).__name__.endswith(("LayerNorm", "RMSNorm")) and isinstance(weight, Tensor):
-            return int(weight.shape[0])
-    raise ValueError(
-        f"{found.layers[0][0]}: want a norm in the layer, whose width is that of the hidden states"
-    )
-
-
 def _adapter(config: AdapterConfig, width: int, device: torch.device) -> GatedAdapter:
     kind: dict[str, Any] = {"device": device, "dtype": config.dtype}
     if isinstance(config, VLPetConfig):
@@ -309,8 +302,9 @@ def _trained(found: Found, config: AdapterConfig) -> dict[str, nn.Module]:
     if isinstance(config, RoutingConfig):
         roots = [(path, layer) for path, layer, _ in found.layers]
     else:
-        names = ("encoder",) if isinstance(config, VLPetConfig) else tuple(found.stacks)
-        roots = [found.stacks[name] for name in names if name in found.stacks]
+        only = "encoder" if isinstance(config, VLPetConfig) else None
+        stacks = found.stacks.items()
+        roots = [(path, stack) for path, (name, stack) in stacks if only in (None, name)]
     return biases | {
         path: module
         for root_path, root in roots

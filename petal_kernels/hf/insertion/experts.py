@@ -30,11 +30,10 @@ _WHY_KEPT = {
 class _Place:
     """One mixture: finds its experts by name, so that a copied model finds its own."""
 
-    def __init__(
-        self, slot: LayerSlot, role: str, name: str, path: str, *, encoded: bool = False
-    ) -> None:
-        self.slot, self.role, self.name, self.path = slot, role, name, path
-        self.encoded = encoded  # it reads the encoder's output
+    def __init__(self, slot: LayerSlot, place: Point | Target, name: str, path: str) -> None:
+        self.slot, self.role, self.name, self.path = slot, place.role, name, path
+        self.encoded = isinstance(place, Target) and place.encoded
+        self.part = place.part
 
     @property
     def experts(self) -> Any:
@@ -49,8 +48,8 @@ class _Place:
                     f"domain: want the domain of each token for {self.role!r}, got none; run the "
                     "model inside `with attachment.domains(domain):`"
                 )
-            domain = tokens.domains.of(x, self.encoded)
-        return {"mask": tokens.counted(x, self.encoded), "domain": domain}
+            domain = tokens.domains.of(x, self.encoded, self.part)
+        return {"mask": tokens.counted(x, self.encoded, self.part), "domain": domain}
 
 
 class ExpertInsert(_Place):
@@ -112,13 +111,14 @@ class ExpertAttachment(RoutedAttachment, InsertionAttachment):
         return self._modules  # type: ignore[return-value]
 
     @contextlib.contextmanager
-    def domains(self, domain: Tensor, generated: int = 1) -> Iterator[None]:
+    def domains(self, domain: Tensor, generated: int = 1, image: int = 0) -> Iterator[None]:
         """Inside, `domain` says which expert serves each token: integers [B, L] for the L positions
-        of the sequence that the adapted stack sees (of an encoder-decoder model: the encoder), or
-        [B], one for all tokens of a sample.
+        of the sequence that the adapted stack sees (of an encoder-decoder model: the encoder; of a
+        Q-Former: queries, then instruction), or [B], one for all tokens of a sample.
 
         Tokens behind the prompt, in cached decoding and in a decoder behind an encoder, are served
-        by expert `generated`. Where the model runs a multiple of B rows (beam search), every sample
+        by expert `generated`, an image's features that the stack reads by cross-attention by expert
+        `image`. Where the model runs a multiple of B rows (beam search), every sample
         serves that many neighbouring rows. As with vision features, a backward outside the block
         recomputes with the right ones.
         """
@@ -131,10 +131,11 @@ class ExpertAttachment(RoutedAttachment, InsertionAttachment):
             raise TypeError(f"domain: want a Tensor of int64 or int32, got {got}")
         if domain.dim() not in (1, 2):
             raise ValueError(f"domain: want shape [B, L] or [B], got {list(domain.shape)}")
-        if type(generated) is not int or not 0 <= generated < config.experts:
-            raise ValueError(
-                f"generated: want an expert, 0 to {config.experts - 1}, got {generated!r}"
-            )
+        for name, expert in (("generated", generated), ("image", image)):
+            if type(expert) is not int or not 0 <= expert < config.experts:
+                raise ValueError(
+                    f"{name}: want an expert, 0 to {config.experts - 1}, got {expert!r}"
+                )
         if domain.device.type == "cpu" and domain.numel():  # elsewhere it would synchronise
             low, high = int(domain.min()), int(domain.max())
             if low < 0 or high >= config.experts:
@@ -143,7 +144,7 @@ class ExpertAttachment(RoutedAttachment, InsertionAttachment):
                 )
         before = self._state.domains
         device = device_of(self.found.layers[0][1])
-        self._state.domains = Domains(domain.to(device, torch.int64), generated)
+        self._state.domains = Domains(domain.to(device, torch.int64), generated, image)
         try:
             yield
         finally:
@@ -167,7 +168,8 @@ class ExpertAttachment(RoutedAttachment, InsertionAttachment):
         )
         self.adapter.add(insertion.layer, name, adapter)
         self._modules[insertion.path] = adapter
-        insert = ExpertInsert(slot, insertion.role, name, insertion.path)
+        assert isinstance(insertion.place, Point)
+        insert = ExpertInsert(slot, insertion.place, name, insertion.path)
         self._mark(insertion.module, "_petal_insert", insert)
         self._hooks.append(insertion.module.register_forward_hook(adapt_output))
 
@@ -183,7 +185,7 @@ class ExpertAttachment(RoutedAttachment, InsertionAttachment):
         )
         self.adapter.add(insertion.layer, name, lora)
         self._modules[insertion.path] = lora
-        where = _Place(slot, place.role, name, insertion.path, encoded=place.encoded)
+        where = _Place(slot, place, name, insertion.path)
         wrapper = ExpertLinear(insertion.module, where)
         self._wrap(*parent_of(self.model, insertion.path), wrapper)
         self._linears.append((insertion, wrapper))

@@ -314,10 +314,12 @@ def enter_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     state: State = module.__dict__["_petal_state"]
     if not state.enabled:
         return
-    state.factors = Context(state.vision, Tokens.entering(kwargs, state.domains))
-    encoded = kwargs.get("encoder_hidden_states")
-    if encoded is None:  # the first stack of a forward
+    first: bool = module.__dict__["_petal_first"]  # of the stacks that a forward runs
+    tokens = Tokens.entering(args, kwargs, state.domains, first=first)
+    state.factors = Context(state.vision, tokens)
+    if first:
         state.routings.clear()
+    encoded = kwargs.get("encoder_hidden_states")
     if encoded is not None and state.adapter.value is not None and not state.published:
         state.factors.encoded = encoded
         state.factors.middles = state.adapter.value.project(encoded)

@@ -8,10 +8,10 @@ row of `FAMILIES`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from petal_kernels.hf.config import (
     AdapterConfig,
@@ -20,12 +20,21 @@ from petal_kernels.hf.config import (
     VLAdapterConfig,
     VLPetConfig,
 )
+from petal_kernels.hf.insertion.tokens import Part
 from petal_kernels.hf.walk import class_name, family_of, is_a, select_named
 from petal_kernels.nn.routed_lora import linear_features
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What both kinds of places may say of themselves."""
+
+    optional: bool = False  # some layers of the stack lack it
+    part: Part = "all"  # of the stack's tokens it sees: those in front, those behind
+
+
 @dataclass(frozen=True)
-class Point:
+class Point(Place):
     """A place after a block: role, whose output is adapted, whose input the gate reads."""
 
     role: str
@@ -36,14 +45,14 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Target:
+class Target(Place):
     """A linear: role, path in the layer, equal parts of its outputs, the parts that are adapted."""
 
     role: str
     path: str
     parts: int = 1
     targets: tuple[int, ...] = (0,)
-    encoded: bool = False  # it reads the encoder's output
+    encoded: bool = False  # it reads the encoder's output, or an image's features
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,9 @@ def _bert_like(layer: str) -> tuple[Stack, ...]:
     return (Stack("encoder", layer, points, linears),)
 
 
+_ROLES = ("query", "value", "cross.query", "cross.value")
+
+
 def _linears(name: str, paths: tuple[str, ...]) -> tuple[Target, ...]:
     return tuple(
         Target(f"{name}.{role}", path, encoded=role == "cross.value")
@@ -88,7 +100,55 @@ def _linears(name: str, paths: tuple[str, ...]) -> tuple[Target, ...]:
     )
 
 
-_ROLES = ("query", "value", "cross.query", "cross.value")
+def _qformer() -> tuple[Stack, ...]:
+    """[queries; instruction]: cross-attention, in some layers, and a feed-forward of the queries;
+    another feed-forward of the instruction, in models that take one."""
+    points = (
+        Point("qformer.attention", "attention.output.dropout", "attention"),
+        Point(
+            "qformer.cross",
+            "crossattention.output.dropout",
+            "crossattention",
+            optional=True,
+            part="first",
+        ),
+        Point("qformer.ffn_query", "output_query.dropout", "intermediate_query", part="first"),
+        Point("qformer.ffn", "output.dropout", "intermediate", optional=True, part="last"),
+    )
+    query, value, cross_query, cross_value = _linears(
+        "qformer",
+        tuple(
+            f"{block}.attention.{name}"
+            for block in ("attention", "crossattention")
+            for name in ("query", "value")
+        ),
+    )
+    linears = (
+        query,
+        value,
+        replace(cross_query, optional=True, part="first"),
+        replace(cross_value, optional=True),
+    )
+    return (Stack("qformer", "*QFormerLayer", points, linears),)
+
+
+def _blip() -> tuple[Stack, ...]:
+    """A text encoder, a decoder, or both; cross-attention where images or answers need it."""
+    points = (
+        Point("text.attention", "attention.output.dropout", "attention"),
+        Point("text.cross", "crossattention.output.dropout", "crossattention", optional=True),
+        Point("text.ffn", "output.dropout", "intermediate"),
+    )
+    paths = tuple(
+        f"{block}.self.{name}"
+        for block in ("attention", "crossattention")
+        for name in ("query", "value")
+    )
+    linears = tuple(
+        replace(target, optional=".cross." in target.role) for target in _linears("text", paths)
+    )
+    return (Stack("text", "BlipTextLayer", points, linears),)
+
 
 _BART = (
     Stack(
@@ -175,6 +235,10 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "paligemma": _decoder_only("GemmaDecoderLayer"),
     "smolvlm": _decoder_only("LlamaDecoderLayer"),
     "idefics3": _decoder_only("LlamaDecoderLayer"),
+    **dict.fromkeys(
+        ("instructblip", "instructblip_qformer", "blip-2", "blip_2", "blip_2_qformer"), _qformer()
+    ),
+    **dict.fromkeys(("blip", "blip_text_model"), _blip()),
 }
 
 
@@ -200,7 +264,7 @@ class Found:
 
     model_type: str
     layers: list[tuple[str, nn.Module, Stack]]
-    stacks: dict[str, tuple[str, nn.Module]] = field(default_factory=dict)  # name -> path, module
+    stacks: dict[str, tuple[str, nn.Module]] = field(default_factory=dict)  # path -> name, module
     insertions: list[Insertion] = field(default_factory=list)
 
     def at(self, kind: type) -> list[Insertion]:
@@ -221,14 +285,46 @@ def find(model: nn.Module, config: AdapterConfig) -> Found:
             fits = stack.where is None or getattr(module, stack.where[0], None) == stack.where[1]
             if is_a(module, stack.layer) and fits and id(module) in parents:
                 found.layers.append((path, module, stack))
-                found.stacks.setdefault(stack.name, parents[id(module)])
+                parent_path, parent = parents[id(module)]
+                found.stacks.setdefault(parent_path, (stack.name, parent))
     for index, (path, layer, stack) in enumerate(found.layers):
         for place in _places(stack, config):
-            found.insertions.append(_insertion(index, path, layer, place, config))
+            if not (place.optional and _lacks(layer, place)):
+                found.insertions.append(_insertion(index, path, layer, place, config))
     roles = (place.role for stack in FAMILIES[model_type] for place in _places(stack, config))
     where = f"{len(found.layers)} layers of a {model_type!r} model, a {type(model).__name__},"
     found.insertions = select_named(found.insertions, config, roles, where)
+    if isinstance(config, RoutingConfig) and config.function != "none":
+        found.insertions = _routable(found, config)
     return found
+
+
+def _routable(found: Found, config: RoutingConfig) -> list[Insertion]:
+    """The places whose input is as wide as the features that a route joins with it: not those that
+    read an image's features themselves, of another width."""
+    width, kept = width_of(found), []
+    for insertion in found.insertions:
+        point = isinstance(insertion.place, Point)
+        if point or linear_features(insertion.module)[0] == width:
+            kept.append(insertion)
+        elif config.target_modules is not None:
+            raise ValueError(
+                f"target_modules: want places that read the layers' {width} wide hidden states "
+                f"for the route {config.function!r}, got {insertion.path}, which reads "
+                f"{linear_features(insertion.module)[0]}"
+            )
+    return kept
+
+
+def width_of(found: Found) -> int:
+    """Of the adapted layers' hidden states: their norms know it."""
+    for module in found.layers[found.insertions[0].layer][1].modules():
+        weight = getattr(module, "weight", None)
+        if type(module).__name__.endswith(("LayerNorm", "RMSNorm")) and isinstance(weight, Tensor):
+            return int(weight.shape[0])
+    raise ValueError(
+        f"{found.layers[0][0]}: want a norm in the layer, whose width is that of the hidden states"
+    )
 
 
 def _places(stack: Stack, config: AdapterConfig) -> list[Point | Target]:
@@ -253,11 +349,22 @@ def _child(layer: nn.Module, path: str, name: str) -> nn.Module:
         ) from None
 
 
+def _lacks(layer: nn.Module, place: Point | Target) -> bool:
+    path = place.output if isinstance(place, Point) else place.path
+    return not hasattr(layer, path.partition(".")[0])
+
+
 def _insertion(
     index: int, path: str, layer: nn.Module, place: Point | Target, config: AdapterConfig
 ) -> Insertion:
     if isinstance(place, Target):
         return Insertion(f"{path}.{place.path}", place, index, _child(layer, path, place.path))
+    chunk: Any = getattr(layer, "chunk_size_feed_forward", None)
+    if place.part != "all" and chunk:
+        raise ValueError(
+            f"{path}: want chunk_size_feed_forward = 0, since {place.role!r} must see its tokens "
+            f"at once, got {chunk}"
+        )
     reads = place.raw if config.variant == "release" and place.raw else place.reads
     return Insertion(
         f"{path}.{place.output}",
