@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from petal_kernels._runtime.numerics import ACTIVATIONS
 from petal_kernels.ops.expert_dispatch import (
     cuda_impl,
     op,
@@ -24,7 +25,6 @@ from petal_kernels.ops.expert_dispatch import (
     torch_impl,
     workload,
 )
-from petal_kernels.ops.expert_dispatch.arguments import ACTIVATIONS
 from tests import discovery
 from tests.emulation import build
 from tests.emulation.support import DTYPES, needs_compiler, pad_rows

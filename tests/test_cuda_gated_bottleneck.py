@@ -17,8 +17,9 @@ from torch import Tensor
 
 import petal_kernels as pk
 from petal_kernels._runtime import philox
+from petal_kernels._runtime.numerics import ACTIVATIONS
 from petal_kernels.ops.gated_bottleneck import cuda_impl, op, reference, torch_impl, workload
-from petal_kernels.ops.gated_bottleneck.arguments import ACTIVATIONS, GATES, ROUTES
+from petal_kernels.ops.gated_bottleneck.arguments import GATES, ROUTES
 from tests import discovery, traffic
 from tests.emulation import build
 from tests.emulation.support import DTYPES, RNG, needs_compiler, pad_rows

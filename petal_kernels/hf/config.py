@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
+from petal_kernels._runtime.numerics import ACTIVATIONS
 from petal_kernels.nn import experts as moe
-from petal_kernels.nn.gated_adapter import ACTIVATIONS, GATES, INITS, ROUTES
+from petal_kernels.nn.gated_adapter import GATES, INITS, ROUTES
 
 VARIANTS = ("paper", "release")
 _VARIANT_DEFAULTS: dict[str, dict[str, Any]] = {

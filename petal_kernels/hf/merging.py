@@ -80,10 +80,5 @@ class Merged:
             parameter.requires_grad_(True)
 
 
-def wide_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which a weight and its update are summed."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
 def _norm(t: Tensor) -> float:
     return float(torch.linalg.vector_norm(t))

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from petal_kernels._runtime.autocast import autocast_off
+from petal_kernels._runtime.numerics import ACTIVATIONS
 from petal_kernels.nn.frozen_linear import compute_dtype
-from petal_kernels.nn.gated_adapter import ACTIVATIONS, INIT_STD, Near, check_choice, check_size
+from petal_kernels.nn.gated_adapter import INIT_STD, Near, check_choice, check_size
 from petal_kernels.nn.routed_lora import linear_features
 from petal_kernels.ops.expert_dispatch import expert_dispatch
 from petal_kernels.ops.expert_dispatch.routing import Routing

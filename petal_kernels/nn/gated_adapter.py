@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from petal_kernels._runtime.autocast import autocast_off
+from petal_kernels._runtime.numerics import ACTIVATIONS
 from petal_kernels.nn.frozen_linear import compute_dtype
 from petal_kernels.ops.gated_bottleneck import gated_bottleneck
 
 GATES = ("none", "large", "middleX", "middleY", "small")
 ROUTES = ("none", "add", "mul", "expand", "gram", "gram_relu")
-ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu")
 INITS = ("normal", "zero", "identity")
 INIT_STD = 0.02
 

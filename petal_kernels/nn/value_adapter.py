@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from petal_kernels._runtime.autocast import autocast_off
+from petal_kernels._runtime.numerics import ACTIVATIONS
 from petal_kernels.nn.frozen_linear import compute_dtype
 from petal_kernels.nn.gated_adapter import (
-    ACTIVATIONS,
     INIT_STD,
     INITS,
     Near,

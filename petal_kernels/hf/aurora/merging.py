@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.hf.aurora.blocks import contract_blocks
 from petal_kernels.hf.aurora.layers import BlockLinear
 from petal_kernels.hf.aurora.published import PublishedBlocks
 from petal_kernels.hf.aurora.specs import Site
-from petal_kernels.hf.merging import Merged, MergeReport, wide_dtype
+from petal_kernels.hf.merging import Merged, MergeReport
 from petal_kernels.hf.petal.layers import ModeLinear
 from petal_kernels.nn.frozen_linear import FrozenLinear, why_not_plain
 from petal_kernels.nn.mode_approximation import ModeApproximation
@@ -63,7 +64,7 @@ def _flagged(wrapper: FrozenLinear) -> Any:
 
 
 def _update(shared: ModeApproximation, site: Site, wrapper: FrozenLinear, weight: Tensor) -> Tensor:
-    wide = wide_dtype(weight)
+    wide = wide_dtype(weight.dtype)
     if not isinstance(wrapper, (BlockLinear, PublishedBlocks)):
         (up,) = shared.contract(slice(site.modes.start, site.modes.stop), dtype=wide)
         return up @ shared.down.to(wide)

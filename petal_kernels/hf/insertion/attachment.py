@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.hf.attachment import Attachment
 from petal_kernels.hf.config import AdapterConfig, RoutingConfig, VLAdapterConfig, VLPetConfig
 from petal_kernels.hf.embeddings import guard_embeddings
@@ -36,7 +37,7 @@ from petal_kernels.hf.insertion.specs import (
     find,
     width_of,
 )
-from petal_kernels.hf.merging import Merged, MergeReport, wide_dtype
+from petal_kernels.hf.merging import Merged, MergeReport
 from petal_kernels.hf.report import Report
 from petal_kernels.hf.stack import adapted_class
 from petal_kernels.nn.frozen_linear import why_not_plain
@@ -229,7 +230,7 @@ class InsertionAttachment(Attachment):
             lora = self.adapter.place(insertion.layer, wrapper.name)
             weight = insertion.module.weight
             assert isinstance(weight, Tensor)
-            merged.fold(insertion.path, insertion.module, lora.delta(wide_dtype(weight)))
+            merged.fold(insertion.path, insertion.module, lora.delta(wide_dtype(weight.dtype)))
             merged.freeze(lora.parameters())
             merged.flags.append(wrapper)
         if self.adapter.value is not None:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.hf.config import AdapterConfig, ExpertConfig
 from petal_kernels.hf.experts import RoutedAttachment, Routings
 from petal_kernels.hf.insertion.attachment import InsertionAttachment, device_of, parent_of
 from petal_kernels.hf.insertion.layers import AdaptedLinear, LayerSlot, adapt_output
 from petal_kernels.hf.insertion.specs import Insertion, Point, Target
 from petal_kernels.hf.insertion.tokens import Domains
-from petal_kernels.hf.merging import Merged, MergeReport, wide_dtype
+from petal_kernels.hf.merging import Merged, MergeReport
 from petal_kernels.nn.experts import ExpertAdapter, ExpertLoRALinear, LowRankExperts
 from petal_kernels.nn.frozen_linear import MERGED_TRAINING, why_not_plain
 from petal_kernels.nn.published import published_experts
@@ -205,7 +206,9 @@ class ExpertAttachment(RoutedAttachment, InsertionAttachment):
                 continue
             weight, lora = insertion.module.weight, wrapper.place.experts
             assert isinstance(weight, Tensor)
-            merged.fold(insertion.path, insertion.module, _mean_delta(lora, wide_dtype(weight)))
+            merged.fold(
+                insertion.path, insertion.module, _mean_delta(lora, wide_dtype(weight.dtype))
+            )
             merged.freeze(lora.parameters())
             merged.flags.append(wrapper)
         kept |= dict.fromkeys(self._extra, "trained whole")

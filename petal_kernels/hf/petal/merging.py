@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from petal_kernels.hf.merging import Merged, MergeReport, wide_dtype
+from petal_kernels._runtime.numerics import wide_dtype
+from petal_kernels.hf.merging import Merged, MergeReport
 from petal_kernels.hf.petal.layers import ModeLinear
 from petal_kernels.nn.frozen_linear import FrozenLinear, why_not_plain
 from petal_kernels.nn.mode_approximation import ModeApproximation
@@ -66,7 +67,7 @@ def _flagged(wrapper: FrozenLinear) -> Any:
 
 def _update(weight: Tensor, factors: ModeApproximation, mode: int) -> Tensor:
     """s V M^T U of one mode."""
-    wide = wide_dtype(weight)
+    wide = wide_dtype(weight.dtype)
     (up,) = factors.contract([mode], dtype=wide)
     return up @ factors.down.to(wide)
 

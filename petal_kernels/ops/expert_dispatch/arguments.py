@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import checks
+from petal_kernels._runtime.numerics import ACTIVATIONS
 from petal_kernels.ops.expert_dispatch import planner
 
-ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu")
 GATES = ("mean", "softmax", "given")
 
 

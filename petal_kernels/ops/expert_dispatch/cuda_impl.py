@@ -40,7 +40,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from petal_kernels.ops.expert_dispatch.arguments import ACTIVATIONS, Call, Saved, Tensors
+from petal_kernels._runtime.numerics import ACTIVATIONS
+from petal_kernels.ops.expert_dispatch.arguments import Call, Saved, Tensors
 
 MAX_RANK = 256
 MAX_EXPERTS = 64  # a choice is a word of 64 bits

@@ -14,6 +14,7 @@ from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime import device
 from petal_kernels._runtime.autocast import autocast_off
 from petal_kernels._runtime.library import define
+from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.ops.expert_dispatch.arguments import Call, Saved, Settings, Tensors
 
 NAME = "expert_dispatch"
@@ -40,11 +41,6 @@ def select(call: Call, backend: str) -> rt.Backend:
     if backend == rt.AUTO and call.device.type == "cpu" and width >= _LIBRARY_WIDTH:
         backend = "torch" if device.native_16bit(call.first.dtype) else backend
     return rt.select(NAME, BACKENDS, backend, call)
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of logits and gates."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _empty_saved(call: Call, save: bool) -> list[Tensor]:

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import device
-from petal_kernels.ops.expert_dispatch.arguments import ACTIVATIONS, Call, Saved, Tensors
+from petal_kernels._runtime.numerics import ACTIVATIONS
+from petal_kernels.ops.expert_dispatch.arguments import Call, Saved, Tensors
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _GATES = ("mean", "softmax", "topk", "given")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import backends as rt
+from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.ops.expert_dispatch import planner, routing
 from petal_kernels.ops.expert_dispatch.arguments import Call, Settings, Tensors, check
 from petal_kernels.ops.expert_dispatch.function import (
@@ -18,7 +19,6 @@ from petal_kernels.ops.expert_dispatch.function import (
     choice_op,
     forward_op,
     select,
-    wide_dtype,
 )
 
 

@@ -30,40 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from petal_kernels._runtime.numerics import activate, derivative, wide
 from petal_kernels.ops.expert_dispatch import routing
-
-
-def activate(name: str, z: Tensor) -> Tensor:
-    """The activation by name."""
-    if name == "relu":
-        return F.relu(z)
-    if name == "silu":
-        return F.silu(z)
-    if name in ("gelu", "gelu_tanh"):
-        return F.gelu(z, approximate="tanh" if name == "gelu_tanh" else "none")
-    return z
-
-
-def derivative(name: str, z: Tensor) -> Tensor:
-    """Its derivative, written out."""
-    if name == "relu":
-        return (z > 0).to(z.dtype)
-    if name == "silu":
-        s = torch.sigmoid(z)
-        return s * (1 + z * (1 - s))
-    if name == "gelu":
-        density = torch.exp(-0.5 * z * z) / (2 * torch.pi) ** 0.5
-        return 0.5 * (1 + torch.erf(z / 2**0.5)) + z * density
-    if name == "gelu_tanh":
-        k = (2 / torch.pi) ** 0.5
-        t = torch.tanh(k * (z + 0.044715 * z**3))
-        return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * k * (1 + 3 * 0.044715 * z * z)
-    return torch.ones_like(z)
-
-
-def wide(t: Tensor) -> Tensor:
-    """In the dtype of logits and gates: fp32, or fp64 where everything is."""
-    return t if t.dtype == torch.float64 else t.float()
 
 
 def token_weights(mask: Tensor | None, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from petal_kernels._runtime.numerics import activate, activate_backward, wide
 from petal_kernels.ops.expert_dispatch import routing
 from petal_kernels.ops.expert_dispatch.arguments import Call, Saved, Settings
 
@@ -24,40 +25,15 @@ def unsupported(call: Call) -> list[str]:
     return []
 
 
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
-
-
-def _activate(name: str, z: Tensor) -> Tensor:
-    if name == "relu":
-        return F.relu(z)
-    if name == "silu":
-        return F.silu(z)
-    if name == "identity":
-        return z
-    return F.gelu(z, approximate="tanh" if name == "gelu_tanh" else "none")
-
-
-def _activate_backward(name: str, z: Tensor, da: Tensor) -> Tensor:
-    if name == "relu":
-        return torch.ops.aten.threshold_backward(da, z, 0)
-    if name == "silu":
-        return torch.ops.aten.silu_backward(da, z)
-    if name == "identity":
-        return da
-    approximate = "tanh" if name == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_backward(da, z, approximate=approximate)
-
-
 def _logits(call: Call) -> tuple[Tensor | None, Tensor | None]:
     t, s = call.tensors, call.settings
     if t.router is None:
         return None, t.chosen
     assert t.x is not None
-    logits = _wide(t.x) @ _wide(t.router).t()
+    logits = wide(t.x) @ wide(t.router).t()
     for extra in (t.router_bias, t.noise):
         if extra is not None:
-            logits = logits + _wide(extra)
+            logits = logits + wide(extra)
     return logits, routing.choose(logits, s.top_k) if s.gate == "topk" else None
 
 
@@ -65,10 +41,10 @@ def _gates(call: Call, logits: Tensor | None, chosen: Tensor | None) -> Tensor:
     """[N, E] in fp32 (fp64)."""
     t, s = call.tensors, call.settings
     if s.gate == "mean":
-        return _wide(call.first.new_empty(0)).new_full((call.rows, call.experts), 1 / call.experts)
+        return wide(call.first.new_empty(0)).new_full((call.rows, call.experts), 1 / call.experts)
     if s.gate == "given":
         assert t.gates is not None
-        gates = _wide(t.gates)
+        gates = wide(t.gates)
         gates = gates if chosen is None else gates.masked_fill(~chosen, 0.0)
         return _per_token(gates, s)
     assert logits is not None
@@ -130,7 +106,7 @@ def _forward_stationary(call: Call, gates: Tensor, chosen: Tensor | None) -> tup
     bias = None if t.down_bias is None else t.down_bias.to(dtype).reshape(-1)
     z = F.linear(t.x, t.down.to(dtype).reshape(-1, t.down.shape[-1]), bias)
     g = gates.to(dtype)
-    a = _masked(_activate(s.activation, _blocks(call, z)) * g.unsqueeze(-1), chosen)
+    a = _masked(activate(s.activation, _blocks(call, z)) * g.unsqueeze(-1), chosen)
     a, start = a.reshape(call.rows, -1), _start(call)
     up = _flat_up(call, dtype)
     if t.up_bias is not None:
@@ -158,7 +134,7 @@ def _forward_sorted(
         ze = F.linear(t.x.index_select(0, rows), t.down[own].to(dtype), bias)
         z[lo:hi] = ze
         bias = None if t.up_bias is None else t.up_bias[e].to(dtype)
-        y = F.linear(_activate(s.activation, ze), t.up[e].to(dtype), bias)
+        y = F.linear(activate(s.activation, ze), t.up[e].to(dtype), bias)
         weight = gates[:, e].index_select(0, rows).to(dtype)
         out.index_add_(0, rows, y.mul_(weight.unsqueeze(-1)), alpha=s.mix)
     return out, z
@@ -205,13 +181,13 @@ def _router_backward(
     assert t.router is not None
     if "router" in need:
         assert t.x is not None
-        grads["router"] = dl.t() @ _wide(t.x)
+        grads["router"] = dl.t() @ wide(t.x)
     if "router_bias" in need:
         grads["router_bias"] = dl.sum(0)
     if "noise" in need:
         grads["noise"] = dl
     if "x" in need:
-        grads["x"] = grads["x"] + (dl @ _wide(t.router)).to(grads["x"].dtype)
+        grads["x"] = grads["x"] + (dl @ wide(t.router)).to(grads["x"].dtype)
 
 
 def _wants_gates(call: Call, need: frozenset[str]) -> bool:
@@ -228,15 +204,15 @@ def _backward_stationary(
     grads: dict[str, Tensor] = {}
     dgates = None
     g = gates.to(dtype)
-    a = _activate(s.activation, blocks)
+    a = activate(s.activation, blocks)
     wants_gates = _wants_gates(call, need)
     if wants_gates or not need.isdisjoint(("x", "down", "down_bias")):
         tt = (dout @ _flat_up(call, dtype)).view(n, experts, r).mul_(s.mix)
         if wants_gates:
-            dgates = _wide((tt * a).sum(-1))
+            dgates = wide((tt * a).sum(-1))
             if t.up_bias is not None:
-                dgates = dgates + s.mix * _wide(dout @ t.up_bias.to(dtype).t())
-        dz = _activate_backward(s.activation, blocks, _masked(tt * g.unsqueeze(-1), chosen))
+                dgates = dgates + s.mix * wide(dout @ t.up_bias.to(dtype).t())
+        dz = activate_backward(s.activation, blocks, _masked(tt * g.unsqueeze(-1), chosen))
         dz = _masked(dz, chosen)
         dz = dz.sum(1) if call.shared_down else dz.reshape(n, -1)
         if "down" in need:
@@ -287,16 +263,16 @@ def _backward_sorted(
         own, rows, z = 0 if call.shared_down else e, saved.order[lo:hi].long(), saved.z[lo:hi]
         dy = dout.index_select(0, rows).mul_(s.mix)
         weight = gates[:, e].index_select(0, rows)
-        a = _activate(s.activation, z)
+        a = activate(s.activation, z)
         if wants_z:
             up = t.up[e].to(dtype)
             tt = dy @ up
             if dgates is not None:
-                dots = _wide((tt * a).sum(-1))
+                dots = wide((tt * a).sum(-1))
                 if t.up_bias is not None:
-                    dots = dots + _wide(dy @ t.up_bias[e].to(dtype))
+                    dots = dots + wide(dy @ t.up_bias[e].to(dtype))
                 dgates[:, e].index_copy_(0, rows, dots)
-            dz = _activate_backward(s.activation, z, tt.mul_(weight.to(dtype).unsqueeze(-1)))
+            dz = activate_backward(s.activation, z, tt.mul_(weight.to(dtype).unsqueeze(-1)))
             if "down" in need:
                 assert t.x is not None
                 grads["down"][own] += dz.t() @ t.x.index_select(0, rows)

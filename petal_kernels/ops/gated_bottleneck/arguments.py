@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import checks, philox
+from petal_kernels._runtime.numerics import ACTIVATIONS
 
-ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu")
 ROUTES = ("none", "add", "mul", "expand", "gram", "gram_relu")
 GATES = ("none", "large", "middleX", "middleY", "small")
 VARIANTS = ("paper", "release")

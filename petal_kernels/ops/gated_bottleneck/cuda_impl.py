@@ -43,8 +43,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from petal_kernels._runtime.numerics import ACTIVATIONS
 from petal_kernels.ops.gated_bottleneck.arguments import (
-    ACTIVATIONS,
     GATES,
     Call,
     Saved,

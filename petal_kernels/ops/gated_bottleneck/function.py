@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime import device
 from petal_kernels._runtime.library import define
+from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.ops.gated_bottleneck.arguments import Call, Saved, Settings, Tensors
 
 NAME = "gated_bottleneck"
@@ -33,11 +34,6 @@ def select(call: Any, backend: str) -> rt.Backend:
     if backend == rt.AUTO and bare and call.device.type == "cpu":
         backend = "torch" if device.native_16bit(call.first.dtype) else backend
     return rt.select(NAME, BACKENDS, backend, call)
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of logits, moments and token weights."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def flat_rows(t: Tensor | None) -> Tensor | None:

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import device, philox
-from petal_kernels.ops.gated_bottleneck.arguments import ACTIVATIONS, GATES, Call, Saved, Tensors
+from petal_kernels._runtime.numerics import ACTIVATIONS
+from petal_kernels.ops.gated_bottleneck.arguments import GATES, Call, Saved, Tensors
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KINDS = ("none", "add", "mul", "product")

@@ -10,6 +10,7 @@ from torch import Tensor
 from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime import philox
 from petal_kernels._runtime.autocast import autocast_off
+from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.ops.gated_bottleneck.arguments import (
     Call,
     Settings,
@@ -26,7 +27,6 @@ from petal_kernels.ops.gated_bottleneck.function import (
     forward_op,
     select,
     update_op,
-    wide_dtype,
 )
 
 

@@ -30,39 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from petal_kernels._runtime import philox
-
-
-def activate(name: str, q: Tensor) -> Tensor:
-    """The activation by name."""
-    if name == "relu":
-        return F.relu(q)
-    if name == "silu":
-        return F.silu(q)
-    if name in ("gelu", "gelu_tanh"):
-        return F.gelu(q, approximate="tanh" if name == "gelu_tanh" else "none")
-    return q
-
-
-def derivative(name: str, q: Tensor) -> Tensor:
-    """Its derivative, written out."""
-    if name == "relu":
-        return (q > 0).to(q.dtype)
-    if name == "silu":
-        s = torch.sigmoid(q)
-        return s * (1 + q * (1 - s))
-    if name == "gelu":
-        density = torch.exp(-0.5 * q * q) / (2 * torch.pi) ** 0.5
-        return 0.5 * (1 + torch.erf(q / 2**0.5)) + q * density
-    if name == "gelu_tanh":
-        k = (2 / torch.pi) ** 0.5
-        t = torch.tanh(k * (q + 0.044715 * q**3))
-        return 0.5 * (1 + t) + 0.5 * q * (1 - t * t) * k * (1 + 3 * 0.044715 * q * q)
-    return torch.ones_like(q)
-
-
-def wide(t: Tensor) -> Tensor:
-    """In the dtype of the gate logits: fp32, or fp64 where everything is."""
-    return t if t.dtype == torch.float64 else t.float()
+from petal_kernels._runtime.numerics import activate, derivative, wide
 
 
 def _transposed(vision: Tensor, variant: str) -> Tensor:

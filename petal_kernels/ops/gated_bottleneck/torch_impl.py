@@ -16,37 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from petal_kernels._runtime import philox
+from petal_kernels._runtime.numerics import activate, activate_backward, wide
 from petal_kernels.ops.gated_bottleneck.arguments import Call, Saved, Settings, Tensors
 
 
 def unsupported(call: Call) -> list[str]:
     """Runs everywhere."""
     return []
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
-
-
-def _activate(name: str, q: Tensor) -> Tensor:
-    if name == "relu":
-        return F.relu(q)
-    if name == "silu":
-        return F.silu(q)
-    if name == "identity":
-        return q
-    return F.gelu(q, approximate="tanh" if name == "gelu_tanh" else "none")
-
-
-def _activate_backward(name: str, q: Tensor, da: Tensor) -> Tensor:
-    if name == "relu":
-        return torch.ops.aten.threshold_backward(da, q, 0)
-    if name == "silu":
-        return torch.ops.aten.silu_backward(da, q)
-    if name == "identity":
-        return da
-    approximate = "tanh" if name == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_backward(da, q, approximate=approximate)
 
 
 def _samples(t: Tensor, s: Settings) -> Tensor:
@@ -129,7 +105,7 @@ def _middle(call: Call, z: Tensor, zg: Tensor | None, logits: Tensor | None, y: 
     t, s = call.tensors, call.settings
     dtype = z.dtype
     q = _route(t, s, z)
-    m = _Middle(q, _activate(s.activation, q))
+    m = _Middle(q, activate(s.activation, q))
     if y:
         bias = None if t.up_bias is None else t.up_bias.to(dtype)
         m.y = F.linear(m.a, t.up.to(dtype), bias)
@@ -139,12 +115,12 @@ def _middle(call: Call, z: Tensor, zg: Tensor | None, logits: Tensor | None, y: 
     if s.gate == "large":
         assert zg is not None
         assert t.gate_up is not None
-        m.ag = _activate(s.activation, zg)
+        m.ag = activate(s.activation, zg)
         bias = None if t.gate_up_bias is None else t.gate_up_bias.to(dtype)
-        m.gate = _wide(F.linear(m.ag, t.gate_up.to(dtype), bias)).sigmoid_()
+        m.gate = wide(F.linear(m.ag, t.gate_up.to(dtype), bias)).sigmoid_()
     elif s.gate == "middleY":
         assert t.gate_weight is not None
-        w = _wide(t.gate_weight.to(dtype))
+        w = wide(t.gate_weight.to(dtype))
         m.gate = 1 + (w if s.gate_linear else w.sigmoid())
     elif call.has_logits:
         if logits is None:
@@ -160,11 +136,11 @@ def _logits(call: Call, y: Tensor | None) -> Tensor:
     assert y is not None
     wx, wh = (w.to(y.dtype) for w in _gate_halves(t, s))
     seen = y if s.gate_sees_output else t.x if s.add_input else t.base
-    logits = _wide(t.gate_input) @ _wide(wx)
+    logits = wide(t.gate_input) @ wide(wx)
     if seen is not None:
-        logits = logits + _wide(seen) @ _wide(wh)
+        logits = logits + wide(seen) @ wide(wh)
     if t.gate_bias is not None:
-        logits = logits + _wide(t.gate_bias.to(y.dtype))
+        logits = logits + wide(t.gate_bias.to(y.dtype))
     return logits
 
 
@@ -274,7 +250,7 @@ def backward(
     grads["up"] = dy.t() @ m.a if "up" in need else None
     grads["up_bias"] = dy.sum(0) if "up_bias" in need else None
     dz, grads["left"], grads["right"] = _route_backward(
-        t, s, z, _activate_backward(s.activation, m.q, dy @ t.up.to(dtype)), need
+        t, s, z, activate_backward(s.activation, m.q, dy @ t.up.to(dtype)), need
     )
     grads["bottleneck"] = dz if "bottleneck" in need else None
     if "down" in need:
@@ -314,7 +290,7 @@ def _gate_backward(
         dlogit = (dv * m.y).mul_((m.gate * (1 - m.gate)).to(dtype))
         grads["gate_up"] = dlogit.t() @ m.ag if "gate_up" in need else None
         grads["gate_up_bias"] = dlogit.sum(0) if "gate_up_bias" in need else None
-        dzg = _activate_backward(s.activation, saved.zg, dlogit @ t.gate_up.to(dtype))
+        dzg = activate_backward(s.activation, saved.zg, dlogit @ t.gate_up.to(dtype))
         if "gate_down" in need:
             assert t.gate_input is not None
             grads["gate_down"] = dzg.t() @ t.gate_input
@@ -329,7 +305,7 @@ def _gate_backward(
             grads["gate_weight"] = dw if s.gate_linear else dw * (sigmoid * (1 - sigmoid)).to(dtype)
         return dy, dy, None
     assert m.sigmoid is not None
-    dgate = _wide(product).sum(1, keepdim=True)
+    dgate = wide(product).sum(1, keepdim=True)
     if s.gate == "small":
         total = _samples(dgate, s).sum(1, keepdim=True).expand(-1, dgate.shape[0] // s.samples, 1)
         length = dgate.shape[0] // s.samples
@@ -340,8 +316,8 @@ def _gate_backward(
     seen = m.y if s.gate_sees_output else t.x if s.add_input else t.base
     if "gate_weight" in need:
         assert t.gate_input is not None
-        dwx = dt.t() @ _wide(t.gate_input)
-        dwh = torch.zeros_like(dwx) if seen is None else dt.t() @ _wide(seen)
+        dwx = dt.t() @ wide(t.gate_input)
+        dwh = torch.zeros_like(dwx) if seen is None else dt.t() @ wide(seen)
         both = dwx + dwh if s.gate == "middleX" else torch.cat((dwx, dwh), 1)
         grads["gate_weight"] = both[0]
     grads["gate_bias"] = dt.sum().view(1) if "gate_bias" in need else None

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from petal_kernels._runtime import philox
+from petal_kernels._runtime.numerics import activate
 from petal_kernels.ops.gated_bottleneck import reference
 
 DIFFERENTIABLE = (
@@ -311,7 +312,7 @@ def _adapter(inputs: dict[str, Any], published: bool) -> tuple[Tensor, Any]:
     def act(q: Tensor) -> Tensor:
         if published and name == "gelu_tanh":
             return _new_gelu(q)
-        return reference.activate(name, q)
+        return activate(name, q)
 
     z = inputs.get("bottleneck")
     if z is None:

@@ -11,16 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from petal_kernels._runtime.numerics import wide
 from petal_kernels.ops.mode_contract.arguments import Call, Gradients
 
 
 def unsupported(call: Call) -> list[str]:
     """Runs everywhere."""
     return []
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
 
 
 def _matrices(core: Tensor, modes: Tensor) -> Tensor:
@@ -34,11 +31,11 @@ def _matrices(core: Tensor, modes: Tensor) -> Tensor:
 def forward(call: Call) -> Tensor:
     """PT [K, R, O], or scale * M [K, R, R] without ``up``."""
     core, modes, up, scale, dtype = call
-    m = _matrices(_wide(core), _wide(modes))
+    m = _matrices(wide(core), wide(modes))
     if up is None:
         out = torch.diag_embed(m) if core.dim() == 1 else m
         return (out * scale).to(dtype)
-    v = _wide(up) * scale
+    v = wide(up) * scale
     if core.dim() == 1:
         return (m.unsqueeze(2) * v.t()).to(dtype)
     k, rank, _ = m.shape
@@ -48,12 +45,12 @@ def forward(call: Call) -> Tensor:
 def backward(call: Call, dout: Tensor, need: frozenset[str]) -> Gradients:
     """The gradients that ``need`` names."""
     core, modes, up, scale, _ = call
-    c, p, d = _wide(core), _wide(modes), _wide(dout)
+    c, p, d = wide(core), wide(modes), wide(dout)
     rank = core.shape[0]
     dup = None
     if core.dim() == 1:
         diagonal = scale * (
-            torch.diagonal(d, dim1=1, dim2=2) if up is None else (d * _wide(up).t()).sum(2)
+            torch.diagonal(d, dim1=1, dim2=2) if up is None else (d * wide(up).t()).sum(2)
         )
         if up is not None and "up" in need:
             dup = scale * torch.einsum("kro,kr->or", d, c * p)
@@ -61,7 +58,7 @@ def backward(call: Call, dout: Tensor, need: frozenset[str]) -> Gradients:
         dmodes = diagonal * c if "modes" in need else None
     else:
         flat = d.reshape(-1, d.shape[2])
-        dm = (scale * (flat if up is None else flat @ _wide(up))).view(-1, rank * rank)
+        dm = (scale * (flat if up is None else flat @ wide(up))).view(-1, rank * rank)
         if up is not None and "up" in need:
             dup = scale * (flat.t() @ _matrices(c, p).view(-1, rank))
         dcore = (dm.t() @ p).view(rank, rank, rank) if "core" in need else None
