@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# Tests run in two processes; threads that wait do not spin on the other's core.
+JOBS ?= 2
+PARALLEL = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 SOURCES := setup.py pyproject.toml .ci/requirements.txt $(wildcard csrc/*) $(wildcard csrc/common/*)
 
 .PHONY: demo test test-all lint bench gpu mutants cross-compile clean
@@ -11,10 +14,12 @@ demo: $(READY)
 	$(BIN)/petal-kernels demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow and not cross_compile and not gpu"
+	$(BIN)/python -m pytest -q -m "timing and not slow"
+	$(PARALLEL) -m "not slow and not cross_compile and not gpu and not timing"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(BIN)/python -m pytest -q -m "timing"
+	$(PARALLEL) -m "not gpu and not timing"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -168,6 +168,7 @@ def test_a_first_call_on_cpu_does_not_import_triton() -> None:
     assert run(code) == "False"
 
 
+@pytest.mark.timing
 def test_import_time() -> None:
     """Importing the package costs under 1.2 times ``import torch`` alone: best of interleaved
     processes."""
