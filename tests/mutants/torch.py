@@ -97,7 +97,7 @@ MUTANTS = [
     (_EXPERTS, "index_add_(0, rows, dz @ t.down[own]", "index_copy_(0, rows, dz @ t.down[own]"),
     (_EXPERTS, "dz = dz.sum(1) if call.shared_down else", "dz = dz[:, 0] if call.shared_down else"),
     (_EXPERTS_OP, "length = x.shape[1] if shared else 1", "length = 1"),
-    (_EXPERTS_FUNCTION, "dbase = s.keep * dout", "dbase = dout"),
+    (_EXPERTS_FUNCTION, '{"base": s.keep * dout}', '{"base": dout}'),
     (_EXPERTS_FUNCTION, "dx = into / ctx.shape[1] if kept", "dx = into if kept"),
     (
         _INFORMATION,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -94,6 +95,12 @@ def _gradient_like(name: str, t: Tensors, dout: Tensor) -> tuple[tuple[int, ...]
     return (dout.shape[0], t.down.shape[-1]), dout.dtype  # x, which backward did without
 
 
+def _gradients(dout: Tensor, t: Tensors, wanted: list[str]) -> list[Tensor]:
+    """Unwritten."""
+    likes = (_gradient_like(name, t, dout) for name in wanted)
+    return [dout.new_empty(shape, dtype=dtype) for shape, dtype in likes]
+
+
 def _bwd(
     dout: Tensor,
     dlogits: Tensor | None,
@@ -101,23 +108,16 @@ def _bwd(
     saved: list[Tensor | None],
     *rest: Any,
 ) -> list[Tensor]:
+    """The gradients that are needed, in the order of `Tensors`."""
     *settings, need, backend = rest
     call = _call(tensors, settings, dout)
-    wanted = [name for name, want in zip(Tensors._fields, need, strict=True) if want]
+    wanted = list(compress(Tensors._fields, need))
     if call.rows == 0:
-        found = {
-            name: dout.new_zeros(shape, dtype=dtype)
-            for name in wanted
-            for shape, dtype in (_gradient_like(name, call.tensors, dout),)
-        }
-    else:
-        impl = select(call, backend).load()
-        found = impl.backward(call, Saved(*saved), dout, dlogits, frozenset(wanted))
+        return [gradient.zero_() for gradient in _gradients(dout, call.tensors, wanted)]
+    impl = select(call, backend).load()
+    found = impl.backward(call, Saved(*saved), dout, dlogits, frozenset(wanted))
     results = []
-    for name, want in zip(Tensors._fields, need, strict=True):
-        if not want:
-            results.append(dout.new_empty(0))
-            continue
+    for name in wanted:
         shape, dtype = _gradient_like(name, call.tensors, dout)
         results.append(found[name].to(dtype).contiguous().view(shape))
     return results
@@ -130,11 +130,7 @@ def _bwd_fake(
     saved: list[Tensor | None],
     *rest: Any,
 ) -> list[Tensor]:
-    need, results = rest[-2], []
-    for name, want in zip(Tensors._fields, need, strict=True):
-        shape, dtype = _gradient_like(name, Tensors(*tensors), dout) if want else ((0,), dout.dtype)
-        results.append(dout.new_empty(shape, dtype=dtype))
-    return results
+    return _gradients(dout, Tensors(*tensors), list(compress(Tensors._fields, rest[-2])))
 
 
 def _choice(indices: Tensor, experts: int) -> Tensor:
@@ -196,18 +192,14 @@ class ExpertDispatchFunction(torch.autograd.Function):
         if dout is None:
             rows = saved[1].shape[0]
             dout = t.up.new_zeros((rows, t.up.shape[1]), dtype=saved[0].dtype)
-        dbase = s.keep * dout if wants["base"] else None
+        found = {"base": s.keep * dout} if wants["base"] else {}
         need = [want and name != "base" for name, want in wants.items()]
-        grads: Sequence[Tensor | None] = [None] * len(t)
         if any(need):
             dout = dout if dout.stride(-1) == 1 else dout.contiguous()
             kept = [value if value.numel() else None for value in saved]
             grads = _backward_op(dout, dlogits, list(t), kept, *s, need, ctx.backend)
-        found = dict(zip(Tensors._fields, grads, strict=True)) | {"base": dbase}
-        return (
-            *[None] * (1 + _N_SETTINGS),
-            *[found[name] if want else None for name, want in wants.items()],
-        )
+            found |= zip(compress(Tensors._fields, need), grads, strict=True)
+        return (*[None] * (1 + _N_SETTINGS), *map(found.get, Tensors._fields))
 
 
 class PooledLogitsFunction(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -104,6 +104,16 @@ def _gradient_shape(name: str, t: Tensors, rows: int) -> tuple[int, ...]:
     return (rows, width)
 
 
+def _gradients(dout: Tensor, t: Tensors, wanted: list[str]) -> list[Tensor]:
+    """Unwritten."""
+    return [
+        (dout if getattr(t, name) is None else getattr(t, name)).new_empty(
+            _gradient_shape(name, t, dout.shape[0])
+        )
+        for name in wanted
+    ]
+
+
 def _bwd(
     dout: Tensor,
     tensors: list[Any],
@@ -111,29 +121,22 @@ def _bwd(
     rng: Tensor | None,
     *rest: Any,
 ) -> list[Tensor]:
+    """The gradients that are needed, in the order of `Tensors`."""
     *settings, need, backend = rest
     t = Tensors(*tensors)
     call = Call(t, Settings(*settings))
+    wanted = list(compress(Tensors._fields, need))
     if dout.shape[0] == 0:
-        return [
-            (given if given is not None else dout).new_zeros(
-                _gradient_shape(name, t, 0) if want else (0,)
-            )
-            for name, given, want in zip(Tensors._fields, t, need, strict=True)
-        ]
-    wanted = frozenset(name for name, want in zip(Tensors._fields, need, strict=True) if want)
+        return [gradient.zero_() for gradient in _gradients(dout, t, wanted)]
     # A row tensor that backward does without is absent; the selection looks at what is there.
     impl = select(_Backward(call, dout), backend).load()
-    found = impl.backward(call, Saved(*saved), dout, rng, wanted)
+    found = impl.backward(call, Saved(*saved), dout, rng, frozenset(wanted))
     results = []
-    for name, given in zip(Tensors._fields, t, strict=True):
-        if name not in wanted:
-            results.append(dout.new_empty(0))
-            continue
-        shape, grad = _gradient_shape(name, t, dout.shape[0]), found[name]
-        results.append(
-            grad.to(dout.dtype if given is None else given.dtype).contiguous().view(shape)
-        )
+    for name in wanted:
+        given: Tensor | None = getattr(t, name)
+        dtype = dout.dtype if given is None else given.dtype
+        shape = _gradient_shape(name, t, dout.shape[0])
+        results.append(found[name].to(dtype).contiguous().view(shape))
     return results
 
 
@@ -152,14 +155,7 @@ def _bwd_fake(
     rng: Tensor | None,
     *rest: Any,
 ) -> list[Tensor]:
-    need = rest[-2]
-    t = Tensors(*tensors)
-    return [
-        (given if given is not None else dout).new_empty(
-            _gradient_shape(name, t, dout.shape[0]) if want else (0,)
-        )
-        for name, given, want in zip(Tensors._fields, t, need, strict=True)
-    ]
+    return _gradients(dout, Tensors(*tensors), list(compress(Tensors._fields, rest[-2])))
 
 
 def _update(
@@ -265,16 +261,10 @@ class GatedBottleneckFunction(torch.autograd.Function):
                 passed["base"] = dout
         need = [name in wants and name not in passed for name in Tensors._fields]
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        grads: Sequence[Tensor | None] = [None] * len(t)
         if any(need):
             grads = _backward_op(dout, list(t), saved, rng, *settings, need, ctx.backend)
-        return (
-            *[None] * (2 + _N_SETTINGS),
-            *[
-                passed.get(name, grad) if name in wants else None
-                for name, grad in zip(Tensors._fields, grads, strict=True)
-            ],
-        )
+            passed |= zip(compress(Tensors._fields, need), grads, strict=True)
+        return (*[None] * (2 + _N_SETTINGS), *map(passed.get, Tensors._fields))
 
 
 class UpdateFunction(torch.autograd.Function):
@@ -299,12 +289,12 @@ class UpdateFunction(torch.autograd.Function):
         z, zg, logits, moments, *kept = ctx.saved_tensors
         t = Tensors(*kept)
         need = list(ctx.needs_input_grad[-len(t) :])
-        grads: Sequence[Tensor | None] = [None] * len(t)
+        found: dict[str, Tensor] = {}
         if any(need):
             flat = flat_rows(dout)
             assert flat is not None
             columns = flat[:, ctx.first : ctx.first + t.up.shape[0]]
             saved = [s if s.numel() else None for s in (z, zg, logits, moments)]
             grads = _backward_op(columns, list(t), saved, None, *ctx.settings, need, ctx.backend)
-        found = [g if w else None for g, w in zip(grads, need, strict=True)]
-        return (dout, *[None] * (2 + _N_SETTINGS), *found)
+            found |= zip(compress(Tensors._fields, need), grads, strict=True)
+        return (dout, *[None] * (2 + _N_SETTINGS), *map(found.get, Tensors._fields))
