@@ -11,7 +11,7 @@ Importing this file needs the triton package, nothing else: no device is touched
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -282,6 +282,42 @@ class Shipped:
     options: dict[str, int]
     archs: tuple[int, ...]
     tensor_cores: bool
+
+
+def signature(
+    kernel: Any,
+    constexprs: dict[str, Any],
+    absent: Collection[str],
+    types: dict[str, str],
+    like: str,
+) -> dict[str, str]:
+    """Argument types by name. Pointers (``*_ptr``) are named without that ending: those ``absent``
+    are added to ``constexprs`` as None, those without a row in ``types`` are fp32 where they begin
+    with ``p_`` (partial sums) and else ``like``; other arguments are i32."""
+    found = {}
+    for name in kernel.arg_names:
+        pointer = name.removesuffix("_ptr")
+        if name in constexprs:
+            continue
+        if pointer in absent:
+            constexprs[name] = None
+        elif name == pointer:
+            found[name] = types.get(name, "i32")
+        else:
+            found[name] = types.get(pointer, "*fp32" if pointer.startswith("p_") else f"*{like}")
+    return found
+
+
+def shipped_reduce(kernel: Any, row: Tile, archs: Sequence[int]) -> list[Shipped]:
+    """The compiled forms of a sum of fp32 partial sums, one per architecture."""
+    types = {n: "*fp32" if n.endswith("_ptr") else "i32" for n in kernel.arg_names}
+    for name, _ in row.blocks:
+        del types[name]
+    options = {"num_warps": row.warps, "num_stages": row.stages}
+    return [
+        Shipped("reduce fp32", kernel, types, dict(row.blocks), options, (arch,), False)
+        for arch in archs
+    ]
 
 
 def on_device(t: Tensor) -> AbstractContextManager[Any]:

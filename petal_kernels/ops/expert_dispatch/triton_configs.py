@@ -12,7 +12,16 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from petal_kernels._runtime.triton_lib import Machine, Shipped, Tile, padded_rank, tile
+from petal_kernels._runtime.triton_lib import (
+    Machine,
+    Shipped,
+    Tile,
+    padded_rank,
+    shipped_reduce,
+    signature,
+    tile,
+)
+from petal_kernels._runtime.triton_tuned import overlay
 from petal_kernels.ops.expert_dispatch import triton_kernels as tk
 from petal_kernels.ops.expert_dispatch import triton_kernels_bwd as tb
 from petal_kernels.ops.expert_dispatch import triton_kernels_weights as tw
@@ -100,6 +109,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
     ("weights", 90): _WEIGHTS_80,
     ("weights", 100): _WEIGHTS_100,
 }
+TABLE = overlay(TABLE, __file__)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -128,9 +138,17 @@ _KERNELS = {
     "rows": tb._expert_dispatch_bwd_rows_kernel,
     "weights": tw._expert_dispatch_bwd_weights_kernel,
 }
-_FLOATS = ("logits", "dl", "dlogits", "dg", "dgates")  # fp32 whatever the rows are
-_INTEGERS = {"chosen": "*i8", "place": "*i32", "order": "*i32", "offsets": "*i32"}
-_PARAMETERS = ("down", "down_bias", "up", "up_bias", "router", "router_bias")
+# Argument types that do not follow from a row's dtype: trained parameters are float32 by default.
+_TYPES = {
+    **dict.fromkeys(("logits", "dl", "dlogits", "dg", "dgates"), "*fp32"),
+    **dict.fromkeys(("down", "down_bias", "up", "up_bias", "router", "router_bias"), "*fp32"),
+    "chosen": "*i8",
+    "place": "*i32",
+    "order": "*i32",
+    "offsets": "*i32",
+    "keep": "fp32",
+    "mix": "fp32",
+}
 # What each compiled form lacks, and its switches.
 _SORT = ("place", "order", "offsets")
 _ROUTER = ("router", "router_bias", "noise", "logits", "dl", "dlogits")
@@ -167,26 +185,11 @@ def _shipped(
         **switches,
     }  # fmt: skip
     constexprs = {n: v for n, v in constexprs.items() if n in fn.arg_names}
-    signature = {}
-    for name in fn.arg_names:
-        pointer = name.removesuffix("_ptr")
-        if name in constexprs:
-            continue
-        if pointer in absent:
-            constexprs[name] = None
-        elif name == pointer:
-            signature[name] = "fp32" if name in ("keep", "mix") else "i32"
-        elif pointer in _INTEGERS:
-            signature[name] = _INTEGERS[pointer]
-        elif pointer in _FLOATS or pointer.startswith("p_"):
-            signature[name] = "*fp32"
-        else:  # trained parameters are float32 by default, whatever the rows are
-            signature[name] = "*" + ("fp32" if pointer in _PARAMETERS else element)
     label = ("_up" if up else "_down") if kernel == "weights" else ""
     return Shipped(
         f"{kernel}{label} {element} r{rank} {size} {form}",
         fn,
-        signature,
+        signature(fn, constexprs, absent, _TYPES, element),
         constexprs,
         {"num_warps": row.warps, "num_stages": row.stages},
         (arch,),
@@ -212,8 +215,4 @@ def shipped_configs() -> Iterator[Shipped]:
             for rank, form, kind in found:
                 for up in (True, False) if kernel == "weights" else (True,):
                     yield _shipped(kernel, arch, size, row, rank, form, kind, up)
-    fn = tw._expert_dispatch_bwd_reduce_kernel
-    signature = {n: "*fp32" if n.endswith("_ptr") else "i32" for n in fn.arg_names if n != "BLOCK"}
-    options = {"num_warps": REDUCE.warps, "num_stages": REDUCE.stages}
-    for arch in ARCHS:
-        yield Shipped("reduce fp32", fn, signature, dict(REDUCE.blocks), options, (arch,), False)
+    yield from shipped_reduce(tw._expert_dispatch_bwd_reduce_kernel, REDUCE, ARCHS)

@@ -13,7 +13,16 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from petal_kernels._runtime.triton_lib import Machine, Shipped, Tile, padded_rank, tile
+from petal_kernels._runtime.triton_lib import (
+    Machine,
+    Shipped,
+    Tile,
+    padded_rank,
+    shipped_reduce,
+    signature,
+    tile,
+)
+from petal_kernels._runtime.triton_tuned import overlay
 from petal_kernels.ops.gated_bottleneck import triton_kernels as tk
 from petal_kernels.ops.gated_bottleneck import triton_kernels_bwd as tb
 from petal_kernels.ops.gated_bottleneck import triton_kernels_weights as tw
@@ -94,6 +103,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
     ("weights", 90): _WEIGHTS_90,
     ("weights", 100): _WEIGHTS_100,
 }
+TABLE = overlay(TABLE, __file__)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -120,18 +130,16 @@ _KERNELS = {
     "weights": tw._gated_bottleneck_bwd_weights_kernel,
     "reduce": tw._gated_bottleneck_bwd_reduce_kernel,
 }
-_FLOATS = (
-    "logits",
-    "moments",
-    "stats",
-    "seen",
-    "token_weights",
-    "part",
-)  # fp32 whatever the rows are
-_PARAMETERS = (
-    "down", "down_bias", "up", "up_bias", "gate_down", "gate_down_bias", "gate_up", "gate_up_bias",
-    "gate_weight", "gate_bias", "norm_weight", "norm_bias",
-)  # fmt: skip
+# Argument types that do not follow from a row's dtype: trained parameters are float32 by default.
+_TYPES = {
+    **dict.fromkeys(("logits", "moments", "stats", "seen", "token_weights", "part"), "*fp32"),
+    **dict.fromkeys(("down", "down_bias", "up", "up_bias", "norm_weight", "norm_bias"), "*fp32"),
+    **dict.fromkeys(("gate_down", "gate_down_bias", "gate_up", "gate_up_bias"), "*fp32"),
+    **dict.fromkeys(("gate_weight", "gate_bias"), "*fp32"),
+    "rng": "*i64",
+    "scale": "fp32",
+    "eps": "fp32",
+}
 # What each compiled form has: (gate, route, norm and residual, further switches). Pointers of what
 # it lacks are None. A product beside the large gate, which no method has, is left out: it spills.
 _FORMS: dict[str, tuple[str, str, bool, dict[str, bool]]] = {
@@ -198,26 +206,10 @@ def _shipped(kernel: str, arch: int, size: str, row: Tile, rank: int, form: str)
         "BLOCK_R": rank, "BLOCK_G": rank, **dict(row.blocks), **switches,
     }  # fmt: skip
     constexprs = {n: v for n, v in constexprs.items() if n in fn.arg_names}
-    absent = _absent(kernel, form)
-    signature = {}
-    for name in fn.arg_names:
-        pointer = name.removesuffix("_ptr")
-        if name in constexprs:
-            continue
-        if pointer in absent:
-            constexprs[name] = None
-        elif name == pointer:
-            signature[name] = "fp32" if name in ("scale", "eps") else "i32"
-        elif name == "rng_ptr":
-            signature[name] = "*i64"
-        elif pointer in _FLOATS or pointer.startswith("p_"):
-            signature[name] = "*fp32"
-        else:  # trained parameters are float32 by default, whatever the rows are
-            signature[name] = "*" + ("fp32" if pointer in _PARAMETERS else element)
     return Shipped(
         f"{kernel} {element} r{rank} {size} {form}",
         fn,
-        signature,
+        signature(fn, constexprs, _absent(kernel, form), _TYPES, element),
         constexprs,
         {"num_warps": row.warps, "num_stages": row.stages},
         (arch,),
@@ -233,8 +225,4 @@ def shipped_configs() -> Iterator[Shipped]:
                 for form in _KERNEL_FORMS[kernel]:
                     if size.endswith("_gated") == (_FORMS[form][0] == "large"):
                         yield _shipped(kernel, arch, size, row, rank, form)
-    fn = _KERNELS["reduce"]
-    signature = {n: "*fp32" if n.endswith("_ptr") else "i32" for n in fn.arg_names if n != "BLOCK"}
-    options = {"num_warps": REDUCE.warps, "num_stages": REDUCE.stages}
-    for arch in ARCHS:
-        yield Shipped("reduce fp32", fn, signature, dict(REDUCE.blocks), options, (arch,), False)
+    yield from shipped_reduce(_KERNELS["reduce"], REDUCE, ARCHS)

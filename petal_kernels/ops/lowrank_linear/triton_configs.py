@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from petal_kernels._runtime.triton_lib import Machine, Shipped, Tile, padded_rank, tile
+from petal_kernels._runtime.triton_tuned import overlay
 from petal_kernels.ops.lowrank_linear import triton_gemm_ext as gx
 from petal_kernels.ops.lowrank_linear import triton_kernels as tk
 
@@ -109,6 +110,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
         "large": tile(8, 3, BLOCK_M=128, BLOCK_O=64, BLOCK_K=128, GROUP_M=8),
     },
 }
+TABLE = overlay(TABLE, __file__)
 
 
 def swaps(machine: Machine, rows: int) -> bool:
