@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,73 +27,27 @@ from petal_kernels.ops.expert_dispatch import (
 )
 from tests import discovery
 from tests.emulation import build
+from tests.emulation.operator import Emulated, bad, with_dtypes
 from tests.emulation.support import DTYPES, needs_compiler, pad_rows
-from tests.test_ops import check
 
 pytest_plugins = ["tests.emulation.plugin"]
 pytestmark = [needs_compiler, pytest.mark.usefixtures("replaced")]
 
 Case = workload.Case
 PLAIN = torch_impl.forward, torch_impl.backward
+EMULATED = Emulated("expert_dispatch")
+run, compare, names_of = EMULATED.run, EMULATED.compare, EMULATED.trained
 
 
 @pytest.fixture
 def replaced(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The emulated kernels as backend "torch"; a split for every 32 rows."""
-    monkeypatch.setattr(cuda_impl, "_ops", lambda: emulated)
-    monkeypatch.setattr(cuda_impl, "ROWS_PER_SPLIT", 32)
-    monkeypatch.setattr(torch_impl, "forward", cuda_impl.forward)
-    monkeypatch.setattr(torch_impl, "backward", cuda_impl.backward)
+    EMULATED.replace(emulated, monkeypatch)
     return emulated
-
-
-def names_of(case: Case) -> tuple[str, ...]:
-    return tuple(n for n in workload.DIFFERENTIABLE if n not in case.frozen)
-
-
-def run(
-    inputs: dict[str, Any],
-    names: tuple[str, ...],
-    douts: list[Tensor] | None = None,
-    plan: str = "auto",
-) -> dict[str, Tensor]:
-    """The output and the gradients by name."""
-    outs, grads = discovery.run(
-        op.expert_dispatch, inputs, names, douts, backend="torch", plan=plan
-    )
-    return {"out": outs[0], **dict(grads)}
-
-
-def compare(case: Case, dtype: torch.dtype) -> None:
-    inputs, names = workload.make_inputs(case, dtype), names_of(case)
-    exact_in = discovery.map_tensors(inputs, lambda _, t: t.double())
-    outs, _ = discovery.run(reference.forward, exact_in, names)
-    douts = [d.to(dtype) for d in discovery.output_gradients(outs)]
-    exact, exact_grads = discovery.run(reference.forward, exact_in, names, douts)
-    plain, plain_grads = discovery.run(reference.forward, inputs, names, douts)
-    got = run(inputs, names, douts, case.plan)
-    check("output", got["out"], exact[0], plain[0], 2.0)
-    for (name, e), (_, p) in zip(exact_grads, plain_grads, strict=True):
-        check(f"gradient of {name}", got[name], e, p, 3.0)
-
-
-def with_dtypes(cases: Sequence[Case]) -> list[Any]:
-    """Every case in every dtype; in one of them, by turns, in the quick run too."""
-    return [
-        pytest.param(
-            case,
-            dtype,
-            id=f"{case.name}-{str(dtype)[6:]}",
-            marks=[] if i % 3 == j else [pytest.mark.slow],
-        )
-        for i, case in enumerate(cases)
-        for j, dtype in enumerate(DTYPES)
-    ]
 
 
 @pytest.mark.parametrize(("case", "dtype"), with_dtypes(workload.CASES))
 def test_cases(case: Case, dtype: torch.dtype) -> None:
-    compare(case, dtype)
+    compare(case, dtype, plan=case.plan)
 
 
 def both_plans(case: Case) -> list[Case]:
@@ -119,7 +73,7 @@ WIDE = (
 
 @pytest.mark.parametrize(("case", "dtype"), with_dtypes(WIDE))
 def test_widths(case: Case, dtype: torch.dtype) -> None:
-    compare(case, dtype)
+    compare(case, dtype, plan=case.plan)
 
 
 # Every activation with every gate and plan, over routings that leave experts without tokens.
@@ -150,63 +104,7 @@ COMBINATIONS = [
 
 @pytest.mark.parametrize("case", COMBINATIONS, ids=lambda c: c.name)
 def test_combinations(case: Case) -> None:
-    compare(case, DTYPES[COMBINATIONS.index(case) % 3])
-
-
-# The sort.
-
-COUNTS = (1, 5, 127, 1024, 1025, 2500)
-
-
-def choice(kind: str, n: int, e: int, k: int) -> Tensor:
-    """bool [n, e], at most k of a row."""
-    g = torch.Generator().manual_seed(n)
-    weight = torch.rand(n, e, generator=g)
-    if kind == "zipf":
-        weight = weight.log() * torch.arange(1, e + 1)
-    if kind == "one":
-        weight[:, e - 1], k = 2.0, 1
-    chosen = torch.zeros(n, e, dtype=torch.bool)
-    chosen.scatter_(1, weight.topk(min(k, e)).indices, True)
-    if kind == "holes":
-        chosen[:, ::2] = False
-    return chosen & (kind != "nobody")
-
-
-def sort(ops: Any, chosen: Tensor, n: int, slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    e = chosen.shape[1]
-    order, offsets = (torch.full((m,), -5, dtype=torch.int32) for m in (slots, e + 1))
-    inverse = torch.full((n, e), -7, dtype=torch.int32)
-    ops.expert_sort(chosen, order, offsets, inverse)
-    return order, offsets, inverse
-
-
-@pytest.mark.parametrize("kind", ["uniform", "zipf", "one", "holes", "nobody", "all"])
-def test_sort(kind: str, replaced: Any, lib: ctypes.CDLL) -> None:
-    for i, n in enumerate(COUNTS):
-        lib.petal_emulation_configure(i, 3 * i, 4)
-        e, k = (9, 9) if kind == "all" else (11, 3)
-        chosen = choice(kind, n, e, k)
-        order, offsets, inverse = sort(replaced, chosen, n, n * k)
-        want = routing.sort_by_expert(chosen, n * k)
-        assert torch.equal(order, want[0])
-        assert torch.equal(offsets, want[1])
-        slots = torch.arange(int(offsets[-1]), dtype=torch.int32)
-        expert = torch.searchsorted(offsets[1:], slots, right=True)
-        want_inverse = torch.full_like(inverse, -7)
-        want_inverse[order[: len(slots)].long(), expert] = slots
-        assert torch.equal(inverse, want_inverse)
-        again = torch.full_like(inverse, -7)
-        replaced.expert_invert(order, offsets, again)
-        assert torch.equal(again, want_inverse)
-
-
-def test_sort_of_samples(replaced: Any) -> None:
-    rows = choice("uniform", 7, 64, 5)
-    order, offsets, _ = sort(replaced, rows, 7 * 150, 7 * 150 * 5)
-    want = routing.sort_by_expert(rows.repeat_interleave(150, 0), 7 * 150 * 5)
-    assert torch.equal(order, want[0])
-    assert torch.equal(offsets, want[1])
+    compare(case, DTYPES[COMBINATIONS.index(case) % 3], plan=case.plan)
 
 
 # Where equality is the measure.
@@ -230,7 +128,7 @@ def test_small_integers_are_exact(dtype: torch.dtype, plan: str) -> None:
     dout = small(n, o)
     wide = {k: v.double() if k in (*names, "router") else v for k, v in inputs.items()}
     exact, grads = discovery.run(reference.forward, wide, names, [dout.double()])
-    got = run(inputs, names, [dout], plan)
+    got = run(inputs, names, [dout], plan=plan)
     for name, value in {"out": exact[0], **dict(grads)}.items():
         assert torch.equal(got[name], value.to(dtype)), name
 
@@ -330,13 +228,13 @@ def test_layouts(pad: int, plan: str) -> None:
     case = workload._topk("padded", (70,), 72, 5, 24, base="given", plan=plan)
     inputs = workload.make_inputs(case, torch.bfloat16)
     douts = [torch.randn(70, 72).bfloat16()]
-    want = run(inputs, names_of(case), douts, plan)
+    want = run(inputs, names_of(case), douts, plan=plan)
     turned = {**inputs, **{n: pad_rows(inputs[n], pad) for n in ("x", "base", "noise", "router")}}
     for name in ("down", "up"):
         turned[name] = inputs[name].permute(2, 0, 1).contiguous().permute(1, 2, 0)
     for name in ("down_bias", "up_bias"):
         turned[name] = inputs[name].t().contiguous().t()
-    got = run(turned, names_of(case), [pad_rows(douts[0], pad)], plan)
+    got = run(turned, names_of(case), [pad_rows(douts[0], pad)], plan=plan)
     for name, value in want.items():
         assert torch.equal(value, got[name]), name
 
@@ -447,11 +345,6 @@ def test_nothing_as_large_as_every_slots_row(
 
 
 # Refusals.
-
-
-def bad(call: Callable[[], object], text: str) -> None:
-    with pytest.raises(RuntimeError, match=text):
-        call()
 
 
 def test_refusals_name_the_argument(replaced: Any) -> None:

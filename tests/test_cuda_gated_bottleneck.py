@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,66 +17,25 @@ from torch import Tensor
 import petal_kernels as pk
 from petal_kernels._runtime import philox
 from petal_kernels._runtime.numerics import ACTIVATIONS
-from petal_kernels.ops.gated_bottleneck import cuda_impl, op, reference, torch_impl, workload
+from petal_kernels.ops.gated_bottleneck import cuda_impl, op, workload
 from petal_kernels.ops.gated_bottleneck.arguments import GATES, ROUTES
-from tests import discovery, traffic
+from tests import traffic
 from tests.emulation import build
+from tests.emulation.operator import Emulated, bad, with_dtypes
 from tests.emulation.support import DTYPES, RNG, needs_compiler, pad_rows
-from tests.test_ops import check
 
 pytest_plugins = ["tests.emulation.plugin"]
 pytestmark = [needs_compiler, pytest.mark.usefixtures("replaced")]
 
 Case = workload.Case
+EMULATED = Emulated("gated_bottleneck")
+run, compare, names_of = EMULATED.run, EMULATED.compare, EMULATED.trained
 
 
 @pytest.fixture
 def replaced(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The emulated kernels as backend "torch"; a split for every 32 rows."""
-    monkeypatch.setattr(cuda_impl, "_ops", lambda: emulated)
-    monkeypatch.setattr(cuda_impl, "ROWS_PER_SPLIT", 32)
-    monkeypatch.setattr(torch_impl, "forward", cuda_impl.forward)
-    monkeypatch.setattr(torch_impl, "backward", cuda_impl.backward)
+    EMULATED.replace(emulated, monkeypatch)
     return emulated
-
-
-def names_of(case: Case) -> tuple[str, ...]:
-    return tuple(n for n in workload.DIFFERENTIABLE if n not in case.frozen)
-
-
-def run(
-    inputs: dict[str, Any], names: tuple[str, ...], douts: list[Tensor] | None = None
-) -> dict[str, Tensor]:
-    """The output and the gradients by name."""
-    outs, grads = discovery.run(op.gated_bottleneck, inputs, names, douts, backend="torch")
-    return {"out": outs[0], **dict(grads)}
-
-
-def compare(case: Case, dtype: torch.dtype) -> None:
-    inputs, names = workload.make_inputs(case, dtype), names_of(case)
-    exact_in = discovery.map_tensors(inputs, lambda _, t: t.double())
-    outs, _ = discovery.run(reference.forward, exact_in, names)
-    douts = [d.to(dtype) for d in discovery.output_gradients(outs)]
-    exact, exact_grads = discovery.run(reference.forward, exact_in, names, douts)
-    plain, plain_grads = discovery.run(reference.forward, inputs, names, douts)
-    got = run(inputs, names, douts)
-    check("output", got["out"], exact[0], plain[0], 2.0)
-    for (name, e), (_, p) in zip(exact_grads, plain_grads, strict=True):
-        check(f"gradient of {name}", got[name], e, p, 3.0)
-
-
-def with_dtypes(cases: Sequence[Case]) -> list[Any]:
-    """Every case in every dtype; in one of them, by turns, in the quick run too."""
-    return [
-        pytest.param(
-            case,
-            dtype,
-            id=f"{case.name}-{str(dtype)[6:]}",
-            marks=[] if i % 3 == j else [pytest.mark.slow],
-        )
-        for i, case in enumerate(cases)
-        for j, dtype in enumerate(DTYPES)
-    ]
 
 
 @pytest.mark.parametrize(("case", "dtype"), with_dtypes(workload.CASES))
@@ -270,11 +228,6 @@ def test_sanitizers_find_nothing() -> None:
 
 
 # Refusals.
-
-
-def bad(call: Callable[[], object], text: str) -> None:
-    with pytest.raises(RuntimeError, match=text):
-        call()
 
 
 def test_refusals_name_the_argument(replaced: Any) -> None:

@@ -1,7 +1,6 @@
 """Every operator x backend x case x dtype: outputs and all gradients against the fp64 reference.
 
-The rule: the error against fp64 is at most twice (outputs) or three times (gradients) that of the
-reference run by plain torch in the same dtype, plus a floor of a few rounding steps of the dtype.
+The rule and its check of one case are ``petal_kernels/tools/parity.py``, which users run too.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from petal_kernels.tools import parity
 from tests import discovery
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,93 +31,22 @@ GRID = [
 @pytest.fixture(autouse=True)
 def poison() -> Any:
     """torch.empty returns NaN, so an output element that a kernel does not write is seen."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    """Relative RMS error; infinite where a NaN or an infinity has appeared."""
-    got = got.double().cpu()
-    want = want.double().cpu()
-    if want.numel() == 0:
-        return 0.0
-    if not bool(torch.isfinite(got).all()):
-        return float("inf")
-    scale = float(want.square().mean().sqrt()) or 1.0
-    return float((got - want).square().mean().sqrt()) / scale
-
-
-def worst(got: Tensor, want: Tensor) -> float:
-    """Largest absolute error over the largest wanted magnitude: catches a single wrong element."""
-    got, want = got.double().cpu(), want.double().cpu()
-    if want.numel() == 0:
-        return 0.0
-    if not bool(torch.isfinite(got).all()):
-        return float("inf")
-    return float((got - want).abs().max()) / (float(want.abs().max()) or 1.0)
-
-
-def unavailable(
-    op: discovery.Operator, case: Any, backend: str, inputs: dict[str, Any]
-) -> str | None:
-    """The backend's own reason for not running this case, read from ``explain``."""
-    plain = dict(inputs)
-    options = getattr(op.workload, "options", lambda _: {})(case)
-    import petal_kernels as pk
-
-    try:
-        explained = pk.explain(op.public, **plain, **options)
-    except RuntimeError as e:
-        return str(e)
-    reasons = dict(explained.rows)[backend]
-    return "; ".join(reasons) or None
+    with parity.poisoned():
+        yield
 
 
 def check(label: str, got: Tensor, exact: Tensor, plain: Tensor, factor: float) -> None:
-    eps = torch.finfo(plain.dtype).eps
-    assert got.shape == exact.shape, f"{label}: shape {list(got.shape)}, want {list(exact.shape)}"
-    assert got.dtype == plain.dtype, f"{label}: dtype {got.dtype}, want {plain.dtype}"
-    mine, theirs = error(got, exact), error(plain, exact)
-    # A handful of elements is no sample: plain torch may round them all correctly by luck.
-    floor = eps / 4 if exact.numel() >= 16 else 2 * eps
-    assert mine <= factor * theirs + floor, (
-        f"{label}: rms error {mine:.3e}, plain torch {theirs:.3e}"
-    )
-    mine, theirs = worst(got, exact), worst(plain, exact)
-    assert mine <= factor * theirs + 2 * eps, (
-        f"{label}: max error {mine:.3e}, plain torch {theirs:.3e}"
-    )
+    """Raise unless ``got`` is as near to ``exact`` as the rule wants."""
+    _, fault = parity.compare(label, got, exact, plain, factor)
+    assert fault is None, fault
 
 
 @pytest.mark.parametrize(("name", "case", "backend", "dtype"), GRID)
 def test_against_fp64(name: str, case: Any, backend: str, dtype: torch.dtype) -> None:
-    op = OPERATORS[name]
-    inputs = op.workload.make_inputs(case, dtype, DEVICE)
-    reason = unavailable(op, case, backend, inputs)
-    if reason is not None:
-        pytest.skip(reason)
-    names = discovery.trainable(op, case)
-    options = getattr(op.workload, "options", lambda _: {})(case)
-    exact_in = discovery.map_tensors(inputs, lambda _, t: t.double())
-    exact_out, exact_grads = discovery.run(op.reference.forward, exact_in, names)
-    douts = [d.to(dtype) for d in discovery.output_gradients(exact_out)]
-    exact_out, exact_grads = discovery.run(op.reference.forward, exact_in, names, douts)
-    plain_out, plain_grads = discovery.run(op.reference.forward, inputs, names, douts)
-    got_out, got_grads = discovery.run(op.public, inputs, names, douts, backend=backend, **options)
-    for i, (g, e, p) in enumerate(zip(got_out, exact_out, plain_out, strict=True)):
-        check(f"output {i}", g, e, p, 2.0)
-    assert [n for n, _ in got_grads] == [n for n, _ in exact_grads]
-    for (label, g), (_, e), (_, p) in zip(got_grads, exact_grads, plain_grads, strict=True):
-        check(f"gradient of {label}", g, e, p, 3.0)
-    again_out, again_grads = discovery.run(
-        op.public, inputs, names, douts, backend=backend, **options
-    )
-    for a, b in zip(
-        got_out + [g for _, g in got_grads], again_out + [g for _, g in again_grads], strict=True
-    ):
-        assert torch.equal(a, b), "the same call twice gave other bits"
+    found = parity.verify(OPERATORS[name], case, backend, dtype, DEVICE)
+    if found.refused is not None:
+        pytest.skip(found.refused)
+    assert found.faults == []
 
 
 CASES = [

@@ -5,6 +5,7 @@ TESTS = [
     "tests/test_cuda_emulation.py",
     "tests/test_cuda_gated_bottleneck.py",
     "tests/test_cuda_expert_dispatch.py",
+    "tests/test_cuda_expert_sort.py",
     "-m",
     "not slow",
 ]
