@@ -6,6 +6,7 @@ import functools
 import json
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 _RECORD = Path(__file__).resolve().parent / "lib" / "build.json"
@@ -35,15 +36,25 @@ def how() -> str:
     return str(_record()["how"])
 
 
+@functools.cache
+def _host() -> ModuleType | None:
+    """The compiled module; None where there is none for this Python. The libraries, on torch's
+    stable ABI, do not mind which Python it is."""
+    if reason("host") is not None:
+        return None
+    try:
+        return import_module("petal_kernels._host")
+    except ModuleNotFoundError:
+        return None
+
+
 def facts() -> dict[str, str]:
     """Compiler, flags, instruction sets, architectures, commit; of the compiled module if any."""
-    if reason("host") is None:
-        return dict(import_module("petal_kernels._host").build_facts())
-    return dict(_record()["facts"])
+    host = _host()
+    return dict(_record()["facts"] if host is None else host.build_facts())
 
 
 def cpu_capability() -> dict[str, bool]:
     """Instruction sets of this CPU; empty without the compiled module."""
-    if reason("host") is None:
-        return dict(import_module("petal_kernels._host").cpu_capability())
-    return {}
+    host = _host()
+    return {} if host is None else dict(host.cpu_capability())

@@ -241,3 +241,20 @@ def test_vectors_of_every_width_compute_the_same(tmp_path: Path) -> None:
     subprocess.run([compiler, *flags, main, *objects, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1e-5
+
+
+def test_facts_of_a_build_for_another_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The libraries serve it; of the compiled module nothing is needed but its record."""
+    wanted = _build_info._record()["facts"]
+
+    def missing(name: str) -> ModuleType:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(_build_info, "import_module", missing)
+    monkeypatch.setattr(_build_info, "reason", lambda part: None)
+    _build_info._host.cache_clear()
+    try:
+        assert _build_info.facts() == wanted
+        assert _build_info.cpu_capability() == {}
+    finally:
+        _build_info._host.cache_clear()

@@ -1,0 +1,45 @@
+"""What this machine can do at best: bytes per second of a copy, flops per second of a product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from petal_kernels.tools import environment
+from petal_kernels.tools.gpu.journal import Journal, Record
+from petal_kernels.tools.gpu.stopwatch import race
+from petal_kernels.tools.gpu.suite import DTYPES, Case, Suite
+
+SHARE, LIMIT, PARALLEL, CHECKS = 1.0, 120.0, False, True
+_ROUNDS = 30
+
+
+def cases(suite: Suite, journal: Journal) -> list[Case]:
+    """The machine's description, the copy, the products."""
+    kinds = ("environment", "copy", *(f"gemm {d}" for d in DTYPES))
+    return [{"id": f"ceilings/{kind}", "kind": kind} for kind in kinds]
+
+
+def run(case: Case, suite: Suite) -> dict[str, Any]:
+    """Measure one ceiling."""
+    kind = case["kind"]
+    if kind == "environment":
+        return {"environment": environment.describe(torch.get_num_threads())}
+    if kind == "copy":
+        count = (1 << 14) if suite.dry else (1 << 30)
+        source = torch.randn(count // 4, device=suite.device)
+        target = torch.empty_like(source)
+        ms = race({"copy": lambda: target.copy_(source)}, suite.device, _ROUNDS)["copy"]
+        return {"gb_per_s": round(2 * count / ms / 1e6, 2)}
+    size = 64 if suite.dry else 8192
+    dtype = DTYPES[kind.split()[1]]
+    a, b = (torch.randn(size, size, device=suite.device).to(dtype) for _ in range(2))
+    ms = race({"gemm": lambda: a @ b}, suite.device, _ROUNDS // 3)["gemm"]
+    return {"tflop_per_s": round(2 * size**3 / ms / 1e9, 3)}
+
+
+def report(records: list[Record]) -> list[str]:
+    """One line for each."""
+    units = (("gb_per_s", "GB/s"), ("tflop_per_s", "TFLOP/s"))
+    return [f"- {r['kind']}: {r[key]} {unit}" for r in records for key, unit in units if key in r]

@@ -1,0 +1,37 @@
+"""torch.compile of the headline's baselines, side by side: what the timed stage then finds in the
+compiler's cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from petal_kernels.tools.bench.scenarios import step
+from petal_kernels.tools.gpu.journal import Journal, Record
+from petal_kernels.tools.gpu.stages import headline
+from petal_kernels.tools.gpu.suite import Case, Suite
+
+SHARE, LIMIT, PARALLEL, CHECKS = 5.0, 180.0, True, False
+
+
+def cases(suite: Suite, journal: Journal) -> list[Case]:
+    """The headline's; none in a rehearsal, whose headline compiles nothing."""
+    if suite.dry:
+        return []
+    return [
+        case | {"id": case["id"].replace("headline", "compiles", 1)}
+        for case in headline.cases(suite, journal)
+    ]
+
+
+def run(case: Case, suite: Suite) -> dict[str, Any]:
+    """One compiled step in each mode that is timed."""
+    scenario, _ = headline.build(case, suite, against=("compile",))
+    for mode in headline.MODES:
+        step(scenario.providers["compile"], mode, scenario.inputs)()
+    return {}
+
+
+def report(records: list[Record]) -> list[str]:
+    """What it took."""
+    seconds = sum(r.get("seconds", 0.0) for r in records)
+    return [f"- torch.compile of {len(records)} baselines: {seconds:.0f} s of processor time"]

@@ -1,0 +1,105 @@
+"""The small cases under NVIDIA's compute-sanitizer, in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+from petal_kernels.tools import operators, parity
+from petal_kernels.tools.gpu.journal import Journal, Record
+from petal_kernels.tools.gpu.suite import DTYPES, Case, Suite
+
+SHARE, LIMIT, PARALLEL, CHECKS = 8.0, 300.0, True, True
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+_CASES = (1, 4, 6)  # of each operator's small ones: odd sizes, another plan or gate
+_TOOLKIT = "/usr/local/cuda/bin"
+_FOUND = 99
+_TAIL = 1500
+_BODY = "from petal_kernels.tools.gpu.stages import sanitizer; sanitizer.body({!r})"
+
+
+def cases(suite: Suite, journal: Journal) -> list[Case]:
+    """Per tool, operator and backend of ours."""
+    found = []
+    for tool in TOOLS[:1] if suite.dry else TOOLS:
+        for op in suite.operators()[-1:] if suite.dry else suite.operators():
+            for backend in suite.kernels[:1] if suite.dry else suite.kernels:
+                found.append(
+                    {
+                        "id": f"sanitizer/{tool}/{op.name}/{backend}",
+                        "tool": tool,
+                        "op": op.name,
+                        "backend": backend,
+                        "dtypes": [suite.dtype, "float32"],
+                    }
+                )
+    return found
+
+
+def body(text: str) -> None:
+    """What runs under the tool: the operator alone, since poisoned memory or a reference would
+    hide what the tool looks for."""
+    case = json.loads(text)
+    suite = Suite(**case["suite"])
+    op = suite.operator(case["op"])
+    for dtype in dict.fromkeys(case["dtypes"]):
+        for shape in (op.workload.CASES[i] for i in _CASES):
+            inputs = op.workload.make_inputs(shape, DTYPES[dtype], suite.device)
+            if parity.refusal(op, shape, case["backend"], inputs) is None:
+                given = operators.options(op, shape) | {"backend": case["backend"]}
+                operators.run(op.public, inputs, operators.trainable(op, shape), **given)
+                print("ran", shape.name, dtype, flush=True)
+
+
+def run(case: Case, suite: Suite) -> dict[str, Any]:
+    """Run the tool; in a rehearsal, the process without it."""
+    tool = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:{_TOOLKIT}")
+    if tool is None and not suite.dry:
+        return {"status": "skip", "reason": "compute-sanitizer is not on PATH"}
+    prefix = [] if suite.dry else [str(tool), "--tool", case["tool"]]
+    options = ["--error-exitcode", str(_FOUND), "--target-processes", "application-only"]
+    prefix += [] if suite.dry else options
+    text = json.dumps(case | {"suite": {"dry": suite.dry}})
+    try:
+        done = subprocess.run(
+            [*prefix, sys.executable, "-c", _BODY.format(text)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=LIMIT - 20,
+            # The caching allocator hands out memory that is neither out of bounds nor unwritten.
+            env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )
+    except subprocess.TimeoutExpired as e:
+        out = (e.stdout or b"").decode(errors="replace") if isinstance(e.stdout, bytes) else ""
+        return {
+            "status": "skip",
+            "reason": f"too slow under the tool; {out.count('ran ')} cases ran",
+        }
+    ran = done.stdout.count("ran ")
+    text = done.stdout + done.stderr
+    if done.returncode == _FOUND:
+        # The findings are at the front, their summary at the end.
+        return {"status": "fail", "faults": [text[:_TAIL], text[-_TAIL:]], "ran": ran}
+    if done.returncode:
+        return {"status": "error", "error": text[-_TAIL:], "ran": ran}
+    if not ran:
+        return {"status": "skip", "reason": "the backend declines every case"}
+    return {"ran": ran}
+
+
+def report(records: list[Record]) -> list[str]:
+    """A line per tool."""
+    lines = []
+    for tool in TOOLS:
+        found = [r for r in records if r["tool"] == tool]
+        clean = sum(r["status"] == "pass" for r in found)
+        ran = sum(r.get("ran", 0) for r in found)
+        reasons = sorted({r["reason"] for r in found if "reason" in r})
+        note = f" ({'; '.join(reasons)})" if reasons else ""
+        lines += [f"- {tool}: {clean} of {len(found)} clean, {ran} cases{note}"] if found else []
+    return lines
