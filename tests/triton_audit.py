@@ -200,7 +200,7 @@ class Audit:
 # Where the operators' launch tables are, each with shipped_configs().
 MODULES = (
     "lowrank_linear.triton_configs",
-    "mode_contract.triton_impl",
+    "mode_contract.triton_configs",
     "gated_bottleneck.triton_configs",
     "expert_dispatch.triton_configs",
 )

@@ -44,12 +44,12 @@ Limits (``unsupported``): fp32, fp16, bf16; a CUDA device of compute capability 
 TRITON_INTERPRET=1 with CPU tensors, which excludes bf16 (the interpreter multiplies its bit
 patterns).
 
-Source: PETAL (arXiv 2312.12458), Aurora (arXiv 2305.08381). Kernels: ``triton_kernels.py``.
+Source: PETAL (arXiv 2312.12458), Aurora (arXiv 2305.08381). Kernels: ``triton_kernels.py``,
+launch tables: ``triton_configs.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -57,56 +57,9 @@ import triton
 from torch import Tensor
 
 from petal_kernels._runtime import triton_lib as lib
-from petal_kernels._runtime.triton_lib import Shipped, Tile, tile
 from petal_kernels.ops.mode_contract import triton_kernels as tk
 from petal_kernels.ops.mode_contract.arguments import Call, Gradients
-
-ARCHS = (80, 90, 100)
-_KERNELS = {
-    "fwd": tk._mode_contract_fwd_kernel,
-    "bwd_slab": tk._mode_contract_bwd_slab_kernel,
-    "bwd_up": tk._mode_contract_bwd_up_kernel,
-    "sum": tk._mode_contract_bwd_sum_kernel,
-    "cp_fwd": tk._mode_contract_cp_fwd_kernel,
-    "cp_bwd_modes": tk._mode_contract_cp_bwd_modes_kernel,
-    "cp_bwd_core": tk._mode_contract_cp_bwd_core_kernel,
-    "cp_bwd_up": tk._mode_contract_cp_bwd_up_kernel,
-}
-# One row per kernel and width of the inputs; sm_80's register-fed tensor cores want smaller 16-bit
-# tiles.
-TABLE: dict[str, dict[str, Tile]] = {
-    "fwd": {
-        "16": tile(4, 2, BLOCK_K=64, BLOCK_O=64, BLOCK_B=32, BLOCK_C=64),
-        "32": tile(8, 2, BLOCK_K=64, BLOCK_O=128, BLOCK_B=16, BLOCK_C=16),
-    },
-    "bwd_slab": {
-        "16": tile(8, 2, BLOCK_K=64, BLOCK_O=64, BLOCK_B=64),
-        "32": tile(8, 2, BLOCK_K=32, BLOCK_O=16, BLOCK_B=64),
-    },
-    "bwd_up": {
-        "16": tile(4, 2, BLOCK_K=32, BLOCK_O=64, BLOCK_B=64, BLOCK_C=32),
-        "32": tile(8, 2, BLOCK_K=32, BLOCK_O=64, BLOCK_B=64, BLOCK_C=16),
-    },
-    "sum": {"32": tile(4, 1, BLOCK=512)},
-    "cp_fwd": {"32": tile(4, 1, BLOCK_A=16, BLOCK_O=128)},
-    "cp_bwd_modes": {"32": tile(4, 1, BLOCK_A=16, BLOCK_O=128)},
-    "cp_bwd_core": {"32": tile(1, 1, BLOCK_A=32)},
-    "cp_bwd_up": {"32": tile(4, 1, BLOCK_A=16, BLOCK_O=64)},
-}
-_TABLE_80 = {
-    "fwd": tile(8, 2, BLOCK_K=64, BLOCK_O=64, BLOCK_B=16, BLOCK_C=64),
-    "bwd_slab": tile(8, 2, BLOCK_K=32, BLOCK_O=64, BLOCK_B=32),
-}
-_INTERPRETER = {
-    "fwd": tile(1, 1, BLOCK_K=64, BLOCK_O=128, BLOCK_B=32, BLOCK_C=32),
-    "bwd_slab": tile(1, 1, BLOCK_K=64, BLOCK_O=128, BLOCK_B=32),
-    "bwd_up": tile(1, 1, BLOCK_K=64, BLOCK_O=128, BLOCK_B=32, BLOCK_C=32),
-    "sum": tile(1, 1, BLOCK=1024),
-    "cp_fwd": tile(1, 1, BLOCK_A=32, BLOCK_O=128),
-    "cp_bwd_modes": tile(1, 1, BLOCK_A=32, BLOCK_O=128),
-    "cp_bwd_core": tile(1, 1, BLOCK_A=16),
-    "cp_bwd_up": tile(1, 1, BLOCK_A=32, BLOCK_O=128),
-}
+from petal_kernels.ops.mode_contract.triton_configs import choose
 
 
 def unsupported(call: Call) -> list[str]:
@@ -114,17 +67,8 @@ def unsupported(call: Call) -> list[str]:
     return lib.device_reasons(call.core, dtypes=(call.dtype,))
 
 
-def _row(kernel: str, arch: int, bits: str) -> Tile:
-    if arch == 0:
-        return _INTERPRETER[kernel]
-    if arch == 80 and bits == "16" and kernel in _TABLE_80:
-        return _TABLE_80[kernel]
-    rows = TABLE[kernel]
-    return rows.get(bits, rows["32"])
-
-
 def _choose(kernel: str, like: Tensor) -> dict[str, Any]:
-    return _row(kernel, lib.machine(like).arch, str(8 * like.element_size())).keywords()
+    return choose(kernel, lib.machine(like), like.element_size())
 
 
 def _precisions(core: Tensor) -> dict[str, str]:
@@ -265,51 +209,3 @@ def _backward_cp(
         tk._mode_contract_cp_bwd_up_kernel[(tiles,)](
             dout, core, modes, dup, k, rank, width, scale, **config
         )  # fmt: skip
-
-
-_FORMS: dict[str, tuple[dict[str, bool], ...]] = {
-    "fwd": ({"FOLD": True}, {"FOLD": False}),
-    "bwd_slab": (
-        {"FOLD": True, "NEED_CORE": True, "NEED_MODES": True},
-        {"FOLD": False, "NEED_CORE": True, "NEED_MODES": True},
-    ),
-    "cp_fwd": ({"FOLD": True}, {"FOLD": False}),
-    "cp_bwd_modes": ({"FOLD": True, "NEED_MODES": True},),
-}
-
-
-def shipped_configs() -> Iterator[Shipped]:
-    """Every compiled form the tables can ask for: kernel x architecture x dtype x switches."""
-    for arch in ARCHS:
-        for kernel, rows in TABLE.items():
-            for bits in rows:
-                for form in _FORMS.get(kernel, ({},)):
-                    yield _shipped(kernel, arch, bits, _row(kernel, arch, bits), form)
-
-
-def _shipped(kernel: str, arch: int, bits: str, row: Tile, form: dict[str, bool]) -> Shipped:
-    element = "bf16" if bits == "16" else "fp32"
-    tensor_cores = bits == "16"
-    constexprs: dict[str, Any] = {**dict(row.blocks), **form}
-    names = _KERNELS[kernel].arg_names
-    if "PRECISION" in names:
-        constexprs["PRECISION"] = "ieee"
-        constexprs["FOLD_PRECISION"] = "tf32x3" if tensor_cores else "ieee"
-    if "stride_vb" in names:
-        constexprs["stride_vb"] = 1  # V contiguous: the launcher specialises on it
-    pointers = {n: "*" + element for n in names if n.endswith("_ptr")}
-    pointers.update({n: "*fp32" for n in ("part_ptr", "diagonal_ptr") if n in pointers})
-    flags = "+".join(name.lower() for name, on in form.items() if on)
-    return Shipped(
-        f"{kernel} {element} {flags}".rstrip(),
-        _KERNELS[kernel],
-        {
-            n: pointers.get(n, "fp32" if n == "scale" else "i32")
-            for n in names
-            if n not in constexprs
-        },
-        constexprs,
-        {"num_warps": row.warps, "num_stages": row.stages},
-        (arch,),
-        tensor_cores,
-    )
