@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# Of `make gpu`: how long, and where its results go.
+MINUTES ?= 25
+OUT     ?= build/gpu
 # Tests run in two processes; threads that wait do not spin on the other's core.
 JOBS ?= 2
 PARALLEL = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 SOURCES := setup.py pyproject.toml .ci/requirements.txt $(wildcard csrc/*) $(wildcard csrc/common/*)
 
-.PHONY: demo test test-all lint bench gpu mutants cross-compile clean
+.PHONY: demo test test-all lint bench readme-tables gpu mutants cross-compile clean
 
 demo: $(READY)
 	$(BIN)/petal-kernels demo
@@ -28,11 +31,15 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run op
 	$(BIN)/python -m benchmarks.run layer --no-gate
-	$(BIN)/python -m benchmarks.run qformer --no-gate
+	$(BIN)/python -m benchmarks.run model --no-gate
 
-# On a machine with a CUDA device; uses the environment's own python where PYTHON is given.
+# The figures of README.md from the result files that it names.
+readme-tables: $(READY)
+	$(BIN)/python -m benchmarks.tables --write
+
+# On a machine with a CUDA device, with the environment's own python; the same command again resumes.
 gpu:
-	$(PYTHON) -m pytest -q tests/test_ops.py tests/test_contract.py tests/test_philox.py
+	$(PYTHON) -m petal_kernels.tools.gpu --minutes $(MINUTES) --out $(OUT)
 
 mutants: $(READY)
 	$(BIN)/python -m tests.mutants

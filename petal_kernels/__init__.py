@@ -17,6 +17,7 @@ from petal_kernels.ops.lowrank_linear import lowrank_linear
 from petal_kernels.ops.mode_contract import mode_contract
 
 if TYPE_CHECKING:
+    from petal_kernels import memory as memory
     from petal_kernels import nn as nn
     from petal_kernels.hf import Attachment as Attachment
     from petal_kernels.hf import AuroraConfig as AuroraConfig
@@ -51,6 +52,7 @@ __all__ = [
     "explain",
     "gated_bottleneck",
     "lowrank_linear",
+    "memory",
     "mode_contract",
     "nn",
     "use_backend",
@@ -60,7 +62,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     import importlib
 
-    if name in ("nn", "hf", "tools"):
+    if name in ("nn", "hf", "memory", "tools"):
         return importlib.import_module(f"{__name__}.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -1,34 +1,62 @@
-"""The benchmark runs end to end on small shapes, and writes what a result file must say."""
+"""The benchmark from a checkout: every verb end to end on small shapes, and README's figures."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import run
-from petal_kernels.tools.bench import scenarios, timing
+from benchmarks import run, tables
+from petal_kernels.tools.bench import counting, layer
+from petal_kernels.tools.bench.request import Request
+
+QUICK = ["--quick", "--no-gate", "--rounds", "4", "--threads", "1", "--mode", "full"]
+VERBS = (
+    ["op", "gated_bottleneck"],
+    ["layer", "gated_adapter"],
+    ["model", "bart", "--shape", "VL-PET"],
+)
 
 
-@pytest.mark.parametrize("what", ["op", "layer", "qformer", "overhead"])
-def test_every_verb_writes_a_result_file(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **_: f
-    )  # compiling is minutes, and not what is tested
+@pytest.fixture(autouse=True)
+def threads() -> object:
+    """One here; the command sets torch's thread count for good."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("what", VERBS, ids=lambda words: words[0])
+def test_every_verb_writes_a_result_file(what: list[str], tmp_path: Path) -> None:
     out = tmp_path / "r.json"
-    assert run.main([what, "--quick", "--no-gate", "--rounds", "4", "--json", str(out)]) == 0
+    assert run.main([*what, *QUICK, "--json", str(out)]) == 0
     document = json.loads(out.read_text())
-    assert {"cpu", "torch", "commit", "threads"} <= set(document["environment"])
-    assert document["command"] == f"python -m benchmarks.run {what} --quick --no-gate --rounds 4"
-    assert document["results"]
+    assert {"cpu", "torch", "petal_kernels", "commit", "threads"} <= set(document["environment"])
+    assert document["command"] == " ".join(("python -m benchmarks.run", *what, *QUICK))
+    assert document["ceilings"]["gigabytes"] > 0
     for result in document["results"]:
-        if "rows" in result:
-            assert result["rows"]["published"]["speedup"] == 1.0
-            assert all(row["median"] > 0 for row in result["rows"].values())
+        rows = result["rows"]
+        assert result["mode"] == "full"
+        assert rows["published"]["speedup"] == 1.0
+        assert all(row["median"] > 0 and row["peak_bytes"] > 0 for row in rows.values())
+        ours = next(row for row in rows.values() if row["chosen"])
+        assert ours["saved_bytes"] <= rows["published"]["saved_bytes"]
+        assert ours["error_outputs"] <= 2.0
+        assert ours["reproduce"].startswith(f"petal-kernels bench {' '.join(what[:2])} --shape ")
+
+
+@pytest.mark.parametrize("what", ["plans", "overhead"])
+def test_the_other_verbs_keep_their_meaning(what: str, tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    assert run.main([what, *QUICK, "--json", str(out)]) == 0
+    results = json.loads(out.read_text())["results"]
+    key = {"plans": "milliseconds", "overhead": "microseconds"}[what]
+    assert results
+    assert all(value > 0 for result in results for value in result[key].values())
 
 
 def test_unknown_operator_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,30 +66,52 @@ def test_unknown_operator_is_refused(capsys: pytest.CaptureFixture[str]) -> None
     assert "want some of expert_dispatch, gated_bottleneck, lowrank_linear" in said
 
 
-def test_drift_is_the_largest_difference_between_halves() -> None:
-    rows = {"a": timing._summary([1.0, 1.0, 1.0, 1.0]), "b": timing._summary([1.0, 1.0, 1.1, 1.1])}
-    assert timing.drift(rows) == pytest.approx(0.1)
-    with pytest.raises(ValueError, match="rounds: want at least 4"):
-        timing.compare({}, torch.device("cpu"), rounds=2)
-
-
-@pytest.mark.parametrize("given", [False, True])
-def test_providers_compute_the_same_gradients(given: bool) -> None:
-    """Published, well-written and fused forms agree with dropout off: the benchmark compares
-    equals."""
-    case = scenarios.PetalLayer(rows=96, width=64, rank=16, dropout=0.0, outputs_given=given)
-    scenario = scenarios.petal_layer(case, torch.device("cpu"), compiled=False)
-    want = scenario.providers["published"]()
-    for label, step in scenario.providers.items():
-        for a, b in zip(want, step(), strict=True):
-            torch.testing.assert_close(
-                a, b, rtol=1e-4, atol=1e-4, msg=lambda m, label=label: f"{label}: {m}"
-            )
-
-
 def test_saved_bytes_meet_the_published_form() -> None:
-    """Self-attention q, k, v, dropout 0.1: at most 0.68x in fp32, and exact integers."""
-    case = scenarios.PetalLayer()
-    scenario = scenarios.petal_layer(case, torch.device("cpu"), compiled=False)
-    saved = {k: scenarios.saved_bytes(f, scenario.parameters) for k, f in scenario.saved.items()}
+    """Self-attention q, k, v, dropout 0.1: at most 0.68x in fp32."""
+    request = Request(shape="whole layer", against=("published",))
+    (make,) = layer.scenarios(["petal_qkv"], request)
+    scenario = make()
+    saved = {
+        label: counting.saved_bytes(lambda p=p: p.outputs(scenario.inputs), scenario.parameters)
+        for label, p in scenario.providers.items()
+    }
     assert saved["petal"] <= 0.68 * saved["published"], saved
+
+
+def test_the_readme_says_what_the_result_files_say() -> None:
+    text = tables.README.read_text()
+    assert tables.render(text) == text, "python -m benchmarks.tables --write"
+
+
+def test_a_changed_figure_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tables.README.read_text()
+    row = next(x for x in text.splitlines() if x.startswith("| VL-PET large"))
+    changed = tmp_path / "README.md"
+    changed.write_text(text.replace(row, re.sub(r"\d", "7", row, count=1)))
+    monkeypatch.setattr(tables, "README", changed)
+    assert tables.main(["--check"]) == 1
+    assert f"+{row}" in capsys.readouterr().out
+    assert tables.main(["--write"]) == 0
+    assert changed.read_text() == text
+    with pytest.raises(ValueError, match="want the blocks"):
+        tables.render(text.replace("figures: petal_layer", "figures: other"))
+
+
+def test_tables_read_the_present_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new result file can take an old one's place, and a loss is not bold."""
+    rows = {"published": 8.0, "eager": 5.0, "compile": 6.0, "petal": 4.0}
+    entry = {
+        "scenario": "s",
+        "mode": "full",
+        "drift": 0.02,
+        "rows": {k: {"median": v} for k, v in rows.items()},
+    }
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / "won.json").write_text(json.dumps({"results": [entry]}))
+    entry["drift"] = 0.3
+    (tmp_path / "even.json").write_text(json.dumps({"results": [entry]}))
+    won, even = (tables._line(tables.Row("x", file, "s")) for file in ("won", "even"))
+    assert won == "| x | 8.0 ms | 5.0 | 6.0 | **4.0 (2.00x)** | 2.0 % |"
+    assert even == "| x | 8.0 ms | 5.0 | 6.0 | 4.0 (2.00x) | 30.0 % |"

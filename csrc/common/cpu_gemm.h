@@ -5,8 +5,9 @@
 //   panels    [ceil(cols / kNR)][rows][kNR]  row blocks converted to fp32, and the packed weights
 //   row-major [rows][ld]                     fp32 row blocks taken in place, and the r-wide middle
 //   columns   element (i, k) at [k][i]       the transposed operand of the weight gradients
-// Sums over the contraction run in index order for every element, so a result does not depend on
-// how rows are dealt to threads.
+// A sum over the contraction is made of runs of kRun terms, in index order for every element, so a
+// result does not depend on how rows are dealt to threads. Rounding grows with the length of a chain
+// of additions: of K terms in one chain like K, in runs like sqrt(K (kRun + K / kRun)).
 #ifndef PETAL_CPU_GEMM_H
 #define PETAL_CPU_GEMM_H
 
@@ -67,16 +68,6 @@ PETAL_INLINE void mac(Tile<M>& t, const float* a, int64_t ld, const float* b, in
   mac_impl<kColumns>(t, a, ld, b, K, typename MakeIndices<M>::type());
 }
 
-// The same with A taken from row i0 of a row operand.
-template <int M>
-PETAL_INLINE void mac_rows(Tile<M>& t, const Rows& a, int64_t i0, const float* b, int64_t K) {
-  const float* pa = a.p + i0 * a.row;
-  for (; K > a.width; K -= a.width, pa += a.panel, b += a.width * kNR) {
-    mac<false>(t, pa, a.row, b, a.width);
-  }
-  mac<false>(t, pa, a.row, b, K);
-}
-
 // f(row of the tile, first vector, second vector) for every row.
 template <int M, typename F, int... I>
 PETAL_INLINE void each_impl(Tile<M>& t, const F& f, Indices<I...>) {
@@ -85,6 +76,56 @@ PETAL_INLINE void each_impl(Tile<M>& t, const F& f, Indices<I...>) {
 template <int M, typename F>
 PETAL_INLINE void each(Tile<M>& t, const F& f) {
   each_impl(t, f, typename MakeIndices<M>::type());
+}
+
+// The rows of a tile to memory, `row` floats apart, and what is there added to a tile.
+template <int M>
+PETAL_INLINE void put(Tile<M>& t, float* p, int64_t row) {
+  each(t, [=](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
+    store(p + r * row, v0);
+    store(p + r * row + kVL, v1);
+  });
+}
+template <int M>
+PETAL_INLINE void add(Tile<M>& t, const float* p, int64_t row) {
+  each(t, [=](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
+    v0 += load(p + r * row);
+    v1 += load(p + r * row + kVL);
+  });
+}
+
+// t += A[0:M, 0:K] B in one chain, A from `a` on in the layout of a row operand.
+template <int M>
+PETAL_INLINE void mac_chain(Tile<M>& t, const float* a, const Rows& of, const float* b, int64_t K) {
+  for (; K > of.width; K -= of.width, a += of.panel, b += of.width * kNR) {
+    mac<false>(t, a, of.row, b, of.width);
+  }
+  mac<false>(t, a, of.row, b, K);
+}
+
+constexpr int64_t kRun = 256;       // terms of a run; a multiple of every panel's width
+constexpr int64_t kFollowing = 128;  // so few terms may follow on what the tile holds
+
+// t += A[i0 : i0 + M, 0:K] B in runs that start from zero. The sum of those that are done lies in
+// memory (the compiler must not see through that): registers are for the one that goes on.
+template <int M>
+PETAL_INLINE void mac_rows(Tile<M>& t, const Rows& a, int64_t i0, const float* b, int64_t K) {
+  float done[M * kNR];
+  const bool runs = K > kFollowing;
+  const auto lay_down = [&]() __attribute__((always_inline)) {
+    put(t, done, kNR);
+    asm volatile("" : : "r"(done) : "memory");
+    clear(t);
+  };
+  if (runs) lay_down();
+  const float* pa = a.p + i0 * a.row;
+  for (; K > kRun; K -= kRun, b += kRun * kNR, pa += a.panel ? kRun / kNR * a.panel : kRun) {
+    mac_chain(t, pa, a, b, kRun);
+    add(t, done, kNR);
+    lay_down();
+  }
+  mac_chain(t, pa, a, b, K);
+  if (runs) add(t, done, kNR);
 }
 
 // body(Height<M>(), i) over tiles that cover rows [0, rows): full tiles, then a few lower ones.
@@ -120,11 +161,7 @@ PETAL_INLINE void read(Tile<M>& t, const Block& c, int64_t i, int64_t j) {
 
 template <int M>
 PETAL_INLINE void write(Tile<M>& t, const Block& c, int64_t i, int64_t j) {
-  float* p = c.p + j * c.panel + i * c.row;
-  each(t, [=](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
-    store(p + r * c.row, v0);
-    store(p + r * c.row + kVL, v1);
-  });
+  put(t, c.p + j * c.panel + i * c.row, c.row);
 }
 
 // c (+)= A[rows, K] B[K, n_panels * kNR]. B is packed, one panel every b_panel floats.
@@ -146,8 +183,9 @@ inline void gemm_columns(const Block& c, bool accumulate, const float* a, int64_
   for (int64_t j = 0; j < n_panels; ++j) {
     for_row_tiles(cols_a, [&](auto height, int64_t i) __attribute__((always_inline)) {
       Tile<decltype(height)::value> t;
-      accumulate ? read(t, c, i, j) : clear(t);
+      clear(t);  // a block of rows is a run
       mac<true>(t, a + i, lda, b + j * b_panel, rows);
+      if (accumulate) add(t, c.p + j * c.panel + i * c.row, c.row);
       write(t, c, i, j);
     });
   }

@@ -1,1 +1,1 @@
-"""Command-line tools: the demo now; bench, memory and doctor have their place in `cli.COMMANDS`."""
+"""Command-line tools; `cli.COMMANDS` lists them."""

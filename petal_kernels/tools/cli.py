@@ -27,11 +27,25 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "bench": Command(
+        "petal_kernels.tools.bench",
+        "time operators, layers and whole models against their eager forms and other packages",
+    ),
     "demo": Command(
         "petal_kernels.tools.demo",
         "teach a small vision-language model a new instruction through fused PETAL layers",
         needs=("transformers", "safetensors", "mlxtend", "matplotlib"),
         extra="demo",
+    ),
+    "doctor": Command(
+        "petal_kernels.tools.doctor",
+        "versions, devices, backends, and a self-check of every kernel that can run here",
+    ),
+    "memory": Command(
+        "petal_kernels.tools.memory",
+        "what a training step keeps for backward, per module and over time; 7B models on a laptop",
+        needs=("transformers", "safetensors"),
+        extra="hf",
     ),
 }
 

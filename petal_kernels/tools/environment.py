@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -17,7 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def commit() -> str:
-    """The checkout's commit, with ``-dirty`` where files differ from it."""
+    """The checkout's commit, with ``-dirty`` where files differ from it; of an installed package
+    "unknown": it may lie inside somebody else's checkout."""
+    if not (ROOT / ".git").exists():
+        return "unknown"
     try:
         out = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
@@ -43,6 +48,14 @@ def processor() -> str:
     )
 
 
+def _version(package: str) -> str | None:
+    """Of an installed package, without importing it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def describe(threads: int) -> dict[str, Any]:
     """Machine, versions, commit and date."""
     return {
@@ -50,8 +63,11 @@ def describe(threads: int) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
         "petal_kernels": petal_kernels.__version__,
         "native": device.cpu_library_reason() or "available",
         "commit": commit(),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from petal_kernels.nn.frozen_linear import frozen_lowrank
 from petal_kernels.nn.mode_approximation import ModeApproximation
 from petal_kernels.nn.published import PublishedModeLinear
-from petal_kernels.tools.bench.scenarios import saved_bytes
+from petal_kernels.tools.bench.counting import saved_bytes
 
 N, D, R = 4096, 768, 64
 

@@ -1,0 +1,231 @@
+"""``python -m benchmarks.tables``: the figures of README.md, from the committed result files.
+
+Each block of the README between ``<!-- figures: NAME -->`` and ``<!-- end -->`` is written from the
+spec below; ``--check`` (the default) tells whether they agree, ``--write`` makes them agree. A row
+is bold where the package is faster than every baseline by more than the run's drift.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+COLUMNS = {"published": "published", "eager": "well-written eager", "compile": "torch.compile"}
+MISSING = "not run"
+_BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: a scenario of a result file in one or more modes. `{NAME}` in the label is that
+    provider's times."""
+
+    label: str
+    file: str
+    scenario: str
+    modes: tuple[str, ...] = ("full",)
+    ours: str = "petal"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes kept for backward, of several scenarios of one file."""
+
+    label: str
+    file: str
+    scenarios: tuple[str, ...]
+
+
+_LAYER = "epyc-avx512-2core-6d30940e4164-layer"
+_AVX2 = "epyc-2core-182c7665a0e3-layer"
+_GATED = "epyc-avx512-2core-8adc31027bbd-op-gated_bottleneck"
+_EXPERTS = "epyc-avx512-2core-3be9ccd9b36c-op-expert_dispatch"
+_QFORMER = "epyc-avx512-2core-6d30940e4164-qformer"
+_OVERHEAD = "epyc-avx512-2core-6d30940e4164-overhead"
+_QKV = "petal qkv layer, N=4096 d=768 R=64 "
+_QKV_GIVEN = "petal qkv adapter part, base outputs given, N=4096 d=768 R=64 float32"
+
+
+def _both(label: str, file: str, scenario: str) -> Row:
+    return Row(label, file, scenario, ("train", "full"), "petal native")
+
+
+TABLES: dict[str, Sequence[Row | Saved]] = {
+    "petal_layer": (
+        Row("adapter part, base outputs given, fp32", _LAYER, _QKV_GIVEN),
+        Row("whole layer, fp32", _LAYER, _QKV + "float32"),
+        Row("whole layer, bf16", _LAYER, _QKV + "bfloat16"),
+        Row("whole layer, bf16, AVX2", _AVX2, _QKV + "bfloat16"),
+        Saved("kept for backward, fp32 / bf16", _LAYER, (_QKV + "float32", _QKV + "bfloat16")),
+    ),
+    "gated_bottleneck": tuple(
+        _both(label, _GATED, f"gated_bottleneck {scenario}")
+        for label, scenario in (
+            ("VL-PET large", "vl-pet large N=6400 r=96"),
+            ("VL-PET middleX", "vl-pet middleX N=6400 r=96"),
+            ("VL-PET small", "vl-pet small N=6400 r=96"),
+            ("VL-Adapter", "vl-adapter N=6400 r=96"),
+            (
+                "routing adapter, GPT-2, V=197, gram (N=2040 r=128, no norm)",
+                "routing adapter gpt-2 gram V=197",
+            ),
+        )
+    ),
+    "expert_dispatch": tuple(
+        _both(label, _EXPERTS, f"expert_dispatch {scenario}")
+        for label, scenario in (
+            ("PETAL, mean of 6 experts, r=64, x frozen", "petal mean E=6 r=64 N=4096"),
+            ("PETAL, softmax over 6, r=64", "petal softmax E=6 r=64 N=4096"),
+            ("top-2 of 8, r=64 (`grouped_mm`: {grouped_mm})", "top-2 of 8 r=64 N=4096"),
+            ("top-2 of 16, r=64 (`grouped_mm`: {grouped_mm})", "top-2 of 16 r=64 N=4096"),
+            ("LoRA, top-2 of 8, r=16 (`grouped_mm`: {grouped_mm})", "lora top-2 of 8 r=16 N=4096"),
+        )
+    ),
+}
+
+
+@functools.cache
+def results(file: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """The entries of a result file by scenario and mode.
+
+    Files of before ``mode`` was an entry's own say ", forward" (as in training) behind the name.
+    """
+    document = json.loads((RESULTS / f"{file}.json").read_text())
+    found = {}
+    for entry in document["results"]:
+        name, mode = entry["scenario"], entry.get("mode")
+        if mode is None:
+            mode = "train" if name.endswith(", forward") else "full"
+            name = name.removesuffix(", forward")
+        found[name, mode] = entry
+    return found
+
+
+def _times(milliseconds: Sequence[float], seconds: bool) -> str:
+    """Of all modes: ``1.2 / 3.4``, or three digits in seconds."""
+    if seconds:
+        return " / ".join(f"{_digits(m / 1e3)} s" for m in milliseconds)
+    return " / ".join(f"{m:.1f}" for m in milliseconds)
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3f}" if value < 1 else f"{value:.1f}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.0f}x" if value >= 10 else f"{value:.2f}x"
+
+
+def _line(row: Row | Saved) -> str:
+    cells = _saved_cells(row) if isinstance(row, Saved) else _timed_cells(row)
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+
+
+def _timed_cells(row: Row) -> list[str]:
+    entries = [results(row.file)[row.scenario, mode] for mode in row.modes]
+    medians = {
+        label: [entry["rows"][label]["median"] for entry in entries] for label in entries[0]["rows"]
+    }
+    seconds = min(medians["published"]) >= 10_000
+    times = {label: _times(values, seconds) for label, values in medians.items()}
+    published = times["published"] + ("" if seconds else " ms")
+    cells = [row.label.format(**times), published]
+    cells += [times.get(label, MISSING) for label in COLUMNS if label != "published"]
+    pairs = zip(medians["published"], medians[row.ours], strict=True)
+    ratios = " / ".join(_ratio(a / b) for a, b in pairs)
+    ours = f"{times[row.ours]} ({ratios})"
+    cells.append(f"**{ours}**" if _wins(row, entries) else ours)
+    return [*cells, " / ".join(f"{100 * e['drift']:.1f}" for e in entries) + " %"]
+
+
+def _wins(row: Row, entries: Sequence[dict[str, Any]]) -> bool:
+    """Whether ours beats every baseline by more than the drift, in every mode."""
+    for entry in entries:
+        rivals = [r["median"] for k, r in entry["rows"].items() if not k.startswith("petal")]
+        if entry["rows"][row.ours]["median"] * (1 + entry["drift"]) >= min(rivals):
+            return False
+    return True
+
+
+def _saved_cells(row: Saved) -> list[str]:
+    entries = [results(row.file)[name, "full"]["rows"] for name in row.scenarios]
+
+    def of(label: str) -> str:
+        if not all(label in rows and "saved_bytes" in rows[label] for rows in entries):
+            return ""
+        return " / ".join(f"{rows[label]['saved_bytes'] / 1e6:.1f}" for rows in entries)
+
+    cells = [of(label) for label in COLUMNS]
+    return [row.label, f"{cells[0]} MB", *cells[1:], f"**{of('petal')}**", "exact"]
+
+
+def _table(rows: Sequence[Row | Saved]) -> str:
+    head = f"| | {' | '.join(COLUMNS.values())} | petal_kernels | drift |"
+    return "\n".join([head, "|---" * (len(COLUMNS) + 3) + "|", *map(_line, rows)])
+
+
+def _whole_step() -> str:
+    name, entry = next((n, e) for (n, _), e in results(_QFORMER).items())
+    size = re.search(r"(\d+ layers, B=\d+ L=\d+)", name)
+    rows = entry["rows"]
+    floor = rows["frozen"]["median"]
+    added = {k: 100 * (rows[k]["median"] / floor - 1) for k in ("published", "petal")}
+    (overhead,) = results(_OVERHEAD).values()
+    micro = overhead["microseconds"]
+    raw = next(v for k, v in micro.items() if k.startswith("raw"))
+    return (
+        f"A whole Q-Former step ({size and size[1]}, release; `... model qformer`): the adapters "
+        f"add {added['published']:.1f} % to the frozen step in the published form and "
+        f"{added['petal']:.1f} % fused (drift {100 * entry['drift']:.1f} %). A tiny "
+        f"`lowrank_linear` call\ncosts {micro['public, no grad']:.0f} us of host time without and "
+        f"{micro['public, grad']:.0f} us with gradients, {raw:.0f} us of it the raw backend "
+        "(`... overhead`)."
+    )
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    name: functools.partial(_table, rows) for name, rows in TABLES.items()
+} | {"whole_step": _whole_step}
+
+
+def render(text: str) -> str:
+    """`text` with every block written anew. ValueError where a block is missing or unknown."""
+    found = [match[2] for match in _BLOCK.finditer(text)]
+    if sorted(found) != sorted(BLOCKS):
+        raise ValueError(f"README.md: want the blocks {sorted(BLOCKS)}, got {sorted(found)}")
+    # A blank line on both sides: without it markdown takes a table for text.
+    return _BLOCK.sub(lambda m: f"{m[1]}\n{BLOCKS[m[2]]()}\n\n{m[3]}", text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 1 where --check finds a difference."""
+    parser = argparse.ArgumentParser(prog="benchmarks.tables", description=__doc__)
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--check", action="store_true", help="compare only (the default)")
+    group.add_argument("--write", action="store_true", help="write README.md")
+    args = parser.parse_args(arguments)
+    old = README.read_text()
+    new = render(old)
+    if args.write:
+        README.write_text(new)
+        return 0
+    sys.stdout.writelines(
+        difflib.unified_diff(old.splitlines(True), new.splitlines(True), "README.md", "results")
+    )
+    return int(old != new)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Models that fit no machine: shapes without storage.
+
+A model is built on the `meta` device, where building a 7B model takes seconds and no memory, and
+becomes fake tensors of a pretended CPU afterwards: built under FakeTensorMode, its initialisation
+would depend on data that is not there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map
+
+from petal_kernels.memory.records import tensors_in
+
+
+def fake_tensors(model: nn.Module, batch: Any) -> tuple[nn.Module, Any]:
+    """The very model, its parameters and buffers replaced by fake ones where they are (tied ones
+    stay tied), and the batch likewise. Only shapes can be computed with it from now on.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # Originals are held: the identity of one that is gone could be met again.
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def fake(t: Tensor) -> Tensor:
+        with mode:
+            empty = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+        return empty.requires_grad_(t.requires_grad)
+
+    for module in model.modules():
+        owned: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for parts in owned:
+            for name, value in list(parts.items()):
+                if value is None or isinstance(value, FakeTensor):
+                    continue
+                if id(value) not in made:
+                    new = fake(value)
+                    if isinstance(value, nn.Parameter):
+                        new = nn.Parameter(new, value.requires_grad)
+                    made[id(value)] = (value, new)
+                parts[name] = made[id(value)][1]
+    return model, tree_map(lambda v: fake(v) if isinstance(v, Tensor) else v, batch)
+
+
+def mode_of(model: nn.Module | None, batch: Any) -> FakeTensorMode | None:
+    """The mode whose tensors these are; None for real ones. Raises for tensors on `meta`."""
+    parameters = [] if model is None else list(model.parameters())
+    for t in [*parameters, *tensors_in(batch)]:
+        if isinstance(t, FakeTensor):
+            return t.fake_mode
+        if isinstance(t, Tensor) and t.device.type == "meta":
+            raise ValueError(
+                "model and batch: want real tensors or fake ones, got some on the meta device; "
+                "make them fake with petal_kernels.memory.fake_tensors(model, batch)"
+            )
+    return None

@@ -1,0 +1,169 @@
+"""`petal-kernels bench`: operators, layers and whole training steps against their eager forms.
+
+Correctness comes first: the operators' tests where there is a checkout, then every row against
+fp64; no speed-up is printed on red. Times are medians of interleaved cold-cache rounds.
+Exit code: 0; 1 below --fail-below; 2 where something is wrong or was asked for wrongly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from petal_kernels.tools import environment
+from petal_kernels.tools.bench import (
+    arguments,
+    ceilings,
+    console,
+    correctness,
+    html,
+    layer,
+    model,
+    op,
+    overhead,
+    packages,
+    plans,
+)
+from petal_kernels.tools.bench.measure import measure
+from petal_kernels.tools.bench.request import Request, RequestError
+from petal_kernels.tools.bench.results import Report
+from petal_kernels.tools.bench.scenarios import Scenario
+
+
+def _gate(args: argparse.Namespace, operators: Sequence[str]) -> None:
+    if args.no_gate:
+        return
+    print(f"correctness first: {', '.join(operators)} ...", flush=True)
+    said = correctness.tests(operators)
+    if said is None:
+        said = "no checkout with tests here: every row below is checked against fp64 instead"
+    print(said, flush=True)
+
+
+def _makers(
+    args: argparse.Namespace, names: Sequence[str], request: Request
+) -> list[Callable[[], Scenario]]:
+    if args.what == "op":
+        return list(op.scenarios(names, request))
+    if args.what == "layer":
+        return list(layer.scenarios(names, request))
+    return list(model.scenarios(names, request, args.size))
+
+
+def _compare(
+    args: argparse.Namespace, names: Sequence[str], request: Request, report: Report
+) -> None:
+    """Measure every scenario, printing each table when it is there."""
+    makers = _makers(args, names, request)
+    if not makers:
+        raise RequestError(f"shape: want a part of a shape's name, got {args.shape!r}")
+    report.absent = packages.absent(names, request.device, request.against)
+    report.ceilings = ceilings.measure(request.device, request.dtype, request.quick)
+    print(console.legend(report))
+    for name, why in report.absent.items():
+        print(f"{name}: {why}")
+    progress = console.Progress(len(makers), len(request.modes))
+    for make in makers:
+        scenario = make()
+        missing = [
+            b for b in request.against if b not in scenario.providers and b not in report.absent
+        ]
+        if missing:
+            scenario.notes.append(f"has no form {', '.join(missing)}")
+        progress.scenario(scenario.name)
+        tables = measure(scenario, request, report.ceilings, progress.phase)
+        progress.finished()
+        report.tables += tables
+        for table in tables:
+            print(console.text(table), flush=True)
+        if "base" in scenario.providers and args.what == "model":
+            medians = {k: r.timing.median for k, r in tables[-1].rows.items()}
+            added = ", ".join(f"{k} {100 * v:.1f} %" for k, v in model.tax(medians).items())
+            print(f"  added to the frozen step: {added}")
+
+
+def _verdict(report: Report, fail_below: float | None) -> int:
+    """The exit code, with the reasons for it on stderr."""
+    rows = [(t, label, row) for t in report.tables for label, row in t.rows.items()]
+    wrong = [(t, label, row) for t, label, row in rows if row.failed]
+    for table, label, row in wrong:
+        what = "computes something else" if row.errors and row.errors.wrong else "is imprecise"
+        said = f"{table.scenario}, {table.mode}: {label} {what}, error ratio {row.errors}"
+        print(console.painted(said, console.RED, sys.stderr), file=sys.stderr)
+    if wrong:
+        return 2
+    slow = [
+        (t, label, row)
+        for t, label, row in rows
+        if fail_below and row.chosen and row.speedup is not None and row.speedup < fail_below
+    ]
+    for table, label, row in slow:
+        said = f"{table.scenario}, {table.mode}: {label} {row.speedup:.2f}x < {fail_below}x"
+        print(console.painted(said, console.RED, sys.stderr), file=sys.stderr)
+    return 1 if slow else 0
+
+
+def _write(args: argparse.Namespace, names: Sequence[str], suffix: str, content: str) -> None:
+    given: Path | None = getattr(args, suffix)
+    if given is None:
+        return
+    stem = "-".join(("bench", args.what, *(names if args.names else ())))
+    path = Path(f"{stem}.{suffix}") if given == Path() else given
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    print(f"written {path}")
+
+
+def main(words: Sequence[str] | None = None, program: str = "petal-kernels bench") -> int:
+    """Parse, gate, measure, print, write; the exit code."""
+    words = list(sys.argv[1:] if words is None else words)
+    parser = arguments.parser(program, __doc__ or "")
+    args = parser.parse_args(words)
+    known = arguments.TARGETS[args.what]() if args.what in arguments.TARGETS else []
+    unknown = [n for n in args.names if n not in known]
+    if unknown:
+        want = f"want some of {', '.join(known)}" if known else "want none"
+        parser.error(f"names: {want}, got {', '.join(unknown)}")
+    names = args.names or known
+    if args.what == "model" and importlib.util.find_spec("transformers") is None:
+        parser.error("model: needs transformers: pip install 'petal-kernels[hf]'")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("device: no CUDA device here")
+    torch.set_num_threads(args.threads)
+    try:
+        request = arguments.request(args)
+    except RequestError as error:
+        parser.error(str(error))
+    _gate(args, names if args.what == "op" else op.names())
+    report = Report(
+        environment.describe(args.threads),
+        arguments.command(program, words),
+        args.dtype,
+        args.device,
+        args.sweep,
+    )
+    if args.what in ("plans", "overhead"):
+        results = {"plans": plans.bench, "overhead": overhead.bench}[args.what](request)
+        found = {"environment": report.environment, "command": report.command, "results": results}
+        _write(args, names, "json", json.dumps(found, indent=1) + "\n")
+        return 0
+    stopped = False
+    try:
+        _compare(args, names, request, report)
+    except RequestError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        stopped = True
+        print("\nstopped: what was measured until here counts", file=sys.stderr)
+    print()
+    _write(args, names, "json", report.as_json())
+    _write(args, names, "csv", report.as_csv())
+    if args.html is not None:
+        _write(args, names, "html", html.render(report))
+    return 130 if stopped else _verdict(report, args.fail_below)

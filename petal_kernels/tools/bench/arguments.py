@@ -1,0 +1,103 @@
+"""The command line of `petal-kernels bench`, and the request that it makes."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from petal_kernels._runtime.backends import NAMES as BACKENDS
+from petal_kernels.tools.bench import layer, model, op, packages
+from petal_kernels.tools.bench.model_builders import SIZES
+from petal_kernels.tools.bench.request import AXES, DTYPES, Request
+from petal_kernels.tools.bench.scenarios import MODES
+
+BASELINES = ("published", "eager", "compile", "base", "grouped_mm", *packages.PACKAGES)
+TARGETS = {"op": op.names, "layer": layer.names, "model": model.names}
+OUTPUTS = ("--json", "--csv", "--html")
+
+
+def _listed(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """An argument type: names with commas between."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        found = tuple(word for word in text.split(",") if word)
+        unknown = [word for word in found if word not in choices]
+        if unknown or not found:
+            raise argparse.ArgumentTypeError(f"want some of {', '.join(choices)}, got {text!r}")
+        return found
+
+    return parse
+
+
+def parser(program: str, description: str) -> argparse.ArgumentParser:
+    """Of the command line."""
+    targets = "\n".join(f"  {kind:<7}{', '.join(names())}" for kind, names in TARGETS.items())
+    built = argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        epilog=f"names:\n{targets}\n  plans, overhead: no names\n\nexamples:\n"
+        f"  {program} op gated_bottleneck --html\n"
+        f"  {program} layer lora_linear --against published,peft --sweep rank\n"
+        f"  {program} model bart --size small --mode full",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    built.add_argument("what", choices=[*TARGETS, "plans", "overhead"])
+    built.add_argument("names", nargs="*", help="which, default all")
+    add = built.add_argument
+    add("--shape", default="", metavar="TEXT", help="only the shapes with TEXT in their names")
+    add("--size", choices=list(SIZES), default="full", help="of the models")
+    add("--against", type=_listed(BASELINES), default=(), metavar="NAMES",
+        help=f"baselines, default all that can run: {', '.join(BASELINES)}")  # fmt: skip
+    add("--backend", type=_listed(("auto", *BACKENDS)), default=(), metavar="NAMES",
+        help="ours, default all that can run (layers and models: what auto takes)")  # fmt: skip
+    add("--mode", type=_listed(("all", *MODES)), default=("train", "full"), metavar="MODES",
+        help=f"some of {', '.join(MODES)} or all; default train,full")  # fmt: skip
+    add("--sweep", choices=AXES, help="vary one size of each shape")
+    add("--values", type=lambda s: tuple(int(v) for v in s.split(",")), default=(), metavar="N,N",
+        help="of the sweep, default 1/4 to 2 times the shape's own")  # fmt: skip
+    add("--dtype", choices=list(DTYPES), default="float32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--rounds", type=int, default=20, help="samples of each time, at least 4")
+    add("--quick", action="store_true", help="few small shapes and no torch.compile: does it run?")
+    add("--no-gate", action="store_true", help="skip the tests; rows are checked all the same")
+    add("--fail-below", type=float, metavar="X",
+        help="exit with 1 where auto's choice is below X times the published speed")  # fmt: skip
+    for name in OUTPUTS:
+        add(name, type=Path, nargs="?", const=Path(), metavar="FILE",
+            help=f"write {name[2:].upper()} (default bench-WHAT-NAMES.{name[2:]})")  # fmt: skip
+    return built
+
+
+def request(args: argparse.Namespace) -> Request:
+    """What was asked for; RequestError where it makes no sense."""
+    return Request(
+        dtype=DTYPES[args.dtype],
+        device=torch.device(args.device),
+        against=args.against,
+        backends=args.backend,
+        modes=MODES if "all" in args.mode else args.mode,
+        rounds=args.rounds,
+        threads=args.threads,
+        sweep=args.sweep,
+        values=args.values,
+        shape=args.shape,
+        quick=args.quick,
+    )
+
+
+def command(program: str, arguments: Sequence[str]) -> str:
+    """What was typed, to be typed again; where the results went is left out."""
+    kept: list[str] = []
+    skip = False
+    for i, word in enumerate(arguments):
+        if skip or word.split("=")[0] in OUTPUTS:
+            after = arguments[i + 1] if i + 1 < len(arguments) else "-"
+            skip = not skip and "=" not in word and not after.startswith("-")
+            continue
+        kept.append(word)
+    return shlex.join([*program.split(), *kept])

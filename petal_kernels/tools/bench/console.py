@@ -1,0 +1,141 @@
+"""The terminal: tables with losses in red, and progress with the time left on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TextIO
+
+from petal_kernels.tools.bench.results import Report, Row, Table
+from petal_kernels.tools.bench.scenarios import IN_WORDS
+
+RED, BOLD, FAINT = "31", "1", "2"
+
+
+def painted(text: str, colour: str, stream: TextIO | None = None) -> str:
+    """`text` in a colour on a terminal, unless NO_COLOR is set."""
+    stream = sys.stdout if stream is None else stream
+    if os.environ.get("NO_COLOR") or not stream.isatty():
+        return text
+    return f"\x1b[{colour}m{text}\x1b[0m"
+
+
+def _mega(value: int | None) -> str:
+    return "" if value is None else f"{value / 1e6:.2f}"
+
+
+def speedup(row: Row) -> str:
+    """Times the published form; a word where there is no such figure."""
+    if row.red:
+        return "WRONG" if row.errors is not None and row.errors.wrong else "imprecise"
+    if row.floor:
+        return "floor"
+    return "" if row.speedup is None else f"{row.speedup:.2f}x"
+
+
+def columns(table: Table) -> list[tuple[str, list[str]]]:
+    """Headings and cells; a column that is empty in every row is left out."""
+    rows = list(table.rows.values())
+    found = [
+        ("provider", list(table.rows)),
+        ("ms", [f"{r.timing.median:.3f}" for r in rows]),
+        ("p20", [f"{r.timing.p20:.3f}" for r in rows]),
+        ("p80", [f"{r.timing.p80:.3f}" for r in rows]),
+        ("wall ms", ["" if r.wall is None else f"{r.wall.median:.3f}" for r in rows]),
+        ("x published", [speedup(r) for r in rows]),
+        ("launches", ["" if r.launches is None else str(r.launches) for r in rows]),
+        ("saved MB", [_mega(r.saved_bytes) for r in rows]),
+        ("peak MB", [_mega(r.peak_bytes) for r in rows]),
+        ("% of roof", ["" if r.roof is None else f"{100 * r.roof:.0f}" for r in rows]),
+        ("error ratio", ["" if r.errors is None else str(r.errors) for r in rows]),
+    ]
+    return [(name, cells) for name, cells in found if any(cells)]
+
+
+def least(table: Table) -> str:
+    """Bytes and flops by formula, in words; empty where there is none."""
+    if table.moved is None or table.work is None:
+        return ""
+    return f"by formula {table.moved / 1e6:.1f} MB moved, {table.work / 1e9:.2f} GFLOP"
+
+
+def text(table: Table) -> str:
+    """One table for the terminal."""
+    parts = columns(table)
+    widths = [max(len(name), *map(len, cells)) for name, cells in parts]
+    heading = f"{table.scenario}: {IN_WORDS[table.mode]}"
+    lines = ["", painted(heading, BOLD)]
+    lines.append(painted(_line([name for name, _ in parts], widths), FAINT))
+    for i, row in enumerate(table.rows.values()):
+        line = _line([cells[i] for _, cells in parts], widths)
+        lines.append(painted(line, RED) if row.loss or row.red else line)
+    notes = [f"drift {100 * table.drift:.1f} %", least(table), *table.notes]
+    lines.append("  " + "; ".join(note for note in notes if note))
+    return "\n".join(lines)
+
+
+def _line(cells: list[str], widths: list[int]) -> str:
+    first = cells[0].ljust(widths[0])
+    rest = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
+    return "  " + "  ".join([first, *rest])
+
+
+def legend(report: Report) -> str:
+    """What the columns mean, once, and where the roof is."""
+    lines = [
+        "drift: the run's own noise; ratios closer to 1 than it are equal. red: slower than the "
+        "fastest baseline,",
+        "or too far from fp64. error ratio: outputs / gradients, against plain torch in the same "
+        "dtype (limits 2 / 3).",
+    ]
+    if report.ceilings is not None:
+        c = report.ceilings
+        lines.append(
+            f"roof, measured in this run: copy {c.gigabytes:.1f} GB/s, "
+            f"{report.dtype} product {c.gigaflops:.0f} GFLOP/s."
+        )
+    return "\n".join(painted(line, FAINT) for line in lines)
+
+
+class Progress:
+    """One line that is written over on a terminal; in a log, one line per scenario."""
+
+    def __init__(self, total: int, modes: int) -> None:
+        self.total, self.modes, self.done = total, modes, 0
+        self.began = time.perf_counter()
+        self.stream = sys.stderr
+        self.name, self.mode = "", 0
+
+    def scenario(self, name: str) -> None:
+        """The next one begins."""
+        self.name, self.mode = name, 0
+        if not self.stream.isatty():
+            print(f"[{self.done + 1}/{self.total}] {name}{self._left(0.0)}", file=self.stream)
+            self.stream.flush()
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """What is going on in it."""
+        share = 0.0
+        if name == "timing":
+            self.mode += done == 1
+            share = (self.mode - 1 + done / total) / self.modes
+        if self.stream.isatty():
+            counted = f" {done}/{total}" if total > 1 else ""
+            head = f"[{self.done + 1}/{self.total}] {self.name}: {name}{counted}"
+            print(
+                f"\r{(head + self._left(share))[:118]}\x1b[K", end="", file=self.stream, flush=True
+            )
+
+    def finished(self) -> None:
+        """The scenario is over; its line goes."""
+        self.done += 1
+        if self.stream.isatty():
+            print("\r\x1b[K", end="", file=self.stream, flush=True)
+
+    def _left(self, share: float) -> str:
+        made = self.done + min(share, 1.0)
+        if made < 0.05:
+            return ""
+        seconds = (time.perf_counter() - self.began) / made * (self.total - made)
+        return f", {seconds / 60:.0f} min left" if seconds > 90 else f", {seconds:.0f} s left"

@@ -1,0 +1,207 @@
+"""The models that are timed, built from transformers' configurations with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width and depth; `image` is the side of the picture in patches. `vocabulary` 0: the model's
+    own."""
+
+    width: int
+    layers: int
+    heads: int
+    vocabulary: int
+    image: int
+
+
+SIZES = {
+    "small": Size(width=96, layers=2, heads=4, vocabulary=200, image=4),
+    "full": Size(width=768, layers=12, heads=12, vocabulary=0, image=14),
+}
+PATCH = 16
+
+
+class Subject(nn.Module):
+    """A model, what it runs on, its loss, and where its embeddings come out."""
+
+    words: int  # of the published model
+    model: nn.Module
+    entry: nn.Module
+
+    def __init__(self, size: Size) -> None:
+        from transformers.utils import logging
+
+        super().__init__()
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it comments on word ids that are not used here
+        self.size = size
+        self.vocabulary = size.vocabulary or self.words
+
+    def batch(self, size: int, tokens: int, g: torch.Generator) -> dict[str, Tensor]:
+        """Random inputs."""
+        raise NotImplementedError
+
+    def vision(self, **batch: Tensor) -> Tensor | None:
+        """The features that routes read."""
+        return None
+
+    def both(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, a scalar, and the outputs that it is of."""
+        raise NotImplementedError
+
+
+class QFormer(Subject):
+    """InstructBLIP's Q-Former: 32 queries, instruction tokens, image tokens of ViT-g's width."""
+
+    words, queries = 30522, 32
+
+    def __init__(self, size: Size) -> None:
+        from transformers import InstructBlipQFormerConfig, InstructBlipQFormerModel
+
+        super().__init__(size)
+        full = size.width == SIZES["full"].width
+        self.image_width, self.image_tokens = (1408, 257) if full else (64, 17)
+        self.model: Any = InstructBlipQFormerModel(
+            InstructBlipQFormerConfig(
+                vocab_size=self.vocabulary,
+                hidden_size=size.width,
+                num_hidden_layers=size.layers,
+                num_attention_heads=size.heads,
+                intermediate_size=4 * size.width,
+                encoder_hidden_size=self.image_width,
+                cross_attention_frequency=2,
+                attention_probs_dropout_prob=0.0,
+                hidden_dropout_prob=0.0,
+            )
+        )
+
+    @property
+    def entry(self) -> nn.Module:  # type: ignore[override]
+        """Queries and instruction, embedded."""
+        found: nn.Module = self.model.embeddings
+        return found
+
+    def batch(self, size: int, tokens: int, g: torch.Generator) -> dict[str, Tensor]:
+        queries = torch.randn(1, self.queries, self.size.width, generator=g)
+        return {
+            "input_ids": torch.randint(5, self.vocabulary, (size, tokens), generator=g),
+            "attention_mask": torch.ones(size, self.queries + tokens, dtype=torch.long),
+            "query_embeds": queries.expand(size, -1, -1).contiguous(),
+            "encoder_hidden_states": torch.randn(
+                size, self.image_tokens, self.image_width, generator=g
+            ),
+        }
+
+    def both(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
+        out: Tensor = self.model(**batch).last_hidden_state
+        return out.square().mean(), out
+
+
+class Bart(Subject):
+    """BART-base: as many decoder tokens as encoder tokens."""
+
+    words = 50265
+
+    def __init__(self, size: Size) -> None:
+        from transformers import BartConfig, BartForConditionalGeneration
+
+        super().__init__(size)
+        self.model: Any = BartForConditionalGeneration(
+            BartConfig(
+                vocab_size=self.vocabulary,
+                d_model=size.width,
+                encoder_layers=max(1, size.layers // 2),
+                decoder_layers=max(1, size.layers // 2),
+                encoder_attention_heads=size.heads,
+                decoder_attention_heads=size.heads,
+                encoder_ffn_dim=4 * size.width,
+                decoder_ffn_dim=4 * size.width,
+                max_position_embeddings=1024,
+                dropout=0.0,
+            )
+        )
+
+    @property
+    def entry(self) -> nn.Module:  # type: ignore[override]
+        """The encoder's first norm, behind words and positions."""
+        found: nn.Module = self.model.model.encoder.layernorm_embedding
+        return found
+
+    def batch(self, size: int, tokens: int, g: torch.Generator) -> dict[str, Tensor]:
+        ids = torch.randint(5, self.vocabulary, (2, size, tokens), generator=g)
+        return {"input_ids": ids[0], "labels": ids[1]}
+
+    def both(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.model(**batch, use_cache=False)
+        return out.loss, out.logits
+
+
+class GPT2WithViT(Subject):
+    """GPT-2 that says words, and a frozen ViT whose features the routes read."""
+
+    words = 50257
+
+    def __init__(self, size: Size) -> None:
+        from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
+
+        super().__init__(size)
+        self.model: Any = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=self.vocabulary,
+                n_embd=size.width,
+                n_layer=size.layers,
+                n_head=size.heads,
+                n_positions=1024,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+            )
+        )
+        self.tower: Any = ViTModel(
+            ViTConfig(
+                hidden_size=size.width,
+                num_hidden_layers=size.layers,
+                num_attention_heads=size.heads,
+                intermediate_size=4 * size.width,
+                image_size=size.image * PATCH,
+                patch_size=PATCH,
+            ),
+            add_pooling_layer=False,
+        )
+
+    @property
+    def entry(self) -> nn.Module:  # type: ignore[override]
+        """Words and positions, summed."""
+        found: nn.Module = self.model.transformer.drop
+        return found
+
+    def batch(self, size: int, tokens: int, g: torch.Generator) -> dict[str, Tensor]:
+        side = self.size.image * PATCH
+        return {
+            "pixel_values": torch.randn(size, 3, side, side, generator=g),
+            "input_ids": torch.randint(5, self.vocabulary, (size, tokens), generator=g),
+        }
+
+    @torch.no_grad()
+    def vision(self, **batch: Tensor) -> Tensor:
+        features: Tensor = self.tower(pixel_values=batch["pixel_values"]).last_hidden_state
+        return features
+
+    def both(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
+        ids = batch["input_ids"]
+        out = self.model(input_ids=ids, labels=ids, use_cache=False)
+        return out.loss, out.logits
+
+
+BUILDERS: dict[str, Callable[[Size], Subject]] = {
+    "qformer": QFormer,
+    "bart": Bart,
+    "gpt2-vit": GPT2WithViT,
+}

@@ -1,0 +1,181 @@
+"""Scenarios of single operators: their workload's shapes, baselines and formulas."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import petal_kernels as pk
+from petal_kernels.tools import operators
+from petal_kernels.tools.bench import correctness
+from petal_kernels.tools.bench.correctness import Errors, Results
+from petal_kernels.tools.bench.request import Request, RequestError, swept
+from petal_kernels.tools.bench.scenarios import Forward, Inputs, Provider, Scenario
+from petal_kernels.tools.operators import Operator
+
+QUICK_SHAPES = 2
+
+
+def names() -> list[str]:
+    """Every operator."""
+    return [op.name for op in operators.operators()]
+
+
+def operator(name: str) -> Operator:
+    """The operator of this name."""
+    return next(op for op in operators.operators() if op.name == name)
+
+
+def cases(name: str, request: Request) -> list[tuple[Any, float | None, str]]:
+    """(case, swept value, name of the shape) of everything that a run covers."""
+    shapes = [s for s in operator(name).workload.SHAPES if request.matches(s.name)]
+    shapes = [s for s in shapes if s.name == request.shape] or shapes
+    return [
+        (case, value, shape.name)
+        for shape in (shapes[:QUICK_SHAPES] if request.quick else shapes)
+        for case, value in swept(shape, request)
+    ]
+
+
+def run(forward: Forward, inputs: Inputs, leaves: Sequence[Tensor] | None = None) -> Results:
+    """Outputs and the gradients of everything trained."""
+    out = forward(**inputs.arguments)
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    wanted = list(inputs.leaves() if leaves is None else leaves)
+    grads = torch.autograd.grad(outs, wanted, list(inputs.douts) or None, allow_unused=True)
+    return [o.detach() for o in outs], grads
+
+
+class Oracle:
+    """fp64 and plain torch on the same inputs, computed when first asked for; `compare` is the
+    rule."""
+
+    def __init__(
+        self,
+        exact: Callable[[], Results],
+        plain: Callable[[], Results],
+        compare: Callable[[Results, Results, Results], Errors] = correctness.compare,
+    ) -> None:
+        self.exact = functools.cache(exact)
+        self.plain = functools.cache(plain)
+        self.compare = compare
+
+    def __call__(self, got: Callable[[], Results]) -> Callable[[], Errors]:
+        """A provider's check."""
+        return lambda: self.compare(got(), self.exact(), self.plain())
+
+
+def backends(op: Operator, inputs: dict[str, Any], request: Request) -> tuple[list[str], str]:
+    """The backends to time, and the one that `auto` takes. Raises RequestError for a named one that
+    cannot run, with its reasons."""
+    explained = pk.explain(op.public, **inputs)
+    reasons = dict(explained.rows)
+    if request.backends:
+        chosen = [explained.backend if b == "auto" else b for b in request.backends]
+        for backend in chosen:
+            if why := reasons[backend]:
+                raise RequestError(f"{op.name}: backend {backend!r} cannot run: {'; '.join(why)}")
+        return list(dict.fromkeys(chosen)), explained.backend
+    interpreted = request.device.type != "cuda"
+    runs = [b for b, why in reasons.items() if not why and not (b == "triton" and interpreted)]
+    return runs, explained.backend
+
+
+def _inputs(op: Operator, case: Any, request: Request) -> tuple[Inputs, dict[str, Any]]:
+    """The inputs as they are timed (each call draws its own mask), and with the generator's state,
+    by which the reference drops out the same."""
+    made = op.workload.make_inputs(case, request.dtype, request.device)
+    inputs = Inputs(made, operators.trainable(op, case))
+    with torch.no_grad():
+        outs = op.workload.BASELINES["eager"](**{k: v for k, v in made.items() if k != "rng"})
+    g = torch.Generator().manual_seed(1)
+    inputs.douts = [torch.randn(o.shape, generator=g).to(o) for o in outs]
+    return inputs.map(lambda t: t), made
+
+
+def _floor(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, x: Tensor) -> list[Tensor]:
+    none: list[Tensor | None] = [None] * len(weights)
+    return [F.linear(x, w, b) for w, b in zip(weights, biases or none, strict=True)]
+
+
+def build(name: str, case: Any, request: Request, shape: str, value: float | None) -> Scenario:
+    """One operator at one shape: baselines first, then every backend."""
+    op = operator(name)
+    load, reference = op.workload, op.reference.forward
+    exactly, made = _inputs(op, case, request)
+    timed = exactly.given(rng=None)
+    dry = timed.given(dropout=0.0) if "dropout" in made else timed
+
+    def oracle(inputs: Inputs) -> Oracle:
+        return Oracle(
+            lambda: run(reference, inputs.map(Tensor.double)), lambda: run(reference, inputs)
+        )
+
+    within = oracle(exactly)
+    # The authors' code is not everywhere what their papers say: a baseline may be either.
+    variants = ["paper", "release"] if "variant" in made else []
+    oracles = [oracle(dry.given(variant=v)) for v in variants] or [oracle(dry)]
+
+    def without(got: Callable[[], Results]) -> Callable[[], Errors]:
+        return lambda: min((o(got)() for o in oracles), key=lambda e: e.outputs)
+
+    providers: dict[str, Provider] = {}
+    others: dict[str, Forward] = getattr(load, "optional_baselines", lambda *_: {})(
+        case, request.device
+    )
+    for label, forward in (load.BASELINES | others).items():
+        if request.wants(label):
+            check = without(functools.partial(run, forward, dry))
+            providers[label] = Provider(forward, check=check)
+    if request.wants("compile"):
+        torch._dynamo.reset()  # else the shapes before this one use up the limit of recompilations
+        torch._dynamo.config.recompile_limit = 64  # a loop over experts compiles each on its own
+        forward = torch.compile(load.BASELINES["published"], dynamic=False)
+        check = without(functools.partial(run, forward, dry))
+        providers["compile"] = Provider(forward, check=check, compiled=True)
+    if made.get("weights") is not None and request.wants("base"):
+        floor = lambda **a: _floor(a["weights"], a.get("biases"), a["x"])  # noqa: E731
+        providers["base"] = Provider(floor, floor=True)
+    wanted, chosen = backends(op, made, request)
+    for backend in wanted:
+        forward = functools.partial(op.public, backend=backend)
+        check = within(functools.partial(run, forward, exactly))
+        ours = Provider(forward, check=check, ours=True, chosen=backend == chosen)
+        providers[f"petal {backend}"] = ours
+    arguments = ["op", name, "--shape", shape]
+    if value is not None:
+        arguments += ["--sweep", str(request.sweep), "--values", str(int(value))]
+    return Scenario(
+        f"{name} {case.name}",
+        timed,
+        providers,
+        arguments,
+        load.bytes_moved(case, request.dtype),
+        load.flops(case),
+        _parameters(op, timed),
+        value,
+        [f"auto {pk.explain(op.public, **made).choice}"],
+    )
+
+
+def _parameters(op: Operator, inputs: Inputs) -> list[Tensor]:
+    """Everything but activations: what a training keeps anyway."""
+    rows = getattr(op.workload, "ACTIVATIONS", ("x", "hidden", "base"))
+    found: list[Tensor] = []
+    for name, value in inputs.arguments.items():
+        if name not in rows:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            found += [v for v in values if isinstance(v, Tensor)]
+    return found
+
+
+def scenarios(wanted: Sequence[str], request: Request) -> Iterator[Callable[[], Scenario]]:
+    """What builds each scenario, one at a time: their tensors are not alive together."""
+    for name in wanted:
+        for case, value, shape in cases(name, request):
+            yield functools.partial(build, name, case, request, shape, value)

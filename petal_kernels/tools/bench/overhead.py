@@ -1,0 +1,55 @@
+"""Host time of a tiny call: nothing but the path from the public function to the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import petal_kernels as pk
+from petal_kernels.ops.lowrank_linear.arguments import Call, Settings, Tensors
+from petal_kernels.tools.bench import op, timing
+from petal_kernels.tools.bench.request import Request
+from petal_kernels.tools.bench.timing import Step
+
+CALLS = 200
+
+
+def steps(device: torch.device, calls: int = CALLS) -> dict[str, Step]:
+    """One row of 16 values through the raw backend, and through the public function without and
+    with a gradient."""
+    x, u = torch.ones(1, 16, device=device), torch.ones(4, 16, device=device)
+    ups, base = [torch.ones(16, 4, device=device)], [torch.ones(1, 16, device=device)]
+    trained = x.clone().requires_grad_()
+    name = next(
+        b
+        for b, why in pk.explain(pk.lowrank_linear, x, u, ups, base=base).rows
+        if not why and b != "triton"
+    )
+    impl = next(b for b in op.operator("lowrank_linear").backends if b.name == name).load()
+    call = Call(Tensors(x, u, None, ups, [], [], base, None), Settings(1.0, 0.0, "bottleneck"))
+
+    def repeat(f: Callable[[], object]) -> Step:
+        def run(_: object) -> None:
+            for _ in range(calls):
+                f()
+
+        return Step(run, calls=calls)
+
+    return {
+        f"raw {name}": repeat(lambda: impl.forward(call, None, "update")),
+        "public, no grad": repeat(lambda: pk.lowrank_linear(x, u, ups, base=base)),
+        "public, grad": repeat(lambda: pk.lowrank_linear(trained, u, ups, base=base)),
+    }
+
+
+def bench(request: Request) -> list[dict[str, Any]]:
+    """Print and return microseconds per call."""
+    rows = timing.compare(steps(request.device), request.device, request.rounds)
+    print("\nhost overhead of one lowrank_linear call, microseconds")
+    micro = {label: round(t.median * 1e3, 2) for label, t in rows.items()}
+    for label, value in micro.items():
+        print(f"  {label:<20}{value:8.1f}")
+    noise = round(timing.drift(rows), 4)
+    return [{"scenario": "host overhead", "microseconds": micro, "drift": noise}]

@@ -1,0 +1,433 @@
+"""The parts of the benchmark: what is checked, counted and timed, and how a run is judged."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from petal_kernels.ops.gated_bottleneck import native_impl, torch_impl
+from petal_kernels.tools.bench import (
+    app,
+    arguments,
+    console,
+    correctness,
+    counting,
+    cuda_graphs,
+    layer,
+    model,
+    op,
+    packages,
+    timing,
+)
+from petal_kernels.tools.bench.ceilings import Ceilings
+from petal_kernels.tools.bench.request import Request, swept
+from petal_kernels.tools.bench.results import Row, Table
+from petal_kernels.tools.bench.scenarios import Inputs, Provider, step
+
+CPU = torch.device("cpu")
+QUICK = ["--quick", "--no-gate", "--rounds", "4", "--threads", "1", "--mode", "train"]
+
+
+@pytest.fixture(autouse=True)
+def threads() -> object:
+    """One here; the command sets torch's thread count for good."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def build(name: str, **options: Any) -> Any:
+    """The first quick scenario of an operator."""
+    return next(iter(op.scenarios([name], Request(quick=True, **options))))()
+
+
+@pytest.mark.parametrize(
+    ("got", "outputs", "gradients"),
+    [("plain", 1.0, 1.0), ("doubled", 2.0, 2.0), ("nan", float("inf"), 1.0)],
+)
+def test_errors_are_ratios_to_plain_torch(got: str, outputs: float, gradients: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    exact = torch.randn(64, generator=g, dtype=torch.float64)
+    noise = 1e-4 * torch.randn(64, generator=g, dtype=torch.float64)
+    plain = (exact + noise).float()
+    forms = {"plain": plain, "doubled": (exact + 2 * noise).float(), "nan": plain.clone()}
+    forms["nan"][3] = float("nan")
+    gradient = forms["plain" if got == "nan" else got]
+    found = correctness.compare(([forms[got]], [gradient]), ([exact], [exact]), ([plain], [plain]))
+    assert found.outputs == pytest.approx(outputs, rel=0.01)
+    assert found.gradients == pytest.approx(gradients, rel=0.01)
+    assert found.red == (got == "nan")
+
+
+def test_a_missing_gradient_is_a_zero_one() -> None:
+    exact = torch.ones(20, dtype=torch.float64)
+    plain = torch.ones(20)
+    assert correctness.compare(([], [None]), ([], [None]), ([], [None])).gradients == 0.0
+    assert correctness.compare(([], [None]), ([], [exact]), ([], [plain])).wrong
+    assert correctness.compare(([], [plain]), ([], [None]), ([], [None])).wrong
+
+
+@pytest.mark.parametrize("name", op.names())
+def test_every_provider_computes_the_operator(name: str) -> None:
+    """Baselines of every operator are the same function as ours; one that is not is found."""
+    scenario = build(name)
+    assert {"published", "eager", "petal torch"} <= set(scenario.providers)
+    for label, provider in scenario.providers.items():
+        if not provider.floor:
+            assert not provider.check().wrong, label
+    published = scenario.providers["published"]
+    lied = lambda **a: [1.01 * o for o in Provider(published.forward).outputs(Inputs(a))]  # noqa: E731
+    oracle = op.Oracle(
+        lambda: op.run(published.forward, scenario.inputs.given(dropout=0.0).map(Tensor.double)),
+        lambda: op.run(published.forward, scenario.inputs.given(dropout=0.0)),
+    )
+    if "dropout" in scenario.inputs.arguments:
+        dry = scenario.inputs.given(dropout=0.0)
+        assert oracle(lambda: op.run(lied, dry))().wrong
+
+
+def test_red_tests_stop_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    done = SimpleNamespace(returncode=1, stdout="1 failed", stderr="")
+    monkeypatch.setattr(correctness.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(SystemExit) as stopped:
+        correctness.tests(["mode_contract"])
+    assert stopped.value.code == 2
+    done.returncode = 0
+    assert correctness.tests(["mode_contract"]) == "1 failed"
+    monkeypatch.setattr(correctness.environment, "ROOT", tmp_path)  # an installed package
+    assert correctness.tests(["mode_contract"]) is None
+
+
+def test_a_wrong_kernel_gets_no_speedup_and_fails_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (native_impl, torch_impl):
+        forward = module.forward
+
+        def wrong(*args: Any, forward: Callable[..., Any] = forward) -> Any:
+            out, *rest = forward(*args)
+            return (out * 1.001, *rest)
+
+        monkeypatch.setattr(module, "forward", wrong)
+    words = ["op", "gated_bottleneck", *QUICK, "--shape", "large N=6400", "--against", "eager"]
+    assert app.main(words) == 2
+    said = capsys.readouterr()
+    rows = [line for line in said.out.splitlines() if line.startswith("  petal")]
+    assert rows
+    assert all("WRONG" in row for row in rows)
+    assert "petal native computes something else, error ratio" in said.err
+
+
+def test_launches_saved_and_peak_bytes_of_a_known_step() -> None:
+    x, w = torch.randn(256, 256, requires_grad=True), torch.randn(256, 256)
+    size = x.nbytes
+
+    def run() -> None:
+        y = x @ w  # saves w, a parameter
+        z = y.relu()  # saves z
+        del y
+        z.view(-1).sum()
+
+    assert counting.saved_bytes(lambda: (x @ w).relu(), [w]) == size
+    assert counting.launches(run, CPU) == 3  # not the view
+    # y and z together, and what the sum needs to add up
+    assert 2 * size <= counting.peak_bytes(run, CPU) <= 2 * size + 4096
+
+
+def test_backward_is_timed_without_its_forward() -> None:
+    order: list[str] = []
+
+    def forward(x: Tensor) -> Tensor:
+        order.append("forward")
+        return x.square()
+
+    x = torch.ones(4, requires_grad=True)
+    inputs = Inputs({"x": x}, ("x",), [torch.ones(4)])
+    timed = step(Provider(forward), "backward", inputs)
+    given = timed.prepare()
+    assert order == ["forward"]
+    (gradient,) = timed.run(given)  # type: ignore[misc]
+    assert order == ["forward"]
+    assert gradient.tolist() == [2.0] * 4
+    assert not step(Provider(forward), "forward", inputs).run(None)[0].requires_grad  # type: ignore[index]
+
+
+def test_a_step_of_many_calls_is_divided() -> None:
+    pause = timing.Step(lambda _: timing.time.sleep(0.02), calls=10)
+    assert 0.002 <= timing.Clock(CPU)(pause) < 0.02
+
+
+def test_long_rounds_are_fewer_but_four() -> None:
+    assert timing.rounds_for(20, 0.1) == 20
+    assert timing.rounds_for(20, timing.LONGEST / 10) == 10
+    assert timing.rounds_for(20, timing.LONGEST) == 4
+
+
+def test_drift_is_the_largest_difference_between_halves() -> None:
+    rows = {"a": timing.summary([1.0, 1.0, 1.0, 1.0]), "b": timing.summary([1.0, 1.0, 1.1, 1.1])}
+    assert timing.drift(rows) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="rounds: want at least 4"):
+        timing.compare({}, CPU, rounds=2)
+
+
+def test_the_roof_is_the_slower_of_traffic_and_flops() -> None:
+    roof = Ceilings(gigabytes=10.0, gigaflops=100.0)
+    assert roof.share(10**9, 10**9, milliseconds=200.0) == pytest.approx(0.5)  # 100 ms of traffic
+    assert roof.share(10**6, 10**10, milliseconds=200.0) == pytest.approx(0.5)  # 100 ms of flops
+
+
+@pytest.mark.parametrize(("nbytes", "count"), [(1, 180), (50, 4), (60, 3), (500, 1)])
+def test_graphs_read_cold_inputs(nbytes: int, count: int) -> None:
+    """Copies fill three times a cache of 60; a replay reads each equally often, in turn."""
+    assert cuda_graphs.copies(nbytes, 60) == count
+    order = cuda_graphs.rounds(count)
+    assert len(order) >= cuda_graphs.LEAST_CALLS
+    assert order[:count] == list(range(count))
+    assert len({order.count(i) for i in range(count)}) == 1
+
+
+@pytest.mark.parametrize("mode", ["forward", "train", "backward", "full"])
+def test_every_call_of_a_graph_has_its_own_inputs(mode: str) -> None:
+    seen: list[int] = []
+
+    def forward(x: Tensor) -> Tensor:
+        seen.append(x.data_ptr())
+        return x.square()
+
+    x = torch.ones(4, requires_grad=True)
+    inputs = Inputs({"x": x}, ("x",), [torch.ones(4)])
+    own = [inputs.map(Tensor.clone) for _ in range(3)]
+    calls = cuda_graphs._calls(Provider(forward), mode, own)
+    assert len(seen) == (3 if mode == "backward" else 0)
+    found = [call() for call in calls for _ in range(2)]  # a backward runs again on one forward
+    assert len(set(seen)) == 3
+    if mode in ("backward", "full"):
+        assert all(gradient.tolist() == [2.0] * 4 for (gradient,) in found)
+
+
+def test_sweeps_vary_one_size() -> None:
+    (case,) = [c for c in op.operator("gated_bottleneck").workload.SHAPES if "small" in c.name]
+    found = swept(case, Request(sweep="rank", values=(8, 16)))
+    assert [(c.rank, c.lead, v) for c, v in found] == [(8, (50, 128), 8.0), (16, (50, 128), 16.0)]
+    assert found[0][0].name == "vl-pet small rank=8"
+    assert [c.lead for c, _ in swept(case, Request(sweep="batch", values=(3,)))] == [(3, 128)]
+    assert [v for _, v in swept(case, Request(sweep="tokens"))] == [32.0, 64.0, 128.0, 256.0]
+    (small,) = swept(case, Request(quick=True))
+    assert small[0].rows <= 256
+    contract = op.operator("mode_contract").workload.SHAPES[0]
+    with pytest.raises(ValueError, match="has no axis 'tokens', want one of rank"):
+        swept(contract, Request(sweep="tokens"))
+
+
+def test_a_row_is_reproduced_by_its_command() -> None:
+    """The command of a row asks for that row: the shape, the mode, the provider, nothing else."""
+    request = Request(quick=True, modes=("full",), rounds=6, threads=1, sweep="rank", values=(4,))
+    scenario = next(iter(op.scenarios(["gated_bottleneck"], request)))()
+    for label, provider in scenario.providers.items():
+        command = request.reproduce(scenario.arguments, label, provider.ours, "full")
+        words = shlex.split(command)
+        assert words[:2] == ["petal-kernels", "bench"]
+        args = arguments.parser("x", "").parse_args(words[2:])
+        again = arguments.request(args)
+        (make,) = op.scenarios(args.names, again)
+        found = make()
+        assert found.name == scenario.name
+        assert label in found.providers
+        assert (again.modes, again.rounds, again.threads) == (("full",), 6, 1)
+        assert provider.ours or {k for k, p in found.providers.items() if not p.ours} == {
+            "published",
+            label,
+        }
+
+
+def test_where_results_go_is_no_part_of_the_command() -> None:
+    words = ["op", "--json", "a.json", "--quick", "--html", "--csv=b", "--rounds", "4"]
+    assert arguments.command("p bench", words) == "p bench op --quick --rounds 4"
+
+
+def test_a_backend_that_cannot_run_is_refused_with_its_reason(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        app.main(["op", "mode_contract", *QUICK, "--backend", "cuda"])
+    assert stopped.value.code == 2
+    assert "backend 'cuda' cannot run: needs tensors on cuda" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["op", "mode_contract", "--sweep", "tokens"], "has no axis 'tokens', want one of rank"),
+        (["op", "mode_contract", "--shape", "nonsense"], "want a part of a shape's name"),
+        (["op", "--rounds", "2"], "rounds: want at least 4, got 2"),
+        (["layer", "gated_adapter", "--backend", "cuda"], "cannot run here: needs tensors on cuda"),
+        (["op", "--against", "magic"], "want some of published, eager"),
+        (["overhead", "mode_contract"], "names: want none"),
+    ],
+)
+def test_a_mistake_is_named(
+    words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        app.main([*QUICK, *words])
+    assert stopped.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path: Any, monkeypatch: Any) -> None:
+    measured: list[Any] = []
+
+    def measure(scenario: Any, *_: Any) -> Any:
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(scenario)
+        return [_table(published=_row(1.0, speedup=1.0))]
+
+    monkeypatch.setattr(app, "measure", measure)
+    out = tmp_path / "r.json"
+    assert app.main(["op", "mode_contract", *QUICK, "--json", str(out)]) == 130
+    assert len(json.loads(out.read_text())["results"]) == 1
+
+
+def test_a_threshold_sets_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["op", "mode_contract", *QUICK, "--shape", "image tucker", "--against", "published"]
+    assert app.main([*words, "--fail-below", "0.001"]) == 0
+    assert app.main([*words, "--fail-below", "1000"]) == 1
+    assert "< 1000.0x" in capsys.readouterr().err
+
+
+def test_an_absent_package_says_why_and_how_to_get_it() -> None:
+    found = packages.absent(["lora_linear"], CPU, [])
+    assert found["unsloth"] == "not installed: pip install unsloth"
+    assert "liger" not in found
+    assert packages.absent(["lora_linear"], CPU, ["liger"])["liger"].startswith("compared in gated")
+    everything = SimpleNamespace(**vars(packages.PACKAGES["unsloth"]) | {"module": "torch"})
+    assert packages.Package.why_not(everything, CPU) == "its kernels need a CUDA device"
+
+
+def _fake(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
+    parts = name.split(".")
+    for i in range(len(parts)):
+        monkeypatch.setitem(sys.modules, ".".join(parts[: i + 1]), SimpleNamespace(**members))
+
+
+def _lora_w(x: Tensor, w: Tensor, quant: None, a: Tensor, b: Tensor, s: float) -> Tensor:
+    return x @ w.t() + s * (x @ a.t() @ b.t())
+
+
+def _fused(x: Tensor, w: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    return x @ w.t() + alpha * (x @ a.t() @ b.t())
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "module", "members"),
+    [
+        (
+            "unsloth",
+            "lora_linear",
+            "unsloth.kernels.fast_lora",
+            {"LoRA_W": SimpleNamespace(apply=_lora_w)},
+        ),
+        ("lorafusion", "lora_linear", "lorafusion.ops.lora_v1", {"fused_linear_lora": _fused}),
+        (
+            "liger",
+            "gated_adapter",
+            "liger_kernel.ops.layer_norm",
+            {"LigerLayerNormFunction": SimpleNamespace(apply=_norm)},
+        ),
+    ],
+)
+def test_a_package_is_called_as_it_wants_to_be(
+    package: str,
+    name: str,
+    module: str,
+    members: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a stand-in of the package's signature: arguments in the right places, and gradients of
+    the same parameters."""
+    _fake(monkeypatch, module, **members)
+    monkeypatch.setattr(packages.Package, "why_not", lambda *_: None)
+    request = Request(quick=True, against=(package,))
+    scenario = next(iter(layer.scenarios([name], request)))()
+    assert not scenario.providers[package].check().red
+
+
+def _table(**rows: Row) -> Table:
+    return Table("s", "full", rows, 0.05, moved=10**6, work=10**9)
+
+
+def _row(median: float, **more: Any) -> Row:
+    return Row(timing.Timing(median, median, median, 0.0, 4), **more)
+
+
+@pytest.mark.parametrize("target", ["layer", "model"])
+def test_peft_computes_the_same(target: str) -> None:
+    pytest.importorskip("peft")
+    request = Request(quick=True, against=("peft",), shape="LoRA")
+    make = {
+        "layer": lambda: layer.scenarios(["lora_linear"], request),
+        "model": lambda: model.scenarios(["bart"], request),
+    }[target]
+    scenario = next(iter(make()))()
+    assert not scenario.providers["peft"].check().red
+
+
+def test_losses_are_red_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = _table(published=_row(1.0, speedup=1.0), petal=_row(2.0, speedup=0.5, loss=True))
+    assert "\x1b" not in console.text(table)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    red = [line for line in console.text(table).splitlines() if line.startswith("\x1b[31m")]
+    assert len(red) == 1
+    assert "petal" in red[0]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in console.text(table)
+
+
+def test_progress_names_the_phase_and_the_time_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = io.StringIO()
+    stream.isatty = lambda: True  # type: ignore[method-assign]
+    now = iter([0.0, 32.0])
+    monkeypatch.setattr(console.time, "perf_counter", lambda: next(now))
+    progress = console.Progress(total=2, modes=1)
+    progress.stream = stream
+    progress.scenario("adapter")
+    progress.phase("compile", 0, 3)
+    progress.phase("timing", 1, 2)
+    said = stream.getvalue()
+    assert "[1/2] adapter: compile 0/3\x1b" in said
+    assert "[1/2] adapter: timing 1/2, 2 min left" in said  # a quarter took 32 s
+
+
+def test_csv_is_one_line_per_quantity() -> None:
+    from petal_kernels.tools import environment
+    from petal_kernels.tools.bench.results import Report
+
+    report = Report(environment.describe(1), "c", "float32", "cpu", "rank")
+    row = _row(2.0, speedup=0.5, peak_bytes=3_000_000, reproduce="again")
+    report.tables = [_table(petal=row)]
+    lines = list(csv.DictReader(io.StringIO(report.as_csv())))
+    assert [(x["metric_name"], x["metric_unit"], x["y_value_50"]) for x in lines] == [
+        ("speed", "ms", "2.0"),
+        ("memory", "MB", "3.0"),
+    ]
+    for name in ("machine", "torch", "petal_kernels", "commit", "timestamp", "reproduce"):
+        assert all(line[name] for line in lines), name

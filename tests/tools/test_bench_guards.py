@@ -1,0 +1,115 @@
+"""Guards against regression of what a user pays outside the kernels: a call's way to its kernel and
+the time to attach.
+
+Each is judged by its ratio to a reference workload of plain torch, timed in turns with it in the
+same process: a slow or busy machine slows both. The best of many short turns is what neither the
+scheduler nor the collector has touched; the limits are one and a half times what was measured.
+`pytest --benchmark-save` keeps the times themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import petal_kernels as pk
+from petal_kernels.hf import attach
+from petal_kernels.tools.bench import overhead
+from tests.hf import tiny_text
+
+TURNS = 40
+
+pytestmark = pytest.mark.timing
+
+
+@pytest.fixture(autouse=True)
+def undisturbed() -> Iterator[None]:
+    """One thread, and no collection in the middle of a turn."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+    torch.set_num_threads(before)
+
+
+def ratio(run: Callable[[], object], reference: Callable[[], object], turns: int = TURNS) -> float:
+    """The best time of `run` over the best of `reference`, turn by turn."""
+    best = [float("inf"), float("inf")]
+    for _ in range(turns):
+        for i, f in enumerate((run, reference)):
+            begin = time.perf_counter()
+            f()
+            best[i] = min(best[i], time.perf_counter() - begin)
+    return best[0] / best[1]
+
+
+def dozen_operators(calls: int) -> Callable[[], object]:
+    """`calls` times twelve tiny operators of torch: what dispatching costs on this machine."""
+    x, w = torch.ones(1, 16), torch.ones(16, 16)
+
+    def run() -> None:
+        for _ in range(calls):
+            y = x
+            for _ in range(6):
+                y = F.linear(y, w).relu()
+
+    return run
+
+
+def bart() -> nn.Module:
+    torch.manual_seed(0)
+    return tiny_text.MODELS["bart"]()
+
+
+@pytest.mark.parametrize(
+    ("what", "limit"), [("raw native", 1.0), ("public, no grad", 5.4), ("public, grad", 7.2)]
+)
+def test_dispatch_overhead(what: str, limit: float, benchmark: Any) -> None:
+    """Of one tiny call, in units of twelve tiny operators of torch."""
+    calls = 50
+    steps = overhead.steps(torch.device("cpu"), calls)
+    if what not in steps:
+        pytest.skip("the native backend is not built: pk.explain says why")
+    found = ratio(steps[what], dozen_operators(calls))
+    benchmark.extra_info["ratio"] = found
+    benchmark.pedantic(steps[what], rounds=5, warmup_rounds=1)
+    assert found < limit, f"{what}: {found:.2f} times twelve tiny operators, limit {limit}"
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [(pk.VLPetConfig(r=8, value_r=8), 0.85), (pk.RoutingConfig(r=8), 0.85)],
+    ids=lambda value: getattr(value, "method", None),
+)
+def test_attach_time(config: Any, limit: float, benchmark: Any) -> None:
+    """Of attach and detach, in units of a deep copy of the model."""
+    model = bart()
+
+    def run() -> None:
+        attach(model, config).detach()
+
+    found = ratio(run, lambda: copy.deepcopy(model), turns=15)
+    benchmark.extra_info["ratio"] = found
+    benchmark.pedantic(run, rounds=3, warmup_rounds=1)
+    assert found < limit, f"{config.method}: {found:.2f} deep copies, limit {limit}"
+
+
+def test_a_guard_sees_a_call_that_takes_twice_as_long() -> None:
+    reference = dozen_operators(50)
+    run = dozen_operators(60)
+
+    def twice() -> None:
+        run()
+        run()
+
+    assert ratio(twice, reference) > 1.6 * ratio(run, reference)
