@@ -23,12 +23,16 @@ TESTS = [
     "tests/test_build.py",
     "tests/test_native_gated_bottleneck.py",
     "tests/test_native_expert_dispatch.py",
+    "tests/test_native_precision.py",
     "tests/test_ops.py",
     "-k",
     "native or many_splits",
 ]
 
 MUTANTS = [
+    # One chain of additions however long, and runs that lose what was summed before them.
+    (GEMM, "constexpr int64_t kRun = 256;", "constexpr int64_t kRun = 1 << 20;"),
+    (GEMM, "    add(t, done, kNR);\n    lay_down();", "    lay_down();"),
     # A weight gradient that forgets the blocks before the last one of its split.
     (
         LOWRANK,
