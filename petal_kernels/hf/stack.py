@@ -21,6 +21,7 @@ class Slot(Protocol):
 
     state: Any  # its `factors`: of the stack's forward that runs now, else None
     call: Any
+    source: Tensor | None  # of this run: where it got what `factors.source` was in the first one
 
     def begin(self, factors: Any) -> Any:
         """What the layer's parts see during this run."""
@@ -38,6 +39,7 @@ class AdaptedLayer:
         # Before the checkpoint wrapper binds the keywords: its recompute sees these factors.
         state = self._petal_slot.state
         kwargs.setdefault("petal_factors", state.factors)
+        kwargs.setdefault("petal_source", _where(state.factors, args, kwargs))
         if args and state.enabled and _needs_grad_input(self, args[0]):
             args = (args[0].detach().requires_grad_(), *args[1:])
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -46,19 +48,46 @@ class AdaptedLayer:
         # The class is made at run time: pickle and deepcopy make it again from the layer's own.
         return _rebuild, (_own_class(type(self)),), self.__dict__
 
-    def forward(self, *args: Any, petal_factors: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        petal_factors: Any = None,
+        petal_source: int | str | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if getattr(self, "_is_replica", False):
             raise RuntimeError(
                 "nn.DataParallel runs replicas of one module in threads, which adapted layers do "
                 "not support; use DistributedDataParallel"
             )
         slot = self._petal_slot
-        call, previous = slot.begin(petal_factors), slot.call
+        call, previous = slot.begin(petal_factors), (slot.call, slot.source)
         slot.call = call
+        # A recompute may be given another object: saved-tensor hooks move inputs about.
+        slot.source = _argument(petal_source, args, kwargs)
         try:
             return slot.finish(call, super().forward(*args, **kwargs))  # type: ignore[misc]
         finally:
-            slot.call = previous
+            slot.call, slot.source = previous
+
+
+def _where(factors: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
+    """The argument that the factors were computed from: its number or its name."""
+    source = getattr(factors, "source", None)
+    if source is not None:
+        for key, value in (*enumerate(args), *kwargs.items()):
+            if value is source:
+                return key
+    return None
+
+
+def _argument(
+    key: int | str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    if key is None:
+        return None
+    found: Tensor = args[key] if isinstance(key, int) else kwargs[key]
+    return found
 
 
 def _own_class(cls: type) -> type:

@@ -64,7 +64,7 @@ def why_not_readable(base: nn.Module) -> str:
     if "forward" in base.__dict__ or hasattr(base, "_hf_hook"):
         return "base has its forward replaced"
     weight = base._parameters.get("weight")
-    if type(weight) is not nn.Parameter:
+    if type(weight) is not nn.Parameter and type(weight).__name__ != "FakeTensor":
         return f"base weight is a {type(weight).__name__}"
     if hasattr(weight, "ds_id"):
         return "base weight is partitioned by DeepSpeed"

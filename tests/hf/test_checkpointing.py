@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import petal_kernels as pk
 from petal_kernels.hf import Attachment, PetalConfig
-from tests.hf import compare, tiny
+from petal_kernels.hf.config import AdapterConfig
+from tests.hf import compare, tiny, tiny_experts
 
 SAME = 1e-12  # relative, in fp64
 
@@ -96,3 +99,31 @@ def test_a_layer_is_recomputed_from_the_parameters_only_under_reentrant(
     _gradients("instructblip", _config("paper", 0.1), True, 1, "fused")
     assert calls[:2] == [None, None]
     assert len(calls) == 2 + 4 + 2  # then each layer its own; two layers have an image branch
+
+
+def _moved(tensor: Tensor) -> Tensor:
+    """As hooks do that keep saved tensors elsewhere: what comes back is another object."""
+    return tensor.detach().clone()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+@pytest.mark.parametrize("family", ["instructblip", "vqa", "bart"])
+def test_hooks_that_move_saved_tensors(family: str) -> None:
+    """A recompute is given other tensors than the forward was, and projects none of them again."""
+    config: AdapterConfig = PetalConfig(r=5, dropout=0.4)
+    if family == "vqa":
+        config = pk.AuroraConfig(r=5, dropout=0.4)
+    if family == "bart":
+        config = pk.VLPetConfig(r=6, value_r=4)
+    found = []
+    for moved in (False, True):
+        model, attachment = tiny_experts.attached(family, config)
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        hooks = torch.autograd.graph.saved_tensors_hooks(_moved, lambda t: t)
+        torch.manual_seed(3)
+        with hooks if moved else contextlib.nullcontext():
+            loss = tiny_experts.read(family, model)[1]
+        loss.backward()
+        found.append(compare.gradients(attachment))
+    for name, gradient in found[0].items():
+        assert compare.relative(found[1][name], gradient) <= SAME, name

@@ -448,3 +448,16 @@ def test_a_copied_model_uses_its_own_adapter() -> None:
         for p in attachment.adapter.parameters():
             p.zero_()
         assert torch.equal(twin(**tiny_text.batch("bart")).logits, want)
+
+
+def test_values_of_other_states_than_the_encoders_are_projected_anew() -> None:
+    def doubled(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, kwargs | {"key_value_states": 2 * kwargs["key_value_states"]}
+
+    runs = []
+    for form in ("fused", "published"):
+        model, attachment = attached("bart", vlpet(gate="small"), form)
+        block = model.get_submodule("model.decoder.layers.1.encoder_attn")
+        block.register_forward_pre_hook(doubled, with_kwargs=True)
+        runs.append(step(model, attachment, "bart", attachment.config))
+    close(*runs)

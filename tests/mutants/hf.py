@@ -36,11 +36,17 @@ _INSTRUCTION = "petal_kernels/hf/petal/experts.py"
 
 MUTANTS = [
     (_LAYERS, "                factors.reentrant.add(self.index)", "                pass"),
-    (_LAYERS, "x is not self.source or self.version != version_of(x)", "False"),
+    (
+        _LAYERS,
+        "return self.hidden if self.version == version_of(x) else None",
+        "return self.hidden",
+    ),
+    (_LAYERS, "return self.hidden if x is again else None", "return None"),
+    (_INSERTION, "x is call.source or x is self.slot.source", "x is call.source"),
     (_LAYERS, "same = x is self.x and self.version == version_of(x)", "same = True"),
     (_LAYERS, "same = x is self.x and self.version == version_of(x)", "same = x is self.x"),
     (_LAYERS, "if not all(weight_is_plain(each.base) for each in self.members):", "if False:"),
-    (_STACK, "            slot.call = previous", "            pass"),
+    (_STACK, "            slot.call, slot.source = previous", "            pass"),
     (_STACK, "args = (args[0].detach().requires_grad_(), *args[1:])", "pass"),
     (_LAYERS, "    state.factors = None", "    pass"),
     (_LAYERS, "ups[member.mode - first]", "ups[0]"),
@@ -69,7 +75,7 @@ MUTANTS = [
     (_MODES, "self.core.fill_(1.0)", "self.core.zero_()"),
     (_MODES, "scale=self.scale, dtype=dtype", "dtype=dtype"),
     (_INSERTION, "factors.reentrant.add(self.index)", "pass"),
-    (_INSERTION, "if call is None or call.encoded is not x:", "if call is None:"),
+    (_INSERTION, "call.middles and (x is call.source or x is self.slot.source)", "call.middles"),
     (
         _INSERTION,
         "        if x is not None and self._norm_can_adapt(h, x):",

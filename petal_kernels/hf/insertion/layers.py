@@ -71,7 +71,7 @@ class Context:
 
     def __init__(self, vision: Tensor | None, tokens: Tokens) -> None:
         self.vision, self.tokens = vision, tokens
-        self.encoded: Tensor | None = None  # the encoder's output, and its projections
+        self.source: Tensor | None = None  # the encoder's output, and its projections
         self.middles: tuple[Tensor, ...] = ()
         self.grad = torch.is_grad_enabled()
         self.reentrant: set[int] = set()
@@ -93,6 +93,7 @@ class LayerSlot:
     def __init__(self, state: State, index: int) -> None:
         self.state, self.index = state, index
         self.call: Context | None = None
+        self.source: Tensor | None = None
         self.inputs: dict[str, Tensor] = {}
         self.pending: dict[str, Pending] = {}
 
@@ -284,9 +285,9 @@ class ValueLinear(AdaptedLinear):
 
     def _middle(self, adapter: ValueAdapter, x: Tensor) -> Tensor:
         call = self.slot.call
-        if call is None or call.encoded is not x:
-            return adapter.project(x, self.number)[0]
-        return call.middles[self.number]
+        if call is not None and call.middles and (x is call.source or x is self.slot.source):
+            return call.middles[self.number]
+        return adapter.project(x, self.number)[0]
 
 
 class RoutedLinear(AdaptedLinear):
@@ -321,7 +322,7 @@ def enter_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         state.routings.clear()
     encoded = kwargs.get("encoder_hidden_states")
     if encoded is not None and state.adapter.value is not None and not state.published:
-        state.factors.encoded = encoded
+        state.factors.source = encoded
         state.factors.middles = state.adapter.value.project(encoded)
 
 

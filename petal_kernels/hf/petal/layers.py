@@ -86,10 +86,11 @@ class Factors:
             self.source, self.version = image, version_of(image)
             self.hidden = shrink(image, adapter.branch("image").down)
 
-    def hidden_of(self, x: Tensor) -> Tensor | None:
-        if self.hidden is None or x is not self.source or self.version != version_of(x):
-            return None
-        return self.hidden
+    def hidden_of(self, x: Tensor, again: Tensor | None) -> Tensor | None:
+        """The projection of x where x is the source, or what a recompute is given for it."""
+        if x is self.source:
+            return self.hidden if self.version == version_of(x) else None
+        return self.hidden if x is again else None
 
 
 class LayerCall:
@@ -145,6 +146,7 @@ class LayerSlot:
         self.self_pair = False
         self.cross_pair = False
         self.call: LayerCall | None = None
+        self.source: Tensor | None = None
 
     def begin(self, factors: Factors | None) -> LayerCall:
         if factors is not None:
@@ -231,7 +233,7 @@ class ModeGroup:
     def _shared_hidden(self, call: LayerCall, x: Tensor) -> Tensor | None:
         if call.factors is None or self.branch != "image":
             return None
-        return call.factors.hidden_of(x)
+        return call.factors.hidden_of(x, self.slot.source)
 
     def _compute(
         self,
