@@ -186,7 +186,8 @@ def add_cuda(n: NinjaFile, tools: Tools) -> None:
     """Device code for every architecture, the CUDA runtime linked in.
 
     libtorch_cuda is named as a dependency through a stub of the same soname: at run time torch has
-    loaded the real one, at build time no torch with CUDA is needed.
+    loaded the real one, at build time no torch with CUDA is needed. Named by -l: nvcc puts files
+    before --no-as-needed, and many linkers leave out what no symbol is taken from.
     """
     assert tools.torch is not None
     archs = cuda_archs()
@@ -209,8 +210,8 @@ def add_cuda(n: NinjaFile, tools: Tools) -> None:
     named = n.edge("stub", stub / "libtorch_cuda.so", [stub / "empty.cpp"])
     n.rule(
         "link_cuda",
-        f"{tools.nvcc} -shared -cudart static -o $out $in -L{tools.torch / 'lib'} "
-        "-Xlinker --no-as-needed -ltorch_cpu -lc10",
+        f"{tools.nvcc} -shared -cudart static -o $out $in -L{tools.torch / 'lib'} -L{stub} "
+        "-Xlinker --no-as-needed -ltorch_cpu -lc10 -ltorch_cuda",
         depfile=False,
     )
     n.product(n.edge("link_cuda", n.build / "libpetal_cuda.so", [*objects, named]))

@@ -258,3 +258,12 @@ def test_facts_of_a_build_for_another_python(monkeypatch: pytest.MonkeyPatch) ->
         assert _build_info.cpu_capability() == {}
     finally:
         _build_info._host.cache_clear()
+
+
+def test_the_cuda_library_asks_for_torchs() -> None:
+    """Without libtorch_cuda among its needs its symbols would be looked up too early: a load on a
+    machine with a GPU would fail."""
+    library = LIBRARIES / "libpetal_cuda.so"
+    if not library.exists():
+        pytest.skip(f"no CUDA library: {_build_info.reason('cuda')}")
+    assert b"\0libtorch_cuda.so\0" in library.read_bytes()

@@ -75,9 +75,12 @@ def _where(factors: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int |
     """The argument that the factors were computed from: its number or its name."""
     source = getattr(factors, "source", None)
     if source is not None:
-        for key, value in (*enumerate(args), *kwargs.items()):
+        for number, value in enumerate(args):
             if value is source:
-                return key
+                return number
+        for name, value in kwargs.items():
+            if value is source:
+                return name
     return None
 
 

@@ -91,7 +91,8 @@ def forward(call: Call, save: bool) -> tuple[Tensor, Saved]:
         order = first.new_empty(call.slots, dtype=torch.int32)
         offsets = first.new_empty(call.experts + 1, dtype=torch.int32)
     saved = Saved(z, logits, chosen, order, offsets)
-    results = [first.new_empty(0) if r is None else r for r in (out, *saved)]
+    empty = first.new_empty(0)
+    results = [empty if r is None else r for r in (out, *saved)]
     torch.ops.petal_native.expert_dispatch_forward(*_arguments(call), results)
     return out, saved
 

@@ -59,11 +59,22 @@ def _saved_shapes(call: Call, keep: bool) -> list[tuple[int, ...]]:
     ]
 
 
+def _saved_dtypes(call: Call) -> list[torch.dtype]:
+    dtype = call.first.dtype
+    return [dtype, dtype, wide_dtype(dtype), wide_dtype(dtype)]
+
+
 def _empty_saved(call: Call, keep: bool) -> list[Tensor]:
-    first = call.first
-    shapes = _saved_shapes(call, keep)
-    dtypes = [first.dtype, first.dtype, wide_dtype(first.dtype), wide_dtype(first.dtype)]
-    return [first.new_empty(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True)]
+    kinds = zip(_saved_shapes(call, keep), _saved_dtypes(call), strict=True)
+    return [call.first.new_empty(shape, dtype=dtype) for shape, dtype in kinds]
+
+
+def _kept(call: Call, found: Saved, keep: bool) -> list[Tensor]:
+    """What a backend kept, as the fake promises it."""
+    return [
+        each.contiguous() if keep and each is not None else call.first.new_empty(0, dtype=dtype)
+        for each, dtype in zip(found, _saved_dtypes(call), strict=True)
+    ]
 
 
 def _fwd(
@@ -77,10 +88,7 @@ def _fwd(
         return first.new_empty((0, call.tensors.up.shape[0])), *saved  # type: ignore[return-value]
     impl = select(call, backend).load()
     out, found = impl.forward(call, rng, keep)
-    kept = _empty_saved(call, False)
-    if keep:
-        kept = [e if f is None else f.contiguous() for e, f in zip(kept, found, strict=True)]
-    return out.contiguous(), *kept
+    return out.contiguous(), *_kept(call, found, keep)
 
 
 def _fwd_fake(
@@ -169,10 +177,7 @@ def _update(
         return tuple(_empty_saved(call, keep))  # type: ignore[return-value]
     impl = select(call, backend).load()
     _, found = impl.forward(call, rng, keep, columns)
-    kept = _empty_saved(call, False)
-    if keep:
-        kept = [e if f is None else f.contiguous() for e, f in zip(kept, found, strict=True)]
-    return tuple(kept)  # type: ignore[return-value]
+    return tuple(_kept(call, found, keep))  # type: ignore[return-value]
 
 
 def _update_fake(

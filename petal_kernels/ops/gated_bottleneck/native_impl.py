@@ -123,7 +123,8 @@ def forward(
     if t.norm_weight is not None:
         moments = like.new_empty((rows, 2), dtype=torch.float32)
     saved = Saved(z, zg, logits, moments)
-    results = [like.new_empty(0) if r is None else r for r in (out, *saved)]
+    empty = like.new_empty(0)
+    results = [empty if r is None else r for r in (out, *saved)]
     torch.ops.petal_native.gated_bottleneck_forward(*_arguments(call, rng), results)
     return out, saved
 

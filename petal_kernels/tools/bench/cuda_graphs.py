@@ -65,6 +65,12 @@ def capture(provider: Provider, mode: str, inputs: Inputs) -> Step:
         calls = _calls(provider, mode, own)
         for _ in range(3):
             calls[0]()
+        # Found inside a capture, a sync leaves torch's generator capturing: later dropouts raise.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            calls[0]()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     order = rounds(count)

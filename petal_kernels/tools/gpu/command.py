@@ -29,11 +29,12 @@ from petal_kernels.tools.gpu import summary
 from petal_kernels.tools.gpu.clock import Clock
 from petal_kernels.tools.gpu.journal import Journal
 from petal_kernels.tools.gpu.pool import Pool
-from petal_kernels.tools.gpu.stages import STAGES
+from petal_kernels.tools.gpu.stages import STAGES, preflight
 from petal_kernels.tools.gpu.suite import Case, Suite
 
 _HELP = (__doc__ or "").replace("``", "")
 _MOST_WORKERS = 12
+_FIRST = "preflight"  # runs in every run, whatever an earlier one has found
 _QUIET_SECONDS = 1.0  # between two lines about cases that passed
 _MODULE = "petal_kernels.tools.gpu.stages"
 
@@ -86,7 +87,7 @@ class Run:
         size = options.workers or min(max((os.cpu_count() or 2) - 1, 1), _MOST_WORKERS)
         size = 1 if self.suite.dry and not options.workers else size
         self.pool = Pool(_MODULE, asdict(self.suite), _variables(self.suite.dry), size)
-        self._retried: set[str] = set()
+        self._ran: set[str] = set()
         self._said = 0.0
         self._lock = threading.Lock()
 
@@ -95,10 +96,9 @@ class Run:
         found = []
         for case in STAGES[name].cases(self.suite, self.journal):
             record = self.journal.get(case["id"])
-            again = self.retry and record is not None and record["status"] not in summary.GOOD
-            if self.only in case["id"] and (
-                record is None or (again and case["id"] not in self._retried)
-            ):
+            again = name == _FIRST or (self.retry and record is not None and summary.bad([record]))
+            wanted = record is None or (again and case["id"] not in self._ran)
+            if wanted and (self.only in case["id"] or name == _FIRST):
                 found.append(case | {"stage": name})
         return found
 
@@ -120,7 +120,7 @@ class Run:
             if result["status"] == "timeout" and self.clock.left() <= 0.0:
                 return  # its own limit was not reached: it is another run's
             with self._lock:
-                self._retried.add(case["id"])
+                self._ran.add(case["id"])
                 self.journal.add(case | result | {"commit": self.commit})
                 done[0] += 1
                 self._say(case, result, f"{done[0]}/{len(cases)}")
@@ -143,8 +143,12 @@ class Run:
         try:
             for i, name in enumerate(self.stages):
                 of = sum(STAGES[n].SHARE for n in self.stages[i:])
-                self.stage(name, self.clock.part(STAGES[name].SHARE, of))
+                share = of if name == _FIRST else STAGES[name].SHARE
+                self.stage(name, self.clock.part(share, of))
                 self.write()
+                if name == _FIRST and preflight.stops(self.journal.of(name)):
+                    print("stopped: set the above right, or leave it out by --stages", flush=True)
+                    return
             for name in self.stages:
                 self.stage(name, self.clock.part(1.0, 1.0))
         finally:

@@ -3,10 +3,12 @@ one still runs."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,28 +40,24 @@ class Worker:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as self
 
     def run(self, case: Case, limit: float) -> dict[str, Any]:
-        """The case's result; ``status`` says crash or timeout where it brought the process down."""
+        """The case's result; ``status`` says crash or timeout where it brought the process down.
+        Starting the process is a part of the time."""
+        begin = time.monotonic()
         if self._process is None:
             self._start()
-            if self._read(START_SECONDS) is None:
-                return self._died("the process did not start")
+            if self._read(min(START_SECONDS, limit)) is None:
+                return self._lost("the process did not start", begin)
         process = self._process
         assert process is not None
         assert process.stdin is not None
-        begin = time.monotonic()
         try:
             process.stdin.write(json.dumps(case).encode() + b"\n")
             process.stdin.flush()
         except BrokenPipeError:
             return self._died("the process was gone")
-        result = self._read(limit)
+        result = self._read(begin + limit - time.monotonic())
         if result is None:
-            late = process.poll() is None
-            seconds = {"seconds": round(time.monotonic() - begin, 3)}
-            if late:
-                process.kill()
-                return self._died(f"no result after {limit:.0f} s", "timeout") | seconds
-            return self._died("the process died") | seconds
+            return self._lost("the process died", begin)
         if result.pop("spoilt"):
             self.stop()
         return result
@@ -78,6 +76,7 @@ class Worker:
             stdout=self._log,
             stderr=self._log,
             pass_fds=(theirs,),
+            process_group=0,  # what a case has started ends with it
             env=os.environ | self.variables | {"PYTHONPATH": path},
         )  # fmt: skip
         os.close(theirs)
@@ -98,6 +97,16 @@ class Worker:
         found: dict[str, Any] = json.loads(line)
         return found
 
+    def _lost(self, why: str, begin: float) -> dict[str, Any]:
+        """No line came: the process is too late, or has died."""
+        seconds = time.monotonic() - begin
+        if self._process is not None and self._process.poll() is None:
+            self._kill()
+            found = self._died(f"no result after {seconds:.0f} s", "timeout")
+        else:
+            found = self._died(why)
+        return found | {"seconds": round(seconds, 3)}
+
     def _died(self, why: str, status: str = "crash") -> dict[str, Any]:
         code = self._process.wait() if self._process is not None else None
         self._log.seek(0, os.SEEK_END)
@@ -106,11 +115,16 @@ class Worker:
         self.stop()
         return {"status": status, "error": f"{why} (exit code {code})\n{tail}".rstrip()}
 
+    def _kill(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
     def stop(self) -> None:
-        """End the child, if there is one."""
+        """End the child, if there is one, and what it has started."""
         if self._process is None:
             return
-        self._process.kill()
+        self._kill()
         self._process.wait()
         if self._process.stdin is not None:
             self._process.stdin.close()
@@ -152,15 +166,21 @@ class Pool:
                         case = waiting.get_nowait()
                     except queue.Empty:
                         return
-                    done(case, worker.run(case, seconds))
+                    result = worker.run(case, seconds)
+                    if not failures:
+                        done(case, result)
             except BaseException as e:
                 failures.append(e)
 
         threads = [threading.Thread(target=serve, args=(w,)) for w in self._workers[:width]]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt as e:  # what it cuts off is another run's
+            failures.append(e)
+            self.stop()
         if failures:
             raise failures[0]
 

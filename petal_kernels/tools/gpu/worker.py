@@ -2,8 +2,8 @@
 
 ``python -m petal_kernels.tools.gpu.worker RESULT_FD MODULE SETTINGS``, where MODULE has
 ``run(case, settings) -> dict``. Results leave through their own descriptor, for libraries print.
-The process ends when its input does (its parent has gone), and after a CUDA error, which spoils the
-context for every later case.
+The process ends when its input does (its parent has gone), after a CUDA error, which spoils the
+context for every later case, and after a result that says ``spoilt`` itself.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -57,7 +58,10 @@ def main() -> None:
     def listen() -> None:
         for line in sys.stdin:
             lines.put(line)
-        os._exit(0)  # whatever is running: nobody waits for it any more
+        # Whatever is running, here or in a process of a case's: nobody waits for it any more.
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
     stages = importlib.import_module(module)
@@ -71,7 +75,9 @@ def main() -> None:
         while True:
             case = json.loads(lines.get())
             result = attempt(functools.partial(stages.run, case, settings))
-            if spoilt := _spoilt():
+            spoilt = bool(result.pop("spoilt", False))
+            if _spoilt():
+                spoilt = True
                 result["status"] = "error" if result["status"] == "pass" else result["status"]
             say(result | {"spoilt": spoilt})
             if spoilt:

@@ -14,6 +14,7 @@ from petal_kernels.tools.gpu.stages import (
     large,
     memory,
     plans,
+    preflight,
     rows,
     sanitizer,
     tuning,
@@ -21,11 +22,12 @@ from petal_kernels.tools.gpu.stages import (
 from petal_kernels.tools.gpu.suite import Case, Stage, Suite
 
 STAGES: dict[str, Stage] = {
+    "preflight": preflight,
     "ceilings": ceilings,
     "correctness": correctness,
-    "large": large,
     "capture": capture,
     "compiles": compiles,
+    "large": large,
     "headline": headline,
     "rows": rows,
     "candidates": candidates,

@@ -16,7 +16,7 @@ from petal_kernels.tools.gpu.journal import Journal, Record
 from petal_kernels.tools.gpu.stopwatch import Stopwatch
 from petal_kernels.tools.gpu.suite import DTYPES, Case, Suite, in_turn
 
-SHARE, LIMIT, PARALLEL, CHECKS = 14.0, 120.0, True, False
+SHARE, LIMIT, PARALLEL, CHECKS = 10.0, 120.0, True, False
 _REHEARSED_ROWS = 1
 
 

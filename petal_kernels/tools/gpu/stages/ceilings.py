@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from typing import Any
 
 import torch
@@ -11,8 +13,9 @@ from petal_kernels.tools.gpu.journal import Journal, Record
 from petal_kernels.tools.gpu.stopwatch import race
 from petal_kernels.tools.gpu.suite import DTYPES, Case, Suite
 
-SHARE, LIMIT, PARALLEL, CHECKS = 1.0, 120.0, False, True
+SHARE, LIMIT, PARALLEL, CHECKS = 3.0, 120.0, False, True
 _ROUNDS = 30
+_ASKED = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit", "compute_mode")
 
 
 def cases(suite: Suite, journal: Journal) -> list[Case]:
@@ -21,11 +24,24 @@ def cases(suite: Suite, journal: Journal) -> list[Case]:
     return [{"id": f"ceilings/{kind}", "kind": kind} for kind in kinds]
 
 
+def _card() -> dict[str, Any]:
+    """What a figure depends on beside the card's name."""
+    found = {"cuda": torch.version.cuda}
+    if tool := shutil.which("nvidia-smi"):
+        command = [tool, f"--query-gpu={','.join(_ASKED)}", "--format=csv,noheader", "--id=0"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        values = done.stdout.strip().split(", ")
+        if len(values) == len(_ASKED):
+            found |= dict(zip(_ASKED, values, strict=True))
+    return found
+
+
 def run(case: Case, suite: Suite) -> dict[str, Any]:
     """Measure one ceiling."""
     kind = case["kind"]
     if kind == "environment":
-        return {"environment": environment.describe(torch.get_num_threads())}
+        card = {} if suite.dry else _card()
+        return {"environment": environment.describe(torch.get_num_threads()) | card}
     if kind == "copy":
         count = (1 << 14) if suite.dry else (1 << 30)
         source = torch.randn(count // 4, device=suite.device)

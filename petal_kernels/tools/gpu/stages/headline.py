@@ -15,9 +15,10 @@ from petal_kernels.tools.bench import op as bench_op
 from petal_kernels.tools.bench.request import Request
 from petal_kernels.tools.bench.scenarios import Scenario
 from petal_kernels.tools.gpu.journal import Journal, Record
+from petal_kernels.tools.gpu.stages import preflight
 from petal_kernels.tools.gpu.suite import DTYPES, Case, Suite, in_turn
 
-SHARE, LIMIT, PARALLEL, CHECKS = 18.0, 240.0, False, False
+SHARE, LIMIT, PARALLEL, CHECKS = 22.0, 240.0, False, False
 MODES = ("train", "full")
 _ROUNDS = 20
 
@@ -28,11 +29,16 @@ def cases(suite: Suite, journal: Journal) -> list[Case]:
         [(op.name, s.name) for s in suite.shapes(op)[: 1 if suite.dry else None]]
         for op in suite.operators()
     )
-    return [
-        {"id": f"headline/{op}/{dtype}/{shape}", "op": op, "shape": shape, "dtype": dtype}
-        for dtype in dict.fromkeys((suite.dtype, "float32"))
-        for op, shape in shapes
-    ]
+    found = []
+    for dtype in dict.fromkeys((suite.dtype, "float32")):
+        for op, shape in shapes:
+            name = f"{op}/{dtype}/{shape}"
+            compiled = journal.get(f"compiles/{name}")
+            slow = compiled is not None and compiled["status"] != "pass"
+            slow = slow or not preflight.compiles(journal)
+            case = {"id": f"headline/{name}", "op": op, "shape": shape, "dtype": dtype}
+            found.append(case | {"uncompiled": slow})
+    return found
 
 
 def build(case: Case, suite: Suite, against: tuple[str, ...]) -> tuple[Scenario, Request]:
@@ -49,6 +55,19 @@ def build(case: Case, suite: Suite, against: tuple[str, ...]) -> tuple[Scenario,
     return bench_op.build(case["op"], shape, request, shape.name, None), request
 
 
+def _against(case: Case, suite: Suite) -> tuple[str, ...]:
+    """Every baseline; torch.compile not where it has failed or taken too long on its own."""
+    if suite.dry:
+        return ("eager",)
+    if not case["uncompiled"]:
+        return ()
+    op, shape = suite.shape(case)
+    others: dict[str, Any] = getattr(op.workload, "optional_baselines", lambda *_: {})(
+        shape, torch.device(suite.device)
+    )
+    return (*op.workload.BASELINES, *others, "base")
+
+
 @functools.cache
 def _roof(suite: Suite, dtype: str) -> ceilings.Ceilings:
     return ceilings.measure(torch.device(suite.device), DTYPES[dtype], quick=suite.dry)
@@ -56,7 +75,7 @@ def _roof(suite: Suite, dtype: str) -> ceilings.Ceilings:
 
 def run(case: Case, suite: Suite) -> dict[str, Any]:
     """The benchmark's tables of one shape: errors, counts and times of every provider."""
-    scenario, request = build(case, suite, against=("eager",) if suite.dry else ())
+    scenario, request = build(case, suite, _against(case, suite))
     roof = _roof(suite, case["dtype"])
     tables = measure.measure(scenario, request, roof, lambda *_: None)
     return {"ceilings": asdict(roof), "tables": [table.as_dict() for table in tables]}

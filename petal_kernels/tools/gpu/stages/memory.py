@@ -14,7 +14,7 @@ from petal_kernels.tools import operators
 from petal_kernels.tools.gpu.journal import Journal, Record
 from petal_kernels.tools.gpu.suite import Case, Suite
 
-SHARE, LIMIT, PARALLEL, CHECKS = 3.0, 120.0, False, False
+SHARE, LIMIT, PARALLEL, CHECKS = 2.0, 120.0, False, False
 _PLAIN = "transformer layer"
 
 

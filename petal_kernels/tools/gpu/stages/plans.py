@@ -13,7 +13,7 @@ from petal_kernels.tools.gpu.journal import Journal, Record
 from petal_kernels.tools.gpu.stopwatch import race
 from petal_kernels.tools.gpu.suite import Case, Suite
 
-SHARE, LIMIT, PARALLEL, CHECKS = 5.0, 120.0, False, False
+SHARE, LIMIT, PARALLEL, CHECKS = 4.0, 120.0, False, False
 BEHIND = 1.10  # the planner's choice is to be within this of the best plan
 _ROUNDS = 20
 

@@ -10,7 +10,7 @@ from petal_kernels.tools.gpu import tables
 from petal_kernels.tools.gpu.journal import Journal, Record
 from petal_kernels.tools.gpu.suite import Case, Suite, changes
 
-SHARE, LIMIT, PARALLEL, CHECKS = 1.0, 180.0, True, True
+SHARE, LIMIT, PARALLEL, CHECKS = 2.0, 180.0, True, True
 _SMALL_ROWS, _WIDE_RANK = 1024, 256
 
 

@@ -12,21 +12,29 @@ from petal_kernels.tools.gpu.stages import candidates
 from petal_kernels.tools.gpu.stopwatch import Stopwatch
 from petal_kernels.tools.gpu.suite import Case, Suite
 
-SHARE, LIMIT, PARALLEL, CHECKS = 6.0, 120.0, False, False
+SHARE, LIMIT, PARALLEL, CHECKS = 5.0, 120.0, False, False
 WORTHWHILE = 1.03  # below this a winner is noise
 _ROUNDS = 15
 
 
 def cases(suite: Suite, journal: Journal) -> list[Case]:
-    """One per row that has candidates left."""
+    """One per row of which every candidate has been tried and some are left."""
     rows: dict[str, Case] = {}
     for record in journal.of("candidates"):
         row = {k: record[k] for k in ("op", "shape", "dtype", "changes", *tables.Row._fields)}
-        case_id = "tuning/" + record["id"].split("/", 1)[1].rsplit("/", 1)[0]
+        case_id = _row_id(record)
         case = rows.setdefault(case_id, {"id": case_id, **row, "tiles": [record["tile"]]})
         if record["status"] == "pass":
             case["tiles"].append(record["candidate"])
+    for candidate in candidates.cases(suite, journal):
+        if candidate["id"] not in journal:
+            rows.pop(_row_id(candidate), None)
     return [case for case in rows.values() if len(case["tiles"]) > 1]
+
+
+def _row_id(candidate: Case) -> str:
+    row: str = candidate["id"].split("/", 1)[1].rsplit("/", 1)[0]
+    return f"tuning/{row}"
 
 
 def run(case: Case, suite: Suite) -> dict[str, Any]:
