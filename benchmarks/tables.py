@@ -153,7 +153,11 @@ def _timed_cells(row: Row) -> list[str]:
 def _wins(row: Row, entries: Sequence[dict[str, Any]]) -> bool:
     """Whether ours beats every baseline by more than the drift, in every mode."""
     for entry in entries:
-        rivals = [r["median"] for k, r in entry["rows"].items() if not k.startswith("petal")]
+        rivals = [
+            row["median"]
+            for label, row in entry["rows"].items()
+            if not label.startswith("petal") and not row.get("floor")
+        ]
         if entry["rows"][row.ours]["median"] * (1 + entry["drift"]) >= min(rivals):
             return False
     return True
@@ -177,16 +181,17 @@ def _table(rows: Sequence[Row | Saved]) -> str:
 
 
 def _whole_step() -> str:
-    name, entry = next((n, e) for (n, _), e in results(_QFORMER).items())
-    size = re.search(r"(\d+ layers, B=\d+ L=\d+)", name)
+    name, entry = next((n, e) for (n, mode), e in results(_QFORMER).items() if mode == "full")
+    size = re.search(r"(\d+ layers, )?B=\d+ L=\d+", name)
     rows = entry["rows"]
-    floor = rows["frozen"]["median"]
+    # Files of before `floor` was an entry's own call it "frozen".
+    floor = next(r["median"] for k, r in rows.items() if r.get("floor") or k == "frozen")
     added = {k: 100 * (rows[k]["median"] / floor - 1) for k in ("published", "petal")}
     (overhead,) = results(_OVERHEAD).values()
     micro = overhead["microseconds"]
     raw = next(v for k, v in micro.items() if k.startswith("raw"))
     return (
-        f"A whole Q-Former step ({size and size[1]}, release; `... model qformer`): the adapters "
+        f"A whole Q-Former step ({size and size[0]}, release; `... model qformer`): the adapters "
         f"add {added['published']:.1f} % to the frozen step in the published form and "
         f"{added['petal']:.1f} % fused (drift {100 * entry['drift']:.1f} %). A tiny "
         f"`lowrank_linear` call\ncosts {micro['public, no grad']:.0f} us of host time without and "

@@ -108,10 +108,24 @@ def test_tables_read_the_present_schema(tmp_path: Path, monkeypatch: pytest.Monk
         "drift": 0.02,
         "rows": {k: {"median": v} for k, v in rows.items()},
     }
+    # The frozen layer alone is no rival.
+    entry["rows"]["base"] = {"median": 1.0, "floor": True}  # type: ignore[index]
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "won.json").write_text(json.dumps({"results": [entry]}))
     entry["drift"] = 0.3
     (tmp_path / "even.json").write_text(json.dumps({"results": [entry]}))
     won, even = (tables._line(tables.Row("x", file, "s")) for file in ("won", "even"))
     assert won == "| x | 8.0 ms | 5.0 | 6.0 | **4.0 (2.00x)** | 2.0 % |"
+    step = {"base": {"median": 100.0, "floor": True}, "published": {"median": 120.0}}
+    entry |= {"scenario": "qformer step, PETAL, full, B=16 L=32 r=64"}
+    entry |= {"rows": step | {"petal": {"median": 107.0}}}
+    (tmp_path / "step.json").write_text(json.dumps({"results": [entry]}))
+    host = {"raw native": 1.0, "public, no grad": 2.0, "public, grad": 3.0}
+    overhead = {"scenario": "host overhead", "microseconds": host}
+    (tmp_path / "host.json").write_text(json.dumps({"results": [overhead]}))
+    monkeypatch.setattr(tables, "_QFORMER", "step")
+    monkeypatch.setattr(tables, "_OVERHEAD", "host")
+    said = tables._whole_step()
+    assert "(B=16 L=32, release" in said
+    assert "add 20.0 % to the frozen step in the published form and 7.0 % fused" in said
     assert even == "| x | 8.0 ms | 5.0 | 6.0 | 4.0 (2.00x) | 30.0 % |"

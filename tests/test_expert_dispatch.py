@@ -17,6 +17,7 @@ import petal_kernels as pk
 from petal_kernels.ops.expert_dispatch import op as op_module
 from petal_kernels.ops.expert_dispatch import planner, routing, workload
 from petal_kernels.ops.expert_dispatch.routing import Routing
+from petal_kernels.tools import parity
 from tests import discovery
 
 OP = next(op for op in discovery.operators() if op.name == "expert_dispatch")
@@ -309,3 +310,10 @@ def test_an_index_outside_is_ignored_where_looking_would_synchronise() -> None:
     """What a GPU does, on the raw arithmetic: no expert, no error."""
     chosen = torch.tensor([[7], [1], [-2]]).unsqueeze(-1) == torch.arange(3)
     assert chosen.any(-2).tolist() == [[False] * 3, [False, True, False], [False] * 3]
+
+
+def test_the_bias_gradient_of_many_rows() -> None:
+    """A sum over all tokens is as exact as plain torch's, which adds by pairs."""
+    shape = dataclasses.replace(workload.SHAPES[0], lead=(4100,), width=64)
+    operator = next(op for op in discovery.operators() if op.name == "expert_dispatch")
+    assert parity.verify(operator, shape, "torch", torch.float32).faults == []

@@ -179,16 +179,24 @@ def _is_square_of_softmax(record: Saved, profile: Profile) -> bool:
 
 
 def _parameters(profile: Profile) -> Iterator[Advice]:
-    """Converted copies of weights, as autocast makes them."""
-    records = [r for r in profile.saved if r.source]
-    if records:
-        dtype = str(records[0].dtype).removeprefix("torch.")
-        yield Advice(
-            "parameters",
-            _total(records),
-            f"{dtype} copies of {_count(len(records), 'parameter')}, at {_places(records)}",
-            "load the frozen model in the dtype it computes in, so that no product converts it",
-        )
+    """Converted copies of weights, as autocast and adapters of another dtype make them."""
+    for kind, remedy in (
+        (
+            "frozen",
+            "load the frozen model in the dtype it computes in: no product converts it then",
+        ),
+        ("trained", "adapters in the dtype of the base need none (adapter_dtype of the config)"),
+    ):
+        records = [
+            r
+            for r in profile.saved
+            if r.source and (r.source in profile.trained) == (kind == "trained")
+        ]
+        if records:
+            dtype = str(records[0].dtype).removeprefix("torch.")
+            count = _count(len(records), f"{kind} parameter")
+            text = f"{dtype} copies of {count}, at {_places(records)}"
+            yield Advice("parameters", _total(records), text, remedy)
 
 
 def _loss(profile: Profile) -> Iterator[Advice]:

@@ -52,6 +52,7 @@ class Profile:
     fake: bool
     rule: str
     frozen: list[str]  # largest modules of which nothing is trained
+    trained: frozenset[str]  # names of the parameters that are
     seconds: dict[str, float]
     device_bytes: dict[str, int] = field(default_factory=dict)  # the CUDA allocator's own figures
 

@@ -104,6 +104,7 @@ def profile(
         fake=mode is not None,
         rule=RULE if rules else "",
         frozen=frozen_subtrees(stack.roles),
+        trained=frozenset(name for name, t in own.items() if t.requires_grad),
         seconds=meter.seconds,
         device_bytes=meter.bytes,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,7 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"pip install 'petal-kernels[{command.extra}]'"
         )
     module = importlib.import_module(command.module)
-    code: int = module.main(arguments[at + 1 :])
+    try:
+        code: int = module.main(arguments[at + 1 :])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read has seen enough; nor is there anyone to flush to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return code
 
 

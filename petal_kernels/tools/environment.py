@@ -14,6 +14,7 @@ import torch
 
 import petal_kernels
 from petal_kernels._runtime import device
+from petal_kernels._runtime.backends import AUTO, ENVIRONMENT_VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -48,7 +49,7 @@ def processor() -> str:
     )
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     """Of an installed package, without importing it."""
     try:
         return importlib.metadata.version(package)
@@ -57,7 +58,7 @@ def _version(package: str) -> str | None:
 
 
 def describe(threads: int) -> dict[str, Any]:
-    """Machine, versions, commit and date."""
+    """Machine, versions, the backend of calls that name none, commit and date."""
     return {
         "cpu": processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -66,10 +67,12 @@ def describe(threads: int) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        "triton": version("triton"),
+        "transformers": version("transformers"),
+        "peft": version("peft"),
         "petal_kernels": petal_kernels.__version__,
         "native": device.cpu_library_reason() or "available",
+        "backend": os.environ.get(ENVIRONMENT_VARIABLE, AUTO),
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }

@@ -25,12 +25,14 @@ body {{ margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--back)
 h1 {{ font-size: 1.5rem; margin: .5rem 0 1rem; }}
 h2 {{ font-size: 1.15rem; margin: 2rem 0 .5rem; }}
 p {{ margin: .4rem 0; max-width: 48rem; }}
+h1, h2, p {{ overflow-wrap: anywhere; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }}
 th, td {{ padding: .25rem .6rem; text-align: left; border-bottom: 1px solid var(--line);
   white-space: nowrap; }}
 th {{ color: var(--faint); font-weight: 600; }}
 th.number, td.number {{ text-align: right; }}
+td.sentence {{ white-space: normal; min-width: 11rem; }}
 tr.loss td, .loss {{ color: var(--loss); }}
 tr.win td, .win {{ color: var(--win); }}
 .environment {{ background: var(--panel); border-radius: 8px; padding: .5rem .4rem; }}
@@ -42,6 +44,7 @@ svg {{ display: block; width: 100%; min-width: 420px; max-width: 720px; height: 
 svg text {{ fill: var(--text); font: 13px system-ui, sans-serif; }}
 svg .faint {{ fill: var(--faint); }}
 """
+_SENTENCE = 30  # characters from which a cell may be broken into lines
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?\s*(%|x|\w{1,5})?")
 
 
@@ -83,6 +86,8 @@ def table(
 
     def cell(tag: str, i: int, value: object) -> str:
         kind = ' class="number"' if numeric[i] else ""
+        if not isinstance(value, Html) and len(str(value)) > _SENTENCE and " " in str(value):
+            kind = ' class="sentence"'
         return f"<{tag}{kind}>{'' if value is None else escape(value)}</{tag}>"
 
     head = "".join(cell("th", i, h) for i, h in enumerate(headers))

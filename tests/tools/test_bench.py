@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import shlex
 import sys
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from petal_kernels.ops.gated_bottleneck import native_impl, torch_impl
 from petal_kernels.tools.bench import (
-    app,
-    arguments,
     console,
     correctness,
     counting,
@@ -35,7 +29,6 @@ from petal_kernels.tools.bench.results import Row, Table
 from petal_kernels.tools.bench.scenarios import Inputs, Provider, step
 
 CPU = torch.device("cpu")
-QUICK = ["--quick", "--no-gate", "--rounds", "4", "--threads", "1", "--mode", "train"]
 
 
 @pytest.fixture(autouse=True)
@@ -107,26 +100,6 @@ def test_red_tests_stop_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) 
     assert correctness.tests(["mode_contract"]) == "1 failed"
     monkeypatch.setattr(correctness.environment, "ROOT", tmp_path)  # an installed package
     assert correctness.tests(["mode_contract"]) is None
-
-
-def test_a_wrong_kernel_gets_no_speedup_and_fails_the_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for module in (native_impl, torch_impl):
-        forward = module.forward
-
-        def wrong(*args: Any, forward: Callable[..., Any] = forward) -> Any:
-            out, *rest = forward(*args)
-            return (out * 1.001, *rest)
-
-        monkeypatch.setattr(module, "forward", wrong)
-    words = ["op", "gated_bottleneck", *QUICK, "--shape", "large N=6400", "--against", "eager"]
-    assert app.main(words) == 2
-    said = capsys.readouterr()
-    rows = [line for line in said.out.splitlines() if line.startswith("  petal")]
-    assert rows
-    assert all("WRONG" in row for row in rows)
-    assert "petal native computes something else, error ratio" in said.err
 
 
 def test_launches_saved_and_peak_bytes_of_a_known_step() -> None:
@@ -220,7 +193,7 @@ def test_sweeps_vary_one_size() -> None:
     (case,) = [c for c in op.operator("gated_bottleneck").workload.SHAPES if "small" in c.name]
     found = swept(case, Request(sweep="rank", values=(8, 16)))
     assert [(c.rank, c.lead, v) for c, v in found] == [(8, (50, 128), 8.0), (16, (50, 128), 16.0)]
-    assert found[0][0].name == "vl-pet small rank=8"
+    assert found[0][0].name == "vl-pet small N=6400 r=8"
     assert [c.lead for c, _ in swept(case, Request(sweep="batch", values=(3,)))] == [(3, 128)]
     assert [v for _, v in swept(case, Request(sweep="tokens"))] == [32.0, 64.0, 128.0, 256.0]
     (small,) = swept(case, Request(quick=True))
@@ -230,81 +203,15 @@ def test_sweeps_vary_one_size() -> None:
         swept(contract, Request(sweep="tokens"))
 
 
-def test_a_row_is_reproduced_by_its_command() -> None:
-    """The command of a row asks for that row: the shape, the mode, the provider, nothing else."""
-    request = Request(quick=True, modes=("full",), rounds=6, threads=1, sweep="rank", values=(4,))
-    scenario = next(iter(op.scenarios(["gated_bottleneck"], request)))()
-    for label, provider in scenario.providers.items():
-        command = request.reproduce(scenario.arguments, label, provider.ours, "full")
-        words = shlex.split(command)
-        assert words[:2] == ["petal-kernels", "bench"]
-        args = arguments.parser("x", "").parse_args(words[2:])
-        again = arguments.request(args)
-        (make,) = op.scenarios(args.names, again)
-        found = make()
-        assert found.name == scenario.name
-        assert label in found.providers
-        assert (again.modes, again.rounds, again.threads) == (("full",), 6, 1)
-        assert provider.ours or {k for k, p in found.providers.items() if not p.ours} == {
-            "published",
-            label,
-        }
-
-
-def test_where_results_go_is_no_part_of_the_command() -> None:
-    words = ["op", "--json", "a.json", "--quick", "--html", "--csv=b", "--rounds", "4"]
-    assert arguments.command("p bench", words) == "p bench op --quick --rounds 4"
-
-
-def test_a_backend_that_cannot_run_is_refused_with_its_reason(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        app.main(["op", "mode_contract", *QUICK, "--backend", "cuda"])
-    assert stopped.value.code == 2
-    assert "backend 'cuda' cannot run: needs tensors on cuda" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("words", "reason"),
-    [
-        (["op", "mode_contract", "--sweep", "tokens"], "has no axis 'tokens', want one of rank"),
-        (["op", "mode_contract", "--shape", "nonsense"], "want a part of a shape's name"),
-        (["op", "--rounds", "2"], "rounds: want at least 4, got 2"),
-        (["layer", "gated_adapter", "--backend", "cuda"], "cannot run here: needs tensors on cuda"),
-        (["op", "--against", "magic"], "want some of published, eager"),
-        (["overhead", "mode_contract"], "names: want none"),
-    ],
-)
-def test_a_mistake_is_named(
-    words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        app.main([*QUICK, *words])
-    assert stopped.value.code == 2
-    assert reason in capsys.readouterr().err
-
-
-def test_an_interrupted_run_keeps_what_it_has(tmp_path: Any, monkeypatch: Any) -> None:
-    measured: list[Any] = []
-
-    def measure(scenario: Any, *_: Any) -> Any:
-        if measured:
-            raise KeyboardInterrupt
-        measured.append(scenario)
-        return [_table(published=_row(1.0, speedup=1.0))]
-
-    monkeypatch.setattr(app, "measure", measure)
-    out = tmp_path / "r.json"
-    assert app.main(["op", "mode_contract", *QUICK, "--json", str(out)]) == 130
-    assert len(json.loads(out.read_text())["results"]) == 1
-
-
-def test_a_threshold_sets_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["op", "mode_contract", *QUICK, "--shape", "image tucker", "--against", "published"]
-    assert app.main([*words, "--fail-below", "0.001"]) == 0
-    assert app.main([*words, "--fail-below", "1000"]) == 1
-    assert "< 1000.0x" in capsys.readouterr().err
+@pytest.mark.parametrize("sweep", [None, "rank", "tokens"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_no_two_scenarios_have_one_name(sweep: str | None, quick: bool) -> None:
+    """Charts and result files know them by it."""
+    request = Request(quick=quick, sweep=sweep)
+    for name in op.names():
+        if name != "mode_contract" or sweep != "tokens":
+            found = [case.name for case, _, _ in op.cases(name, request)]
+            assert len(set(found)) == len(found), found
 
 
 def test_an_absent_package_says_why_and_how_to_get_it() -> None:

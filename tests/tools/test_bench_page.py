@@ -63,6 +63,10 @@ def test_the_report_has_environment_plots_and_commands(report: Path) -> None:
     assert titles[0] == "Times as fast as the published form"
     lines = [c for c in charts if list(c.iter(f"{SVG}polyline"))]
     assert len(lines) == 2  # both modes were swept
+    assert [c.get("aria-label") for c in lines] == [
+        "forward as in training",
+        "forward and backward",
+    ]
     for chart in lines:
         points = list(chart.iter(f"{SVG}circle"))
         names = {p.find(f"{SVG}title").text.split(":")[0] for p in points}  # type: ignore[union-attr]
@@ -135,6 +139,8 @@ def test_text_is_escaped_and_markup_is_not() -> None:
     rows = list(root.find(".//tbody").iter("tr"))  # type: ignore[union-attr, arg-type]
     assert [r.get("class") for r in rows] == [None, "loss"]
     assert [c.get("class") for c in rows[0]] == [None, "number"]
+    long = page.table(["a"], [["a sentence that a phone may break into lines"]])
+    assert '<td class="sentence">' in long
     environment = {"gpu": None, "cpu": "<AMD>"}
     document = parse(page.document("t<", [page.section("s&", text)], environment=environment))
     assert [c.text for c in document.iter("td")][:4] == ["gpu", "none", "cpu", "<AMD>"]

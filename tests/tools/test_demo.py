@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 import petal_kernels as pk
-from petal_kernels.tools import cli
+from petal_kernels.tools import cli, environment
 from petal_kernels.tools.demo import app, compare, data, report, tasks, train
 from petal_kernels.tools.demo import model as small
 
@@ -294,11 +294,11 @@ def test_report_holds_what_was_shown(whole: Run) -> None:
     assert len(figures["training"]["losses"]) == TINY.steps
     assert figures["training"]["accuracy_steps"] == [1, 3, 6]
     assert figures["settings"] == asdict(TINY)
-    assert figures["versions"]["torch"] == torch.__version__
-    assert figures["machine"]["threads"] == torch.get_num_threads()
+    assert figures["environment"]["torch"] == torch.__version__
+    assert figures["environment"]["threads"] == torch.get_num_threads()
     assert figures["comparison"]["agrees"] is True
     assert figures["detached_answers_as_before"] is True
-    assert "commit" in figures
+    assert {"commit", "matplotlib"} <= set(figures["environment"])
     assert figures["seconds"] > 0
     for name in ("curves.png", "answers.png"):
         assert (whole.out / name).read_bytes().startswith(b"\x89PNG"), name
@@ -367,5 +367,5 @@ def test_report_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch) -> No
     def absent(*args: object, **kwargs: object) -> object:
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr(report.subprocess, "run", absent)
-    assert report.machine()["commit"] is None
+    monkeypatch.setattr(environment.subprocess, "run", absent)
+    assert report.machine()["commit"] == "unknown"

@@ -61,6 +61,19 @@ def test_json_holds_what_the_text_says(capsys: pytest.CaptureFixture[str]) -> No
         assert (line["status"] == "refused") == (line["checks"] == 0)
 
 
+def test_a_named_default_answers_for_no_other_backend(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PETAL_BACKEND", "cuda")
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    passed = [
+        line.split()[0] for line in out.splitlines() if line.split()[1:3] == ["torch", "pass"]
+    ]
+    assert passed == [op.name for op in operators.operators()]
+    assert "PETAL_BACKEND=cuda takes its place here" in out
+
+
 def off(t: torch.Tensor) -> torch.Tensor:
     """One element wrong by an eighth of the largest."""
     t = t.clone()
@@ -127,7 +140,7 @@ def test_a_missing_library_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch)
     assert line.remedy == _build_info.how()
     line = selfcheck.check(op, "triton", 1, interpret=False)
     assert line.remedy == "pip install 'petal-kernels[triton]'"
-    assert "triton is not installed" in report.line(line, colour=False)
+    assert "triton is not installed" in report.line(line)
     assert report.remedies([line, line]).count("-> pip install") == 1
 
 

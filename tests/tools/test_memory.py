@@ -353,7 +353,14 @@ def test_advice_on_copies_of_parameters_under_autocast() -> None:
     found = memory.profile(forward, x, module=base)
     (record,) = [r for r in found.saved if r.source]
     assert (record.source, record.bytes) == ("weight", 32 * 32 * 2)
-    assert "parameters" in names(found)
+    (frozen,) = [a for a in advise(found) if a.cause == "parameters"]
+    assert frozen.remedy.startswith("load the frozen model in the dtype")
+    base.requires_grad_(True)
+    (trained,) = [
+        a for a in advise(memory.profile(forward, x, module=base)) if a.cause == "parameters"
+    ]
+    assert "1 trained parameter" in trained.text
+    assert "adapter_dtype" in trained.remedy
 
 
 # Budgets -------------------------------------------------------------------------------------

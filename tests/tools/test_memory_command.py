@@ -39,6 +39,9 @@ def with_loss(attention="sdpa"):
 
 def wrong():
     return build()[0]
+
+def broken():
+    return int("seven")
 """
 
 
@@ -311,11 +314,16 @@ def test_exit_codes(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--what-if", "weather"], "weather"),
         (["--batch", "0"], "--batch"),
         (["--method", "lora"], "demo"),
+        (["--length", "50"], "--model demo: has no --length"),
+        (["--device", "mps"], "want cpu or cuda[:N]"),
+        (["--compare", "lora-qkv", "--fail-above", "1"], "--compare: has no --fail-above"),
     ):
         with pytest.raises(SystemExit) as stopped:
             app.main(wrong)
         assert stopped.value.code == 2
         assert said in capsys.readouterr().err
+    with pytest.raises(ValueError, match="seven"):  # the script's own, with its traceback
+        app.main(["--script", f"{script}:broken"])
 
 
 def test_a_terminal_cuts_long_lines(script: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from petal_kernels._runtime.backends import default_backend
 from petal_kernels.tools import environment
 from petal_kernels.tools.bench import (
     arguments,
@@ -34,6 +35,7 @@ from petal_kernels.tools.bench.measure import measure
 from petal_kernels.tools.bench.request import Request, RequestError
 from petal_kernels.tools.bench.results import Report
 from petal_kernels.tools.bench.scenarios import Scenario
+from petal_kernels.tools.colours import RED, painted
 
 
 def _gate(args: argparse.Namespace, operators: Sequence[str]) -> None:
@@ -49,20 +51,27 @@ def _gate(args: argparse.Namespace, operators: Sequence[str]) -> None:
 def _makers(
     args: argparse.Namespace, names: Sequence[str], request: Request
 ) -> list[Callable[[], Scenario]]:
-    if args.what == "op":
-        return list(op.scenarios(names, request))
-    if args.what == "layer":
-        return list(layer.scenarios(names, request))
-    return list(model.scenarios(names, request, args.size))
+    if args.what in ("plans", "overhead"):
+        return []
+    found = {
+        "op": lambda: op.scenarios(names, request),
+        "layer": lambda: layer.scenarios(names, request),
+        "model": lambda: model.scenarios(names, request, args.size),
+    }
+    makers = list(found[args.what]())
+    if not makers:
+        raise RequestError(f"shape: want a part of a shape's name, got {args.shape!r}")
+    return makers
 
 
 def _compare(
-    args: argparse.Namespace, names: Sequence[str], request: Request, report: Report
+    args: argparse.Namespace,
+    makers: Sequence[Callable[[], Scenario]],
+    names: Sequence[str],
+    request: Request,
+    report: Report,
 ) -> None:
     """Measure every scenario, printing each table when it is there."""
-    makers = _makers(args, names, request)
-    if not makers:
-        raise RequestError(f"shape: want a part of a shape's name, got {args.shape!r}")
     report.absent = packages.absent(names, request.device, request.against)
     report.ceilings = ceilings.measure(request.device, request.dtype, request.quick)
     print(console.legend(report))
@@ -95,7 +104,7 @@ def _verdict(report: Report, fail_below: float | None) -> int:
     for table, label, row in wrong:
         what = "computes something else" if row.errors and row.errors.wrong else "is imprecise"
         said = f"{table.scenario}, {table.mode}: {label} {what}, error ratio {row.errors}"
-        print(console.painted(said, console.RED, sys.stderr), file=sys.stderr)
+        print(painted(said, RED, sys.stderr), file=sys.stderr)
     if wrong:
         return 2
     slow = [
@@ -105,7 +114,7 @@ def _verdict(report: Report, fail_below: float | None) -> int:
     ]
     for table, label, row in slow:
         said = f"{table.scenario}, {table.mode}: {label} {row.speedup:.2f}x < {fail_below}x"
-        print(console.painted(said, console.RED, sys.stderr), file=sys.stderr)
+        print(painted(said, RED, sys.stderr), file=sys.stderr)
     return 1 if slow else 0
 
 
@@ -120,25 +129,38 @@ def _write(args: argparse.Namespace, names: Sequence[str], suffix: str, content:
     print(f"written {path}")
 
 
-def main(words: Sequence[str] | None = None, program: str = "petal-kernels bench") -> int:
-    """Parse, gate, measure, print, write; the exit code."""
-    words = list(sys.argv[1:] if words is None else words)
-    parser = arguments.parser(program, __doc__ or "")
-    args = parser.parse_args(words)
+def _names(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """The targets, after everything that is asked for in vain has been refused."""
     known = arguments.TARGETS[args.what]() if args.what in arguments.TARGETS else []
     unknown = [n for n in args.names if n not in known]
     if unknown:
         want = f"want some of {', '.join(known)}" if known else "want none"
         parser.error(f"names: {want}, got {', '.join(unknown)}")
-    names = args.names or known
+    for option in arguments.OUTPUTS:
+        given = str(getattr(args, option[2:]))
+        if given in known:  # its file may be left out, so it takes the word that follows
+            parser.error(f"{option}: want a file, got the name {given}: put names first")
     if args.what == "model" and importlib.util.find_spec("transformers") is None:
         parser.error("model: needs transformers: pip install 'petal-kernels[hf]'")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("device: no CUDA device here")
+    if args.what in ("plans", "overhead"):
+        unheeded = [name for name in arguments.OF_TABLES if getattr(args, name)]
+        if unheeded:
+            parser.error(f"{args.what}: has no --{unheeded[0].replace('_', '-')}")
+    return args.names or known
+
+
+def main(words: Sequence[str] | None = None, program: str = "petal-kernels bench") -> int:
+    """Parse, gate, measure, print, write; the exit code."""
+    words = list(sys.argv[1:] if words is None else words)
+    parser = arguments.parser(program, __doc__ or "")
+    args = parser.parse_args(words)
+    names = _names(args, parser)
     torch.set_num_threads(args.threads)
     try:
         request = arguments.request(args)
-    except RequestError as error:
+        makers = _makers(args, names, request)
+        default_backend()
+    except ValueError as error:
         parser.error(str(error))
     _gate(args, names if args.what == "op" else op.names())
     report = Report(
@@ -153,17 +175,23 @@ def main(words: Sequence[str] | None = None, program: str = "petal-kernels bench
         found = {"environment": report.environment, "command": report.command, "results": results}
         _write(args, names, "json", json.dumps(found, indent=1) + "\n")
         return 0
-    stopped = False
+    stopped = 0
     try:
-        _compare(args, names, request, report)
-    except RequestError as error:
-        parser.error(str(error))
+        _compare(args, makers, names, request, report)
     except KeyboardInterrupt:
-        stopped = True
+        stopped = 130
         print("\nstopped: what was measured until here counts", file=sys.stderr)
+    except (RequestError, RuntimeError) as error:
+        named = "cannot run here" in str(error)  # a backend, by an option or PETAL_BACKEND
+        if not (named or isinstance(error, RequestError)):
+            raise
+        if not report.tables:
+            parser.error(str(error))
+        stopped = 2
+        print(f"\n{error}\nstopped: what was measured until here counts", file=sys.stderr)
     print()
     _write(args, names, "json", report.as_json())
     _write(args, names, "csv", report.as_csv())
     if args.html is not None:
         _write(args, names, "html", html.render(report))
-    return 130 if stopped else _verdict(report, args.fail_below)
+    return stopped or _verdict(report, args.fail_below)

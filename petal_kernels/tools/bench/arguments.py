@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from petal_kernels._runtime.backends import NAMES as BACKENDS
+from petal_kernels.tools.argument_types import device, listed, positive, positives
 from petal_kernels.tools.bench import layer, model, op, packages
 from petal_kernels.tools.bench.model_builders import SIZES
 from petal_kernels.tools.bench.request import AXES, DTYPES, Request
@@ -18,19 +19,8 @@ from petal_kernels.tools.bench.scenarios import MODES
 BASELINES = ("published", "eager", "compile", "base", "grouped_mm", *packages.PACKAGES)
 TARGETS = {"op": op.names, "layer": layer.names, "model": model.names}
 OUTPUTS = ("--json", "--csv", "--html")
-
-
-def _listed(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    """An argument type: names with commas between."""
-
-    def parse(text: str) -> tuple[str, ...]:
-        found = tuple(word for word in text.split(",") if word)
-        unknown = [word for word in found if word not in choices]
-        if unknown or not found:
-            raise argparse.ArgumentTypeError(f"want some of {', '.join(choices)}, got {text!r}")
-        return found
-
-    return parse
+# What `plans` and `overhead` would not heed.
+OF_TABLES = ("shape", "against", "backend", "sweep", "values", "fail_below", "csv", "html")
 
 
 def parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -50,19 +40,19 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     add = built.add_argument
     add("--shape", default="", metavar="TEXT", help="only the shapes with TEXT in their names")
     add("--size", choices=list(SIZES), default="full", help="of the models")
-    add("--against", type=_listed(BASELINES), default=(), metavar="NAMES",
+    add("--against", type=listed(BASELINES), default=(), metavar="NAMES",
         help=f"baselines, default all that can run: {', '.join(BASELINES)}")  # fmt: skip
-    add("--backend", type=_listed(("auto", *BACKENDS)), default=(), metavar="NAMES",
+    add("--backend", type=listed(("auto", *BACKENDS)), default=(), metavar="NAMES",
         help="ours, default all that can run (layers and models: what auto takes)")  # fmt: skip
-    add("--mode", type=_listed(("all", *MODES)), default=("train", "full"), metavar="MODES",
+    add("--mode", type=listed(("all", *MODES)), default=("train", "full"), metavar="MODES",
         help=f"some of {', '.join(MODES)} or all; default train,full")  # fmt: skip
     add("--sweep", choices=AXES, help="vary one size of each shape")
-    add("--values", type=lambda s: tuple(int(v) for v in s.split(",")), default=(), metavar="N,N",
+    add("--values", type=positives, default=(), metavar="N,N",
         help="of the sweep, default 1/4 to 2 times the shape's own")  # fmt: skip
     add("--dtype", choices=list(DTYPES), default="float32")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, default=torch.get_num_threads())
-    add("--rounds", type=int, default=20, help="samples of each time, at least 4")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=positive, default=torch.get_num_threads())
+    add("--rounds", type=positive, default=20, help="samples of each time, at least 4")
     add("--quick", action="store_true", help="few small shapes and no torch.compile: does it run?")
     add("--no-gate", action="store_true", help="skip the tests; rows are checked all the same")
     add("--fail-below", type=float, metavar="X",

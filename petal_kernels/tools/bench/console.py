@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import sys
 import time
-from typing import TextIO
 
+from petal_kernels.memory.text import columns as aligned
 from petal_kernels.tools.bench.results import Report, Row, Table
 from petal_kernels.tools.bench.scenarios import IN_WORDS
-
-RED, BOLD, FAINT = "31", "1", "2"
-
-
-def painted(text: str, colour: str, stream: TextIO | None = None) -> str:
-    """`text` in a colour on a terminal, unless NO_COLOR is set."""
-    stream = sys.stdout if stream is None else stream
-    if os.environ.get("NO_COLOR") or not stream.isatty():
-        return text
-    return f"\x1b[{colour}m{text}\x1b[0m"
+from petal_kernels.tools.colours import BOLD, FAINT, RED, painted
 
 
 def _mega(value: int | None) -> str:
@@ -62,23 +53,16 @@ def least(table: Table) -> str:
 
 def text(table: Table) -> str:
     """One table for the terminal."""
-    parts = columns(table)
-    widths = [max(len(name), *map(len, cells)) for name, cells in parts]
+    names, cells = zip(*columns(table), strict=True)
+    rows = list(zip(*cells, strict=True))
+    head, *body = aligned(names, rows, right=range(1, len(names))).split("\n")
     heading = f"{table.scenario}: {IN_WORDS[table.mode]}"
-    lines = ["", painted(heading, BOLD)]
-    lines.append(painted(_line([name for name, _ in parts], widths), FAINT))
-    for i, row in enumerate(table.rows.values()):
-        line = _line([cells[i] for _, cells in parts], widths)
+    lines = ["", painted(heading, BOLD), painted(head, FAINT)]
+    for row, line in zip(table.rows.values(), body, strict=True):
         lines.append(painted(line, RED) if row.loss or row.red else line)
     notes = [f"drift {100 * table.drift:.1f} %", least(table), *table.notes]
     lines.append("  " + "; ".join(note for note in notes if note))
     return "\n".join(lines)
-
-
-def _line(cells: list[str], widths: list[int]) -> str:
-    first = cells[0].ljust(widths[0])
-    rest = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
-    return "  " + "  ".join([first, *rest])
 
 
 def legend(report: Report) -> str:
@@ -123,9 +107,9 @@ class Progress:
         if self.stream.isatty():
             counted = f" {done}/{total}" if total > 1 else ""
             head = f"[{self.done + 1}/{self.total}] {self.name}: {name}{counted}"
-            print(
-                f"\r{(head + self._left(share))[:118]}\x1b[K", end="", file=self.stream, flush=True
-            )
+            # A line that wraps is not written over.
+            shown = (head + self._left(share))[: shutil.get_terminal_size().columns - 1]
+            print(f"\r{shown}\x1b[K", end="", file=self.stream, flush=True)
 
     def finished(self) -> None:
         """The scenario is over; its line goes."""

@@ -12,27 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Kineto tells stderr of every start and stop; read when it is first used.
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+from petal_kernels import memory
 
 
 def saved_bytes(forward: Callable[[], Any], parameters: Sequence[Tensor]) -> int:
     """Bytes of distinct storages kept for backward, the parameters' own excluded."""
-    own = {t.untyped_storage().data_ptr() for t in parameters}
-    seen: dict[int, int] = {}
-    alive = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-            alive.append(storage)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = forward()
-    del out
-    return sum(seen.values())
+    return memory.profile(forward, parameters=parameters, backward=False).saved_bytes
 
 
 class _Operators(TorchDispatchMode):
@@ -101,6 +86,8 @@ def _quiet() -> Iterator[None]:
 def _profiled(run: Callable[[], object], memory: bool) -> list[Any]:
     from torch.profiler import ProfilerActivity, profile
 
+    # Kineto tells stderr of every start and stop; this is read when it is first used.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     activities = [ProfilerActivity.CPU if memory else ProfilerActivity.CUDA]
     with _quiet(), profile(activities=activities, profile_memory=memory) as profiler:
         run()

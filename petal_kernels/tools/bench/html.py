@@ -28,7 +28,7 @@ def _summary(report: Report) -> str:
     for table in report.tables:
         for label, row in table.rows.items():
             if row.chosen and row.speedup is not None:
-                name = table.mode if label == "petal" else f"{table.mode}, {label[6:] or 'auto'}"
+                name = ", ".join((table.mode, *label.split()[1:]))
                 gains.setdefault(table.scenario, {})[name] = row.speedup
     parts = [
         page.paragraph(
@@ -45,24 +45,27 @@ def _summary(report: Report) -> str:
 
 
 def _sweeps(report: Report) -> Iterator[str]:
-    """One chart of every shape and mode that was swept: time against the axis."""
-    groups: dict[tuple[str, str], list[Table]] = {}
+    """Of every shape that was swept a chart per mode: time against the axis."""
+    shapes: dict[str, dict[str, list[Table]]] = {}
     for table in report.tables:
         if table.swept is not None:
-            groups.setdefault((table.shape, table.mode), []).append(table)
-    for (shape, mode), tables in groups.items():
-        series: dict[str, list[tuple[float, float]]] = {}
-        for table in sorted(tables, key=lambda t: t.swept or 0.0):
-            for label, row in table.rows.items():
-                series.setdefault(label, []).append((table.swept or 0.0, row.timing.median))
-        chart = svg.lines(
-            series,
-            title=f"{shape}: {IN_WORDS[mode]}",
-            x_label=str(report.axis),
-            y_label="ms",
-            log_x=len(tables) > 1,
-        )
-        yield page.section(f"Sweep over {report.axis}", chart)
+            shapes.setdefault(table.shape, {}).setdefault(table.mode, []).append(table)
+    for shape, modes in shapes.items():
+        charts = []
+        for mode, tables in modes.items():
+            series: dict[str, list[tuple[float, float]]] = {}
+            for table in sorted(tables, key=lambda t: t.swept or 0.0):
+                for label, row in table.rows.items():
+                    series.setdefault(label, []).append((table.swept or 0.0, row.timing.median))
+            chart = svg.lines(
+                series,
+                title=IN_WORDS[mode],
+                x_label=str(report.axis),
+                y_label="ms",
+                log_x=len(tables) > 1,
+            )
+            charts.append(chart)
+        yield page.section(f"Sweep over {report.axis}: {shape}", *charts)
 
 
 def _scenarios(report: Report) -> Iterator[str]:

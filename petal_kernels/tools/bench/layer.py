@@ -24,7 +24,7 @@ from petal_kernels.tools.bench.layer_forms import (
     RoutedLayer,
 )
 from petal_kernels.tools.bench.op import Oracle, run
-from petal_kernels.tools.bench.request import Request, RequestError, swept
+from petal_kernels.tools.bench.request import Request, swept
 from petal_kernels.tools.bench.scenarios import Forward, Inputs, Provider, Scenario
 
 LAYERS: dict[str, tuple[type[Layer], tuple[LayerCase, ...]]] = {
@@ -77,13 +77,8 @@ def on_backend(forward: Callable[..., Any], backend: str) -> Forward:
     """The forward with another default backend; its backward takes the same."""
 
     def run_on(**arguments: Any) -> Any:
-        try:
-            with pk.use_backend(backend):
-                return forward(**arguments)
-        except RuntimeError as error:
-            if "cannot run here" not in str(error):
-                raise
-            raise RequestError(str(error)) from None
+        with pk.use_backend(backend):
+            return forward(**arguments)
 
     return run_on
 

@@ -103,5 +103,5 @@ def _table(
             row.loss = time.median > min(rivals) * (1 + drift)
         row.reproduce = request.reproduce(scenario.arguments, label, row.ours, mode)
         rows[label] = row
-    shape = " ".join(scenario.arguments[:4])
+    shape = " ".join(scenario.arguments[1:4:2])  # of ("op", NAME, "--shape", SHAPE)
     return Table(scenario.name, mode, rows, drift, shape, scenario.swept, moved, work, notes)

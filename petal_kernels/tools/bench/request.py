@@ -15,7 +15,7 @@ from petal_kernels.tools.bench.timing import LEAST_ROUNDS
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AXES = ("tokens", "batch", "rank")
 QUICK_ROWS = 256  # at most so many tokens in all
-_SIZES = re.compile(r",?\s*\b(N|B|L|R|r|d)=\d+\b")
+_LETTERS = {"tokens": "NBL", "batch": "NBL", "rank": "Rr"}  # of the sizes in a shape's name
 
 Case = TypeVar("Case")
 
@@ -65,6 +65,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.rounds < LEAST_ROUNDS:
             raise RequestError(f"rounds: want at least {LEAST_ROUNDS}, got {self.rounds}")
+        if self.values and self.sweep is None:
+            raise RequestError("values: want --sweep beside them")
 
 
 def _sizes(case: Any) -> dict[str, int]:
@@ -82,14 +84,18 @@ def _sizes(case: Any) -> dict[str, int]:
 
 
 def _with(case: Case, axis: str, value: int) -> Case:
-    """The case with one size replaced, and its name without sizes but this one."""
+    """The case with one size replaced, in its name too."""
     at: Any = case
     if hasattr(at, "lead") and axis != "rank":
         lead = (*at.lead[:-1], value) if axis == "tokens" else (value, *at.lead[1:])
         changed: Any = replace(at, lead=lead)
     else:
         changed = replace(at, **{axis: value})
-    new: Case = replace(changed, name=f"{_SIZES.sub('', at.name)} {axis}={value}")
+    sizes = _sizes(changed)
+    letters = (("r", "rank"),) if axis == "rank" else (("B", "batch"), ("L", "tokens"))
+    said = [f"{letter}={sizes[name]}" for letter, name in letters if name in sizes]
+    plain = re.sub(rf",?\s*\b[{_LETTERS[axis]}]=\d+\b", "", at.name)
+    new: Case = replace(changed, name=" ".join((plain, *said)))
     return new
 
 

@@ -312,7 +312,7 @@ def _finish(
     print(f"  adapter detached: the model answers as before: {'yes' if restored else 'NO'}")
     figures = {
         "question": tasks.NEW.text,
-        **report.machine(),
+        "environment": report.machine(),
         "settings": asdict(trainer.settings),
         "before": before,
         "after": after,

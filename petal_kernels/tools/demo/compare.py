@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from petal_kernels import memory
 from petal_kernels.tools.demo.train import Batch, Batches, Form, Trainer
 
 # A wrong index or scale moves the loss by 1e-2 or more; see `curve_bound` for where the bound comes
@@ -177,19 +178,7 @@ def _times(
 
 def saved_bytes(form: Form, batch: Batch) -> int:
     """Bytes that the graph of one training step keeps: each storage once, parameters left out."""
-    parameters = {p.untyped_storage().data_ptr() for p in form.model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     form.model.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = form.loss(batch)
-    # The graph is alive until here, so no address was used twice.
-    del loss
+    found = memory.profile(form.loss, (batch,), module=form.model, backward=False)
     form.model.eval()
-    return sum(kept.values())
+    return found.saved_bytes

@@ -110,7 +110,7 @@ def run_one(method: Method, train: Cached, held: Cached, options: MethodOptions)
         "backbone": method.kind,
         "config": attachment.config.to_dict(),
         "question": tasks.NEW.text,
-        **report.machine(),
+        "environment": report.machine(),
         "settings": asdict(settings),
         "backends": backends,
         "before": before,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from petal_kernels.tools import environment
 from petal_kernels.tools.demo import data
 
 if TYPE_CHECKING:
@@ -22,53 +20,10 @@ _RIGHT, _WRONG, _FUSED, _PUBLISHED, _GREY = "#1a7f37", "#cf222e", "#0969da", "#b
 
 def machine() -> dict[str, Any]:
     """Where and with what the figures were made."""
-    import matplotlib
-    import mlxtend
-    import numpy
-    import transformers
-
-    import petal_kernels
-
-    return {
-        "versions": {
-            "petal_kernels": petal_kernels.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": numpy.__version__,
-            "mlxtend": mlxtend.__version__,
-            "matplotlib": matplotlib.__version__,
-        },
-        "machine": {
-            "system": platform.platform(),
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        },
-        "commit": _commit(),
+    packages = ("numpy", "mlxtend", "matplotlib")
+    return environment.describe(torch.get_num_threads()) | {
+        name: environment.version(name) for name in packages
     }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that the package runs from, or None where there is none."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "log", "-1", "--format=%H", "--", str(here.parents[1])]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:

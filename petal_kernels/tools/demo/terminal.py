@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from petal_kernels.memory.text import columns
+
 _WIDTH = 28
 
 
@@ -17,15 +19,8 @@ def heading(text: str) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest entry; the first to the left, the others to the right."""
-    lines = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    out = []
-    for line in lines:
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        out.append("  " + "   ".join(cells).rstrip())
-    return "\n".join(out)
+    """Columns, the first to the left and figures to the right."""
+    return columns(header, rows, right=range(1, len(header)))
 
 
 class Progress:

@@ -11,15 +11,19 @@ import argparse
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import petal_kernels as pk
+from petal_kernels._runtime.backends import ENVIRONMENT_VARIABLE
 from petal_kernels.tools.doctor import facts, report, selfcheck
 
 _HELP = (__doc__ or "").replace("``", "")
-_RULE = "parity: error against fp64 as a share of what is allowed (1.00: twice that of plain torch)"
+_RULE = (
+    "parity: error against fp64 as a share of what is allowed "
+    "(1.00: twice that of plain torch, gradients three times)"
+)
 
 
 def _finite(value: Any) -> Any:
@@ -47,20 +51,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.json:
         print(f"{report.versions(looked['versions'])}\n\n{report.devices(looked['devices'])}")
         print(f"\n{report.built(looked['built'])}\n\n{_RULE}", flush=True)
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     lines = []
-    for line in selfcheck.check_all(None if options.all else selfcheck.CASES, options.interpret):
-        lines.append(line)
-        if not options.json:
-            print(report.line(line, colour), flush=True)
-    choices = list(selfcheck.choices())
+    count = None if options.all else selfcheck.CASES
+    with pk.use_backend("auto"):  # a backend that PETAL_BACKEND names would answer for all
+        for line in selfcheck.check_all(count, options.interpret):
+            lines.append(line)
+            if not options.json:
+                print(report.line(line), flush=True)
+        choices = list(selfcheck.choices())
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
     failed = [line for line in lines if line.status == "fail"]
     if options.json:
         parity = [_finite(asdict(line)) for line in lines]
-        document = {**looked, "parity": parity, "choices": choices, "ok": not failed}
+        chosen = {"choices": choices, ENVIRONMENT_VARIABLE: named}
+        document = {**looked, "parity": parity, **chosen, "ok": not failed}
         print(json.dumps(document, indent=1))
         return 1 if failed else 0
-    print(f"\n{report.choices(choices)}\n")
+    print(f"\n{report.choices(choices)}")
+    print(f"  {ENVIRONMENT_VARIABLE}={named} takes its place here\n" if named else "")
     if any(line.status == "refused" for line in lines):
         print(f"{report.remedies(lines)}\n")
     if failed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,7 @@ def versions() -> dict[str, str | None]:
         "torch": torch.__version__,
         "torch's CUDA": torch.version.cuda,
     }
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return found | {name: environment.version(name) for name in PACKAGES}
 
 
 def devices() -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from petal_kernels.tools.colours import BOLD, GREEN, RED, YELLOW, painted
 from petal_kernels.tools.doctor.selfcheck import Line
 
-_COLOURS = {"pass": "32", "fail": "31;1", "refused": "33"}
+_COLOURS = {"pass": GREEN, "fail": f"{RED};{BOLD}", "refused": YELLOW}
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _SHOWN_FAULTS = 3
 
@@ -55,10 +56,10 @@ def built(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def line(found: Line, colour: bool) -> str:
+def line(found: Line) -> str:
     """One backend of one operator."""
     word = "no" if found.status == "refused" else found.status
-    shown = f"\x1b[{_COLOURS[found.status]}m{word:<4}\x1b[0m" if colour else f"{word:<4}"
+    shown = painted(f"{word:<4}", _COLOURS[found.status])
     head = f"  {found.operator:<17}{found.backend:<8}{shown}  "
     if found.status == "refused":
         return f"{head}{found.reason}"

