@@ -42,10 +42,10 @@ gpu:
 	$(PYTHON) -m petal_kernels.tools.gpu --minutes $(MINUTES) --out $(OUT)
 
 mutants: $(READY)
-	$(BIN)/python -m tests.mutants
+	$(BIN)/python -m tests.mutants --jobs $(JOBS)
 
 cross-compile: $(READY)
-	$(BIN)/python -m pytest -q -m cross_compile
+	$(PARALLEL) -m cross_compile
 
 $(READY): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 CSRC = ROOT / "csrc"
 HERE = Path(__file__).resolve().parent
-CACHE = ROOT / "build" / "emulation"
+# Objects are named by their content, so that copies of the tree may share one folder.
+CACHE = Path(os.environ.get("PETAL_EMULATION_CACHE", ROOT / "build" / "emulation"))
+INCLUDES = (HERE, HERE / "include", CSRC)
+_INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 
 COMMON = (
     "-std=c++17",
@@ -25,9 +29,7 @@ COMMON = (
     "-Wall",
     "-Wno-unknown-pragmas",
     "-DPETAL_EMULATION",
-    f"-I{HERE}",
-    f"-I{HERE / 'include'}",
-    f"-I{CSRC}",
+    *(f"-I{folder}" for folder in INCLUDES),
 )
 SANITIZE = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 # Without it every fmaf is a call into libm. ISO C++ keeps the compiler from contracting others.
@@ -47,14 +49,24 @@ def _torch_flags() -> list[str]:
     return ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(include)]
 
 
-def _headers() -> bytes:
-    found = [*CSRC.glob("*.h"), *(CSRC / "common").iterdir(), *HERE.rglob("*.h")]
-    return b"".join(p.read_bytes() for p in sorted(found) if p.is_file())
+def _included(source: Path, found: set[Path]) -> set[Path]:
+    """The source and what it includes of this repository, directly or not."""
+    if source in found:
+        return found
+    found.add(source)
+    for name in _INCLUDE.findall(source.read_text()):
+        places = (folder / name for folder in (source.parent, *INCLUDES))
+        header = next((p.resolve() for p in places if p.is_file()), None)
+        if header is not None:
+            _included(header, found)
+    return found
 
 
-def _object(source: Path, flags: list[str], headers: bytes) -> Path:
-    key = hashlib.sha256(headers + source.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
-    target = CACHE / f"{source.name}-{key}.o"
+def _object(source: Path, flags: list[str]) -> Path:
+    content = hashlib.sha256(" ".join(flags).replace(str(ROOT), "").encode())
+    for path in sorted(_included(source, set())):
+        content.update(path.read_bytes())
+    target = CACHE / f"{source.name}-{content.hexdigest()[:16]}.o"
     if not target.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         part = target.with_suffix(f".{os.getpid()}")
@@ -65,11 +77,9 @@ def _object(source: Path, flags: list[str], headers: bytes) -> Path:
 
 
 def _link(name: str, sources: list[Path], flags: tuple[str, ...], link: list[str]) -> Path:
-    headers = _headers()
-
     def build(source: Path) -> Path:
         extra = _torch_flags() if source.name.endswith("_cuda.cpp") else []
-        return _object(source, [*COMMON, *flags, *extra], headers)
+        return _object(source, [*COMMON, *flags, *extra])
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         objects = list(pool.map(build, sources))

@@ -1,21 +1,37 @@
-"""``python -m tests.mutants [FAMILY ...]``: plant each fault, run the family's tests, demand red,
-take it back.
+"""``python -m tests.mutants [FAMILY ...] [--jobs N] [--record FILE]``: plant each fault in a copy
+of the tree, run the family's tests there, demand red.
 
 A family is a module of this folder with ``MUTANTS = [(file, old text, new text), ...]``, the pytest
 arguments ``TESTS`` that must fail on each, and ``REBUILD = True`` where the fault lies in compiled
-code that the tests load. The working tree must be clean of changes in the files touched, because
-they are restored from memory.
+code that the tests load. ``caught_by.json`` names the test that caught each fault last: it runs
+first, and all of the family's tests where it is green. Exit 1 if any fault survived.
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import hashlib
 import importlib
+import json
+import os
+import queue
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+CAUGHT_BY = Path(__file__).resolve().parent / "caught_by.json"
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", re.MULTILINE)
+
+Fault = tuple[str, str, str]
 
 
 def families() -> list[str]:
@@ -23,55 +39,183 @@ def families() -> list[str]:
     return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if not p.stem.startswith("__"))
 
 
-def build() -> bool:
-    """Compile the extension in place; a fault that does not compile counts as caught."""
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+def key(fault: Fault) -> str:
+    """A fault's name in ``caught_by.json``."""
+    return hashlib.sha256("\0".join(fault).encode()).hexdigest()[:12]
 
 
-def red(tests: list[str]) -> bool:
-    """Whether the tests fail, or crash."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    code = subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode
-    return code == 1 or code < 0
+def git(*words: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+    ).stdout
 
 
-def survivors(family: ModuleType) -> list[str]:
-    """Plant every fault of a family; the ones no test noticed."""
-    alive = []
-    rebuild = getattr(family, "REBUILD", False)
-    for file, old, new in family.MUTANTS:
-        path = ROOT / file
+class Tree:
+    """A copy of the working tree: what git tracks or would, and the compiled libraries."""
+
+    def __init__(self, root: Path, emulation: Path) -> None:
+        self.root = root
+        self.built_clean = True
+        self.environment = os.environ | {
+            "PYTHONPATH": str(root),
+            "PETAL_BUILD_CUDA": "0",
+            "PETAL_EMULATION_CACHE": str(emulation),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+        libraries = [str(p.relative_to(ROOT)) for p in (ROOT / "petal_kernels").glob("*.so")]
+        libraries += [str(p.relative_to(ROOT)) for p in (ROOT / "petal_kernels/lib").glob("*")]
+        listed = git("ls-files", "-z", "-co", "--exclude-standard").split("\0")
+        for name in [*filter(None, listed), *libraries]:
+            if (ROOT / name).is_file():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, root / name)
+        # Some tests ask git what is tracked.
+        subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+        subprocess.run(["git", "add", "-A"], cwd=root, check=True)
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=self.root,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+
+    def build(self) -> bool:
+        """Compile the CPU library in place; a fault that does not compile counts as caught."""
+        return self.run("setup.py", "-q", "build_ext", "--inplace").returncode == 0
+
+    def red(self, tests: list[str]) -> str | None:
+        """The test that failed, "a crash", or None where all are green."""
+        done = self.run(
+            "-m", "pytest", "-q", "-x", "--tb=no", "-rfE", "-p", "no:cacheprovider", *tests
+        )
+        if done.returncode < 0:
+            return "a crash"
+        found = _FAILED.findall(done.stdout)
+        return (found[0] if found else "a crash") if done.returncode == 1 else None
+
+    def catch(self, family: ModuleType, fault: Fault, first: str | None) -> str | None:
+        """Plant a fault and take it back; what caught it."""
+        file, old, new = fault
+        path = self.root / file
         text = path.read_text()
-        label = f"{file}: {old!r} -> {new!r}"
-        if text.count(old) < 1:
-            alive.append(f"{label} (the old text is not there)")
-            continue
+        if old not in text:
+            return None
+        rebuild = getattr(family, "REBUILD", False)
         try:
             path.write_text(text.replace(old, new, 1))
-            caught = (rebuild and not build()) or red(family.TESTS)
+            if rebuild:
+                self.built_clean = False
+                if not self.build():
+                    return "the compiler"
+            elif not self.built_clean:
+                self.build()
+                self.built_clean = True
+            if first is not None and "::" in first:
+                caught = self.red([first])
+                if caught is not None:
+                    return caught
+            return self.red(family.TESTS)
         finally:
             path.write_text(text)
-        print(f"  {'caught' if caught else 'SURVIVED'}  {label}", flush=True)
-        if not caught:
-            alive.append(label)
-    if rebuild:
-        build()
-    return alive
+
+
+class Run:
+    """All faults of some families, shared among trees."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.modules = {name: importlib.import_module(f"tests.mutants.{name}") for name in names}
+        self.known: dict[str, str] = json.loads(CAUGHT_BY.read_text()) if CAUGHT_BY.exists() else {}
+        self.left: queue.SimpleQueue[tuple[str, Fault]] = queue.SimpleQueue()
+        self.caught: dict[str, int] = dict.fromkeys(names, 0)
+        self.survived: list[str] = []
+        self.lock = threading.Lock()
+        for name, module in self.modules.items():
+            for fault in module.MUTANTS:
+                self.left.put((name, fault))
+
+    def work(self, tree: Tree) -> None:
+        """Until no fault is left."""
+        while True:
+            try:
+                name, fault = self.left.get_nowait()
+            except queue.Empty:
+                return
+            by = tree.catch(self.modules[name], fault, self.known.get(key(fault)))
+            label = f"{name}: {fault[0]}: {fault[1]!r} -> {fault[2]!r}"
+            with self.lock:
+                if by is None:
+                    self.survived.append(label)
+                    print(f"  SURVIVED  {label}", flush=True)
+                else:
+                    self.known[key(fault)] = by
+                    self.caught[name] += 1
+                    self.store()  # an interrupted run has not looked in vain
+                    print(f"  caught    {label} by {by}", flush=True)
+
+    def store(self) -> None:
+        """Write who caught what, faults that are no longer listed left out."""
+        listed = {
+            key(fault)
+            for name in families()
+            for fault in importlib.import_module(f"tests.mutants.{name}").MUTANTS
+        }
+        kept = {k: by for k, by in sorted(self.known.items()) if k in listed}
+        CAUGHT_BY.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def green(tree: Tree, modules: dict[str, ModuleType]) -> bool:
+    """Whether every family's tests pass where nothing is planted."""
+    for name, module in modules.items():
+        failed = tree.red(module.TESTS)
+        if failed is not None:
+            print(f"{name}: red before any fault is planted: {failed}", flush=True)
+            return False
+        print(f"{name}: green, {len(module.MUTANTS)} faults", flush=True)
+    return True
 
 
 def main() -> int:
-    """Exit 1 if any fault survived."""
-    alive: list[str] = []
-    for name in sys.argv[1:] or families():
-        family = importlib.import_module(f"tests.mutants.{name}")
-        print(f"{name}: {len(family.MUTANTS)} faults")
-        if red(family.TESTS):
-            print("  the tests are red before any fault is planted")
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(families()))
+    parser.add_argument("--jobs", type=int, default=2, help="copies of the tree at work at once")
+    parser.add_argument("--record", type=Path, help="a JSON file for counts and survivors")
+    given = parser.parse_args()
+    unknown = set(given.families) - set(families())
+    if unknown:
+        parser.error(f"no family {', '.join(sorted(unknown))}; there are {', '.join(families())}")
+    start = time.monotonic()
+    run = Run(given.families or families())
+    with tempfile.TemporaryDirectory(prefix="petal-mutants-") as folder:
+        trees = [Tree(Path(folder) / f"{i}", Path(folder) / "emulation") for i in range(given.jobs)]
+        if not green(trees[0], run.modules):
             return 2
-        alive += survivors(family)
-    print(f"{len(alive)} survived" if alive else "every fault was caught")
-    return 1 if alive else 0
+        threads = [threading.Thread(target=run.work, args=(tree,)) for tree in trees]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if given.record is not None:
+        given.record.write_text(json.dumps(record(run, time.monotonic() - start), indent=1) + "\n")
+    total = sum(len(m.MUTANTS) for m in run.modules.values())
+    print(f"{total - len(run.survived)} of {total} faults were caught")
+    return 1 if run.survived else 0
+
+
+def record(run: Run, seconds: float) -> dict[str, Any]:
+    """What a run found, on which tree."""
+    return {
+        "commit": git("describe", "--always", "--dirty").strip(),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds),
+        "faults": {name: len(module.MUTANTS) for name, module in run.modules.items()},
+        "caught": run.caught,
+        "survived": run.survived,
+    }
 
 
 if __name__ == "__main__":
