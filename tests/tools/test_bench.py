@@ -87,7 +87,7 @@ def test_every_provider_computes_the_operator(name: str) -> None:
     )
     if "dropout" in scenario.inputs.arguments:
         dry = scenario.inputs.given(dropout=0.0)
-        assert oracle(lambda: op.run(lied, dry))().wrong
+        assert oracle(lambda _: op.run(lied, dry))().wrong
 
 
 def test_red_tests_stop_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
