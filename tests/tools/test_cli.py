@@ -208,6 +208,48 @@ def test_demo_takes_no_file_for_its_folder(
         assert f"got {file}: it is a file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "state", "why"),
+    [
+        (["--seed", "-1"], None, "--seed: want a whole number from 0 to"),
+        (["--seed", str(1 << 70)], None, "--seed: want a whole number from 0 to"),
+        (["--resume"], "{", "is no checkpoint of this version"),
+        (["--resume"], '{"settings": {"other": 1}}', "is no checkpoint of this version"),
+        (["--resume"], "{}", "is no checkpoint of this version"),
+    ],
+)
+def test_what_demo_cannot_take_is_said(
+    words: list[str],
+    state: str | None,
+    why: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if state is not None:
+        checkpoint = tmp_path / "checkpoint-000001"
+        checkpoint.mkdir()
+        (checkpoint / "state.json").write_text(state)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["demo", "--out", str(tmp_path), *words])
+    assert stopped.value.code == 2
+    assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["bench", "demo"])
+def test_a_default_backend_that_is_none_is_a_mistake(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PETAL_BACKEND", "nonsense")
+    words = {"bench": ["op"], "demo": ["--out", str(tmp_path)]}[name]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([name, *words])
+    assert stopped.value.code == 2
+    assert "want one of" in capsys.readouterr().err
+
+
 def test_the_gpu_suite_ends_by_the_table(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("kept")

@@ -20,6 +20,7 @@ from transformers import InstructBlipForConditionalGeneration
 import petal_kernels as pk
 from petal_kernels._runtime.backends import default_backend
 from petal_kernels.tools import exits
+from petal_kernels.tools.argument_types import seed
 from petal_kernels.tools.demo import methods_run, report, tasks
 from petal_kernels.tools.demo import model as small
 from petal_kernels.tools.demo.compare import Comparison, compare
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help=f"training steps (default: {defaults.steps})")
     parser.add_argument("--rank", type=int, help=f"rank of the adapter (default: {defaults.rank})")
     parser.add_argument(
-        "--seed", type=int, help=f"seed of adapter and batches (default: {defaults.seed})"
+        "--seed", type=seed, help=f"seed of adapter and batches (default: {defaults.seed})"
     )
     parser.add_argument(
         "--compare-steps", type=int, default=Options.compare_steps, help="steps both forms take"
@@ -154,14 +155,18 @@ def resumed_settings(out: Path, given: dict[str, int]) -> Settings:
     found = checkpoints(out)
     if not found:
         raise ValueError(f"--resume: want a checkpoint in {out}, which has none")
-    stored = read_state(found[-1])["settings"]
+    try:
+        stored = read_state(found[-1])["settings"]
+        settings = Settings(**stored)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"--resume: {found[-1]} is no checkpoint of this version") from error
     for name, value in given.items():
         if stored[name] != value:
             raise ValueError(
                 f"--{name}: want {stored[name]}, as in {found[-1]}, got {value}: "
                 "other settings need a new run"
             )
-    return Settings(**stored)
+    return settings
 
 
 def run(options: Options) -> int:
