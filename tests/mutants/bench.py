@@ -76,8 +76,9 @@ MUTANTS = [
     (_CONSOLE, 'f"drift {100 * table.drift:.1f} %"', 'f"drift {table.drift:.1f} %"'),
     (_CONSOLE, "table.moved / 1e6:.1f", "table.moved / 1e9:.1f"),
     (_HTML, '"loss" if row.loss or row.red or row.suspect', '"loss" if not row.loss'),
-    (_HTML, "gains.setdefault(table.scenario, {})[name] = row.speedup",
-     "gains.setdefault(table.scenario, {})[name] = 1 / row.speedup"),
+    (_HTML, "1.0 if row.noise else row.speedup",
+     "1.0 if row.noise else 1 / row.speedup"),
+    (_HTML, "1.0 if row.noise else row.speedup", "row.speedup"),
     (_HTML, "if report.partial is not None", "if report.partial is None"),
     # errors
     (_RESULTS, "else errors.worst", "else errors.outputs"),

@@ -295,6 +295,13 @@ def test_the_html(runs: Any, tmp_path: Path) -> None:
     charts = {c.get("aria-label"): c for c in root.iter(f"{svg}svg")}
     bars = [t.text for t in charts["Times as fast as the published form"].iter(f"{svg}text")]
     assert "2.5 x" in bars
+    noisy = SAMPLES | {"petal native": [9.8, 9.8, 10.0, 10.0]}
+    assert runs("--html", str(out), samples=noisy) == 0
+    root = ElementTree.fromstring(out.read_text().removeprefix("<!DOCTYPE html>"))
+    charts = {c.get("aria-label"): c for c in root.iter(f"{svg}svg")}
+    bars = [t.text for t in charts["Times as fast as the published form"].iter(f"{svg}text")]
+    assert "1 x" in bars
+    assert not any(text and text.startswith("1.01") for text in bars)
     assert "Partial" not in page
 
 
@@ -379,6 +386,16 @@ def test_a_suspect_published_form_gives_no_ratios(
 ) -> None:
     assert runs("--fail-below", "2", roof=Ceilings(1.0, 100.0)) == 2
     assert set(rows(capsys.readouterr().out).values()) == {"suspect", "floor"}
+
+
+def test_a_published_form_that_alone_is_suspect_gives_no_ratios(runs: Any, tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    samples = SAMPLES | {"published": [3.0] * 4}  # a third above the roof
+    assert runs("--json", str(out), samples=samples) == 0
+    assert runs("--fail-below", "0.1", samples=samples) == 2
+    (table,) = json.loads(out.read_text())["results"]
+    assert [k for k, row in table["rows"].items() if row["suspect"]] == ["published"]
+    assert {row["speedup"] for row in table["rows"].values()} == {None}
 
 
 def test_the_roof_is_measured_again_before_a_row_is_accused(

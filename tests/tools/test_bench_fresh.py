@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from petal_kernels.tools.bench import app, ceilings, layer, measure, model, op, timing
 from petal_kernels.tools.bench.ceilings import Ceilings
@@ -238,3 +239,100 @@ def test_the_command_refuses_a_replay(
     ours = [line for line in said.out.splitlines() if line.startswith("  petal")]
     assert ours
     assert all("WRONG" in line for line in ours)
+
+
+class Turns:
+    """Computes `first` a few times and then, when it is being timed, `then`."""
+
+    def __init__(self, first: Forward, then: Forward, honest: int = 6) -> None:
+        self.first, self.then, self.left = first, then, honest
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.left -= 1
+        return (self.first if self.left >= 0 else self.then)(x)
+
+
+class HalfGradient(torch.autograd.Function):
+    """x^2 with x for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return dy * ctx.saved_tensors[0]
+
+
+def test_a_form_that_computes_something_else_once_it_is_timed_is_found() -> None:
+    """Its answers differ, so that only their values tell."""
+    square = torch.square
+    for mode in MODES:
+        row = _table(Turns(square, lambda x: 1.01 * x.square()), mode).rows["petal"]
+        assert row.verdict == "WRONG", mode
+    for mode in ("train", "backward", "full"):
+        row = _table(Turns(square, HalfGradient.apply), mode).rows["petal"]
+        assert row.verdict == "WRONG", mode
+        assert row.errors.gradients > 30.0
+
+
+def test_a_first_answer_with_a_little_noise_is_found() -> None:
+    """No two answers are equal bit for bit, and each is right for the first inputs."""
+    known: list[Tensor] = []
+
+    def form(x: Tensor) -> Tensor:
+        out = x.square()
+        known.append(out.detach())
+        if len(known) <= 6:
+            return out
+        again = known[0].clone()
+        at = len(known) % again.shape[0]
+        again[at, 0] = torch.nextafter(again[at, 0], again.new_tensor(9.0))
+        return out + (again - out).detach()
+
+    assert _table(form, "forward").rows["petal"].verdict == "WRONG"
+
+
+def test_what_is_timed_may_be_another_call_than_what_is_checked() -> None:
+    """Dropout is off where the answer is compared: what is timed is looked at as it is timed."""
+    made = scenario(lambda x: x.square())
+    answer = torch.ones(101, 4, requires_grad=True)
+    honest = made.providers["petal"]
+    made.providers["petal"] = Provider(lambda x: answer, check=honest.check, ours=True)
+    made.providers["base"] = Provider(lambda x: answer, floor=True)
+    request = Request(modes=("forward",), rounds=4)
+    (table,) = measure.measure(made, request, FAR, lambda *_: None)
+    assert table.rows["petal"].verdict == "WRONG"
+    assert table.rows["base"].red  # a floor that does nothing is no floor
+    assert table.notes == [f"{k} gives one answer for two inputs" for k in ("petal", "base")]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda r: op.scenarios(["gated_bottleneck"], r),
+        lambda r: layer.scenarios(["gated_adapter"], r),
+    ],
+    ids=["op", "layer"],
+)
+def test_a_wrong_gradient_is_found_before_the_clock(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from petal_kernels.ops.gated_bottleneck import native_impl, torch_impl
+
+    made = next(iter(make(Request(quick=True, against=("published",)))))()
+    ours = [p for label, p in made.providers.items() if label.startswith("petal")]
+    good = [p.check() for p in ours]
+    assert all(0.0 < found.gradients <= 3.0 for found in good)
+    for module in (native_impl, torch_impl):
+        backward = module.backward
+
+        def scaled(*args: Any, backward: Any = backward) -> Any:
+            return tree_map(lambda t: 1.5 * t if isinstance(t, Tensor) else t, backward(*args))
+
+        monkeypatch.setattr(module, "backward", scaled)
+    for provider, before in zip(ours, good, strict=True):
+        found = provider.check()
+        assert found.outputs == before.outputs
+        assert found.wrong

@@ -27,13 +27,13 @@ def _summary(report: Report) -> str:
     gains: dict[str, dict[str, float]] = {}
     for table in report.tables:
         for label, row in table.rows.items():
-            if row.chosen and row.speedup is not None and not row.verdict:
+            if row.chosen and row.speedup is not None:
                 name = ", ".join((table.mode, *label.split()[1:]))
-                gains.setdefault(table.scenario, {})[name] = row.speedup
+                gains.setdefault(table.scenario, {})[name] = 1.0 if row.noise else row.speedup
     parts = [
         page.paragraph(
             "Medians of interleaved cold-cache rounds. Drift is a table's own noise: a ratio "
-            "closer to 1 than it is within noise, and has no bar. A row is red where it is slower "
+            "closer to 1 than it is within noise, and drawn as 1. A row is red where it is slower "
             "than the fastest baseline, too far from fp64 (error ratio above 2 for outputs, 3 for "
             "gradients) or suspect (above 105 % of the roof); the last two get no speed-up."
         )
