@@ -92,19 +92,18 @@ def _compare(
         if missing:
             scenario.notes.append(f"has no form {', '.join(missing)}")
         progress.scenario(scenario.name)
-        tables = measure(scenario, request, report.ceilings, progress.phase)
-        if any(row.suspect for table in tables for row in table.rows.values()):
-            # Before a row is accused: the roof may have been measured in a bad moment.
-            again = ceilings.measure(request.device, request.dtype, request.quick)
-            report.ceilings = report.ceilings | again
-            for table in tables:
-                judge(table, report.ceilings)
-        progress.finished()
-        report.tables += tables
-        for table in tables:
+        for table in measure(scenario, request, report.ceilings, progress.phase):
+            if any(row.suspect for row in table.rows.values()):
+                # Before a row is accused: the roof may have been measured in a bad moment.
+                again = ceilings.measure(request.device, request.dtype, request.quick)
+                report.ceilings = report.ceilings | again
+            judge(table, report.ceilings)
+            report.tables.append(table)
+            progress.clear()
             print(console.text(table), flush=True)
+        progress.finished()
         if "base" in scenario.providers and args.what == "model":
-            medians = {k: r.timing.median for k, r in tables[-1].rows.items()}
+            medians = {k: r.timing.median for k, r in table.rows.items()}
             added = ", ".join(f"{k} {100 * v:.1f} %" for k, v in model.tax(medians).items())
             print(f"  added to the frozen step: {added}")
 
@@ -170,12 +169,12 @@ def main(words: Sequence[str] | None = None, program: str = "petal-kernels bench
         refused = isinstance(error, (RequestError, BackendUnavailable))
         report.partial = _ended_by(error)
         if report.tables or results:  # hours of measuring are not lost by what ended them
+            outputs.write(_contents(args, report, results))
             said = f"\nstopped ({report.partial}): what was measured until here counts"
             print(said, file=sys.stderr)
-            outputs.write(_contents(args, report, results))
         elif refused:
             parser.error(str(error))
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt) and (report.tables or results):
             return exits.INTERRUPTED
         if refused:
             return exits.REFUSED

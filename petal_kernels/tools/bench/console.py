@@ -120,6 +120,10 @@ class Progress:
     def finished(self) -> None:
         """The scenario is over; its line goes."""
         self.done += 1
+        self.clear()
+
+    def clear(self) -> None:
+        """Make room for a line of the output."""
         if self.stream.isatty():
             print("\r\x1b[K", end="", file=self.stream, flush=True)
 

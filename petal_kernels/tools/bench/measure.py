@@ -4,7 +4,7 @@ on inputs that came after."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -23,16 +23,16 @@ Timed = tuple[Step, Fresh]  # a step and the inputs that it reads
 _REPLAYED = Errors(math.inf, math.inf)
 
 
-def measure(scenario: Scenario, request: Request, ceilings: Ceilings, phase: Phase) -> list[Table]:
-    """One table per mode."""
+def measure(
+    scenario: Scenario, request: Request, ceilings: Ceilings, phase: Phase
+) -> Iterator[Table]:
+    """One table per mode, when it is there."""
     errors: dict[str, Errors | None] = {}
     for i, (label, provider) in enumerate(scenario.providers.items()):
         phase("compile" if provider.compiled else "check", i, len(scenario.providers))
         errors[label] = None if provider.check is None else provider.check()
-    tables = []
     for mode in request.modes:
-        tables.append(_table(scenario, mode, request, ceilings, errors, phase))
-    return tables
+        yield _table(scenario, mode, request, ceilings, errors, phase)
 
 
 def _errors_after(
