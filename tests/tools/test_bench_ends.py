@@ -114,3 +114,14 @@ def test_one_file_that_fails_keeps_no_other_from_being_written(
     assert runs("--json", files[0], "--csv", files[1]) == 2
     assert Path(files[1]).read_text().startswith("kernel_name,")
     assert "r.json is not written" in capsys.readouterr().err
+
+
+def test_a_reader_who_leaves_costs_no_file_and_says_nothing(
+    runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r.json"
+    with pytest.raises(BrokenPipeError):  # `exits.run` makes 141 of it
+        runs("--json", str(out), names=("s", "t"), stop=BrokenPipeError())
+    assert json.loads(out.read_text())["partial"] == "BrokenPipeError: "
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if not line.startswith("[")] == []  # progress alone

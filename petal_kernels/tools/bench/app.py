@@ -170,8 +170,9 @@ def main(words: Sequence[str] | None = None, program: str = "petal-kernels bench
         report.partial = _ended_by(error)
         if report.tables or results:  # hours of measuring are not lost by what ended them
             outputs.write(_contents(args, report, results))
-            said = f"\nstopped ({report.partial}): what was measured until here counts"
-            print(said, file=sys.stderr)
+            if not isinstance(error, BrokenPipeError):  # the reader has left; that is no news
+                said = f"\nstopped ({report.partial}): what was measured until here counts"
+                print(said, file=sys.stderr)
         elif refused:
             parser.error(str(error))
         if isinstance(error, KeyboardInterrupt) and (report.tables or results):
