@@ -2,7 +2,9 @@
 
 Each block of the README between ``<!-- figures: NAME -->`` and ``<!-- end -->`` is written from the
 spec below; ``--check`` (the default) tells whether they agree, ``--write`` makes them agree. A row
-is bold where the package is faster than every baseline by more than the run's drift.
+is bold where the package is faster than every baseline by more than the run's drift; a ratio that
+is closer to 1 than the drift is "within noise". Exit code: 1 where they differ; 2 where a result
+file cannot stand behind a row, or README.md lacks a block.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from petal_kernels.tools import exits
+from petal_kernels.tools.bench.judge import change
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -126,8 +131,21 @@ def _digits(value: float) -> str:
     return f"{value:.3f}" if value < 1 else f"{value:.1f}"
 
 
-def _ratio(value: float) -> str:
+def _ratio(value: float, drift: float) -> str:
+    if change(value) <= drift:
+        return "within noise"
     return f"{value:.0f}x" if value >= 10 else f"{value:.2f}x"
+
+
+def _vouched(row: Row, entries: Sequence[dict[str, Any]]) -> None:
+    """ValueError where the file itself gives no ratio for the row."""
+    for entry in entries:
+        for label in ("published", row.ours):
+            found = entry["rows"][label]
+            said = found.get("verdict", "")
+            if said in ("WRONG", "suspect") or (said == "imprecise" and label == row.ours):
+                name = f"{row.file}: {row.scenario}, {entry.get('mode', 'full')}"
+                raise ValueError(f"{name}: want figures that hold, {label} is {said}")
 
 
 def _line(row: Row | Saved) -> str:
@@ -137,6 +155,7 @@ def _line(row: Row | Saved) -> str:
 
 def _timed_cells(row: Row) -> list[str]:
     entries = [results(row.file)[row.scenario, mode] for mode in row.modes]
+    _vouched(row, entries)
     medians = {
         label: [entry["rows"][label]["median"] for entry in entries] for label in entries[0]["rows"]
     }
@@ -145,8 +164,8 @@ def _timed_cells(row: Row) -> list[str]:
     published = times["published"] + ("" if seconds else " ms")
     cells = [row.label.format(**times), published]
     cells += [times.get(label, MISSING) for label in COLUMNS if label != "published"]
-    pairs = zip(medians["published"], medians[row.ours], strict=True)
-    ratios = " / ".join(_ratio(a / b) for a, b in pairs)
+    triples = zip(medians["published"], medians[row.ours], entries, strict=True)
+    ratios = " / ".join(_ratio(a / b, entry["drift"]) for a, b, entry in triples)
     ours = f"{times[row.ours]} ({ratios})"
     cells.append(f"**{ours}**" if _wins(row, entries) else ours)
     return [*cells, " / ".join(f"{100 * e['drift']:.1f}" for e in entries) + " %"]
@@ -249,22 +268,23 @@ def render(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 where --check finds a difference."""
+    """Check or write; the exit code."""
     parser = argparse.ArgumentParser(prog="benchmarks.tables", description=__doc__)
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--check", action="store_true", help="compare only (the default)")
     group.add_argument("--write", action="store_true", help="write README.md")
     args = parser.parse_args(arguments)
-    old = README.read_text()
-    new = render(old)
+    with exits.refusing(parser, ValueError, KeyError, OSError):
+        old = README.read_text()
+        new = render(old)
     if args.write:
         README.write_text(new)
         return 0
     sys.stdout.writelines(
         difflib.unified_diff(old.splitlines(True), new.splitlines(True), "README.md", "results")
     )
-    return int(old != new)
+    return exits.FINE if old == new else exits.BROKEN_BOUND
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exits.run(main, "python -m benchmarks.tables"))

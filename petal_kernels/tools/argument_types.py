@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 
@@ -18,6 +19,36 @@ def positive(text: str) -> int:
 def positives(text: str) -> tuple[int, ...]:
     """Several, with commas between."""
     return tuple(map(positive, text.split(",")))
+
+
+def _finite(text: str) -> float:
+    """A number, or -1 for what is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return -1.0
+    return value if math.isfinite(value) else -1.0
+
+
+def minutes(text: str) -> float:
+    """A time, none included."""
+    if _finite(text) < 0.0:
+        raise ArgumentTypeError(f"want minutes >= 0, got {text}")
+    return _finite(text)
+
+
+def factor(text: str) -> float:
+    """How many times: a number above zero."""
+    if _finite(text) <= 0.0:
+        raise ArgumentTypeError(f"want a number > 0, got {text}")
+    return _finite(text)
+
+
+def seed(text: str) -> int:
+    """A whole number that torch's generators take, and its sum with a few others."""
+    if not text.isdecimal() or int(text) >= 1 << 31:
+        raise ArgumentTypeError(f"want a whole number from 0 to 2^31 - 1, got {text}")
+    return int(text)
 
 
 def device(text: str) -> str:

@@ -57,13 +57,15 @@ def version(package: str) -> str | None:
         return None
 
 
-def describe(threads: int) -> dict[str, Any]:
-    """Machine, versions, the backend of calls that name none, commit and date."""
+def describe(threads: int, on: torch.device | str | None = None) -> dict[str, Any]:
+    """Machine, versions, the backend of calls that name none, commit, and the time (ISO, UTC). The
+    GPU is that of `on`; of "cuda" without an index, or of nothing, the current one."""
+    gpu = on if on is not None and torch.device(on).type == "cuda" else None
     return {
         "cpu": processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(gpu) if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -74,5 +76,5 @@ def describe(threads: int) -> dict[str, Any]:
         "native": device.cpu_library_reason() or "available",
         "backend": os.environ.get(ENVIRONMENT_VARIABLE, AUTO),
         "commit": commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }

@@ -87,7 +87,7 @@ def test_every_provider_computes_the_operator(name: str) -> None:
     )
     if "dropout" in scenario.inputs.arguments:
         dry = scenario.inputs.given(dropout=0.0)
-        assert oracle(lambda: op.run(lied, dry))().wrong
+        assert oracle(lambda _: op.run(lied, dry))().wrong
 
 
 def test_red_tests_stop_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
@@ -338,3 +338,41 @@ def test_csv_is_one_line_per_quantity() -> None:
     ]
     for name in ("machine", "torch", "petal_kernels", "commit", "timestamp", "reproduce"):
         assert all(line[name] for line in lines), name
+
+
+def test_bytes_by_formula_are_of_the_products_that_are_counted() -> None:
+    """Kind: flops of a product whose bytes are left out. By hand, for 10 rows, width 6, rank 2,
+    outputs of 3 and 4 columns, in float32."""
+    from petal_kernels.ops.lowrank_linear.workload import Case, bytes_moved, flops
+
+    def elements(**changes: Any) -> tuple[int, int]:
+        forward, backward = bytes_moved(Case("", (10,), 6, 2, (3, 4), **changes), torch.float32)
+        assert forward % 4 == backward % 4 == 0
+        return forward // 4, backward // 4
+
+    x, h, y, w, b = 60, 20, 70, 42, 7
+    back = 2 * y + 4 * h  # every dy twice; h and dh
+    assert elements() == (x + w + b + 2 * h + y, back + x + x + w)
+    assert elements(bias=False)[0] == x + w + 2 * h + y
+    assert elements(base="outputs") == (x + 2 * h + 2 * y, back + 2 * x)
+    assert elements(base="none") == (x + 2 * h + y, back + 2 * x)
+    assert elements(frozen_x=True) == (x + w + b + 2 * h + y, back + x)
+    assert elements(hidden=True) == (x + w + b + 2 * h + y, back)
+    assert elements(hidden=True, base="outputs") == (2 * h + 2 * y, back)
+    shrink, expand, base = 2 * 10 * 6 * 2, 2 * 10 * 2 * 7, 2 * 10 * 6 * 7
+    given = flops(Case("", (10,), 6, 2, (3, 4)))
+    assert given == (shrink + expand + base, 2 * expand + 2 * shrink + base)
+
+
+def test_a_layer_with_a_base_counts_its_weights() -> None:
+    """Of every layer that multiplies by frozen weights, their bytes are in the forward's."""
+    for name, (kind, cases) in layer.LAYERS.items():
+        made = kind(cases[-1], torch.float32)
+        frozen = [p for p in made.parameters() if not p.requires_grad]
+        size = sum(p.nbytes for p in frozen)
+        forward, _ = made.moved(torch.float32)
+        rows = made.case.rows * made.case.width * 4
+        if name in ("petal_qkv", "routed_lora", "lora_linear"):
+            outs = size // (4 * made.case.width**2)
+            assert outs == {"petal_qkv": 3, "routed_lora": 3, "lora_linear": 1}[name]
+            assert forward > size + rows * (1 + outs)  # weights and x read, every output written

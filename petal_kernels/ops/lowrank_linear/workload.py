@@ -174,18 +174,24 @@ def frozen(case: Case) -> tuple[str, ...]:
 
 
 def bytes_moved(case: Case, dtype: torch.dtype) -> tuple[int, int]:
-    """Least bytes of forward and backward of plan ``update`` beyond the base GEMMs (PERFORMANCE:
-    B.0).
+    """Least bytes of forward and backward, of whichever plan; of the same products as `flops`: the
+    base's too where its weights are given. The factors, R wide, are left out.
 
-    Forward: x read for h, h written and read, every y read and written. Backward: every dy read
-    twice (dh, dP), h and dh once more each, x for dU, dx read and written.
+    Forward: x read once for h and the base product, its weights and biases read; h written and
+    read; every y written, and where it is given read. Backward: every dy read twice (dh and dx,
+    dP), h and dh written and read, x for dU; the base's weights and dx, written once.
     """
     n, d, r, e = case.rows, case.width, case.rank, dtype.itemsize
     wide = sum(case.outs)
-    reads_x = 0 if case.hidden else n * d
-    fwd = reads_x + 2 * n * r + 2 * n * wide
-    dx = 0 if case.frozen_x or case.hidden else 2 * n * d
-    bwd = 2 * n * wide + 4 * n * r + reads_x + dx
+    weights = case.base == "weights"
+    base = d * wide if weights else 0
+    biases = wide if weights and case.bias else 0
+    reads_x = n * d if weights or not case.hidden else 0
+    reads_y = n * wide if case.base == "outputs" else 0
+    fwd = reads_x + base + biases + 2 * n * r + reads_y + n * wide
+    down = 0 if case.hidden else n * d
+    dx = 0 if case.frozen_x or case.hidden else n * d + base
+    bwd = 2 * n * wide + 4 * n * r + down + dx
     return fwd * e, bwd * e
 
 

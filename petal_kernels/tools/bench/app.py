@@ -1,26 +1,28 @@
 """`petal-kernels bench`: operators, layers and whole training steps against their eager forms.
 
 Correctness comes first: the operators' tests where there is a checkout, then every row against
-fp64; no speed-up is printed on red. Times are medians of interleaved cold-cache rounds.
-Exit code: 0; 1 below --fail-below; 2 where something is wrong or was asked for wrongly.
+fp64, before the timing and again after it on other inputs; no speed-up is printed on red. Times are
+medians of interleaved cold-cache rounds. `bench compare A.json B.json` compares two runs.
+Exit code: 0; 1 below --fail-below; 2 where something is wrong, cannot run or was asked for wrongly;
+130 interrupted: what was measured until then is written, and marked as partial.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 
-from petal_kernels._runtime.backends import default_backend
-from petal_kernels.tools import environment
+from petal_kernels._runtime.backends import BackendUnavailable, default_backend
+from petal_kernels.tools import environment, exits
 from petal_kernels.tools.bench import (
     arguments,
     ceilings,
+    compared,
     console,
     correctness,
     html,
@@ -31,11 +33,13 @@ from petal_kernels.tools.bench import (
     packages,
     plans,
 )
+from petal_kernels.tools.bench.judge import judge
 from petal_kernels.tools.bench.measure import measure
+from petal_kernels.tools.bench.outputs import Outputs
 from petal_kernels.tools.bench.request import Request, RequestError
 from petal_kernels.tools.bench.results import Report
 from petal_kernels.tools.bench.scenarios import Scenario
-from petal_kernels.tools.colours import RED, painted
+from petal_kernels.tools.bench.verdict import verdict
 
 
 def _gate(args: argparse.Namespace, operators: Sequence[str]) -> None:
@@ -56,9 +60,11 @@ def _makers(
     found = {
         "op": lambda: op.scenarios(names, request),
         "layer": lambda: layer.scenarios(names, request),
-        "model": lambda: model.scenarios(names, request, args.size),
+        "model": lambda: model.scenarios(names, request, args.size or "full"),
     }
     makers = list(found[args.what]())
+    if not makers and request.skipped:
+        raise RequestError("; ".join(request.skipped.values()))
     if not makers:
         raise RequestError(f"shape: want a part of a shape's name, got {args.shape!r}")
     return makers
@@ -72,7 +78,7 @@ def _compare(
     report: Report,
 ) -> None:
     """Measure every scenario, printing each table when it is there."""
-    report.absent = packages.absent(names, request.device, request.against)
+    report.absent |= packages.absent(names, request.device, request.against)
     report.ceilings = ceilings.measure(request.device, request.dtype, request.quick)
     print(console.legend(report))
     for name, why in report.absent.items():
@@ -86,51 +92,26 @@ def _compare(
         if missing:
             scenario.notes.append(f"has no form {', '.join(missing)}")
         progress.scenario(scenario.name)
-        tables = measure(scenario, request, report.ceilings, progress.phase)
-        progress.finished()
-        report.tables += tables
-        for table in tables:
+        for table in measure(scenario, request, report.ceilings, progress.phase):
+            if any(row.suspect for row in table.rows.values()):
+                # Before a row is accused: the roof may have been measured in a bad moment.
+                again = ceilings.measure(request.device, request.dtype, request.quick)
+                report.ceilings = report.ceilings | again
+            judge(table, report.ceilings)
+            report.tables.append(table)
+            progress.clear()
             print(console.text(table), flush=True)
+        progress.finished()
         if "base" in scenario.providers and args.what == "model":
-            medians = {k: r.timing.median for k, r in tables[-1].rows.items()}
+            medians = {k: r.timing.median for k, r in table.rows.items()}
             added = ", ".join(f"{k} {100 * v:.1f} %" for k, v in model.tax(medians).items())
             print(f"  added to the frozen step: {added}")
 
 
-def _verdict(report: Report, fail_below: float | None) -> int:
-    """The exit code, with the reasons for it on stderr."""
-    rows = [(t, label, row) for t in report.tables for label, row in t.rows.items()]
-    wrong = [(t, label, row) for t, label, row in rows if row.failed]
-    for table, label, row in wrong:
-        what = "computes something else" if row.errors and row.errors.wrong else "is imprecise"
-        said = f"{table.scenario}, {table.mode}: {label} {what}, error ratio {row.errors}"
-        print(painted(said, RED, sys.stderr), file=sys.stderr)
-    if wrong:
-        return 2
-    slow = [
-        (t, label, row)
-        for t, label, row in rows
-        if fail_below and row.chosen and row.speedup is not None and row.speedup < fail_below
-    ]
-    for table, label, row in slow:
-        said = f"{table.scenario}, {table.mode}: {label} {row.speedup:.2f}x < {fail_below}x"
-        print(painted(said, RED, sys.stderr), file=sys.stderr)
-    return 1 if slow else 0
-
-
-def _write(args: argparse.Namespace, names: Sequence[str], suffix: str, content: str) -> None:
-    given: Path | None = getattr(args, suffix)
-    if given is None:
-        return
-    stem = "-".join(("bench", args.what, *(names if args.names else ())))
-    path = Path(f"{stem}.{suffix}") if given == Path() else given
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content)
-    print(f"written {path}")
-
-
 def _names(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
     """The targets, after everything that is asked for in vain has been refused."""
+    if args.what == "compare":
+        parser.error("compare: want it first, bench compare A.json B.json")
     known = arguments.TARGETS[args.what]() if args.what in arguments.TARGETS else []
     unknown = [n for n in args.names if n not in known]
     if unknown:
@@ -142,10 +123,11 @@ def _names(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[st
             parser.error(f"{option}: want a file, got the name {given}: put names first")
     if args.what == "model" and importlib.util.find_spec("transformers") is None:
         parser.error("model: needs transformers: pip install 'petal-kernels[hf]'")
-    if args.what in ("plans", "overhead"):
-        unheeded = [name for name in arguments.OF_TABLES if getattr(args, name)]
-        if unheeded:
-            parser.error(f"{args.what}: has no --{unheeded[0].replace('_', '-')}")
+    unheeded = list(arguments.OF_TABLES) if args.what in ("plans", "overhead") else []
+    unheeded += [] if args.what == "model" else ["size"]
+    for option in unheeded:
+        if getattr(args, option):
+            parser.error(f"{args.what}: has no --{option.replace('_', '-')}")
     return args.names or known
 
 
@@ -153,45 +135,69 @@ def main(words: Sequence[str] | None = None, program: str = "petal-kernels bench
     """Parse, gate, measure, print, write; the exit code."""
     words = list(sys.argv[1:] if words is None else words)
     parser = arguments.parser(program, __doc__ or "")
-    args = parser.parse_args(words)
+    if words[:1] == ["compare"]:
+        return compared.main(words[1:], program)
+    args = parser.parse_intermixed_args(words)
     names = _names(args, parser)
     torch.set_num_threads(args.threads)
-    try:
+    with exits.refusing(parser, ValueError):
+        default_backend()
         request = arguments.request(args)
         makers = _makers(args, names, request)
-        default_backend()
-    except ValueError as error:
-        parser.error(str(error))
+    if request.device.index is not None:
+        torch.cuda.set_device(request.device)  # kernels are launched on the current one
+    stem = "-".join(("bench", args.what, *(names if args.names else ())))
+    outputs = Outputs.of({o[2:]: getattr(args, o[2:]) for o in arguments.OUTPUTS}, stem)
     _gate(args, names if args.what == "op" else op.names())
     report = Report(
-        environment.describe(args.threads),
+        environment.describe(args.threads, request.device),
         arguments.command(program, words),
         args.dtype,
         args.device,
         args.sweep,
     )
-    if args.what in ("plans", "overhead"):
-        results = {"plans": plans.bench, "overhead": overhead.bench}[args.what](request)
-        found = {"environment": report.environment, "command": report.command, "results": results}
-        _write(args, names, "json", json.dumps(found, indent=1) + "\n")
-        return 0
-    stopped = 0
+    report.absent = dict(request.skipped)
+    results: list[dict[str, Any]] = []
     try:
-        _compare(args, makers, names, request, report)
-    except KeyboardInterrupt:
-        stopped = 130
-        print("\nstopped: what was measured until here counts", file=sys.stderr)
-    except (RequestError, RuntimeError) as error:
-        named = "cannot run here" in str(error)  # a backend, by an option or PETAL_BACKEND
-        if not (named or isinstance(error, RequestError)):
-            raise
-        if not report.tables:
+        if args.what in ("plans", "overhead"):
+            bench = {"plans": plans.bench, "overhead": overhead.bench}[args.what]
+            for result in bench(request):  # one by one: an interrupt leaves those before it
+                results.append(result)
+        else:
+            _compare(args, makers, names, request, report)
+    except BaseException as error:
+        refused = isinstance(error, (RequestError, BackendUnavailable))
+        report.partial = _ended_by(error)
+        if report.tables or results:  # hours of measuring are not lost by what ended them
+            outputs.write(_contents(args, report, results))
+            if not isinstance(error, BrokenPipeError):  # the reader has left; that is no news
+                said = f"\nstopped ({report.partial}): what was measured until here counts"
+                print(said, file=sys.stderr)
+        elif refused:
             parser.error(str(error))
-        stopped = 2
-        print(f"\n{error}\nstopped: what was measured until here counts", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt) and (report.tables or results):
+            return exits.INTERRUPTED
+        if refused:
+            return exits.REFUSED
+        raise
     print()
-    _write(args, names, "json", report.as_json())
-    _write(args, names, "csv", report.as_csv())
-    if args.html is not None:
-        _write(args, names, "html", html.render(report))
-    return stopped or _verdict(report, args.fail_below)
+    if not outputs.write(_contents(args, report, results)):
+        return exits.REFUSED
+    return verdict(report, args.fail_below, bool(args.backend)) if makers else exits.FINE
+
+
+def _ended_by(error: BaseException) -> str:
+    """In a few words."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    known = isinstance(error, (RequestError, BackendUnavailable))
+    return str(error) if known else f"{type(error).__name__}: {error}"
+
+
+def _contents(
+    args: argparse.Namespace, report: Report, results: list[dict[str, Any]]
+) -> dict[str, Callable[[], str]]:
+    """How each file's text is made."""
+    if args.what in ("plans", "overhead"):
+        return {"json": lambda: report.as_json(results)}
+    return {"json": report.as_json, "csv": report.as_csv, "html": lambda: html.render(report)}

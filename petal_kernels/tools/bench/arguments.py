@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from petal_kernels._runtime.backends import NAMES as BACKENDS
-from petal_kernels.tools.argument_types import device, listed, positive, positives
+from petal_kernels.tools.argument_types import device, factor, listed, positive, positives
 from petal_kernels.tools.bench import layer, model, op, packages
 from petal_kernels.tools.bench.model_builders import SIZES
 from petal_kernels.tools.bench.request import AXES, DTYPES, Request
@@ -32,14 +32,15 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
         epilog=f"names:\n{targets}\n  plans, overhead: no names\n\nexamples:\n"
         f"  {program} op gated_bottleneck --html\n"
         f"  {program} layer lora_linear --against published,peft --sweep rank\n"
-        f"  {program} model bart --size small --mode full",
+        f"  {program} model bart --size small --mode full\n"
+        f"  {program} compare before.json after.json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    built.add_argument("what", choices=[*TARGETS, "plans", "overhead"])
+    built.add_argument("what", choices=[*TARGETS, "plans", "overhead", "compare"])
     built.add_argument("names", nargs="*", help="which, default all")
     add = built.add_argument
     add("--shape", default="", metavar="TEXT", help="only the shapes with TEXT in their names")
-    add("--size", choices=list(SIZES), default="full", help="of the models")
+    add("--size", choices=list(SIZES), help="of the models, default full")
     add("--against", type=listed(BASELINES), default=(), metavar="NAMES",
         help=f"baselines, default all that can run: {', '.join(BASELINES)}")  # fmt: skip
     add("--backend", type=listed(("auto", *BACKENDS)), default=(), metavar="NAMES",
@@ -55,8 +56,9 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     add("--rounds", type=positive, default=20, help="samples of each time, at least 4")
     add("--quick", action="store_true", help="few small shapes and no torch.compile: does it run?")
     add("--no-gate", action="store_true", help="skip the tests; rows are checked all the same")
-    add("--fail-below", type=float, metavar="X",
-        help="exit with 1 where auto's choice is below X times the published speed")  # fmt: skip
+    add("--fail-below", type=factor, metavar="X",
+        help="exit with 1 where auto's choice, or any backend that is named, is below X times the "
+        "published speed")  # fmt: skip
     for name in OUTPUTS:
         add(name, type=Path, nargs="?", const=Path(), metavar="FILE",
             help=f"write {name[2:].upper()} (default bench-WHAT-NAMES.{name[2:]})")  # fmt: skip

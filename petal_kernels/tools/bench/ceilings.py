@@ -22,6 +22,11 @@ class Ceilings:
     gigabytes: float
     gigaflops: float
 
+    def __or__(self, other: Ceilings) -> Ceilings:
+        """The best of two measurements."""
+        gigabytes = max(self.gigabytes, other.gigabytes)
+        return Ceilings(gigabytes, max(self.gigaflops, other.gigaflops))
+
     def share(self, moved: int, work: int, milliseconds: float) -> float:
         """The least time that bytes and flops could take, over the time they took."""
         least = max(moved / (self.gigabytes * 1e9), work / (self.gigaflops * 1e9))

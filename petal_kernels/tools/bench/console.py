@@ -17,12 +17,9 @@ def _mega(value: int | None) -> str:
 
 
 def speedup(row: Row) -> str:
-    """Times the published form; a word where there is no such figure."""
-    if row.red:
-        return "WRONG" if row.errors is not None and row.errors.wrong else "imprecise"
-    if row.floor:
-        return "floor"
-    return "" if row.speedup is None else f"{row.speedup:.2f}x"
+    """Times the published form; a word where there is no such figure, or none that says
+    anything."""
+    return row.verdict or ("" if row.speedup is None else f"{row.speedup:.2f}x")
 
 
 def columns(table: Table) -> list[tuple[str, list[str]]]:
@@ -51,6 +48,14 @@ def least(table: Table) -> str:
     return f"by formula {table.moved / 1e6:.1f} MB moved, {table.work / 1e9:.2f} GFLOP"
 
 
+def notes(table: Table) -> str:
+    """Drift, the best other form, traffic by formula, and what else there is to say."""
+    found = [f"drift {100 * table.drift:.1f} %"]
+    if table.best is not None:
+        found.append(f"fastest baseline {table.best}")
+    return "; ".join(note for note in (*found, least(table), *table.notes) if note)
+
+
 def text(table: Table) -> str:
     """One table for the terminal."""
     names, cells = zip(*columns(table), strict=True)
@@ -59,19 +64,20 @@ def text(table: Table) -> str:
     heading = f"{table.scenario}: {IN_WORDS[table.mode]}"
     lines = ["", painted(heading, BOLD), painted(head, FAINT)]
     for row, line in zip(table.rows.values(), body, strict=True):
-        lines.append(painted(line, RED) if row.loss or row.red else line)
-    notes = [f"drift {100 * table.drift:.1f} %", least(table), *table.notes]
-    lines.append("  " + "; ".join(note for note in notes if note))
+        lines.append(painted(line, RED) if row.loss or row.red or row.suspect else line)
+    lines.append(f"  {notes(table)}")
     return "\n".join(lines)
 
 
 def legend(report: Report) -> str:
     """What the columns mean, once, and where the roof is."""
     lines = [
-        "drift: the run's own noise; ratios closer to 1 than it are equal. red: slower than the "
-        "fastest baseline,",
-        "or too far from fp64. error ratio: outputs / gradients, against plain torch in the same "
-        "dtype (limits 2 / 3).",
+        "drift: the run's own noise; a ratio closer to 1 than it is within noise. red: slower than "
+        "the fastest",
+        "baseline, too far from fp64, or suspect: above 105 % of the roof. error ratio: outputs / "
+        "gradients,",
+        "against plain torch in the same dtype (limits 2 / 3), the worst of before and after the "
+        "timing.",
     ]
     if report.ceilings is not None:
         c = report.ceilings
@@ -114,6 +120,10 @@ class Progress:
     def finished(self) -> None:
         """The scenario is over; its line goes."""
         self.done += 1
+        self.clear()
+
+    def clear(self) -> None:
+        """Make room for a line of the output."""
         if self.stream.isatty():
             print("\r\x1b[K", end="", file=self.stream, flush=True)
 

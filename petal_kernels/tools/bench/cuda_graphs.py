@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from petal_kernels.tools.bench.fresh import Fresh
 from petal_kernels.tools.bench.scenarios import Inputs, Provider
 from petal_kernels.tools.bench.timing import Step
 
@@ -49,8 +50,9 @@ def _calls(provider: Provider, mode: str, inputs: list[Inputs]) -> list[Callable
     ]
 
 
-def capture(provider: Provider, mode: str, inputs: Inputs) -> Step:
-    """The step as a replay of one captured graph.
+def capture(provider: Provider, mode: str, inputs: Inputs) -> tuple[Step, Fresh]:
+    """The step as a replay of one captured graph, and the inputs of its last call, whose answer is
+    the step's: what was captured must compute it anew.
 
     Raises RuntimeError where the computation cannot be captured (it synchronises, for one).
     """
@@ -75,7 +77,14 @@ def capture(provider: Provider, mode: str, inputs: Inputs) -> Step:
     graph = torch.cuda.CUDAGraph()
     order = rounds(count)
     with torch.cuda.graph(graph, stream=stream):
-        for i in order:
+        for i in order[:-1]:
             calls[i]()
+        answer = calls[order[-1]]()
+
+    def replay(_: object) -> Any:
+        graph.replay()
+        return answer
+
+    last = own[order[-1]]
     # The inputs are held with the step: the graph reads them where they lie.
-    return Step(lambda _: graph.replay(), lambda: own, len(order))
+    return Step(replay, lambda: own, len(order)), Fresh([*last.leaves(), *last.douts])

@@ -29,15 +29,17 @@ def _summary(report: Report) -> str:
         for label, row in table.rows.items():
             if row.chosen and row.speedup is not None:
                 name = ", ".join((table.mode, *label.split()[1:]))
-                gains.setdefault(table.scenario, {})[name] = row.speedup
+                gains.setdefault(table.scenario, {})[name] = 1.0 if row.noise else row.speedup
     parts = [
         page.paragraph(
-            "Medians of interleaved cold-cache rounds. Drift is a table's own noise: ratios closer "
-            "to 1 than it are equal. A row is red where it is slower than the fastest baseline or "
-            "too far from fp64 (error ratio above 2 for outputs, 3 for gradients; no speed-up is "
-            "given then)."
+            "Medians of interleaved cold-cache rounds. Drift is a table's own noise: a ratio "
+            "closer to 1 than it is within noise, and drawn as 1. A row is red where it is slower "
+            "than the fastest baseline, too far from fp64 (error ratio above 2 for outputs, 3 for "
+            "gradients) or suspect (above 105 % of the roof); the last two get no speed-up."
         )
     ]
+    if report.partial is not None:
+        parts.insert(0, page.paragraph(f"Partial: {report.partial}."))
     parts += [page.paragraph(f"{name}: {why}", "faint") for name, why in report.absent.items()]
     if gains:
         parts.append(svg.bars(gains, title="Times as fast as the published form", unit="x"))
@@ -88,8 +90,7 @@ def _scenarios(report: Report) -> Iterator[str]:
             parts.append(svg.bars({"": kept}, title="Saved for backward", unit="MB"))
         for table in tables:
             parts += [page.paragraph(IN_WORDS[table.mode]), _table(table)]
-            notes = [f"drift {100 * table.drift:.1f} %", console.least(table), *table.notes]
-            parts.append(page.paragraph("; ".join(n for n in notes if n), "faint"))
+            parts.append(page.paragraph(console.notes(table), "faint"))
         yield page.section(scenario, *parts)
 
 
@@ -100,5 +101,5 @@ def _table(table: Table) -> str:
     classes = []
     for i, row in enumerate(table.rows.values()):
         rows.append([*(cells[i] for _, cells in parts), page.code(row.reproduce)])
-        classes.append("loss" if row.loss or row.red else "")
+        classes.append("loss" if row.loss or row.red or row.suspect else "")
     return page.table(headers, rows, classes)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import petal_kernels as pk
 from petal_kernels.tools.bench import packages
-from petal_kernels.tools.bench.correctness import Errors, Results
+from petal_kernels.tools.bench.correctness import Results
+from petal_kernels.tools.bench.fresh import Fresh
 from petal_kernels.tools.bench.layer_forms import (
     ExpertsLayer,
     GatedLayer,
@@ -24,8 +25,8 @@ from petal_kernels.tools.bench.layer_forms import (
     RoutedLayer,
 )
 from petal_kernels.tools.bench.op import Oracle, run
-from petal_kernels.tools.bench.request import Request, swept
-from petal_kernels.tools.bench.scenarios import Forward, Inputs, Provider, Scenario
+from petal_kernels.tools.bench.request import Request, covered
+from petal_kernels.tools.bench.scenarios import Check, Forward, Inputs, Provider, Scenario
 
 LAYERS: dict[str, tuple[type[Layer], tuple[LayerCase, ...]]] = {
     "petal_qkv": (
@@ -100,13 +101,13 @@ def _trained(layer: Layer) -> list[Tensor]:
     return [p for p in layer.parameters() if p.requires_grad]
 
 
-def _oracle(layer: Layer, inputs: Inputs) -> Callable[[Provider], Callable[[], Errors]]:
+def _oracle(layer: Layer, inputs: Inputs, fresh: Fresh) -> Callable[[Provider], Check]:
     """Checks with dropout off: the forms draw their masks from different generators."""
 
-    def results(of: Layer, provider: Provider, given: Inputs) -> Results:
+    def results(of: Layer, provider: Provider, given: Inputs, gradients: bool = True) -> Results:
         of.eval()
         try:
-            return run(provider.forward, given, provider.leaves(given))
+            return run(provider.forward, given, provider.leaves(given), gradients)
         finally:
             of.train()
 
@@ -118,8 +119,9 @@ def _oracle(layer: Layer, inputs: Inputs) -> Callable[[Provider], Callable[[], E
     oracle = Oracle(
         lambda: published(copy.deepcopy(layer).double(), inputs.map(Tensor.double)),
         lambda: published(layer, inputs),
+        fresh=fresh,
     )
-    return lambda provider: oracle(lambda: results(layer, provider, inputs))
+    return lambda provider: oracle(functools.partial(results, layer, provider, inputs))
 
 
 def build(
@@ -130,7 +132,8 @@ def build(
     layer = LAYERS[name][0](case, request.dtype).to(request.device).train()
     inputs = _inputs(layer, request)
     trained = _trained(layer)
-    check = _oracle(layer, inputs)
+    fresh = Fresh([*inputs.leaves(), *inputs.douts])
+    check = _oracle(layer, inputs, fresh)
     providers: dict[str, Provider] = {}
 
     def add(label: str, provider: Provider) -> None:
@@ -171,6 +174,7 @@ def build(
         layer.work(),
         list(layer.parameters()),
         value,
+        fresh=fresh,
     )
 
 
@@ -180,5 +184,5 @@ def scenarios(wanted: Sequence[str], request: Request) -> Iterator[Callable[[], 
         shapes = [s for s in LAYERS[name][1] if request.matches(s.name)]
         shapes = [s for s in shapes if s.name == request.shape] or shapes
         for shape in shapes:
-            for case, value in swept(shape, request):
+            for case, value in covered(shape, request):
                 yield functools.partial(build, name, case, request, shape.name, value)

@@ -273,12 +273,15 @@ class RoutedLayer(Layer):
         )  # fmt: skip
 
     def moved(self, dtype: torch.dtype) -> Cost:
-        """Both updates by the operator's formula; for both shrinks together x read and z written
-        forward, x, z and dz read and dx read and written backward."""
+        """The least, of the same products as `work`. Forward: both updates by the operator's
+        formula, but that what the base's product has just made need not be read again; x read and z
+        written by the shrinks; the base's weights, biases and third output. Backward: both updates,
+        x, z and dz read, the third output's gradient, dx and the base's weights."""
         fwd, bwd = gated_workload.bytes_moved(self._updates(), dtype)
-        x, z = self.case.width, 2 * self.case.rank
-        rows = self.case.rows * dtype.itemsize
-        return 2 * fwd + rows * (x + z), 2 * bwd + rows * (3 * x + 2 * z)
+        n, d, z = self.case.rows, self.case.width, 2 * self.case.rank
+        e, weights = dtype.itemsize, 3 * self.case.width**2
+        forward = 2 * fwd + (n * (d + z) + weights + 3 * d + n * d - 2 * n * d) * e
+        return forward, 2 * bwd + (n * (2 * d + 2 * z) + n * d + weights) * e
 
     def work(self) -> Cost:
         """Updates by the operator's formula, the shrinks and the base's product (its dx too)."""

@@ -22,10 +22,11 @@ import petal_kernels as pk
 from petal_kernels.hf import attach
 from petal_kernels.tools.bench import correctness, packages
 from petal_kernels.tools.bench.correctness import Results
+from petal_kernels.tools.bench.fresh import Fresh
 from petal_kernels.tools.bench.layer import on_backend
 from petal_kernels.tools.bench.model_builders import BUILDERS, SIZES, Subject
 from petal_kernels.tools.bench.op import Oracle
-from petal_kernels.tools.bench.request import Request, swept
+from petal_kernels.tools.bench.request import Request, covered
 from petal_kernels.tools.bench.scenarios import Forward, Inputs, Provider, Scenario
 
 INIT = 0.02  # standard deviation added to the adapter, so that nothing of it is zero
@@ -140,12 +141,21 @@ def _floor(subject: Subject) -> Provider:
     return replace(_step(both, []), floor=True)
 
 
-def _results(subject: Subject, both: Forward, trained: Sequence[Tensor], inputs: Inputs) -> Results:
+def _results(
+    subject: Subject,
+    both: Forward,
+    trained: Sequence[Tensor],
+    inputs: Inputs,
+    gradients: bool = True,
+) -> Results:
     """Outputs, and the loss's gradients, without dropout: the implementations draw different
     masks."""
     subject.eval()
     try:
-        loss, seen = both(**inputs.arguments)
+        with torch.set_grad_enabled(gradients):
+            loss, seen = both(**inputs.arguments)
+        if not gradients:
+            return [seen], []
         return [seen.detach()], torch.autograd.grad(loss, list(trained), allow_unused=True)
     finally:
         subject.train()
@@ -168,10 +178,12 @@ def build(case: ModelCase, request: Request, shape: str, value: float | None) ->
     batch = base.batch(case.batch, case.tokens, g)
     floating = {k: v.to(request.dtype) if v.is_floating_point() else v for k, v in batch.items()}
     inputs = Inputs({k: v.to(request.device) for k, v in floating.items()})
+    fresh = Fresh(t for t in inputs.arguments.values() if isinstance(t, Tensor))
     oracle = Oracle(
         lambda: _published(base, case, inputs, True),
         lambda: _published(base, case, inputs, False),
         correctness.pooled,
+        fresh,
     )
     providers: dict[str, Provider] = {}
     parameters: list[Tensor] = []
@@ -184,7 +196,7 @@ def build(case: ModelCase, request: Request, shape: str, value: float | None) ->
         ours: bool = False,
         compiled: bool = False,
     ) -> None:
-        check = oracle(lambda: _results(subject, both, trained, inputs))
+        check = oracle(functools.partial(_results, subject, both, trained, inputs))
         step = _step(both, trained)
         providers[label] = replace(step, check=check, ours=ours, chosen=ours, compiled=compiled)
         parameters.extend(subject.parameters())
@@ -213,7 +225,9 @@ def build(case: ModelCase, request: Request, shape: str, value: float | None) ->
         arguments += ["--sweep", str(request.sweep), "--values", str(int(value))]
     size = f"{case.size}, B={case.batch} L={case.tokens} r={case.rank}"
     name = f"{case.model} step, {shape}, {size}"
-    return Scenario(name, inputs, providers, arguments, parameters=parameters, swept=value)
+    return Scenario(
+        name, inputs, providers, arguments, parameters=parameters, swept=value, fresh=fresh
+    )
 
 
 def tax(medians: dict[str, float]) -> dict[str, float]:
@@ -234,5 +248,5 @@ def scenarios(
             sized = replace(plain, size=size)
             if size == "small":
                 sized = replace(sized, batch=min(plain.batch, 4), rank=min(plain.rank, 16))
-            for case, value in swept(sized, replace(request, quick=False)):
+            for case, value in covered(sized, replace(request, quick=False)):
                 yield functools.partial(build, case, request, plain.name, value)

@@ -14,8 +14,9 @@ import petal_kernels as pk
 from petal_kernels.tools import operators
 from petal_kernels.tools.bench import correctness
 from petal_kernels.tools.bench.correctness import Errors, Results
-from petal_kernels.tools.bench.request import Request, RequestError, swept
-from petal_kernels.tools.bench.scenarios import Forward, Inputs, Provider, Scenario
+from petal_kernels.tools.bench.fresh import Fresh
+from petal_kernels.tools.bench.request import Request, RequestError, covered
+from petal_kernels.tools.bench.scenarios import Check, Forward, Inputs, Provider, Scenario
 from petal_kernels.tools.operators import Operator
 
 QUICK_SHAPES = 2
@@ -38,36 +39,52 @@ def cases(name: str, request: Request) -> list[tuple[Any, float | None, str]]:
     return [
         (case, value, shape.name)
         for shape in (shapes[:QUICK_SHAPES] if request.quick else shapes)
-        for case, value in swept(shape, request)
+        for case, value in covered(shape, request)
     ]
 
 
-def run(forward: Forward, inputs: Inputs, leaves: Sequence[Tensor] | None = None) -> Results:
-    """Outputs and the gradients of everything trained."""
-    out = forward(**inputs.arguments)
+def run(
+    forward: Forward,
+    inputs: Inputs,
+    leaves: Sequence[Tensor] | None = None,
+    gradients: bool = True,
+) -> Results:
+    """Outputs and the gradients of everything trained; without gradients, as in inference."""
+    with torch.set_grad_enabled(gradients):
+        out = forward(**inputs.arguments)
     outs = [out] if isinstance(out, Tensor) else list(out)
+    if not gradients:
+        return outs, []
     wanted = list(inputs.leaves() if leaves is None else leaves)
     grads = torch.autograd.grad(outs, wanted, list(inputs.douts) or None, allow_unused=True)
     return [o.detach() for o in outs], grads
 
 
 class Oracle:
-    """fp64 and plain torch on the same inputs, computed when first asked for; `compare` is the
-    rule."""
+    """fp64 and plain torch on the same inputs, computed when first asked for and again when the
+    inputs have become others; `compare` is the rule."""
 
     def __init__(
         self,
         exact: Callable[[], Results],
         plain: Callable[[], Results],
         compare: Callable[[Results, Results, Results], Errors] = correctness.compare,
+        fresh: Fresh | None = None,
     ) -> None:
-        self.exact = functools.cache(exact)
-        self.plain = functools.cache(plain)
+        self.fresh = Fresh() if fresh is None else fresh
         self.compare = compare
+        self._known = functools.cache(lambda turn: (exact(), plain()))
 
-    def __call__(self, got: Callable[[], Results]) -> Callable[[], Errors]:
-        """A provider's check."""
-        return lambda: self.compare(got(), self.exact(), self.plain())
+    def __call__(self, got: Callable[[bool], Results]) -> Check:
+        """A provider's check; `got` is asked for gradients or not."""
+
+        def check(gradients: bool = True) -> Errors:
+            exact, plain = self._known(self.fresh.turn)
+            if not gradients:
+                exact, plain = (exact[0], []), (plain[0], [])
+            return self.compare(got(gradients), exact, plain)
+
+        return check
 
 
 def backends(op: Operator, inputs: dict[str, Any], request: Request) -> tuple[list[str], str]:
@@ -111,9 +128,13 @@ def build(name: str, case: Any, request: Request, shape: str, value: float | Non
     timed = exactly.given(rng=None)
     dry = timed.given(dropout=0.0) if "dropout" in made else timed
 
+    fresh = Fresh([*timed.leaves(), *_activations(op, timed), *timed.douts])
+
     def oracle(inputs: Inputs) -> Oracle:
         return Oracle(
-            lambda: run(reference, inputs.map(Tensor.double)), lambda: run(reference, inputs)
+            lambda: run(reference, inputs.map(Tensor.double)),
+            lambda: run(reference, inputs),
+            fresh=fresh,
         )
 
     within = oracle(exactly)
@@ -121,8 +142,13 @@ def build(name: str, case: Any, request: Request, shape: str, value: float | Non
     variants = ["paper", "release"] if "variant" in made else []
     oracles = [oracle(dry.given(variant=v)) for v in variants] or [oracle(dry)]
 
-    def without(got: Callable[[], Results]) -> Callable[[], Errors]:
-        return lambda: min((o(got)() for o in oracles), key=lambda e: e.outputs)
+    def without(forward: Forward) -> Check:
+        checks = [o(functools.partial(_results, forward, dry)) for o in oracles]
+
+        def check(gradients: bool = True) -> Errors:
+            return min((c(gradients) for c in checks), key=lambda e: e.outputs)
+
+        return check
 
     providers: dict[str, Provider] = {}
     others: dict[str, Forward] = getattr(load, "optional_baselines", lambda *_: {})(
@@ -130,21 +156,19 @@ def build(name: str, case: Any, request: Request, shape: str, value: float | Non
     )
     for label, forward in (load.BASELINES | others).items():
         if request.wants(label):
-            check = without(functools.partial(run, forward, dry))
-            providers[label] = Provider(forward, check=check)
+            providers[label] = Provider(forward, check=without(forward))
     if request.wants("compile"):
         torch._dynamo.reset()  # else the shapes before this one use up the limit of recompilations
         torch._dynamo.config.recompile_limit = 64  # a loop over experts compiles each on its own
         forward = torch.compile(load.BASELINES["published"], dynamic=False)
-        check = without(functools.partial(run, forward, dry))
-        providers["compile"] = Provider(forward, check=check, compiled=True)
+        providers["compile"] = Provider(forward, check=without(forward), compiled=True)
     if made.get("weights") is not None and request.wants("base"):
         floor = lambda **a: _floor(a["weights"], a.get("biases"), a["x"])  # noqa: E731
         providers["base"] = Provider(floor, floor=True)
     wanted, chosen = backends(op, made, request)
     for backend in wanted:
         forward = functools.partial(op.public, backend=backend)
-        check = within(functools.partial(run, forward, exactly))
+        check = within(functools.partial(_results, forward, exactly))
         ours = Provider(forward, check=check, ours=True, chosen=backend == chosen)
         providers[f"petal {backend}"] = ours
     arguments = ["op", name, "--shape", shape]
@@ -160,18 +184,31 @@ def build(name: str, case: Any, request: Request, shape: str, value: float | Non
         _parameters(op, timed),
         value,
         [f"auto {pk.explain(op.public, **made).choice}"],
+        fresh,
     )
+
+
+def _results(forward: Forward, inputs: Inputs, gradients: bool) -> Results:
+    return run(forward, inputs, gradients=gradients)
+
+
+def _split(op: Operator, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
+    """Activations, and everything else."""
+    rows = getattr(op.workload, "ACTIVATIONS", ("x", "hidden", "base"))
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for name, value in inputs.arguments.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        found[name not in rows].extend(v for v in values if isinstance(v, Tensor))
+    return found
+
+
+def _activations(op: Operator, inputs: Inputs) -> list[Tensor]:
+    return [t for t in _split(op, inputs)[0] if t.is_floating_point()]
 
 
 def _parameters(op: Operator, inputs: Inputs) -> list[Tensor]:
     """Everything but activations: what a training keeps anyway."""
-    rows = getattr(op.workload, "ACTIVATIONS", ("x", "hidden", "base"))
-    found: list[Tensor] = []
-    for name, value in inputs.arguments.items():
-        if name not in rows:
-            values = value if isinstance(value, (list, tuple)) else [value]
-            found += [v for v in values if isinstance(v, Tensor)]
-    return found
+    return _split(op, inputs)[1]
 
 
 def scenarios(wanted: Sequence[str], request: Request) -> Iterator[Callable[[], Scenario]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,12 +44,12 @@ def steps(device: torch.device, calls: int = CALLS) -> dict[str, Step]:
     }
 
 
-def bench(request: Request) -> list[dict[str, Any]]:
-    """Print and return microseconds per call."""
+def bench(request: Request) -> Iterator[dict[str, Any]]:
+    """Print and give microseconds per call."""
     rows = timing.compare(steps(request.device), request.device, request.rounds)
     print("\nhost overhead of one lowrank_linear call, microseconds")
     micro = {label: round(t.median * 1e3, 2) for label, t in rows.items()}
     for label, value in micro.items():
         print(f"  {label:<20}{value:8.1f}")
     noise = round(timing.drift(rows), 4)
-    return [{"scenario": "host overhead", "microseconds": micro, "drift": noise}]
+    yield {"scenario": "host overhead", "microseconds": micro, "drift": noise}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +16,9 @@ from petal_kernels.tools.bench.request import Request, swept
 from petal_kernels.tools.bench.timing import Step
 
 
-def bench(request: Request) -> list[dict[str, Any]]:
-    """Print and return one entry per shape, inference and training."""
-    results = []
+def bench(request: Request) -> Iterator[dict[str, Any]]:
+    """Print and give one entry per shape, inference and training, when it is there."""
+    worst = 0.0
     plain = replace(request, sweep=None)
     for shape in workload.SHAPES[:1] if request.quick else workload.SHAPES:
         ((case, _),) = swept(shape, plain)
@@ -27,10 +27,10 @@ def bench(request: Request) -> list[dict[str, Any]]:
             if not training:
                 inputs["dropout"] = 0.0
                 inputs.pop("rng", None)
-            results.append(_plans_of(case.name, inputs, training, request))
-    worst = max((r["behind_best"] for r in results), default=0.0)
+            found = _plans_of(case.name, inputs, training, request)
+            worst = max(worst, found["behind_best"])
+            yield found
     print(f"\nthe planner is at most {100 * worst:.1f} % behind the best plan")
-    return results
 
 
 def _providers(inputs: dict[str, Any], training: bool, chosen: str) -> dict[str, Step]:

@@ -39,6 +39,7 @@ class Request:
     values: tuple[int, ...] = ()
     shape: str = ""
     quick: bool = False
+    skipped: dict[str, str] = field(default_factory=dict, compare=False)  # shapes, and why
 
     def wants(self, baseline: str) -> bool:
         """Whether a baseline is asked for: all are by default, but none that compiles in a quick
@@ -116,6 +117,16 @@ def swept(case: Case, request: Request) -> list[tuple[Case, float | None]]:
     if request.quick:
         case = _smaller(case, {k: v for k, v in sizes.items() if k != request.sweep})
     return [(_with(case, request.sweep, v), float(v)) for v in values]
+
+
+def covered(case: Case, request: Request) -> list[tuple[Case, float | None]]:
+    """`swept`, of a shape among others: one that has no such axis is left out and noted."""
+    try:
+        return swept(case, request)
+    except RequestError as error:
+        name: str = case.name  # type: ignore[attr-defined]
+        request.skipped[name] = str(error)
+        return []
 
 
 def _smaller(case: Case, sizes: dict[str, int]) -> Case:

@@ -1,8 +1,9 @@
 """What a run found: rows and tables, and the files they are written to.
 
 JSON: environment, command, ceilings, what could not be compared and why, and one entry per scenario
-and mode. CSV: long format, one line per measured quantity, as Liger's benchmarks write it, with
-versions and commit on every line so that files of several runs can be put one after the other.
+and mode; `partial` says why a run did not reach its end. CSV: long format, one line per measured
+quantity, as Liger's benchmarks write it, with versions and commit on every line so that files of
+several runs can be put one after the other.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -34,7 +36,14 @@ class Row:
     errors: Errors | None = None
     wall: Timing | None = None
     loss: bool = False
+    suspect: bool = False  # faster than the roof
+    noise: bool = False  # the speed-up is no farther from 1 than the table's drift
     reproduce: str = ""
+
+    @property
+    def wrong(self) -> bool:
+        """Whether it computes something else."""
+        return self.errors is not None and self.errors.wrong
 
     @property
     def red(self) -> bool:
@@ -45,7 +54,18 @@ class Row:
     def failed(self) -> bool:
         """Whether the run has failed with it: ours are held to the rule of the tests, a baseline
         may sum in a worse order but must compute the same function."""
-        return self.errors is not None and (self.errors.red if self.ours else self.errors.wrong)
+        return self.red if self.ours else self.wrong
+
+    @property
+    def verdict(self) -> str:
+        """What is said in place of a speed-up; empty where it is given."""
+        if self.red:
+            return "WRONG" if self.wrong else "imprecise"
+        if self.suspect:
+            return "suspect"
+        if self.floor:
+            return "floor"
+        return "within noise" if self.noise else ""
 
     def as_dict(self) -> dict[str, Any]:
         """For a result file: the timing's fields beside the others."""
@@ -53,6 +73,7 @@ class Row:
         found = self.timing.as_dict() | {
             k: round(v, 4) if isinstance(v, float) else v for k, v in own.items()
         }
+        found["verdict"] = self.verdict
         if self.errors is not None:
             found["error_outputs"] = _finite(self.errors.outputs)
             found["error_gradients"] = _finite(self.errors.gradients)
@@ -73,6 +94,7 @@ class Table:
     mode: str
     rows: dict[str, Row]
     drift: float
+    best: str | None = None  # the fastest baseline
     shape: str = ""
     swept: float | None = None
     moved: int | None = None
@@ -98,9 +120,10 @@ class Report:
     ceilings: Ceilings | None = None
     absent: dict[str, str] = field(default_factory=dict)
     tables: list[Table] = field(default_factory=list)
+    partial: str | None = None
 
-    def as_json(self) -> str:
-        """The result file."""
+    def as_json(self, results: Sequence[dict[str, Any]] | None = None) -> str:
+        """The result file; of `plans` and `overhead` with results that are no tables."""
         document = {
             "environment": self.environment,
             "command": self.command,
@@ -108,7 +131,8 @@ class Report:
             "device": self.device,
             "ceilings": None if self.ceilings is None else asdict(self.ceilings),
             "absent": self.absent,
-            "results": [table.as_dict() for table in self.tables],
+            "partial": self.partial,
+            "results": [t.as_dict() for t in self.tables] if results is None else list(results),
         }
         return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
@@ -131,7 +155,7 @@ class Report:
             "kernel_operation_mode": table.mode,
             "x_name": self.axis or "",
             "x_value": "" if table.swept is None else int(table.swept),
-            "rel_err_vs_torch": "" if errors is None else max(errors.outputs, errors.gradients),
+            "rel_err_vs_torch": "" if errors is None else errors.worst,
             "pct_roofline": "" if row.roof is None else round(100 * row.roof, 2),
             "extra_config": json.dumps({"dtype": self.dtype, "threads": env["threads"]}),
             "machine": env["gpu"] if self.device.startswith("cuda") else env["cpu"],
@@ -140,6 +164,8 @@ class Report:
             "torch": env["torch"],
             "triton": env["triton"] or "",
             "commit": env["commit"],
+            "verdict": row.verdict,
+            "partial": self.partial or "",
             "reproduce": row.reproduce,
         }
 
@@ -164,6 +190,8 @@ _COLUMNS = (
     "torch",
     "triton",
     "commit",
+    "verdict",
+    "partial",
     "reproduce",
 )
 

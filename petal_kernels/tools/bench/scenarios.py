@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from petal_kernels.tools.bench.correctness import Errors
+from petal_kernels.tools.bench.fresh import Fresh
 from petal_kernels.tools.bench.timing import Step
 
 MODES = ("forward", "train", "backward", "full")
 Forward = Callable[..., Any]  # of the arguments: a tensor, or several
+Check = Callable[..., Errors]  # check(gradients=True), or of the outputs alone
 IN_WORDS = {
     "forward": "forward without gradients",
     "train": "forward as in training",
@@ -80,7 +82,8 @@ class Provider:
 
     leaves      what is trained, of given inputs (default: those that the inputs name)
     backward    for a whole model: runs the step's rest on the outputs (autograd.grad otherwise)
-    check       errors against fp64 beside plain torch's; None: it computes something else (a floor)
+    check       errors against fp64 beside plain torch's, of the inputs as they are then, with
+                gradients or of the forward without them; None: it computes something else (a floor)
     ours        a row of this package; `chosen` if it is what `auto` takes
     floor       the frozen base alone: less work than what it is compared to
     """
@@ -88,7 +91,7 @@ class Provider:
     forward: Forward
     leaves: Callable[[Inputs], Sequence[Tensor]] = Inputs.leaves
     backward: Callable[[Sequence[Tensor]], Sequence[Tensor | None]] | None = None
-    check: Callable[[], Errors] | None = None
+    check: Check | None = None
     ours: bool = False
     chosen: bool = False
     compiled: bool = False
@@ -135,6 +138,7 @@ class Scenario:
     moved, work  bytes and flops of (forward, backward) by the operator's own formulas, or None
     parameters   frozen or trained tensors that are not counted as saved
     swept        the value of the axis that is swept
+    fresh        the inputs whose values are new at every timed call
     """
 
     name: str
@@ -146,6 +150,7 @@ class Scenario:
     parameters: Sequence[Tensor] = ()
     swept: float | None = None
     notes: list[str] = field(default_factory=list)
+    fresh: Fresh = field(default_factory=Fresh)
 
     @property
     def first(self) -> str:

@@ -84,8 +84,12 @@ class Clock:
 
 
 def _quantile(values: list[float], q: float) -> float:
+    """Between the two samples that lie around it: p20 and p80 cut off as many."""
     ordered = sorted(values)
-    return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
+    at = q * (len(ordered) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
 def rounds_for(wanted: int, seconds: float) -> int:

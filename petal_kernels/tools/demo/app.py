@@ -18,6 +18,9 @@ import torch
 from transformers import InstructBlipForConditionalGeneration
 
 import petal_kernels as pk
+from petal_kernels._runtime.backends import default_backend
+from petal_kernels.tools import exits
+from petal_kernels.tools.argument_types import seed
 from petal_kernels.tools.demo import methods_run, report, tasks
 from petal_kernels.tools.demo import model as small
 from petal_kernels.tools.demo.compare import Comparison, compare
@@ -42,7 +45,6 @@ from petal_kernels.tools.demo.train import (
 
 _SHOWN = 6
 _SAVE_EVERY = 100
-_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help=f"training steps (default: {defaults.steps})")
     parser.add_argument("--rank", type=int, help=f"rank of the adapter (default: {defaults.rank})")
     parser.add_argument(
-        "--seed", type=int, help=f"seed of adapter and batches (default: {defaults.seed})"
+        "--seed", type=seed, help=f"seed of adapter and batches (default: {defaults.seed})"
     )
     parser.add_argument(
         "--compare-steps", type=int, default=Options.compare_steps, help="steps both forms take"
@@ -127,10 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{args.method}, which always runs from its beginning: going on is not supported"
         )
     given = {k: v for k in ("steps", "rank", "seed") if (v := getattr(args, k)) is not None}
-    try:
+    with exits.refusing(parser, ValueError, OSError):
+        default_backend()  # what PETAL_BACKEND names
         settings = resumed_settings(args.out, given) if args.resume else Settings(**given)
-    except ValueError as error:
-        parser.error(str(error))
+    exits.folder(args.out)
     options = Options(args.out, settings, resume=args.resume, compare_steps=args.compare_steps)
     torch.set_num_threads(args.threads)
     try:
@@ -141,9 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if args.method != "petal":
             print("\nStopped. What is finished is in", args.out)
-            return _INTERRUPTED
+            return exits.INTERRUPTED
         print("\nStopped.", _how_to_resume(args.out))
-        return _INTERRUPTED
+        return exits.INTERRUPTED
 
 
 def resumed_settings(out: Path, given: dict[str, int]) -> Settings:
@@ -153,14 +155,18 @@ def resumed_settings(out: Path, given: dict[str, int]) -> Settings:
     found = checkpoints(out)
     if not found:
         raise ValueError(f"--resume: want a checkpoint in {out}, which has none")
-    stored = read_state(found[-1])["settings"]
+    try:
+        stored = read_state(found[-1])["settings"]
+        settings = Settings(**stored)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"--resume: {found[-1]} is no checkpoint of this version") from error
     for name, value in given.items():
         if stored[name] != value:
             raise ValueError(
                 f"--{name}: want {stored[name]}, as in {found[-1]}, got {value}: "
                 "other settings need a new run"
             )
-    return Settings(**stored)
+    return settings
 
 
 def run(options: Options) -> int:
@@ -216,7 +222,7 @@ def run(options: Options) -> int:
             shutil.rmtree(stale)
     if not _train(trainer, held, options, notes):
         print("\nStopped.", _how_to_resume(options.out))
-        return _INTERRUPTED
+        return exits.INTERRUPTED
     figures = _finish(trainer, held, options, notes)
     figures["seconds"] = round(time.perf_counter() - began, 1)
     report.write_json(options.out / "report.json", figures)

@@ -1,0 +1,181 @@
+"""README's tables, cell by cell from a result file whose figures are known.
+
+Kind: a headline that can be inverted with every test green.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import tables
+
+MEDIANS = {"published": 8.0, "eager": 5.0, "compile": 6.0, "petal": 4.0}
+Line = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def known() -> Iterator[None]:
+    """What has been read is known by its name."""
+    tables.results.cache_clear()
+    yield
+    tables.results.cache_clear()
+
+
+@pytest.fixture
+def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Line:
+    """A row of a table over one file with the given medians."""
+    count = iter(range(100))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+
+    def make(
+        medians: dict[str, float] | None = None,
+        drift: float = 0.02,
+        more: dict[str, dict[str, Any]] | None = None,
+        label: str = "x",
+        forward: dict[str, float] | None = None,
+    ) -> str:
+        entries = []
+        for mode, times in (("train", forward), ("full", MEDIANS | (medians or {}))):
+            if times is not None:
+                rows = {k: {"median": v} | (more or {}).get(k, {}) for k, v in times.items()}
+                entry = {"scenario": "s", "mode": mode, "drift": drift, "rows": rows}
+                entries.append(entry)
+        name = f"file{next(count)}"
+        (tmp_path / f"{name}.json").write_text(json.dumps({"results": entries}))
+        modes = tuple(e["mode"] for e in entries)
+        return tables._line(tables.Row(label, name, "s", modes))  # type: ignore[arg-type]
+
+    return make
+
+
+def test_a_row(line: Line) -> None:
+    assert line() == "| x | 8.0 ms | 5.0 | 6.0 | **4.0 (2.00x)** | 2.0 % |"
+
+
+@pytest.mark.parametrize(
+    ("ours", "ratio"),
+    [(4.0, "2.00x"), (0.5, "16x"), (0.8, "10x"), (0.81, "9.88x"), (16.0, "0.50x"), (3.2, "2.50x")],
+)
+def test_the_ratio_is_published_over_ours(ours: float, ratio: str, line: Line) -> None:
+    assert f"{ours:.1f} ({ratio})" in line({"petal": ours})
+
+
+@pytest.mark.parametrize(
+    ("ours", "drift", "bold"),
+    [
+        (4.9, 0.02, True),
+        (4.91, 0.02, False),  # 4.91 x 1.02 > 5.0, the fastest baseline
+        (4.9, 0.03, False),
+        (5.5, 0.02, False),  # faster than published and compile only
+        (4.0, 0.3, False),
+        (4.0, 0.2, True),
+    ],
+)
+def test_bold_is_faster_than_every_baseline_by_more_than_the_drift(
+    ours: float, drift: float, bold: bool, line: Line
+) -> None:
+    assert ("**" in line({"petal": ours}, drift)) is bold
+
+
+def test_bold_needs_every_mode(line: Line) -> None:
+    won = {"published": 4.0, "eager": 3.0, "compile": 3.5, "petal": 2.0}
+    text = line(forward=won)
+    assert text == (
+        "| x | 4.0 / 8.0 ms | 3.0 / 5.0 | 3.5 / 6.0 | **2.0 / 4.0 (2.00x / 2.00x)** | 2.0 / 2.0 % |"
+    )
+    assert "**" not in line(forward=won | {"petal": 2.99})
+    assert "**" not in line({"petal": 4.99}, forward=won)
+
+
+def test_every_baseline_is_a_rival_and_the_floor_is_none(line: Line) -> None:
+    assert "**" not in line({"grouped_mm": 3.0})
+    assert "**" in line({"petal torch": 1.0})  # ours too
+    text = line({"base": 1.0, "grouped_mm": 7.0}, more={"base": {"floor": True}}, label="{base} x")
+    assert text.startswith("| 1.0 x | 8.0 ms |")
+    assert "**" in text
+
+
+@pytest.mark.parametrize(
+    ("ours", "drift", "noise"),
+    [
+        (8.0, 0.0, True),
+        (7.7, 0.05, True),
+        (7.6, 0.05, False),
+        (8.39, 0.05, True),
+        (8.41, 0.05, False),
+    ],
+)
+def test_a_ratio_inside_the_drift_is_noise(
+    ours: float, drift: float, noise: bool, line: Line
+) -> None:
+    """As far below 1 as above it."""
+    assert ("(within noise)" in line({"petal": ours}, drift)) is noise
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.0123, 0.5])
+def test_the_drift_is_in_per_cent(drift: float, line: Line) -> None:
+    assert line(drift=drift).endswith(f"| {100 * drift:.1f} % |")
+
+
+def test_what_was_not_run_says_so(line: Line, tmp_path: Path) -> None:
+    rows = {"published": {"median": 8.0}, "petal": {"median": 4.0}}
+    entry = {"scenario": "s", "mode": "full", "drift": 0.0, "rows": rows}
+    (tmp_path / "few.json").write_text(json.dumps({"results": [entry]}))
+    text = tables._line(tables.Row("x", "few", "s"))
+    assert text == "| x | 8.0 ms | not run | not run | **4.0 (2.00x)** | 0.0 % |"
+
+
+def test_long_times_are_in_seconds(line: Line) -> None:
+    slow = {"published": 15_000.0, "eager": 14_700.0, "compile": 12_345.0, "petal": 197.0}
+    text = line(slow)
+    assert text == "| x | 15.0 s | 14.7 s | 12.3 s | **0.197 s (76x)** | 2.0 % |"
+
+
+@pytest.mark.parametrize(
+    ("label", "verdict"),
+    [("petal", "WRONG"), ("petal", "suspect"), ("petal", "imprecise"), ("published", "WRONG"),
+     ("published", "suspect")],
+)  # fmt: skip
+def test_what_the_file_does_not_vouch_for_is_no_row(label: str, verdict: str, line: Line) -> None:
+    with pytest.raises(ValueError, match=f"{label} is {verdict}"):
+        line(more={label: {"verdict": verdict}})
+
+
+def test_an_imprecise_baseline_is_one(line: Line) -> None:
+    assert "(2.00x)" in line(more={"published": {"verdict": "imprecise"}})
+
+
+def test_saved_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    entries = []
+    for name, factor in (("a", 2), ("b", 1)):
+        kept = {"published": 6_000_000, "eager": 4_550_000, "petal": 3_000_000}
+        rows = {k: {"median": 1.0, "saved_bytes": factor * v} for k, v in kept.items()}
+        rows["compile"] = {"median": 1.0}
+        entries.append({"scenario": name, "mode": "full", "drift": 0.0, "rows": rows})
+    (tmp_path / "kept.json").write_text(json.dumps({"results": entries}))
+    text = tables._line(tables.Saved("kept", "kept", ("a", "b")))
+    assert text == "| kept | 12.0 / 6.0 MB | 9.1 / 4.5 | | **6.0 / 3.0** | exact |"
+
+
+def test_the_command_ends_by_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(tables.README.read_text())
+    monkeypatch.setattr(tables, "README", readme)
+    assert tables.main([]) == 0
+    readme.write_text(re.sub(r"\(2\.33x\)", "(3.33x)", readme.read_text()))
+    assert tables.main([]) == 1
+    assert "-| adapter part" in capsys.readouterr().out
+    readme.write_text("no blocks")
+    with pytest.raises(SystemExit) as stopped:
+        tables.main([])
+    assert stopped.value.code == 2
+    assert "want the blocks" in capsys.readouterr().err
