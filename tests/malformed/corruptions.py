@@ -78,6 +78,8 @@ def of_sequence(values: Any) -> Iterator[Corruption]:
     for label, value in JUNK.items():
         yield Corruption(label, value)
     yield Corruption("number", 1)
+    if not values:
+        return
     yield Corruption("empty", [], own=False)
     yield Corruption("one less", values[:-1], own=False)
     yield Corruption("one more", [*values, values[-1]], own=False)

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.malformed import modules, operators
+from tests.malformed import model_layer, modules, operators
 from tests.malformed.corruptions import Case
 from tests.malformed.refusal import failures
 
-CASES = [*operators.cases(), *modules.cases()]
+CASES = [*operators.cases(), *modules.cases(), *model_layer.cases()]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
