@@ -53,14 +53,20 @@ def attach(
         )
     # A copy, checked again: the caller's object may have been changed since it was made, and may be
     # changed for the next run.
-    attachment = _attach(model, dataclasses.replace(config), implementation)
-    if saved is not None:
-        try:
-            saved.check_base(attachment.signature())
-            attachment._load(saved)
-        except BaseException:
-            attachment.detach()
-            raise
+    config = dataclasses.replace(config)
+    if saved is None:
+        return _attach(model, config, implementation)
+    try:
+        attachment = _attach(model, config, implementation)
+    except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
+        # Not what the caller wrote, but what stands in the file.
+        raise ValueError(f"{saved.directory / files.CONFIG}: config: {error}") from error
+    try:
+        saved.check_base(attachment.signature())
+        attachment._load(saved)
+    except BaseException:
+        attachment.detach()
+        raise
     return attachment
 
 

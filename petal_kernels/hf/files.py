@@ -325,7 +325,7 @@ def _read_config(path: Path, text: bytes) -> dict[str, Any]:
     missing = [key for key in _KEYS if key not in values]
     if missing:
         raise ValueError(f"{path}: want the keys {list(_KEYS)}, missing {missing}")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(f"{path}: format_version: want {FORMAT_VERSION}, got {version!r}")
     unknown = sorted(set(values) - {*_KEYS, _SEAL})
     if unknown:
