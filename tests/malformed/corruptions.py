@@ -10,7 +10,8 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -168,7 +169,7 @@ def spoil(value: Any) -> Iterator[Corruption]:
     yield from of_object(value)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Case:
     """A callable and a call of it that is right."""
 
@@ -176,10 +177,24 @@ class Case:
     call: Callable[..., Any]
     valid: Callable[[], dict[str, Any]]
     legal: tuple[str, ...] = ()  # "argument: corruption", shell patterns: calls that are right too
-    more: Mapping[str, Mapping[str, Any]] = None  # type: ignore[assignment]  # further bad values
+    elsewhere: tuple[str, ...] = ()  # and those that somebody else judges: the user's own model
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # further bad values
     names: tuple[str, ...] = ()  # by which an error may name what is no argument
     watched: Callable[[], nn.Module] | None = None  # the model that must stay as it is
     signature_of: Callable[..., Any] | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def target(self) -> Any:
+        """The public function, class or method that is called."""
+        found = inspect.unwrap(self.signature_of or self.call)
+        return getattr(found, "__func__", found)
+
+    def matches(self, patterns: tuple[str, ...], argument: str, corruption: Corruption) -> bool:
+        label = f"{argument}: {corruption.label}"
+        return any(fnmatchcase(label, pattern) for pattern in patterns)
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -205,10 +220,10 @@ def malformed(case: Case) -> Iterator[tuple[str, Corruption, dict[str, Any]]]:
             corruptions = [replace(each, own=False) for each in corruptions]
         if not (optional and name not in given) and value is not None:
             corruptions.append(Corruption("None", None, own=False))
-        for label, bad in ((case.more or {}).get(name) or {}).items():
+        for label, bad in case.more.get(name, {}).items():
             corruptions.append(Corruption(label, bad, own=False))
         for each in corruptions:
-            if each.value is None and optional:
+            if (each.value is None and optional) or case.matches(case.elsewhere, name, each):
                 continue
             yield name, each, given | {name: each.value}
         if parameter.default is inspect.Parameter.empty:

@@ -21,13 +21,14 @@ from tests.malformed.corruptions import Case
 EXPERTS = 3
 
 # What is right although a field was changed.
+# A path without a folder is a FileNotFoundError (test_files), a batch is the model's to judge.
+ELSEWHERE = {"load": ("directory: string",), "attach": ("config: string",), "memory": ("batch: *",)}
 _CONFIG = ("*: one", "scale: negative", "alpha: *", "target_modules: string", "keep: *")
 _ROWS = ("features: half", "features: rank-1", "features: size+1@-[23]")
 LEGAL: dict[str, tuple[str, ...]] = {
     "PetalConfig": ("use_cross_residual: bool", "experts: zero", "mix: negative"),
     "VLPetConfig": ("value_r: zero",),
     "save": ("directory: string",),
-    "load": ("directory: string",),  # FileNotFoundError, in test_files
     "vision": _ROWS,
     "context": _ROWS,
     "domains": ("domain: rank-1", "domain: size*", "generated: zero", "image: zero"),
@@ -100,14 +101,18 @@ def features(width: int) -> torch.Tensor:
     return torch.ones(2, 4, width)
 
 
+def _case(
+    name: str, call: Callable[..., Any], valid: Callable[[], dict[str, Any]], **more: Any
+) -> Case:
+    return Case(name=name, call=call, valid=valid, more=MORE, **more)
+
+
 def _configs() -> list[Case]:
     found = []
     for cls in METHODS.values():
         legal = (*_CONFIG, *LEGAL.get(cls.__name__, ()))
-        found.append(Case(cls.__name__, cls, dict, legal, MORE))
-        found.append(
-            Case(f"{cls.__name__}.from_dict", cls.from_dict, lambda: {"values": {}}, (), MORE)
-        )
+        found.append(_case(cls.__name__, cls, dict, legal=legal))
+        found.append(_case(f"{cls.__name__}.from_dict", cls.from_dict, lambda: {"values": {}}))
     return found
 
 
@@ -137,18 +142,12 @@ def _attachments() -> list[Case]:
     found = []
     for name, call, valid, method in calls:
         watched = (lambda m: lambda: attached(m).model)(method)
-        legal = LEGAL.get(name, ())
-        found.append(Case(f"Attachment.{name}", call, valid, legal, MORE, ("state_dict",), watched))
-    found.append(
-        Case(
-            "Attachment.auxiliary_loss",
-            routed().auxiliary_loss,
-            dict,
-            ("*: one", "*: negative"),
-            MORE,
-        )
-    )
-    return found
+        more = {"legal": LEGAL.get(name, ()), "elsewhere": ELSEWHERE.get(name, ())}
+        names = ("state_dict",)
+        found.append(_case(f"Attachment.{name}", call, valid, names=names, watched=watched, **more))
+    legal = ("*: one", "*: negative")
+    loss = routed().auxiliary_loss
+    return [*found, _case("Attachment.auxiliary_loss", loss, dict, legal=legal)]
 
 
 def _memory() -> list[Case]:
@@ -156,27 +155,32 @@ def _memory() -> list[Case]:
         return {"model": nn.Linear(3, 2), "batch": torch.ones(2, 3)}
 
     memory, profile = pk.memory, profiled()
-    any_batch = ("batch: *", "cuda_rules: bool")  # the batch is the model's to judge
+    elsewhere = ELSEWHERE["memory"]
     return [
-        Case("memory.profile", memory.profile, valid, any_batch, MORE),
-        Case(
+        _case(
+            "memory.profile",
+            memory.profile,
+            valid,
+            legal=("cuda_rules: bool",),
+            elsewhere=elsewhere,
+        ),
+        _case(
             "memory.assert_saved_bytes",
             memory.assert_saved_bytes,
             lambda: valid() | {"at_most": 10**6},
-            (*any_batch, "at_most: zero"),
-            MORE,
-            ("exactly",),
+            elsewhere=(*elsewhere, "at_most: zero"),  # a budget, and it is not kept
         ),
-        Case("memory.fake_tensors", memory.fake_tensors, valid, any_batch, MORE),
-        Case("Profile.peak_of", profile.peak_of, lambda: {"phase": "forward"}),
-        Case("Profile.by", profile.by, lambda: {"attribute": "kind"}),
-        Case("Profile.at_peak", profile.at_peak, dict, ("count: zero",)),
-        Case("Profile.curve", profile.curve, dict),
-        Case("Profile.table", profile.table, dict, ("limit: zero",)),
+        _case("memory.fake_tensors", memory.fake_tensors, valid, elsewhere=elsewhere),
+        _case("Profile.peak_of", profile.peak_of, lambda: {"phase": "forward"}),
+        _case("Profile.by", profile.by, lambda: {"attribute": "kind"}),
+        _case("Profile.at_peak", profile.at_peak, dict, legal=("count: zero",)),
+        _case("Profile.curve", profile.curve, dict),
+        _case("Profile.table", profile.table, dict, legal=("limit: zero",)),
     ]
 
 
 def cases() -> list[Case]:
+    """Every call of this file."""
     built = tiny_text.build("bart", torch.float32)
 
     def attach(**arguments: Any) -> None:
@@ -185,22 +189,17 @@ def cases() -> list[Case]:
 
     return [
         *_configs(),
-        Case(
+        _case(
             "attach",
             attach,
             lambda: {"model": built, "config": pk.VLAdapterConfig(r=2)},
-            ("config: string",),  # a path: FileNotFoundError, in test_files
-            MORE,
+            elsewhere=ELSEWHERE["attach"],
             watched=lambda: built,
             signature_of=pk.attach,
         ),
         *_attachments(),
-        Case(
-            "use_backend", entered(pk.use_backend), lambda: {"name": "auto"}, (), MORE, ("backend",)
-        ),
-        Case(
-            "explain", pk.explain, lambda: {"operator": pk.mode_contract, **_contract()}, (), MORE
-        ),
+        _case("use_backend", entered(pk.use_backend), lambda: {"name": "auto"}, names=("backend",)),
+        _case("explain", pk.explain, lambda: {"operator": pk.mode_contract, **_contract()}),
         *_memory(),
     ]
 

@@ -284,19 +284,23 @@ MORE: dict[str, dict[str, Any]] = {
 
 
 def cases() -> list[Case]:
+    """Every call of this file."""
     always = tuple(f"{name}: {what}" for name in NUMBERS for what in ("one", "negative"))
+    always += ("dtype: None", "router_noise: one")
     found = []
+
+    def add(
+        name: str, call: Callable[..., Any], valid: Any, legal: tuple[str, ...], **more: Any
+    ) -> None:
+        legal = (*always, *legal, *LEGAL.get(name.split("-")[0], ()))
+        found.append(Case(name=name, call=call, valid=valid, legal=legal, more=MORE, **more))
+
     for cls, form in CONSTRUCTORS.items():
-        legal = (*always, "dtype: None", "router_noise: one")
-        legal += LEGAL.get(f"{cls.__name__}.__init__", ())
-        found.append(Case(f"{cls.__name__}.__init__", cls, form, legal, MORE))
+        add(f"{cls.__name__}.__init__", cls, form, ())
     for number, (build, method, form, legal) in enumerate(METHODS):
         module = build()
-        name = f"{type(module).__name__}.{method}"
-        call = getattr(module, method)
-        legal = (*always, "dtype: None", *legal, *LEGAL.get(name, ()))
-        found.append(Case(f"{name}-{number}", call, form, legal, MORE, watched=lambda m=module: m))
+        name = f"{type(module).__name__}.{method}-{number}"
+        add(name, getattr(module, method), form, legal, watched=lambda m=module: m)
     for function, form, legal in FUNCTIONS:
-        legal = (*always, *legal, *LEGAL.get(function.__name__, ()))
-        found.append(Case(function.__name__, function, form, legal, MORE))
+        add(function.__name__, function, form, legal)
     return found

@@ -209,12 +209,15 @@ def explained(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def cases() -> list[Case]:
+    """Every form, called and explained."""
     found = []
     for operator, form in FORMS:
         legal = (*ALWAYS, *LEGAL.get(form.__name__, ()))
         name = f"{operator.__name__}-{form.__name__}"
-        found.append(Case(name, operator, form, legal, MORE))
-        found.append(
-            Case(f"explain-{name}", explained(operator), form, legal, MORE, signature_of=operator)
-        )
+        for label, call in ((name, operator), (f"explain-{name}", explained(operator))):
+            found.append(
+                Case(
+                    name=label, call=call, valid=form, legal=legal, more=MORE, signature_of=operator
+                )
+            )
     return found

@@ -4,7 +4,6 @@ before any operator of this package ran and before anything was drawn, with the 
 from __future__ import annotations
 
 import re
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -78,16 +77,14 @@ def wrong(
     return None
 
 
-def failures(case: Case) -> tuple[list[str], list[str], int]:
-    """(what was refused wrongly, calls that are right, the number of malformed calls)."""
-    found, legal, count = [], [], 0
+def failures(case: Case) -> tuple[list[str], int]:
+    """(what was refused wrongly, the number of malformed calls). A call that is said to be right is
+    made too: it is accepted, or refused like any other."""
+    found, count = [], 0
     for argument, corruption, arguments in malformed(case):
-        label = f"{argument}: {corruption.label}"
-        if any(fnmatchcase(label, pattern) for pattern in case.legal):
-            legal.append(label)
-            continue
-        count += 1
+        legal = case.matches(case.legal, argument, corruption)
         what = wrong(case, argument, corruption, arguments)
-        if what is not None:
-            found.append(f"{label}: {what}")
-    return found, legal, count
+        if what is not None and not (legal and what == "accepted"):
+            found.append(f"{argument}: {corruption.label}: {what}")
+        count += not legal
+    return found, count

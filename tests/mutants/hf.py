@@ -89,10 +89,10 @@ MUTANTS = [
     (_SPECS, 'config.variant == "release" and place.raw', "False"),
     (
         _ADAPTER,
-        "return vision.repeat_interleave(want // have, dim=0)",
-        "return vision.repeat(want // have, 1, 1)",
+        "vision.repeat_interleave(want // have, dim=0)",
+        "vision.repeat(want // have, 1, 1)",
     ),
-    (_ADAPTER, "bias.fill_(math.log(want / (1.0 - want)))", "bias.zero_()"),
+    (_ADAPTER, "bias.fill_(self._open_bias())", "bias.zero_()"),
     (_VALUE, "rows = slice(layer * self.r, (layer + 1) * self.r)", "rows = slice(0, self.r)"),
     (_LORA, "before, after = n * self.r,", "before, after = 0,"),
     (_LORA, "delta[target] =", "delta[n] ="),
