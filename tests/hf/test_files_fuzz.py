@@ -420,6 +420,21 @@ def test_threads_save_into_one_folder_while_others_read(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [files.TENSORS, files.CONFIG]
 
 
+def test_no_two_saves_write_under_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads, containers and machines whose processes have one number are kept apart by the names
+    alone where a folder cannot be locked."""
+    saves, names, write = Saves(tmp_path), [], files._write_synced
+
+    def written(path: Path, data: bytes) -> None:
+        names.append(path.name)
+        write(path, data)
+
+    monkeypatch.setattr(files, "_write_synced", written)
+    for number in (0, 1, 0):
+        saves.save(number)
+    assert len(set(names)) == len(names) == 6
+
+
 def test_a_folder_that_somebody_holds_is_saved_into_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

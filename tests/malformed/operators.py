@@ -170,12 +170,12 @@ LEGAL: dict[str, tuple[str, ...]] = {
         "hidden: half",
         *(row.replace("x:", "hidden:") for row in ANY_ROWS),
     ),
-    "gated": ("base: None",),
+    "gated": ("base: None", "residual: beside columns"),
     "gated_token": ("base: [nN]one",),
     "gated_column": (*ANY_ROWS, "x: half", "base: [nN]one"),
     "gated_small": (*MASK, "base: [nN]one"),
     "gated_routed": ("x: size*@-2", "vision: size+1@-2", "base: [nN]one"),
-    "gated_given": ("base: None",),
+    "gated_given": ("base: None", "residual: beside columns"),
     "gated_columns": ("update_at: zero", "base: size+1@-1"),
     "experts": ("base: None",),
     "experts_pooled": (
@@ -197,6 +197,7 @@ MORE = {
     "top_k": {"beyond": E + 1},
     "update_at": {"beyond": OUT + 1},
     "base": {"not contiguous": torch.zeros(B, 2 * OUT, L).transpose(1, 2)},
+    "residual": {"beside columns": t(B, L, OUT)},
     "weights": {"trained": [torch.zeros(OUT, D, requires_grad=True), torch.zeros(2, D)]},
 }
 

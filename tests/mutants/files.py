@@ -48,11 +48,6 @@ MUTANTS = [
     (_FILES, "        if not config.is_file() or config.read_bytes() != text:", "        if True:"),
     (_FILES, "if time.time() - path.stat().st_mtime > _STALE:", "if True:"),
     (_FILES, "if time.time() - path.stat().st_mtime > _STALE:", "if False:"),
-    (
-        _FILES,
-        "while not _locked(descriptor) and time.monotonic() < until:",
-        "while not _locked(descriptor):",
-    ),
     # A model that is left as it was.
     (_ATTACH, '        if attachment.__dict__.get("_attached"):', "        if False:"),
     (_ATTACH, "        attachment.detach()\n        raise", "        raise"),
