@@ -67,7 +67,7 @@ def expert_dispatch(
         down: ``[E, r, D]``, or ``[1, r, D]``: one down-projection for all experts.
         up, down_bias, up_bias: ``[E, O, r]``, ``[E or 1, r]``, ``[E, O]``.
         base: H: ``"input"`` (x itself, O = D), ``[..., O]`` (a frozen linear's output), or None.
-        keep, mix: of the base, and of the sum over experts (alpha / r for LoRA).
+        keep, mix: of the base, and of the sum over experts (alpha / r for LoRA); finite.
         activation: "identity", "relu", "gelu" (erf), "gelu_tanh" (gelu_new) or "silu".
         gate: "mean" (1 / E each), "softmax" (of the router's logits) or "given".
         router, router_bias, noise: softmax: ``[E, D]``, ``[E]``, and ``[..., E]`` added to the

@@ -126,7 +126,7 @@ def gated_bottleneck(
         gate_weight: middleX and middleY ``[O]``, small ``[2 O]`` (gate_input's half first).
         gate_bias: middleX and small, ``[1]``.
         mask: small: ``[B, L]``, nonzero where a token counts; default all.
-        scale: of the gated sum.
+        scale: of the gated sum; finite.
         dropout: probability on the gated sum, rounded to a multiple of 1/65536; applied where
             ``training`` is true.
         residual: ``[..., O]``, or ``"gate_input"``, read once for both.
