@@ -129,8 +129,9 @@ class Explanation:
 
 def check_name(name: str) -> str:
     """Raise ValueError unless ``name`` is ``auto`` or a backend's name."""
-    if name != AUTO and name not in NAMES:
-        raise ValueError(f"backend: want one of {', '.join((AUTO, *NAMES))}, got {name!r}")
+    if not isinstance(name, str) or name not in (AUTO, *NAMES):
+        got = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
+        raise ValueError(f"backend: want one of {', '.join((AUTO, *NAMES))}, got {got}")
     return name
 
 
@@ -209,7 +210,8 @@ def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     Takes the operator's own arguments; nothing is computed. ``print()`` the result for a table.
     Raises TypeError if ``operator`` is not one of this package's operators.
     """
-    explainer = _explainers.get(operator)
+    # By identity: what is asked about may have no hash.
+    explainer = next((e for known, e in _explainers.items() if known is operator), None)
     if explainer is None:
         known = ", ".join(sorted(f.__name__ for f in _explainers))
         raise TypeError(f"operator: want one of {known}, got {operator!r}")

@@ -3,6 +3,7 @@ and what came."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +19,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def check_tensor(name: str, value: Any) -> Tensor:
-    """Raise TypeError unless ``value`` is a tensor."""
+    """Raise TypeError unless ``value`` is a tensor with a stride for each dim: neither sparse nor
+    nested."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: want a Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: want a dense Tensor, got one of layout {layout}")
     return value
 
 
@@ -57,15 +62,47 @@ def check_shape(name: str, tensor: Tensor, wanted: Sequence[int | str]) -> None:
         raise ValueError(f"{name}: want shape [{shown}], got {list(tensor.shape)}")
 
 
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise ValueError unless ``value`` is one of ``allowed``."""
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise TypeError unless ``value`` is a string, ValueError unless it is one of ``allowed``."""
+    if not isinstance(value, str):  # an array would compare element by element
+        got = type(value).__name__
+        raise TypeError(f"{name}: want one of {', '.join(allowed)}, got a {got}")
     if value not in allowed:
         raise ValueError(f"{name}: want one of {', '.join(allowed)}, got {value!r}")
 
 
+def check_bool(name: str, value: Any) -> bool:
+    """Raise TypeError unless ``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: want a bool, got {type(value).__name__}")
+    return value
+
+
 def check_number(name: str, value: Any) -> float:
     """Raise TypeError unless ``value`` is an int or a float (a tensor is refused: it would need a
-    host sync)."""
+    host sync), ValueError unless it is finite: no result is meant to be NaN because a factor is."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: want a float, got {type(value).__name__}")
+    if not -sys.float_info.max <= value <= sys.float_info.max:
+        shown = value if isinstance(value, float) else "an int that no float holds"
+        raise ValueError(f"{name}: want a finite number, got {shown}")
     return float(value)
+
+
+def check_rng(name: str, value: Any, device: torch.device) -> None:
+    """Raise unless ``value`` is a state of the dropout generator: int64 ``[2]`` on ``device``."""
+    tensor = check_tensor(name, value)
+    check_dtype(name, tensor, (torch.int64,))
+    check_shape(name, tensor, (2,))
+    check_device(name, tensor, device)
+
+
+def check_mask(name: str, value: Any, wanted: Sequence[int | str]) -> Tensor:
+    """Raise unless ``value`` is a padding mask of that shape, "nonzero where a token counts": bool,
+    integer or floating."""
+    tensor = check_tensor(name, value)
+    if tensor.is_complex() or tensor.is_quantized:
+        got = dtype_name(tensor.dtype)
+        raise TypeError(f"{name}: want dtype bool, an integer or a floating one, got {got}")
+    check_shape(name, tensor, wanted)
+    return tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from petal_kernels.hf import files
 from petal_kernels.hf.attachment import NAME, Attachment
 from petal_kernels.hf.config import AdapterConfig, AuroraConfig, ExpertConfig, PetalConfig
+from petal_kernels.nn.arguments import check_choice
 
 IMPLEMENTATIONS = ("fused", "published")
 
@@ -26,8 +28,7 @@ def attach(
     parameters: the reference). Raises ValueError where nothing matches, leaving the model as it
     was.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: want one of {IMPLEMENTATIONS}, got {implementation!r}")
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: want a torch.nn.Module, got a {type(model).__name__}")
     if getattr(model, NAME, None) is not None:
@@ -50,30 +51,51 @@ def attach(
             f"config: want a PetalConfig, another method's config or a path, got a "
             f"{type(config).__name__}"
         )
-    attachment = _attach(model, config, implementation)
-    if saved is not None:
-        try:
-            saved.check_base(attachment.signature())
-            attachment._load(saved)
-        except BaseException:
-            attachment.detach()
-            raise
+    # A copy, checked again: the caller's object may have been changed since it was made, and may be
+    # changed for the next run.
+    config = dataclasses.replace(config)
+    if saved is None:
+        return _attach(model, config, implementation)
+    try:
+        attachment = _attach(model, config, implementation)
+    except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
+        # Not what the caller wrote, but what stands in the file.
+        raise ValueError(f"{saved.directory / files.CONFIG}: config: {error}") from error
+    try:
+        saved.check_base(attachment.signature())
+        attachment._load(saved)
+    except BaseException:
+        attachment.detach()
+        raise
     return attachment
 
 
 def _attach(model: nn.Module, config: AdapterConfig, implementation: str) -> Attachment:
+    """The attachment; what fails on the way gives the model back as it was."""
+    cls = _class_of(config)
+    attachment = cls.__new__(cls)
+    try:
+        attachment.__init__(model, config, implementation)  # type: ignore[misc]
+    except BaseException:
+        if attachment.__dict__.get("_attached"):
+            Attachment.detach(attachment)  # the method's own part may not be there yet
+        raise
+    return attachment
+
+
+def _class_of(config: AdapterConfig) -> type[Attachment]:
     if isinstance(config, PetalConfig):
         from petal_kernels.hf.petal.attachment import PetalAttachment
 
-        return PetalAttachment(model, config, implementation)
+        return PetalAttachment
     if isinstance(config, AuroraConfig):
         from petal_kernels.hf.aurora.attachment import AuroraAttachment
 
-        return AuroraAttachment(model, config, implementation)
+        return AuroraAttachment
     if isinstance(config, ExpertConfig):
         from petal_kernels.hf.insertion.experts import ExpertAttachment
 
-        return ExpertAttachment(model, config, implementation)
+        return ExpertAttachment
     from petal_kernels.hf.insertion.attachment import InsertionAttachment
 
-    return InsertionAttachment(model, config, implementation)
+    return InsertionAttachment

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,6 +113,12 @@ class Attachment(ABC):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copies `state` in; ValueError on any missing, unexpected or mis-shaped tensor."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: want a dict of tensors, got a {type(state).__name__}")
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or value.is_meta:
+                got = "one on device meta" if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"state: want tensors with values, got {got} as {name!r}")
         files.check_tensors("state_dict", state, self.state_dict())
         self._copy_in(state)
 
@@ -127,7 +133,10 @@ class Attachment(ABC):
     # -- files --------------------------------------------------------------------------------
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes adapter.safetensors and adapter_config.json into `directory`, each atomically."""
+        """Writes adapter.safetensors and adapter_config.json into `directory`, as one step.
+
+        Whatever interrupts it, the directory loads as the adapter that was there or as this one.
+        """
         self._need_attached("save")
         files.write(directory, self.config, self.signature(), self.state_dict())
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -52,7 +54,15 @@ class AdapterConfig:
         if isinstance(self.adapter_dtype, torch.dtype):
             self.adapter_dtype = str(self.adapter_dtype).removeprefix("torch.")
         _one_of("adapter_dtype", self.adapter_dtype, tuple(_DTYPES))
-        if not isinstance(self.target_modules, str):
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise ValueError(
+                    f"target_modules: want a regular expression or a list of names, got "
+                    f"{self.target_modules!r} ({error})"
+                ) from error
+        else:
             self.target_modules = _names("target_modules", self.target_modules)
         self.modules_to_save = _names("modules_to_save", self.modules_to_save)
 
@@ -65,10 +75,14 @@ class AdapterConfig:
 
     @classmethod
     def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+        if not isinstance(values, dict):
+            raise TypeError(f"values: want a dict, got a {type(values).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted(str(key) for key in set(values) - set(known))
         if unknown:
-            raise ValueError(f"{cls.__name__}: want keys among {known}, got unknown {unknown}")
+            raise ValueError(
+                f"values: want {cls.__name__}'s keys among {known}, got unknown {unknown}"
+            )
         return cls(**values)
 
 
@@ -368,7 +382,8 @@ def _want(ok: bool, name: str, want: str, got: object) -> None:
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    _want(value in choices, name, f"one of {choices}", value)
+    # A string first: an array would compare element by element.
+    _want(isinstance(value, str) and value in choices, name, f"one of {choices}", value)
 
 
 def _is_number(value: object) -> bool:
@@ -380,7 +395,8 @@ def _is_size(value: object, least: int) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return _is_number(value) and abs(value) < float("inf")  # type: ignore[arg-type]
+    largest = sys.float_info.max  # an int may be beyond it
+    return _is_number(value) and -largest <= value <= largest  # type: ignore[operator]
 
 
 def _names(name: str, value: object) -> list[str] | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petal_kernels._runtime import checks
 from petal_kernels._runtime.backends import explain
 from petal_kernels.hf.attachment import Attachment
 from petal_kernels.hf.report import Row, choice_in_words
@@ -53,6 +54,8 @@ class RoutedAttachment(Attachment):
 
     def auxiliary_loss(self, balance: float = 0.01, z: float = 0.001) -> Tensor:
         """balance * load-balance loss + z * z-loss of the last forward, summed over the places."""
+        checks.check_number("balance", balance)
+        checks.check_number("z", z)
         terms = []
         for path, routing in self.routing().items():
             module = self._experts()[path]

@@ -1,17 +1,25 @@
 """The adapter on disk: a directory with adapter.safetensors and adapter_config.json.
 
 The json says what the tensors are (format_version, method, variant, config, signature of the base)
-and pins them by size and digest. Both files are written under a temporary name, synced and renamed,
-the tensors first. Anything that does not fit raises ValueError with the file, the key, what is
+and pins them by size and digest, and itself by its own `sha256` (files written before it had one
+load all the same). Anything that does not fit raises ValueError with the file, the key, what is
 wanted and what is there; pickles are never opened.
+
+A save is one step for whoever reads the folder, or dies with it: the tensors are written under a
+name made of their digest, `.adapter-DIGEST.safetensors`; the json that names this digest is renamed
+into place, from where on the folder is the new adapter; only then the tensors get their usual name.
+A reader takes whichever of the two names has the digest of the json it read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import time
+import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from petal_kernels._runtime.checks import FLOATING
 from petal_kernels.hf.config import METHODS, AdapterConfig
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT_VERSION = 1
 TENSORS = "adapter.safetensors"
@@ -28,6 +42,9 @@ EXTRA = "modules_to_save"  # prefix of the tensors of modules trained whole
 
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _KEYS = ("format_version", "method", "variant", "config", "base", "tensors")
+_SEAL = "sha256"  # of the json, over everything else in it
+_PATIENCE = 60.0  # seconds to wait for another save into the same folder
+_STALE = 3600.0  # seconds after which what an interrupted save left behind is removed
 _TRAINING_ONLY = ("dropout",)  # config fields in which a file may differ from the attachment
 
 
@@ -92,7 +109,9 @@ def _fits(name: str, got: torch.dtype, want: torch.dtype) -> bool:
     """Adapters are only ever widened; modules trained whole follow the dtype of their base."""
     if name.startswith(EXTRA + "."):
         return got.is_floating_point == want.is_floating_point
-    return torch.promote_types(got, want) == want
+    if not want.is_floating_point:
+        return got == want
+    return got in FLOATING and torch.promote_types(got, want) == want
 
 
 def write(
@@ -101,13 +120,13 @@ def write(
     signature: dict[str, Any],
     state: Mapping[str, Tensor],
 ) -> None:
-    """Writes an adapter; an interruption leaves the files that were there, or is noticed later."""
+    """Writes an adapter; whatever interrupts it, the folder holds the old one or the new one."""
     from safetensors.torch import save
 
     meta = [name for name, tensor in state.items() if tensor.is_meta]
     if meta:
         raise ValueError(f"save: want tensors with values, got {meta[0]} on the meta device")
-    folder = Path(directory)
+    folder = _path(directory)
     if folder.suffix in _PICKLES or folder.is_file():
         raise ValueError(f"{folder}: want a directory to save into, got a file name")
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,30 +134,93 @@ def write(
         {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
         metadata={"format": "pt", "method": config.method, "format_version": str(FORMAT_VERSION)},
     )
+    digest = hashlib.sha256(data).hexdigest()
     values = {
         "format_version": FORMAT_VERSION,
         "method": config.method,
         "variant": config.variant,
         "config": config.to_dict(),
         "base": signature,
-        "tensors": {
-            "file": TENSORS,
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-        },
+        "tensors": {"file": TENSORS, "bytes": len(data), "sha256": digest},
     }
-    text = json.dumps(values, indent=2) + "\n"
-    contents = {TENSORS: data, CONFIG: text.encode()}
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in contents}
+    text = json.dumps(seal(values), indent=2) + "\n"
+    with _alone(folder):
+        _replace(folder, data, digest, text.encode())
+        _remove_stale(folder)
+
+
+def seal(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with the digest of everything else in them, as they read back from json."""
+    rest = {key: value for key, value in json.loads(json.dumps(values)).items() if key != _SEAL}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return {**values, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _pending(folder: Path, digest: str) -> Path:
+    return folder / f".adapter-{digest[:16]}.safetensors"
+
+
+def _replace(folder: Path, data: bytes, digest: str, text: bytes) -> None:
+    pending, config = _pending(folder, digest), folder / CONFIG
+    # Unique for threads, containers and machines that share a disk, too.
+    mark = uuid.uuid4().hex
+    tensors_file, config_file = (folder / f".{name}.{mark}.tmp" for name in (TENSORS, CONFIG))
     try:
-        for name, content in contents.items():
-            _write_synced(temporary[name], content)
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
+        _write_synced(tensors_file, data)
+        _write_synced(config_file, text)
+        os.replace(tensors_file, pending)
+        _sync_directory(folder)
+        os.replace(config_file, config)  # the one step
+        _sync_directory(folder)
+        if config.read_bytes() == text:
+            # Another machine's save of the same tensors may have been as far.
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(pending, folder / TENSORS)
+            _sync_directory(folder)
     finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-    _sync_directory(folder)
+        tensors_file.unlink(missing_ok=True)
+        config_file.unlink(missing_ok=True)
+        if not config.is_file() or config.read_bytes() != text:
+            pending.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One save at a time into a folder, among the threads and processes of a machine. Where a
+    folder cannot be locked the order of the steps alone has to do."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        until = time.monotonic() + _PATIENCE
+        while not _locked(descriptor) and time.monotonic() < until:
+            time.sleep(0.01)
+        yield
+    finally:
+        # A process forked meanwhile holds the descriptor too: closing it would not be enough.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """False while somebody else has it; True once it is ours, or cannot be locked at all."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _remove_stale(folder: Path) -> None:
+    for pattern in (".adapter*.tmp", ".adapter-*.safetensors"):
+        for path in folder.glob(pattern):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _STALE:
+                    path.unlink()
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -160,12 +242,36 @@ def _sync_directory(folder: Path) -> None:
 
 def read(directory: str | os.PathLike[str]) -> Saved:
     """Reads and checks an adapter directory; ValueError says which file is wrong, and how."""
-    folder = _folder(Path(directory))
+    folder = _folder(_path(directory))
     path = folder / CONFIG
-    values = _read_config(path)
-    config = _parse_config(path, values)
-    tensors = _read_tensors(folder / TENSORS, values["tensors"])
-    return Saved(folder, config, values["base"], tensors)
+    while True:
+        text = _bytes(path)
+        try:
+            values = _read_config(path, text)
+            config = _parse_config(path, values)
+            tensors = _read_tensors(folder, values["tensors"])
+        except ValueError:
+            if _bytes(path) == text:
+                raise
+            continue  # somebody saved into it meanwhile
+        return Saved(folder, config, values["base"], tensors)
+
+
+def _path(directory: object) -> Path:
+    """Raises unless it can name a directory."""
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(f"directory: want a path, got a {type(directory).__name__}")
+    name = os.fspath(directory)
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"directory: want a path, got {name!r}")
+    return Path(name)
+
+
+def _bytes(path: Path) -> bytes:
+    if not path.is_file():
+        got = "something else" if path.exists() else "nothing there"
+        raise ValueError(f"{path}: want a file, got {got}")
+    return path.read_bytes()
 
 
 def _folder(path: Path) -> Path:
@@ -180,6 +286,8 @@ def _folder(path: Path) -> Path:
         raise ValueError(f"{path}: want a directory with {TENSORS} and {CONFIG}, got a file")
     names = sorted(entry.name for entry in path.iterdir())
     missing = [name for name in (TENSORS, CONFIG) if name not in names]
+    if missing == [TENSORS] and any(path.glob(".adapter-*.safetensors")):
+        return path  # a first save that ended before its last step
     if missing:
         pickles = [name for name in names if Path(name).suffix in _PICKLES]
         note = f" (the pickle {pickles[0]} is refused)" if pickles else ""
@@ -187,10 +295,23 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return values
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no json")
+
+
+def _read_config(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant
+        )
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as json (truncated?): {error}") from error
     if not isinstance(values, dict):
         kind = type(values).__name__
@@ -204,9 +325,18 @@ def _read_config(path: Path) -> dict[str, Any]:
     missing = [key for key in _KEYS if key not in values]
     if missing:
         raise ValueError(f"{path}: want the keys {list(_KEYS)}, missing {missing}")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(f"{path}: format_version: want {FORMAT_VERSION}, got {version!r}")
-    if values["method"] not in METHODS:
+    unknown = sorted(set(values) - {*_KEYS, _SEAL})
+    if unknown:
+        raise ValueError(f"{path}: want the keys {list(_KEYS)}, got unknown {unknown}")
+    want = seal(values)[_SEAL]
+    if values.get(_SEAL, want) != want:
+        raise ValueError(
+            f"{path}: {_SEAL}: want {want}, got {values[_SEAL]!r} (damaged, or edited by hand: "
+            f"then take the key {_SEAL!r} out)"
+        )
+    if not isinstance(values["method"], str) or values["method"] not in METHODS:
         raise ValueError(f"{path}: method: want one of {sorted(METHODS)}, got {values['method']!r}")
     for key in ("config", "base", "tensors"):
         if not isinstance(values[key], dict):
@@ -227,11 +357,20 @@ def _parse_config(path: Path, values: dict[str, Any]) -> AdapterConfig:
     return config
 
 
-def _read_tensors(path: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    data = path.read_bytes()
+def _read_tensors(folder: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
+    """Of the file that the json means: under its usual name, or under that of a save that ended
+    before its last step (which a running one may take meanwhile: hence once more)."""
+    path, digest = folder / TENSORS, entry.get("sha256")
+    if not isinstance(digest, str):
+        raise ValueError(f"{folder / CONFIG}: tensors.sha256: want a digest, got {digest!r}")
+    for candidate in (path, _pending(folder, digest), path):
+        try:
+            data = candidate.read_bytes()
+        except OSError:
+            continue
+        if hashlib.sha256(data).hexdigest() == digest:
+            return _parse_tensors(candidate, data)
+    data = _bytes(path)
     if data[:4] == b"PK\x03\x04" or (data[:1] == b"\x80" and data[8:9] != b"{"):
         raise ValueError(f"{path}: want a safetensors file, got a pickle, which is refused")
     want = entry.get("bytes")
@@ -240,15 +379,21 @@ def _read_tensors(path: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
             f"{path}: want {want} bytes as {CONFIG} says, got {len(data)} (truncated, or the two "
             "files are not of one save)"
         )
-    digest = hashlib.sha256(data).hexdigest()
-    if entry.get("sha256") != digest:
-        raise ValueError(
-            f"{path}: sha256: want {entry.get('sha256')}, got {digest} (damaged, or the two files "
-            "are not of one save)"
-        )
+    got = hashlib.sha256(data).hexdigest()
+    raise ValueError(
+        f"{path}: sha256: want {digest}, got {got} (damaged, or the two files are not of one save)"
+    )
+
+
+def _parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     try:
         tensors: dict[str, torch.Tensor] = load(data)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        # The torch half of the library has no error of its own: a dtype without a tensor is a
+        # KeyError there, data of another size a RuntimeError.
         raise ValueError(f"{path}: not a safetensors file: {error}") from error
     return tensors
 

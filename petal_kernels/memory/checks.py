@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from petal_kernels.memory.profile import Profile
+from petal_kernels.memory.profile import Profile, check_count
 from petal_kernels.memory.profiler import profile
 
 
@@ -25,7 +25,11 @@ def assert_saved_bytes(
     exactly so many bytes for backward; the profile otherwise. Arguments as in `profile`.
     """
     if (at_most is None) == (exactly is None):
-        raise ValueError("want one of at_most and exactly")
+        got = "neither" if at_most is None else "both"
+        raise ValueError(f"at_most: want one of at_most and exactly, got {got}")
+    for name, budget in (("at_most", at_most), ("exactly", exactly)):
+        if budget is not None:
+            check_count(name, budget)
     found = profile(model, batch, loss=loss, backward=False, module=module, parameters=parameters)
     kept = found.saved_bytes
     if at_most is not None and kept > at_most:

@@ -21,6 +21,8 @@ def fake_tensors(model: nn.Module, batch: Any) -> tuple[nn.Module, Any]:
     """The very model, its parameters and buffers replaced by fake ones where they are (tied ones
     stay tied), and the batch likewise. Only shapes can be computed with it from now on.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: want a torch.nn.Module, got a {type(model).__name__}")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # Originals are held: the identity of one that is gone could be met again.
     made: dict[int, tuple[Tensor, Tensor]] = {}

@@ -7,9 +7,16 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from petal_kernels._runtime.checks import check_choice
 from petal_kernels.memory.records import Block, Recomputed, Saved, Sizes, collapse
 
 SCHEMA = 1
+
+
+def check_count(name: str, value: object, least: int = 0) -> None:
+    """ValueError unless `value` is an integer that large."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: want an integer >= {least}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class Profile:
 
     def peak_of(self, phase: str) -> int:
         """Most bytes alive in a phase above what was there before the step."""
+        check_choice("phase", phase, tuple(self.phases))
         begin = self.phases[phase]
         later = [at for at in self.phases.values() if at > begin]
         return max(self.live[begin : min(later, default=None)], default=0) - self.resident_bytes
@@ -108,6 +116,7 @@ class Profile:
 
     def by(self, attribute: str) -> dict[str, int]:
         """Saved bytes by a field of the records ("role", "dtype", "operation"), largest first."""
+        check_choice("attribute", attribute, tuple(f.name for f in dataclasses.fields(Saved)))
         found: Counter[str] = Counter()
         for record in self.saved:
             found[str(getattr(record, attribute)).removeprefix("torch.")] += record.bytes
@@ -117,6 +126,7 @@ class Profile:
         """What was alive at the peak: (category, place and operation, bytes), largest first; the
         model's parameters are one line.
         """
+        check_count("count", count)
         found: Counter[tuple[str, str]] = Counter()
         for block in self.blocks:
             if block.lives_at(self.peak_step):
@@ -128,6 +138,7 @@ class Profile:
 
     def curve(self, points: int = 240) -> Curve:
         """The curve thinned out to at most `points`, each the largest of its stretch."""
+        check_count("points", points, 1)
         if not self.live:
             return Curve([], [], {})
         width = max(1, -(-len(self.live) // points))
@@ -155,7 +166,8 @@ class Profile:
         return Curve(steps, [self.live[s] for s in steps], parts)
 
     def table(self, limit: int = 20) -> str:
-        """The report as text."""
+        """The report as text, its table of at most `limit` rows."""
+        check_count("limit", limit)
         from petal_kernels.memory.text import report
 
         return report(self, limit)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petal_kernels._runtime.checks import check_bool
 from petal_kernels.memory.cuda_rules import RULE
 from petal_kernels.memory.cuda_rules import cuda_rules as as_on_cuda
 from petal_kernels.memory.fake import mode_of
@@ -53,6 +54,7 @@ def profile(
     The step draws from torch's generators and gives them back as they were; statistics of batch
     norms move on. Tensors that other saved-tensor hooks take away (save_on_cpu) are not seen.
     """
+    parameters = check_step(model, loss, backward, module, parameters, cuda_rules)
     module = model if isinstance(model, nn.Module) else module
     own, buffers = _own_tensors(module, parameters)
     trained = [t for t in own.values() if t.requires_grad]
@@ -108,6 +110,28 @@ def profile(
         seconds=meter.seconds,
         device_bytes=meter.bytes,
     )
+
+
+def check_step(
+    model: Any, loss: Any, backward: Any, module: Any, parameters: Any, cuda_rules: Any
+) -> list[Tensor]:
+    """Raise TypeError, naming the argument; or the parameters, each a tensor."""
+    for name, value in (("model", model), ("loss", loss)):
+        if not callable(value) and not (name == "loss" and value is None):
+            want = "a torch.nn.Module or a function" if name == "model" else "None or a function"
+            raise TypeError(f"{name}: want {want}, got a {type(value).__name__}")
+    if module is not None and not isinstance(module, nn.Module):
+        raise TypeError(f"module: want None or a torch.nn.Module, got a {type(module).__name__}")
+    check_bool("backward", backward)
+    if cuda_rules is not None:
+        check_bool("cuda_rules", cuda_rules)
+    if isinstance(parameters, (str, Tensor)) or not isinstance(parameters, Iterable):
+        raise TypeError(f"parameters: want tensors, got a {type(parameters).__name__}")
+    found = list(parameters)
+    for value in found:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"parameters: want tensors, got a {type(value).__name__} among them")
+    return found
 
 
 def _backward(

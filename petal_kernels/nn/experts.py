@@ -17,10 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petal_kernels._runtime import checks
 from petal_kernels._runtime.autocast import autocast_off
 from petal_kernels._runtime.numerics import ACTIVATIONS
-from petal_kernels.nn.frozen_linear import compute_dtype
-from petal_kernels.nn.gated_adapter import INIT_STD, Near, check_choice, check_size
+from petal_kernels.nn.arguments import (
+    check_choice,
+    check_index,
+    check_module,
+    check_range,
+    check_rows,
+    check_size,
+    check_storage,
+    check_values,
+)
+from petal_kernels.nn.frozen_linear import check_input, compute_dtype
+from petal_kernels.nn.gated_adapter import INIT_STD, Near
 from petal_kernels.nn.routed_lora import linear_features
 from petal_kernels.ops.expert_dispatch import expert_dispatch
 from petal_kernels.ops.expert_dispatch.routing import Routing
@@ -68,7 +79,10 @@ class LowRankExperts(nn.Module):
             raise ValueError(f"top_k: want None with gate={gate!r}, got {top_k}")
         if top_k is not None and check_size("top_k", top_k) > experts:
             raise ValueError(f"top_k: want 1 <= top_k <= {experts} experts, got {top_k}")
-        if router_noise < 0.0 or not math.isfinite(router_noise):
+        checks.check_bool("shared_down", shared_down)
+        checks.check_bool("bias", bias)
+        check_storage(device, dtype)
+        if checks.check_number("router_noise", router_noise) < 0.0:
             raise ValueError(f"router_noise: want a finite number >= 0, got {router_noise}")
         for name, value, default in (
             ("router_input", router_input, "token"),
@@ -78,7 +92,7 @@ class LowRankExperts(nn.Module):
                 raise ValueError(f"{name}: want {default!r} with gate={gate!r}, got {value!r}")
         self.gate, self.top_k, self.router_input = gate, top_k, router_input
         self.router_noise, self.activation = float(router_noise), activation
-        self.shared_down = bool(shared_down)
+        self.shared_down = shared_down
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -101,6 +115,10 @@ class LowRankExperts(nn.Module):
         training: bool,
     ) -> tuple[Tensor, Routing]:
         """keep * base + mix * the experts' weighted sum, and how it was routed."""
+        self._check(x, base, mask, domain)
+        checks.check_number("keep", keep)
+        checks.check_number("mix", mix)
+        checks.check_bool("training", training)
         dtype = compute_dtype(x)
         near = Near(dtype, x.device)
         routed: dict[str, Any] = {"gate": self.gate}
@@ -118,11 +136,8 @@ class LowRankExperts(nn.Module):
                 "mask": mask if self.router_input == "pooled" else None,
             }
         elif self.gate == "domain":
-            if domain is None:
-                raise TypeError("domain: want an integer Tensor [..., tokens] with gate='domain'")
+            assert domain is not None
             routed = {"gate": "given", "indices": domain.unsqueeze(-1)}
-        if domain is not None and self.gate != "domain":
-            raise ValueError(f"domain: want None with gate={self.gate!r}, got a Tensor")
         with autocast_off(x):
             out = expert_dispatch(
                 near(x),
@@ -139,6 +154,35 @@ class LowRankExperts(nn.Module):
             )
         assert isinstance(out, tuple)
         return out
+
+    def _check(self, x: Any, base: Any, mask: Any, domain: Any, name: str = "x") -> None:
+        check_rows(name, x, self.in_features)
+        pooled = self.router_input == "pooled"
+        if pooled and x.dim() != 3:
+            raise ValueError(f"{name}: want shape [B, L, {self.in_features}], got {list(x.shape)}")
+        if isinstance(base, str):
+            check_choice("base", base, ("input",))
+        elif base is not None:
+            check_rows("base", base, self.out_features, like=x)
+        if mask is not None:
+            shape = checks.check_tensor("mask", mask).shape
+            checks.check_mask("mask", mask, tuple(x.shape[:-1]) if pooled else shape)
+        if self.gate != "domain":
+            if domain is not None:
+                got = type(domain).__name__
+                raise ValueError(f"domain: want None with gate={self.gate!r}, got a {got}")
+            return
+        if domain is None:
+            raise TypeError(
+                "domain: want an integer Tensor [..., tokens] with gate='domain', got None"
+            )
+        checks.check_tensor("domain", domain)
+        checks.check_dtype("domain", domain, (torch.int64, torch.int32))
+        if domain.shape not in (x.shape[:-1], *((x.shape[:1],) if x.dim() == 3 else ())):
+            want = list(x.shape[:-1])
+            raise ValueError(f"domain: want shape {want} or [B], got {list(domain.shape)}")
+        checks.check_device("domain", domain, x.device)
+        check_range("domain", domain, 0, self.experts - 1)
 
     def extra_repr(self) -> str:
         shape = f"{self.in_features} -> {self.out_features}"
@@ -180,6 +224,7 @@ class InstructionExperts(LowRankExperts):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         check_choice("gate", gate, GATES[:2])
+        check_size("features", features)
         super().__init__(
             features,
             features,
@@ -194,11 +239,14 @@ class InstructionExperts(LowRankExperts):
         )
         check_choice("tokens", tokens, TOKENS)
         check_choice("init", init, ("normal", "identity"))
+        if keep is not None:
+            checks.check_number("keep", keep)
         if init == "identity" and keep not in (None, 1.0):
             raise ValueError(f"keep: want 1.0 with init='identity', got {keep}")
         default = 0.6 if init == "normal" else 1.0
         self.tokens, self.init = tokens, init
-        self.keep, self.mix = default if keep is None else float(keep), float(mix)
+        self.keep = default if keep is None else checks.check_number("keep", keep)
+        self.mix = checks.check_number("mix", mix)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -217,6 +265,10 @@ class InstructionExperts(LowRankExperts):
         queries  how many leading tokens are learned queries (left alone with tokens="text")
         mask     [B, T], nonzero where a token counts for a pooled router
         """
+        check_rows("embeddings", embeddings, self.in_features, lead=("B", "T"))
+        check_index("queries", queries, embeddings.shape[1] + 1)
+        if mask is not None:
+            checks.check_mask("mask", mask, tuple(embeddings.shape[:-1]))
         first = queries if self.tokens == "text" else 0
         served = embeddings[:, first:] if first else embeddings
         out, routing = self.combine(
@@ -255,6 +307,8 @@ class ExpertAdapter(LowRankExperts):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        check_size("features", features)
+        checks.check_number("scale", scale)
         super().__init__(
             features,
             features,
@@ -287,6 +341,7 @@ class ExpertAdapter(LowRankExperts):
         mask    [B, L], nonzero where a token counts for a pooled router
         domain  integers [..., tokens] or [B], the expert of each token or sample (gate="domain")
         """
+        self._check(h, None, mask, domain, "h")
         return self.combine(
             h,
             base="input",
@@ -323,7 +378,10 @@ class ExpertLoRALinear(LowRankExperts):
         own_base: bool = True,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        in_features, out_features = linear_features(base)
+        in_features, out_features = linear_features(check_module("base", base))
+        checks.check_bool("own_base", own_base)
+        if alpha is not None:
+            checks.check_number("alpha", alpha)
         super().__init__(
             in_features,
             out_features,
@@ -368,6 +426,10 @@ class ExpertLoRALinear(LowRankExperts):
         domain: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         """The same on top of `base`."""
+        check_module("base", base)
+        self._check(x, None, mask, domain)
+        check_values("x", x, self.down)
+        check_input(x, base)
         return self.combine(
             x,
             base=base(x),

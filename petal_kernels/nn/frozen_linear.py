@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from petal_kernels._runtime import checks
 from petal_kernels._runtime.autocast import autocast_off, autocast_on
+from petal_kernels.nn.arguments import check_module
 from petal_kernels.ops.lowrank_linear import lowrank_linear
 
 if TYPE_CHECKING:
@@ -71,12 +73,23 @@ def why_not_readable(base: nn.Module) -> str:
     return ""
 
 
+def check_input(x: Tensor, base: nn.Module) -> None:
+    """TypeError where a base that may be read would refuse x: its own words name no argument."""
+    if autocast_on(x.device.type) or why_not_readable(base):
+        return
+    weight = base._parameters["weight"]
+    if weight is not None and weight.dtype != x.dtype:
+        want = checks.dtype_name(weight.dtype)
+        raise TypeError(f"x: want dtype {want} like the base, got {checks.dtype_name(x.dtype)}")
+
+
 class FrozenLinear(nn.Module):
     """A base layer seen through its own dictionaries; subclasses say what is added to it."""
 
     base: nn.Module
 
     def __init__(self, base: nn.Module) -> None:
+        check_module("base", base)
         super().__init__()
         # Not a child: a child would change the state_dict keys and hide the shared dictionaries.
         self.__dict__["base"] = base
@@ -128,6 +141,8 @@ def frozen_lowrank(
     `hidden` replaces x down^T where the caller has it already (shared by several groups); `down` is
     then not used.
     """
+    checks.check_floating("x", x)
+    _check_group(x, bases, down, ups, hidden, training)
     dtype = compute_dtype(x)
     x_c = x if x.dtype == dtype else x.to(dtype)
     plain = [base if _is_plain_linear(base) else None for base in bases]
@@ -137,6 +152,8 @@ def frozen_lowrank(
         biases = [base.bias for base in frozen]
         return _update(x_c, down, ups, hidden, dropout, training, weights=weights, biases=biases)
     # A special base gets x as the model hands it over; a plain one the copy that is kept anyway.
+    for base in bases:
+        check_input(x, base)
     outs: list[Tensor] = [
         base(x) if linear is None else F.linear(x_c, linear.weight, linear.bias)
         for base, linear in zip(bases, plain, strict=True)
@@ -145,6 +162,36 @@ def frozen_lowrank(
         return _update(x_c, down, ups, hidden, dropout, training, base=outs)
     updates = _update(x_c, down, ups, hidden, dropout, training)
     return tuple(out + update.to(out.dtype) for out, update in zip(outs, updates, strict=True))
+
+
+def _check_group(
+    x: Tensor,
+    bases: Sequence[nn.Module],
+    down: Tensor,
+    ups: Sequence[Tensor],
+    hidden: Tensor | None,
+    training: bool,
+) -> None:
+    """What the operator cannot check: it runs after the bases."""
+    if not isinstance(bases, (list, tuple)) or not bases:
+        got = "none" if isinstance(bases, (list, tuple)) else type(bases).__name__
+        raise TypeError(f"bases: want a sequence of modules, got {got}")
+    for k, base in enumerate(bases):
+        check_module(f"bases[{k}]", base)
+    if not isinstance(ups, (list, tuple)):
+        raise TypeError(f"ups: want a sequence of tensors, got {type(ups).__name__}")
+    if len(ups) != len(bases):
+        raise ValueError(f"ups: want {len(bases)} tensors, one for each base, got {len(ups)}")
+    parts = [(f"ups[{k}]", up) for k, up in enumerate(ups)]
+    parts.append(("down", down) if hidden is None else ("hidden", hidden))
+    for name, part in parts:
+        if checks.check_floating(name, part).is_meta != x.is_meta:
+            name = "x" if x.is_meta else name
+            raise ValueError(f"{name}: want a tensor with values like the others, got one on meta")
+    for k, (base, up) in enumerate(zip(bases, ups, strict=True)):
+        out = getattr(base, "out_features", None)
+        if up.dim() != 2 or (isinstance(out, int) and up.shape[0] != out):
+            raise ValueError(f"ups[{k}]: want shape [{out or 'O'}, R], got {list(up.shape)}")
 
 
 def _is_plain_linear(base: nn.Module) -> TypeIs[nn.Linear]:

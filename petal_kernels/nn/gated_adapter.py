@@ -14,14 +14,22 @@ at zero). "identity" is "zero" with the gate's bias set so that s * G = 1 at ste
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from petal_kernels._runtime import checks, philox
 from petal_kernels._runtime.autocast import autocast_off
 from petal_kernels._runtime.numerics import ACTIVATIONS
+from petal_kernels.nn.arguments import (
+    check_choice,
+    check_module,
+    check_rows,
+    check_size,
+    check_storage,
+    check_values,
+)
 from petal_kernels.nn.frozen_linear import compute_dtype
 from petal_kernels.ops.gated_bottleneck import gated_bottleneck
 
@@ -29,19 +37,6 @@ GATES = ("none", "large", "middleX", "middleY", "small")
 ROUTES = ("none", "add", "mul", "expand", "gram", "gram_relu")
 INITS = ("normal", "zero", "identity")
 INIT_STD = 0.02
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name}: want one of {tuple(choices)}, got {value!r}")
-
-
-def check_size(name: str, value: object) -> int:
-    """ValueError unless `value` is an integer >= 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: want an integer >= 1, got {value!r}")
-    return value
 
 
 class GatedAdapter(nn.Module):
@@ -85,9 +80,13 @@ class GatedAdapter(nn.Module):
             ("variant", variant, ("paper", "release")),
         ):
             check_choice(name, value, choices)
+        check_storage(device, dtype)
         self.gate, self.route, self.activation = gate, route, activation
-        self.scale, self.add_input = float(scale), bool(add_input)
+        self.scale = checks.check_number("scale", scale)
+        self.add_input = checks.check_bool("add_input", add_input)
         self.init, self.variant = init, variant
+        if init == "identity" and gate != "none":
+            self._open_bias()  # raises where there is none
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -128,29 +127,32 @@ class GatedAdapter(nn.Module):
 
     def _open_gate(self) -> None:
         """Sets the gate's bias so that scale * G is one."""
-        want = 1.0 / self.scale if self.scale else math.inf
-        if self.gate == "middleY":
-            assert self.gate_weight is not None
-            if self.variant == "release":
-                self.gate_weight.fill_(want - 1.0)
-                return
-            want -= 1.0
-        if not 0.0 < want < 1.0:
-            raise ValueError(
-                f"init: 'identity' cannot be reached by gate {self.gate!r} with scale "
-                f"{self.scale}: scale * G = 1 wants a sigmoid of {want:g}"
-            )
         bias = {"large": self.gate_up_bias, "middleY": self.gate_weight}.get(
             self.gate, self.gate_bias
         )
         assert bias is not None
-        bias.fill_(math.log(want / (1.0 - want)))
+        bias.fill_(self._open_bias())
+
+    def _open_bias(self) -> float:
+        want = 1.0 / self.scale if self.scale else math.inf
+        if self.gate == "middleY":
+            want -= 1.0
+            if self.variant == "release":  # the gate is 1 + w itself
+                return want
+        if not 0.0 < want < 1.0:
+            raise ValueError(
+                f"init: 'identity' cannot be reached by gate {self.gate!r} with scale "
+                f"{self.scale}: want a sigmoid between 0 and 1 for scale * G = 1, got {want:g}"
+            )
+        bias: float = math.log(want / (1.0 - want))
+        return bias
 
     def project(self, vision: Tensor) -> Tensor:
         """[B, V, r]: vision features through the same down-projection, for `forward(vision=)`.
 
         Computed here it can be shared by all steps of a decoding loop.
         """
+        check_values("vision", check_rows("vision", vision, self.features), self.down)
         dtype = compute_dtype(vision)
         with autocast_off(vision):
             return F.linear(vision.to(dtype), self.down.to(dtype), self.down_bias.to(dtype))
@@ -179,6 +181,7 @@ class GatedAdapter(nn.Module):
         residual  added after dropout; give the very x where it is x, so that it is read once.
         norm      a LayerNorm over the result.
         """
+        self._check(h, x, vision, mask, dropout, residual, norm, training)
         dtype = compute_dtype(h)
         near = Near(dtype, h.device)
         if vision is not None:
@@ -215,6 +218,43 @@ class GatedAdapter(nn.Module):
                 training=self.training if training is None else training,
             )
 
+    def _check(
+        self,
+        h: Tensor,
+        x: Tensor | None,
+        vision: Tensor | None,
+        mask: Tensor | None,
+        dropout: float,
+        residual: Tensor | None,
+        norm: nn.LayerNorm | None,
+        training: bool | None,
+    ) -> None:
+        check_rows("h", h, self.features)
+        if h.dim() != 3 and (self.gate == "small" or self.route != "none"):
+            raise ValueError(f"h: want shape [B, L, {self.features}], got {list(h.shape)}")
+        if x is not None and self._reads_x:
+            width = self.gate_features if self.gate == "large" else self.features
+            check_rows("x", x, width, like=h)
+        elif x is not None:
+            checks.check_tensor("x", x)
+        elif self._reads_x:
+            raise TypeError(f"x: want a Tensor with gate={self.gate!r}, got None")
+        check_vision(vision, self.route, self.r, h)
+        if mask is not None:
+            checks.check_mask("mask", mask, tuple(h.shape[:-1]))
+        philox.check_probability(dropout)
+        if residual is not None:
+            check_rows("residual", residual, self.features, like=h)
+        if norm is not None:
+            check_module("norm", norm)
+            for name in ("weight", "bias"):
+                part = getattr(norm, name, None)
+                if part is None or part.shape != (self.features,):
+                    got = "none" if part is None else list(part.shape)
+                    raise ValueError(f"norm: want a {name} [{self.features}], got {got}")
+        if training is not None:
+            checks.check_bool("training", training)
+
     @property
     def _reads_x(self) -> bool:
         return self.gate in ("large", "middleX", "small")
@@ -242,7 +282,7 @@ class VLAdapter(GatedAdapter):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        rank = max(features // 8, 1) if r is None else r
+        rank = max(check_size("features", features) // 8, 1) if r is None else r
         super().__init__(
             features, rank, activation=activation, init=init, device=device, dtype=dtype
         )
@@ -278,16 +318,32 @@ class RoutedAdapter(GatedAdapter):
         )
 
 
+def check_vision(vision: Tensor | None, route: str, rank: int, like: Tensor) -> None:
+    """Raise unless `vision` is what the route wants beside the rows `like`: [B, V, rank], or None
+    without a route."""
+    if route == "none":
+        if vision is not None:
+            got = type(vision).__name__
+            raise ValueError(f"vision: want None with route='none', got a {got}")
+        return
+    if vision is None:
+        raise TypeError(f"vision: want a Tensor with route={route!r}, got None")
+    check_rows("vision", vision, rank, lead=("B", "V"))
+    if vision.is_meta and not like.is_meta:
+        raise ValueError("vision: want a tensor with values, got one on device meta")
+    if vision.shape[1] < 1:
+        raise ValueError(f"vision: want V >= 1, got {list(vision.shape)}")
+    if like.shape[0] != vision.shape[0] and (not len(vision) or like.shape[0] % len(vision)):
+        raise ValueError(
+            f"vision: want features for a batch that divides the hidden states' {like.shape[0]}, "
+            f"got {vision.shape[0]}"
+        )
+
+
 def expand_vision(vision: Tensor, like: Tensor) -> Tensor:
     """`vision` [B, V, r] for the batch of `like`: repeated where that is a multiple of B."""
     want, have = like.shape[0], vision.shape[0]
-    if want == have:
-        return vision
-    if have == 0 or want % have:
-        raise ValueError(
-            f"vision: want features for a batch that divides the hidden states' {want}, got {have}"
-        )
-    return vision.repeat_interleave(want // have, dim=0)
+    return vision if want == have else vision.repeat_interleave(want // have, dim=0)
 
 
 class Near:

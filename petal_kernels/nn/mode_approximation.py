@@ -22,6 +22,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from petal_kernels._runtime import checks, philox
+from petal_kernels.nn.arguments import (
+    check_choice,
+    check_index,
+    check_rows,
+    check_size,
+    check_storage,
+)
 from petal_kernels.ops.lowrank_linear import lowrank_linear
 from petal_kernels.ops.mode_contract import mode_contract
 
@@ -48,16 +56,14 @@ class ModeApproximation(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if core not in CORES:
-            raise ValueError(f"core: want one of {CORES}, got {core!r}")
-        for name, value in (("r", r), ("in_features", in_features), ("out_features", out_features)):
-            if value < 1:
-                raise ValueError(f"{name}: want an integer >= 1, got {value}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout: want 0 <= dropout < 1, got {dropout}")
-        self.in_features, self.out_features = in_features, out_features
-        self.r, self.n_modes, self.core_kind = r, n_modes, core
-        self.scale, self.dropout = float(scale), float(dropout)
+        check_choice("core", core, CORES)
+        self.in_features = check_size("in_features", in_features)
+        self.out_features = check_size("out_features", out_features)
+        self.r, self.n_modes = check_size("r", r), check_size("n_modes", n_modes)
+        philox.check_probability(dropout)
+        check_storage(device, dtype)
+        self.core_kind = core
+        self.scale, self.dropout = checks.check_number("scale", scale), float(dropout)
         self.down = nn.Parameter(torch.empty(r, in_features, device=device, dtype=dtype))
         self.up = nn.Parameter(torch.empty(out_features, r, device=device, dtype=dtype))
         core_shape = (r,) if core == "cp" else (r, r, r)
@@ -82,9 +88,11 @@ class ModeApproximation(nn.Module):
         self, index: slice | Sequence[int] | None = None, *, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, ...]:
         """P_k [out_features, r] of the modes `index` (all by default), rounded once to `dtype`."""
+        check_storage(None, dtype)
         modes: Tensor = self.modes
         if index is not None:
-            modes = modes[index if isinstance(index, slice) else list(index)]
+            chosen = self._chosen(index)
+            modes = modes[index if isinstance(index, slice) else chosen]
         stacked = mode_contract(self.core, modes, self.up, scale=self.scale, dtype=dtype)
         # unbind, not indexing: the backward of K selects would add K zero-filled [K, O, R] tensors.
         return stacked.unbind(0)
@@ -97,6 +105,9 @@ class ModeApproximation(nn.Module):
         base: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
         """Outputs of the modes `index`, all reading `x`: base_k (if given) + drop(x U^T) P_k^T."""
+        checks.check_device("x", check_rows("x", x, self.in_features), self.down.device)
+        if base is not None:
+            self._check_base(base, len(self._chosen(index)), x)
         ups = self.contract(index, dtype=x.dtype)
         return lowrank_linear(
             x,
@@ -106,6 +117,28 @@ class ModeApproximation(nn.Module):
             dropout=self.dropout,
             training=self.training,
         )
+
+    def _chosen(self, index: slice | Sequence[int] | None) -> list[int]:
+        """The numbers of the modes `index`; raises unless there are some."""
+        if index is None:
+            return list(range(self.n_modes))
+        if not isinstance(index, (slice, list, tuple, range)):
+            raise TypeError(f"index: want a slice or a list of ints, got {type(index).__name__}")
+        chosen = list(range(self.n_modes)[index]) if isinstance(index, slice) else list(index)
+        for each in chosen:
+            check_index("index", each, self.n_modes)
+        if not chosen:
+            raise ValueError(f"index: want at least one of the {self.n_modes} modes, got none")
+        return chosen
+
+    def _check_base(self, base: Sequence[Tensor], count: int, x: Tensor) -> None:
+        if not isinstance(base, (list, tuple)):
+            raise TypeError(f"base: want a sequence of tensors, got {type(base).__name__}")
+        if len(base) != count:
+            raise ValueError(f"base: want {count} tensors, one for each mode, got {len(base)}")
+        for k, each in enumerate(base):
+            check_rows(f"base[{k}]", each, self.out_features, like=x)
+            checks.check_dtype(f"base[{k}]", each, (x.dtype,), " like x")
 
     def extra_repr(self) -> str:
         return (

@@ -37,8 +37,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from petal_kernels._runtime import checks
 from petal_kernels._runtime.autocast import autocast_off
-from petal_kernels.nn.gated_adapter import check_choice, check_size
+from petal_kernels.nn.arguments import (
+    check_choice,
+    check_range,
+    check_rows,
+    check_size,
+    check_storage,
+)
 
 IGNORED = -100
 FLOOR = 1e-6
@@ -87,7 +94,10 @@ class ClubBound(nn.Module):
     ) -> None:
         super().__init__()
         self.outputs = check_size("outputs", outputs)
-        self.mean = _perceptron(check_size("features", features), hidden, outputs, device)
+        check_size("features", features)
+        check_size("hidden", hidden)
+        check_storage(device, None)
+        self.mean = _perceptron(features, hidden, outputs, device)
         self.log_variance = _perceptron(features, hidden, outputs, device)
 
     def _all(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,6 +140,8 @@ class MineBound(nn.Module):
     ) -> None:
         super().__init__()
         width = check_size("x_features", x_features) + check_size("z_features", z_features)
+        check_size("hidden", hidden)
+        check_storage(device, None)
         self.critic = _perceptron(width, hidden, 1, device)
 
     def forward(self, x: Tensor, z: Tensor, other: Tensor) -> Tensor:
@@ -163,15 +175,22 @@ class MutualInformationLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("variant", variant, ("paper", "release"))
+        sizes = {"image_features": image_features, "features": features, "vocabulary": vocabulary}
+        for name, size in (sizes | {"hidden": hidden, "critic_hidden": critic_hidden}).items():
+            check_size(name, size)
+        check_storage(device, None)
+        if weight is not None:
+            weight = checks.check_number("weight", weight)
         if variant == "release" and weight is not None:
             raise ValueError(f"weight: want None with variant='release', got {weight}")
-        self.variant, self.beta = variant, float(beta)
+        self.image_features, self.features = image_features, features
+        self.variant, self.beta = variant, checks.check_number("beta", beta)
         self.club = ClubBound(features, vocabulary, hidden, device=device)
         self.mine = MineBound(image_features, features, critic_hidden, device=device)
         if variant == "release":
             self.weight: Tensor | float = nn.Parameter(torch.zeros(1, device=device))
         else:
-            self.weight = 0.01 if weight is None else float(weight)
+            self.weight = 0.01 if weight is None else weight
 
     def forward(self, image: Tensor, queries: Tensor, labels: Tensor) -> Tensor:
         """The term to add to the loss, a scalar in fp32.
@@ -180,6 +199,15 @@ class MutualInformationLoss(nn.Module):
         queries  [B, Q, features], the query outputs
         labels   [B, T], the answer's tokens, -100 where a position is ignored
         """
+        check_rows("image", image, self.image_features, lead=("B", "N"))
+        self._check(queries, labels)
+        if not image.shape[1]:
+            raise ValueError(f"image: want N >= 1 tokens, got {list(image.shape)}")
+        if len(image) != len(queries) or image.is_meta != queries.is_meta:
+            got = f"{len(image)} on {image.device}"
+            raise ValueError(
+                f"image: want {len(queries)} samples on {queries.device} like queries, got {got}"
+            )
         with autocast_off(queries):
             x, z = image.float().mean(1), queries.float().mean(1)
             answers = self._answers(labels)
@@ -193,13 +221,24 @@ class MutualInformationLoss(nn.Module):
 
     def likelihood(self, queries: Tensor, labels: Tensor) -> Tensor:
         """-log q(y | z), to be added to the loss; it trains the CLUB network alone."""
+        self._check(queries, labels)
         with autocast_off(queries):
             y = self._answers(labels).dense(self.club.outputs)
             return self.club.likelihood(queries.float().mean(1), y)
 
+    def _check(self, queries: Tensor, labels: Tensor) -> None:
+        check_rows("queries", queries, self.features, lead=("B", "Q"))
+        if not queries.shape[1]:
+            raise ValueError(f"queries: want Q >= 1 outputs, got {list(queries.shape)}")
+        checks.check_tensor("labels", labels)
+        checks.check_dtype("labels", labels, (torch.int64, torch.int32))
+        checks.check_shape("labels", labels, (len(queries), "T"))
+        if labels.is_meta != queries.is_meta:
+            raise ValueError(f"labels: want device {queries.device}, got {labels.device}")
+        kept = labels.masked_fill(labels == IGNORED, 0)
+        check_range("labels", kept, 0, self.club.outputs - 1)
+
     def _answers(self, labels: Tensor) -> Answers:
-        if labels.dim() != 2:
-            raise ValueError(f"labels: want shape [B, T], got {list(labels.shape)}")
         return Answers.of(labels, count_ignored=self.variant == "release")
 
 

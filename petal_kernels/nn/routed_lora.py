@@ -17,9 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from petal_kernels._runtime import checks, philox
 from petal_kernels._runtime.autocast import autocast_off
-from petal_kernels.nn.frozen_linear import compute_dtype, why_not_readable
-from petal_kernels.nn.gated_adapter import ROUTES, Near, check_choice, check_size, expand_vision
+from petal_kernels.nn.arguments import (
+    check_choice,
+    check_module,
+    check_rows,
+    check_size,
+    check_storage,
+    check_values,
+)
+from petal_kernels.nn.frozen_linear import check_input, compute_dtype, why_not_readable
+from petal_kernels.nn.gated_adapter import ROUTES, Near, check_vision, expand_vision
 from petal_kernels.ops.gated_bottleneck import gated_bottleneck
 
 GROUPS = ("separate", "merged")
@@ -58,12 +67,18 @@ class RoutedLoRALinear(nn.Module):
         check_choice("route", route, ROUTES)
         check_choice("groups", groups, GROUPS)
         check_choice("variant", variant, ("paper", "release"))
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout: want 0 <= dropout < 1, got {dropout}")
-        self.in_features, self.out_features = linear_features(base)
+        philox.check_probability(dropout)
+        checks.check_bool("own_base", own_base)
+        check_storage(None, dtype)
+        self.in_features, self.out_features = linear_features(check_module("base", base))
         self.r, self.parts = check_size("r", r), check_size("parts", parts)
         if self.out_features % parts:
             raise ValueError(f"parts: want a divisor of {self.out_features}, got {parts}")
+        if not isinstance(targets, (list, tuple)) or not all(type(t) is int for t in targets):
+            got = [type(t).__name__ for t in targets] if isinstance(targets, (list, tuple)) else ""
+            raise TypeError(
+                f"targets: want a list of ints, got a {type(targets).__name__} {got}".rstrip()
+            )
         self.targets = tuple(targets)
         ok = self.targets and list(self.targets) == sorted(set(self.targets))
         if not ok or not all(0 <= t < parts for t in self.targets):
@@ -71,7 +86,7 @@ class RoutedLoRALinear(nn.Module):
                 f"targets: want ascending numbers of the {parts} parts, got {list(targets)}"
             )
         self.route, self.groups, self.variant = route, groups, variant
-        self.scale = 1.0 if alpha is None else float(alpha) / r
+        self.scale = 1.0 if alpha is None else checks.check_number("alpha", alpha) / r
         self.dropout = float(dropout)
         if own_base:
             self.base = base
@@ -92,6 +107,7 @@ class RoutedLoRALinear(nn.Module):
 
     def delta(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] that the update is where nothing is routed or dropped."""
+        check_storage(None, dtype)
         delta = torch.zeros(
             self.parts, *self.up.shape[1:2], self.in_features, device=self.up.device, dtype=dtype
         )
@@ -102,6 +118,7 @@ class RoutedLoRALinear(nn.Module):
 
     def project(self, vision: Tensor) -> Tensor:
         """[B, V, targets * r]: vision features through the same down-projections."""
+        check_values("vision", check_rows("vision", vision, self.in_features), self.down)
         return self._shrink(vision)
 
     def _shrink(self, x: Tensor) -> Tensor:
@@ -117,10 +134,13 @@ class RoutedLoRALinear(nn.Module):
     def adapted(self, base: nn.Module, x: Tensor, vision: Tensor | None = None) -> Tensor:
         """The same on top of `base`. A plain frozen linear's output is nobody else's: it is updated
         where it lies."""
+        check_module("base", base)
+        self._check(x, vision)
         weight = base._parameters.get("weight")
         dtype = compute_dtype(x)
         plain = weight is not None and weight.dtype == dtype and not why_not_readable(base)
         if not plain or x.dtype != dtype:
+            check_input(x, base)
             return self.update(base(x), x, vision)
         assert weight is not None
         matrix = weight if isinstance(base, nn.Linear) else weight.t()
@@ -130,8 +150,9 @@ class RoutedLoRALinear(nn.Module):
         self, y: Tensor, x: Tensor, vision: Tensor | None = None, *, own: bool = False
     ) -> Tensor:
         """`y`, the base's output for x, with the targets updated; in place where y is our own."""
-        if self.route != "none" and vision is None:
-            raise TypeError(f"vision: want a Tensor with route={self.route!r}, got None")
+        self._check(x, vision)
+        check_rows("y", y, self.out_features, like=x)
+        checks.check_bool("own", own)
         middle = self._shrink(x)
         near = Near(y.dtype, y.device)
         middle = near(middle)
@@ -167,6 +188,12 @@ class RoutedLoRALinear(nn.Module):
         if own:
             return y
         return pieces[0] if self.parts == 1 else torch.cat(pieces, dim=-1)
+
+    def _check(self, x: Tensor, vision: Tensor | None) -> None:
+        check_values("x", check_rows("x", x, self.in_features), self.down)
+        if self.route != "none" and x.dim() != 3:
+            raise ValueError(f"x: want shape [B, L, {self.in_features}], got {list(x.shape)}")
+        check_vision(vision, self.route, self.down.shape[0], x)
 
     def extra_repr(self) -> str:
         return (

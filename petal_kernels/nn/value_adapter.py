@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from petal_kernels._runtime.autocast import autocast_off
 from petal_kernels._runtime.numerics import ACTIVATIONS
-from petal_kernels.nn.frozen_linear import compute_dtype
-from petal_kernels.nn.gated_adapter import (
-    INIT_STD,
-    INITS,
-    Near,
+from petal_kernels.nn.arguments import (
     check_choice,
+    check_index,
+    check_rows,
     check_size,
+    check_storage,
+    check_values,
 )
+from petal_kernels.nn.frozen_linear import compute_dtype
+from petal_kernels.nn.gated_adapter import INIT_STD, INITS, Near
 from petal_kernels.ops.gated_bottleneck import gated_bottleneck
 
 
@@ -50,6 +52,7 @@ class ValueAdapter(nn.Module):
             setattr(self, name, check_size(name, value))
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("init", init, INITS[:2])
+        check_storage(device, dtype)
         self.in_features: int
         self.out_features: int
         self.r: int
@@ -76,6 +79,9 @@ class ValueAdapter(nn.Module):
 
     def project(self, encoded: Tensor, layer: int | None = None) -> tuple[Tensor, ...]:
         """[..., r] for every layer (or `layer` alone) from the encoder's output: one product."""
+        check_values("encoded", check_rows("encoded", encoded, self.in_features), self.down)
+        if layer is not None:
+            check_index("layer", layer, self.layers)
         near = Near(compute_dtype(encoded), self.down.device)
         down, bias = near(self.down), near(self.down_bias)
         if layer is not None:
@@ -87,6 +93,9 @@ class ValueAdapter(nn.Module):
 
     def forward(self, values: Tensor, middle: Tensor, layer: int = 0) -> Tensor:
         """V_l' from V_l [..., out_features] and layer l's part of `project`."""
+        check_rows("values", values, self.out_features)
+        check_rows("middle", middle, self.r, like=values)
+        check_index("layer", layer, self.layers)
         dtype = compute_dtype(values)
         near = Near(dtype, values.device)
         with autocast_off(values):

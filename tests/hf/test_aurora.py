@@ -258,7 +258,9 @@ def test_what_layers_share_ends_with_its_forward() -> None:
     )
     model(**inputs)
     with pytest.raises(RuntimeError):  # image features of another batch
-        model.text_encoder(inputs["input_ids"], encoder_hidden_states=torch.zeros(2, 5, 16))  # type: ignore[operator, union-attr]
+        model.text_encoder(
+            inputs["input_ids"], encoder_hidden_states=torch.zeros(2, 5, 16, dtype=torch.float64)
+        )  # type: ignore[operator, union-attr]
     assert seen
     assert all(seen)
     assert all(state.factors is None for state in states)

@@ -242,8 +242,8 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="domain: want the domain of each token for"):
         model(**batch("gpt2"))
     for wrong, error, message in (
-        (good.float(), TypeError, "domain: want a Tensor of int64 or int32, got torch.float32"),
-        (good + 1, ValueError, "domain: want experts, 0 to 2, got 1 to 3"),
+        (good.float(), TypeError, "domain: want dtype int64 or int32, got float32"),
+        (good + 1, ValueError, "domain: want 0 to 2, got 1 to 3"),
         (good[None], ValueError, r"domain: want shape \[B, L\] or \[B\], got \[1, 2, 9\]"),
     ):
         with pytest.raises(error, match=message), attachment.domains(wrong):

@@ -39,7 +39,7 @@ def _edit(folder: Path, **values: Any) -> None:
             content[key].update(value)
         else:
             content[key] = value
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(files.seal(content)))
 
 
 def _replace_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:

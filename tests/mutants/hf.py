@@ -23,7 +23,6 @@ _AURORA = "petal_kernels/hf/aurora/attachment.py"
 _BLOCKS = "petal_kernels/hf/aurora/blocks.py"
 _PLACES = "petal_kernels/hf/aurora/specs.py"
 _STACKS = "petal_kernels/hf/aurora/layers.py"
-_FILES = "petal_kernels/hf/files.py"
 _LINEAR = "petal_kernels/nn/frozen_linear.py"
 _RESIDUAL = "petal_kernels/nn/residual.py"
 _MODES = "petal_kernels/nn/mode_approximation.py"
@@ -65,8 +64,6 @@ MUTANTS = [
         "exact = weight.to(update.dtype) - update",
     ),
     (_MERGING, "for parameter in self.frozen:", "for parameter in []:"),
-    (_FILES, 'if entry.get("sha256") != digest:', "if False:"),
-    (_FILES, "if got[name].shape != tensor.shape:", "if False:"),
     (_LINEAR, "part.dtype == dtype and not part.requires_grad", "part.dtype == dtype"),
     (_LINEAR, "        self.base.training = mode", "        pass"),
     (_LINEAR, "if type(base) is not nn.Linear:", "if not isinstance(base, nn.Module):"),
@@ -92,10 +89,10 @@ MUTANTS = [
     (_SPECS, 'config.variant == "release" and place.raw', "False"),
     (
         _ADAPTER,
-        "return vision.repeat_interleave(want // have, dim=0)",
-        "return vision.repeat(want // have, 1, 1)",
+        "vision.repeat_interleave(want // have, dim=0)",
+        "vision.repeat(want // have, 1, 1)",
     ),
-    (_ADAPTER, "bias.fill_(math.log(want / (1.0 - want)))", "bias.zero_()"),
+    (_ADAPTER, "bias.fill_(self._open_bias())", "bias.zero_()"),
     (_VALUE, "rows = slice(layer * self.r, (layer + 1) * self.r)", "rows = slice(0, self.r)"),
     (_LORA, "before, after = n * self.r,", "before, after = 0,"),
     (_LORA, "delta[target] =", "delta[n] ="),

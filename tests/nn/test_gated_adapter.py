@@ -234,7 +234,7 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             make()
-    with pytest.raises(TypeError, match="gate_input: want a Tensor with gate='large', got None"):
+    with pytest.raises(TypeError, match="x: want a Tensor with gate='large', got None"):
         GatedAdapter(D, R, gate="large")(torch.zeros(B, L, D))
 
 

@@ -135,7 +135,7 @@ def test_the_fixed_weight_scales_and_the_likelihood_trains_q_alone() -> None:
     assert all(p.grad is not None for p in loss.club.parameters())
     with pytest.raises(ValueError, match="weight: want None with variant='release'"):
         MutualInformationLoss(10, 6, 20, weight=0.1, variant="release")
-    with pytest.raises(ValueError, match=r"labels: want shape \[B, T\], got \[4\]"):
+    with pytest.raises(ValueError, match=r"labels: want shape \[4, T\], got \[4\]"):
         loss(image, queries, labels[:, 0])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petal_kernels._runtime import checks
 from petal_kernels.hf.attachment import Attachment
 from petal_kernels.hf.aurora import merging
 from petal_kernels.hf.aurora.blocks import Blocks
@@ -45,6 +46,7 @@ from petal_kernels.hf.merging import Merged
 from petal_kernels.hf.petal.layers import ModeGroup, ModeLinear, leave_stack
 from petal_kernels.hf.report import Report
 from petal_kernels.hf.stack import adapted_class
+from petal_kernels.nn.arguments import check_values
 from petal_kernels.nn.frozen_linear import FrozenLinear
 from petal_kernels.nn.mode_approximation import ModeApproximation
 from petal_kernels.nn.published import PublishedLinear, PublishedModeLinear
@@ -97,13 +99,15 @@ class AuroraAttachment(Attachment):
                 "context: want an adapter attached with context='batch', got "
                 f"{self.config.context!r}"
             )
-        if not isinstance(features, Tensor) or not features.is_floating_point():
-            raise TypeError(f"features: want a floating Tensor, got a {type(features).__name__}")
+        checks.check_floating("features", features)
         width = self.found.width
         if features.dim() not in (2, 3) or features.shape[-1] != width:
             raise ValueError(
                 f"features: want shape [B, T, {width}] or [B, {width}], got {list(features.shape)}"
             )
+        if not features.numel():
+            raise ValueError(f"features: want at least one token, got {list(features.shape)}")
+        check_values("features", features, self.adapter.shared.down)
         before = self._context.features
         self._context.features = features
         try:

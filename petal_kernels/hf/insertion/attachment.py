@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petal_kernels._runtime import checks
 from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.hf.attachment import Attachment
 from petal_kernels.hf.config import AdapterConfig, RoutingConfig, VLAdapterConfig, VLPetConfig
@@ -40,6 +41,7 @@ from petal_kernels.hf.insertion.specs import (
 from petal_kernels.hf.merging import Merged, MergeReport
 from petal_kernels.hf.report import Report
 from petal_kernels.hf.stack import adapted_class
+from petal_kernels.nn.arguments import check_values
 from petal_kernels.nn.frozen_linear import why_not_plain
 from petal_kernels.nn.gated_adapter import GatedAdapter
 from petal_kernels.nn.routed_lora import RoutedLoRALinear, linear_features
@@ -75,8 +77,7 @@ class InsertionAttachment(Attachment):
         layer's call: a backward outside the block recomputes with the right ones.
         """
         self._need_attached("vision")
-        if not isinstance(features, Tensor) or not features.is_floating_point():
-            raise TypeError(f"features: want a floating Tensor, got a {type(features).__name__}")
+        checks.check_floating("features", features)
         if features.dim() not in (2, 3):
             raise ValueError(
                 f"features: want shape [B, V, d] or [B, d], got {list(features.shape)}"
@@ -86,6 +87,10 @@ class InsertionAttachment(Attachment):
                 f"features: want the width {self._width} of the adapted layers (project them "
                 f"first), got {list(features.shape)}"
             )
+        if not features.numel():
+            raise ValueError(f"features: want at least one token, got {list(features.shape)}")
+        for parameter in self.adapter.parameters():
+            check_values("features", features, parameter)
         before = self._state.vision
         self._state.vision = features if features.dim() == 3 else features.unsqueeze(1)
         try:

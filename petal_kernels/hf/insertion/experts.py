@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petal_kernels._runtime import checks
 from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.hf.config import AdapterConfig, ExpertConfig
 from petal_kernels.hf.experts import RoutedAttachment, Routings
@@ -17,6 +18,7 @@ from petal_kernels.hf.insertion.layers import AdaptedLinear, LayerSlot, adapt_ou
 from petal_kernels.hf.insertion.specs import Insertion, Point, Target
 from petal_kernels.hf.insertion.tokens import Domains
 from petal_kernels.hf.merging import Merged, MergeReport
+from petal_kernels.nn.arguments import check_range, check_values
 from petal_kernels.nn.experts import ExpertAdapter, ExpertLoRALinear, LowRankExperts
 from petal_kernels.nn.frozen_linear import MERGED_TRAINING, why_not_plain
 from petal_kernels.nn.published import published_experts
@@ -127,9 +129,8 @@ class ExpertAttachment(RoutedAttachment, InsertionAttachment):
         config = self.config
         if config.gate != "domain":
             raise ValueError(f"domains: want a config with gate='domain', got {config.gate!r}")
-        if not isinstance(domain, Tensor) or domain.dtype not in (torch.int64, torch.int32):
-            got = domain.dtype if isinstance(domain, Tensor) else type(domain).__name__
-            raise TypeError(f"domain: want a Tensor of int64 or int32, got {got}")
+        checks.check_tensor("domain", domain)
+        checks.check_dtype("domain", domain, (torch.int64, torch.int32))
         if domain.dim() not in (1, 2):
             raise ValueError(f"domain: want shape [B, L] or [B], got {list(domain.shape)}")
         for name, expert in (("generated", generated), ("image", image)):
@@ -137,12 +138,9 @@ class ExpertAttachment(RoutedAttachment, InsertionAttachment):
                 raise ValueError(
                     f"{name}: want an expert, 0 to {config.experts - 1}, got {expert!r}"
                 )
-        if domain.device.type == "cpu" and domain.numel():  # elsewhere it would synchronise
-            low, high = int(domain.min()), int(domain.max())
-            if low < 0 or high >= config.experts:
-                raise ValueError(
-                    f"domain: want experts, 0 to {config.experts - 1}, got {low} to {high}"
-                )
+        check_range("domain", domain, 0, config.experts - 1)
+        for parameter in self.adapter.parameters():
+            check_values("domain", domain, parameter)
         before = self._state.domains
         device = device_of(self.found.layers[0][1])
         self._state.domains = Domains(domain.to(device, torch.int64), generated, image)

@@ -172,7 +172,7 @@ def _check_router(
     if mask is not None:
         if not pooled:
             raise ValueError("mask: want None with router_input='token', got a Tensor")
-        _shape("mask", mask, tuple(x.shape[:-1]))
+        checks.check_mask("mask", mask, tuple(x.shape[:-1]))
 
 
 def _check_given(x: Tensor, experts: int, gates: Any, indices: Any) -> None:
@@ -222,8 +222,7 @@ def check(
     checks.check_choice("gate", gate, GATES)
     checks.check_choice("router_input", router_input, ("token", "pooled"))
     checks.check_choice("plan", plan, ("auto", *planner.PLANS))
-    if not isinstance(renormalize, bool):
-        raise TypeError(f"renormalize: want a bool, got {type(renormalize).__name__}")
+    checks.check_bool("renormalize", renormalize)
     _check_experts(x, down, up, down_bias, up_bias)
     experts, out = up.shape[:2]
     rows = {"x": x}

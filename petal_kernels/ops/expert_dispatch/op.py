@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import backends as rt
+from petal_kernels._runtime import checks
 from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.ops.expert_dispatch import planner, routing
 from petal_kernels.ops.expert_dispatch.arguments import Call, Settings, Tensors, check
@@ -66,7 +67,7 @@ def expert_dispatch(
         down: ``[E, r, D]``, or ``[1, r, D]``: one down-projection for all experts.
         up, down_bias, up_bias: ``[E, O, r]``, ``[E or 1, r]``, ``[E, O]``.
         base: H: ``"input"`` (x itself, O = D), ``[..., O]`` (a frozen linear's output), or None.
-        keep, mix: of the base, and of the sum over experts (alpha / r for LoRA).
+        keep, mix: of the base, and of the sum over experts (alpha / r for LoRA); finite.
         activation: "identity", "relu", "gelu" (erf), "gelu_tanh" (gelu_new) or "silu".
         gate: "mean" (1 / E each), "softmax" (of the router's logits) or "given".
         router, router_bias, noise: softmax: ``[E, D]``, ``[E]``, and ``[..., E]`` added to the
@@ -99,6 +100,7 @@ def expert_dispatch(
     projection of it is trained, z (N E r values, or N k r sorted), the logits and the choice.
     Deterministic: of equal inputs, the same bits. Source: see ``reference.py``.
     """
+    checks.check_bool("return_routing", return_routing)
     call, name, lead, pooled = _prepare(
         x, down, up, down_bias, up_bias, base=base, keep=keep, mix=mix, activation=activation,
         gate=gate, router=router, router_bias=router_bias, noise=noise, top_k=top_k,
@@ -202,7 +204,7 @@ def _explain(
     **options: Any,
 ) -> rt.Explanation:
     given = _DEFAULTS | options
-    given.pop("return_routing")
+    checks.check_bool("return_routing", given.pop("return_routing"))
     call, name, _, _ = _prepare(x, down, up, down_bias, up_bias, **given)
     rows = rt.candidates(BACKENDS, call)
     chosen = select(call, name)

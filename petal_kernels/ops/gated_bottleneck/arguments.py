@@ -145,7 +145,9 @@ def _check_source(
         return bottleneck, bottleneck.shape[-1], {"bottleneck": bottleneck}
     for name, value in (("x", x), ("down", down)):
         if value is None:
-            raise TypeError(f"{name}: want a Tensor (or bottleneck instead of x and down)")
+            raise TypeError(
+                f"{name}: want a Tensor (or bottleneck instead of x and down), got None"
+            )
         checks.check_floating(name, value)
     if x.dim() < 1:
         raise ValueError(f"x: want shape [..., D], got {list(x.shape)}")
@@ -189,13 +191,13 @@ def _check_gate(
             raise ValueError(
                 "mask: want None with variant='release', whose mean includes padding, got a Tensor"
             )
-        _size("mask", given["mask"], lead)
+        checks.check_mask("mask", given["mask"], lead)
     if given["gate_input"] is not None:
         width = "Dg" if gate == "large" and not isinstance(given["residual"], str) else out
         _size("gate_input", given["gate_input"], (*lead, width))
     if gate == "large":
-        rank = given["gate_down"].shape[0]
         _size("gate_down", given["gate_down"], ("rg", given["gate_input"].shape[-1]))
+        rank = given["gate_down"].shape[0]
         _size("gate_up", given["gate_up"], (out, rank))
         if rank < 1:
             raise ValueError(f"gate_down: want rg >= 1, got {list(given['gate_down'].shape)}")
@@ -232,16 +234,27 @@ def columns_to_update(first: Any, given: dict[str, Any]) -> Tensor:
     base, up = given["base"], checks.check_tensor("up", given["up"])
     if not isinstance(base, Tensor):
         raise TypeError(f"base: want a Tensor with update_at, got {type(base).__name__}")
+    checks.check_tensor("base", base)
+    if base.dim() < 1 or up.dim() < 1:
+        name = "up" if base.dim() else "base"
+        raise ValueError(f"{name}: want shape [{'O, r' if name == 'up' else '..., W'}], got []")
     if not base.is_contiguous() or (base.is_leaf and base.requires_grad):
-        raise ValueError("base: want a contiguous tensor that is no leaf with update_at")
+        got = "a leaf that requires grad" if base.is_contiguous() else f"strides {base.stride()}"
+        raise ValueError(
+            f"base: want a contiguous tensor that is no leaf with update_at, got {got}"
+        )
     if not 0 <= first <= base.shape[-1] - up.shape[0]:
         raise ValueError(
             f"update_at: want 0 <= update_at <= {base.shape[-1] - up.shape[0]}, got {first}"
         )
     plain = {"gate": "none", "scale": 1.0, "dropout": 0.0, "residual": None, "norm_weight": None}
     for name, value in plain.items():
-        if given[name] != value:
-            raise ValueError(f"{name}: want {value!r} with update_at, got {given[name]!r}")
+        got = given[name]
+        if value is None and got is not None:
+            raise ValueError(f"{name}: want None with update_at, got a {type(got).__name__}")
+        # What is no number or name is the check's to refuse, by its type.
+        if isinstance(got, (str, int, float)) and got != value:
+            raise ValueError(f"{name}: want {value!r} with update_at, got {got!r}")
     return base[..., first : first + up.shape[0]]
 
 
@@ -272,6 +285,7 @@ def check(
     norm_bias: Any,
     norm_eps: Any,
     variant: Any,
+    training: Any,
     rng: Any,
 ) -> None:
     """Raise TypeError or ValueError, naming the argument, what is wanted and what came."""
@@ -355,8 +369,6 @@ def check(
     philox.check_probability(dropout)
     if checks.check_number("norm_eps", norm_eps) < 0:
         raise ValueError(f"norm_eps: want a number >= 0, got {norm_eps}")
+    checks.check_bool("training", training)
     if rng is not None:
-        checks.check_tensor("rng", rng)
-        checks.check_dtype("rng", rng, (torch.int64,))
-        checks.check_shape("rng", rng, (2,))
-        checks.check_device("rng", rng, first.device)
+        checks.check_rng("rng", rng, first.device)

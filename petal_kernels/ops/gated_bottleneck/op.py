@@ -126,7 +126,7 @@ def gated_bottleneck(
         gate_weight: middleX and middleY ``[O]``, small ``[2 O]`` (gate_input's half first).
         gate_bias: middleX and small, ``[1]``.
         mask: small: ``[B, L]``, nonzero where a token counts; default all.
-        scale: of the gated sum.
+        scale: of the gated sum; finite.
         dropout: probability on the gated sum, rounded to a multiple of 1/65536; applied where
             ``training`` is true.
         residual: ``[..., O]``, or ``"gate_input"``, read once for both.
@@ -189,9 +189,10 @@ def _prepare(
     """Check, flatten and reduce: the call, the generator's state, the backend's name, the leading
     dims."""
     if update_at is None:
-        check(**given, rng=rng)
+        check(**given, training=training, rng=rng)
     else:
-        check(**given | {"base": columns_to_update(update_at, given)}, rng=rng)
+        columns = columns_to_update(update_at, given)
+        check(**given | {"base": columns}, training=training, rng=rng)
         given["base"] = None
     name = rt.default_backend() if backend is None else rt.check_name(backend)
     x, bottleneck, vision = given["x"], given["bottleneck"], given["vision"]

@@ -93,6 +93,9 @@ def _check_sequence(name: str, value: Any, length: int | None = None) -> Sequenc
         raise TypeError(f"{name}: want a sequence of tensors, got {type(value).__name__}")
     if length is not None and len(value) != length:
         raise ValueError(f"{name}: want {length} entries, one for each of ups, got {len(value)}")
+    for k, each in enumerate(value):
+        if each is not None:  # whether None will do is for the caller to say
+            checks.check_tensor(f"{name}[{k}]", each)
     return value
 
 
@@ -219,10 +222,8 @@ def check(
     for name, t in same + parameters:
         checks.check_device(name, t, first.device)
     if rng is not None:
-        checks.check_tensor("rng", rng)
-        checks.check_dtype("rng", rng, (torch.int64,))
-        checks.check_shape("rng", rng, (2,))
-        checks.check_device("rng", rng, first.device)
+        checks.check_rng("rng", rng, first.device)
+    checks.check_bool("training", training)
     number = checks.check_number("scale", scale)
     checks.check_choice("plan", plan, ("auto", *PLANS))
     p = float(dropout) if training and philox.threshold(dropout) > 0 else 0.0

@@ -60,7 +60,7 @@ def lowrank_linear(
             flow to it.
         core: ``[K, R, R]``, only with ``dropout_at="mode"``: output k uses ``drop_k(x down^T
             core[k])``.
-        scale: of the update.
+        scale: of the update; finite.
         dropout: probability, rounded to a multiple of 1/65536; applied where ``training`` is true.
         dropout_at: ``"bottleneck"`` (PETAL: one mask per output on x down^T), ``"input"`` (LoRA:
             one mask on x, for the update only) or ``"mode"`` (Aurora's ViT: after the core).

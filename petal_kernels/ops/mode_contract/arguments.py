@@ -66,7 +66,8 @@ def check(core: Any, modes: Any, up: Any, scale: Any, dtype: Any) -> Call:
     for name, tensor in others:
         checks.check_dtype(name, tensor, (core.dtype,), " like core")
         checks.check_device(name, tensor, core.device)
-    if dtype is not None and dtype not in checks.FLOATING:
-        raise TypeError(f"dtype: want a floating dtype, got {dtype}")
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in checks.FLOATING):
+        got = dtype if isinstance(dtype, torch.dtype) else f"a {type(dtype).__name__}"
+        raise TypeError(f"dtype: want a floating dtype, got {got}")
     number = checks.check_number("scale", scale)
     return Call(core, modes, up, number, core.dtype if dtype is None else dtype)

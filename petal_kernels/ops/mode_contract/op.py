@@ -165,7 +165,7 @@ def mode_contract(
             papers).
         modes: ``[K, R]``, row k is p_k.
         up: ``[O, R]``, V; without it the mode matrices themselves are returned.
-        scale: multiplies the result.
+        scale: multiplies the result; finite.
         dtype: of the result; default core's. Products accumulate in fp32 and are rounded once.
         backend: a backend's name; default ``use_backend``'s, ``PETAL_BACKEND``'s or the planner's
             choice.

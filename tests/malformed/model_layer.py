@@ -1,0 +1,208 @@
+"""Calls of the model layer and of the profiler that are right: configs, attach and what it gives,
+backends, memory."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import petal_kernels as pk
+from petal_kernels.hf.config import METHODS
+from petal_kernels.memory.profile import Profile
+from tests.hf import tiny_blip, tiny_text
+from tests.malformed.corruptions import Case
+
+EXPERTS = 3
+
+# What is right although a field was changed.
+# A path without a folder is a FileNotFoundError (test_files), a batch is the model's to judge.
+ELSEWHERE = {"load": ("directory: string",), "attach": ("config: string",), "memory": ("batch: *",)}
+_CONFIG = ("*: one", "scale: negative", "alpha: *", "target_modules: string", "keep: *")
+_ROWS = ("features: half", "features: rank-1", "features: size+1@-[23]")
+LEGAL: dict[str, tuple[str, ...]] = {
+    "PetalConfig": ("use_cross_residual: bool", "experts: zero", "mix: negative"),
+    "VLPetConfig": ("value_r: zero",),
+    "save": ("directory: string",),
+    "vision": _ROWS,
+    "context": _ROWS,
+    "domains": ("domain: rank-1", "domain: size*", "generated: zero", "image: zero"),
+}
+MORE: dict[str, dict[str, Any]] = {
+    "dropout": {"above 1": 1.5},
+    "target_modules": {"no expression": "(", "empty": [], "of ints": [1]},
+    "modules_to_save": {"empty": [], "of ints": [1], "string": "head"},
+    "top_k": {"beyond": 99, "zero": 0},
+    "directory": {"empty": "", "null": "a\0b", "bytes": b"adapter"},
+    "at_most": {"negative": -1},
+    "state": {"of lists": {"a": [1.0]}, "empty": {}},
+    "parameters": {"of floats": [1.0]},
+    "values": {"unknown": {"rank": 4}, "of ints": {1: 2}},
+    "domain": {"beyond": torch.full((2, 9), EXPERTS), "below": torch.full((2, 9), -1)},
+}
+
+
+def entered(manager: Callable[..., Any]) -> Callable[..., None]:
+    """A context manager entered and left."""
+
+    @functools.wraps(manager)
+    def enter(**arguments: Any) -> None:
+        with manager(**arguments):
+            pass
+
+    return enter
+
+
+@functools.cache
+def model(family: str = "bart") -> nn.Module:
+    if family in tiny_blip.TASKS:
+        return tiny_blip.build(family, torch.float32)
+    return tiny_text.build(family, torch.float32)
+
+
+@functools.cache
+def attached(method: str) -> Any:
+    if method == "aurora":
+        built = tiny_blip.build("retrieval", torch.float32)
+        return pk.attach(built, pk.AuroraConfig(r=3, context="batch"))
+    built = tiny_text.build("llama", torch.float32)
+    if method == "experts":
+        return pk.attach(built, pk.ExpertConfig(r=2, experts=EXPERTS, gate="domain"))
+    return pk.attach(built, pk.RoutingConfig(r=2, function="add"))
+
+
+@functools.cache
+def routed() -> Any:
+    """An attachment with a router, after a forward."""
+    built = tiny_text.build("llama", torch.float32)
+    attachment = pk.attach(built, pk.ExpertConfig(r=2, experts=EXPERTS))
+    built(**tiny_text.batch("llama"))
+    return attachment
+
+
+@functools.cache
+def folder() -> Path:
+    path = Path(tempfile.mkdtemp()) / "adapter"
+    attached("routing").save(path)
+    return path
+
+
+@functools.cache
+def profiled() -> Profile:
+    return pk.memory.profile(nn.Linear(3, 2), torch.ones(2, 3))
+
+
+def features(width: int) -> torch.Tensor:
+    return torch.ones(2, 4, width)
+
+
+def _case(
+    name: str, call: Callable[..., Any], valid: Callable[[], dict[str, Any]], **more: Any
+) -> Case:
+    return Case(name=name, call=call, valid=valid, more=MORE, **more)
+
+
+def _configs() -> list[Case]:
+    found = []
+    for cls in METHODS.values():
+        legal = (*_CONFIG, *LEGAL.get(cls.__name__, ()))
+        found.append(_case(cls.__name__, cls, dict, legal=legal))
+        found.append(_case(f"{cls.__name__}.from_dict", cls.from_dict, lambda: {"values": {}}))
+    return found
+
+
+def _attachments() -> list[Case]:
+    of = {name: attached(name) for name in ("routing", "aurora", "experts")}
+    state = {name: value.clone() for name, value in of["routing"].state_dict().items()}
+    width = tiny_text.WIDTH
+    domain = torch.ones(2, 9, dtype=torch.int64)
+    calls: list[tuple[str, Callable[..., Any], Callable[[], dict[str, Any]], str]] = [
+        ("save", of["routing"].save, lambda: {"directory": folder()}, "routing"),
+        ("load", of["routing"].load, lambda: {"directory": folder()}, "routing"),
+        ("load_state_dict", of["routing"].load_state_dict, lambda: {"state": state}, "routing"),
+        ("vision", entered(of["routing"].vision), lambda: {"features": features(width)}, "routing"),
+        (
+            "context",
+            entered(of["aurora"].context),
+            lambda: {"features": features(tiny_blip.WIDTH)},
+            "aurora",
+        ),
+        (
+            "domains",
+            entered(of["experts"].domains),
+            lambda: {"domain": domain, "generated": 2, "image": 1},
+            "experts",
+        ),
+    ]
+    found = []
+    for name, call, valid, method in calls:
+        watched = (lambda m: lambda: attached(m).model)(method)
+        more = {"legal": LEGAL.get(name, ()), "elsewhere": ELSEWHERE.get(name, ())}
+        names = ("state_dict",)
+        found.append(_case(f"Attachment.{name}", call, valid, names=names, watched=watched, **more))
+    legal = ("*: one", "*: negative")
+    loss = routed().auxiliary_loss
+    return [*found, _case("Attachment.auxiliary_loss", loss, dict, legal=legal)]
+
+
+def _memory() -> list[Case]:
+    def valid() -> dict[str, Any]:
+        return {"model": nn.Linear(3, 2), "batch": torch.ones(2, 3)}
+
+    memory, profile = pk.memory, profiled()
+    elsewhere = ELSEWHERE["memory"]
+    return [
+        _case(
+            "memory.profile",
+            memory.profile,
+            valid,
+            legal=("cuda_rules: bool",),
+            elsewhere=elsewhere,
+        ),
+        _case(
+            "memory.assert_saved_bytes",
+            memory.assert_saved_bytes,
+            lambda: valid() | {"at_most": 10**6},
+            elsewhere=(*elsewhere, "at_most: zero"),  # a budget, and it is not kept
+        ),
+        _case("memory.fake_tensors", memory.fake_tensors, valid, elsewhere=elsewhere),
+        _case("Profile.peak_of", profile.peak_of, lambda: {"phase": "forward"}),
+        _case("Profile.by", profile.by, lambda: {"attribute": "kind"}),
+        _case("Profile.at_peak", profile.at_peak, dict, legal=("count: zero",)),
+        _case("Profile.curve", profile.curve, dict),
+        _case("Profile.table", profile.table, dict, legal=("limit: zero",)),
+    ]
+
+
+def cases() -> list[Case]:
+    """Every call of this file."""
+    built = tiny_text.build("bart", torch.float32)
+
+    def attach(**arguments: Any) -> None:
+        attachment = pk.attach(**arguments)
+        attachment.detach()
+
+    return [
+        *_configs(),
+        _case(
+            "attach",
+            attach,
+            lambda: {"model": built, "config": pk.VLAdapterConfig(r=2)},
+            elsewhere=ELSEWHERE["attach"],
+            watched=lambda: built,
+            signature_of=pk.attach,
+        ),
+        *_attachments(),
+        _case("use_backend", entered(pk.use_backend), lambda: {"name": "auto"}, names=("backend",)),
+        _case("explain", pk.explain, lambda: {"operator": pk.mode_contract, **_contract()}),
+        *_memory(),
+    ]
+
+
+def _contract() -> dict[str, Any]:
+    return {"core": torch.ones(2), "modes": torch.ones(3, 2)}
