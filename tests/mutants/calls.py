@@ -60,6 +60,7 @@ MUTANTS = [
     (_BOUND, '        check_range("labels", kept, 0, self.club.outputs - 1)\n', ""),
     (_CONFIG, "_want(isinstance(value, str) and value in choices", "_want(value in choices"),
     (_CONFIG, "-largest <= value <= largest", "abs(value) < float('inf')"),
+    (_CONFIG, "re.compile(self.target_modules)", "pass"),
     (_ATTACHMENT, "        if not isinstance(state, Mapping):", "        if False:"),
     (_FILES, "    if not isinstance(directory, (str, os.PathLike)):", "    if False:"),
     (_PROFILER, '    check_bool("backward", backward)\n', ""),
