@@ -62,7 +62,7 @@ def _token_weights(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if mask is None:
         return None
     kept = mask.to(wide_dtype(dtype))
-    return (kept / kept.sum(-1, keepdim=True).clamp_min(1)).view(-1)
+    return (kept / kept.sum(-1, keepdim=True).clamp_min(1)).reshape(-1)
 
 
 def gated_bottleneck(
@@ -198,7 +198,7 @@ def _prepare(
     p = float(given["dropout"]) if training and philox.threshold(given["dropout"]) > 0 else 0.0
     state = None
     if p > 0.0:
-        state = philox.draw(first.device) if rng is None else rng
+        state = philox.draw(first.device) if rng is None else rng.contiguous()
     length = first.shape[1] if first.dim() == 3 else 0
     kind, relu, left, right = _route_factors(given["route"], vision, length, given["variant"])
     release = given["variant"] == "release"

@@ -105,7 +105,7 @@ def lowrank_linear(
     t, settings = call
     state = None
     if settings.dropout > 0.0:
-        state = philox.draw(call.device) if rng is None else rng
+        state = philox.draw(call.device) if rng is None else rng.contiguous()
     if torch.is_grad_enabled():
         flat = flatten(t)
         if any(each is not None and each.requires_grad for each in flat):
