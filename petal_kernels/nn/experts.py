@@ -126,8 +126,9 @@ class LowRankExperts(nn.Module):
             lead = x.shape[:1] if self.router_input == "pooled" else x.shape[:-1]
             noise = None
             if training and self.router_noise:
-                noise = self.router_noise * torch.randn(*lead, self.experts, device=x.device)
-                noise = noise.to(torch.float64 if dtype == torch.float64 else torch.float32)
+                noise = torch.randn(*lead, self.experts, device=x.device)
+                wide = torch.float64 if dtype == torch.float64 else torch.float32
+                noise = self.router_noise * noise.to(wide)
             routed |= {
                 "router": near.optional(self.router),
                 "noise": noise,
