@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import petal_kernels as pk
 from petal_kernels.ops.gated_bottleneck import workload as gated
@@ -123,6 +124,58 @@ def test_the_gradient_of_an_updated_base_is_its_own(backend: str) -> None:
     torch.autograd.grad(out, (start, up), dout)
     assert torch.equal(seen[0], dout)
     assert storage(seen[0]) != storage(dout)
+
+
+@pytest.mark.parametrize("operator", ["gated_bottleneck", "lowrank_linear"])
+@pytest.mark.parametrize("trained", ["input", "bias", "summand", "output"])
+def test_only_a_product_takes_the_upstream_gradient_itself(operator: str, trained: str) -> None:
+    """It forms another gradient and hands this one to nobody, so a copy would be traffic for
+    nothing. A trained summand would get the very tensor."""
+    summand = torch.randn(*((5, 12) if trained == "summand" else (12,)))
+    x, weight = torch.randn(5, 3, requires_grad=True), torch.randn(3, 12)
+    summand.requires_grad_(trained in ("bias", "summand"))
+    base = torch.addmm(summand, x, weight)
+    base = base * 1.0 if trained == "output" else torch.ops.aten._unsafe_view(base, (5, 12))
+    arrived: list[Tensor] = []
+    base.register_hook(arrived.append)
+    up, middle = torch.randn(12, 2, requires_grad=True), torch.randn(5, 2)
+    if operator == "lowrank_linear":
+        (out,) = pk.lowrank_linear(None, None, [up], hidden=middle, base=[base])
+    else:
+        out = pk.gated_bottleneck(
+            None, None, up, base=base, bottleneck=middle, activation="identity", update_at=0
+        )
+    dout = torch.randn(5, 12)
+    leaves = (x, summand) if summand.requires_grad else (x,)
+    grads = torch.autograd.grad(out, leaves, dout)
+    assert torch.equal(arrived[0], dout)
+    assert (storage(arrived[0]) == storage(dout)) == (trained == "input")
+    torch.testing.assert_close(grads[0], dout @ weight.t())
+    assert all(storage(g) != storage(dout) for g in grads)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_update_in_place_copies_no_gradient(bias: bool) -> None:
+    """A linear's output of three dims is a view where the linear has a bias, and autograd's way
+    back from a write into a view copies the gradient of all columns thrice."""
+
+    class Copies(TorchDispatchMode):
+        found: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            out = func(*args, **(kwargs or {}))
+            copies = ("aten.clone", "aten.copy_", "aten._to_copy")
+            if str(func).startswith(copies) and out.numel() >= rows * 48:
+                self.found.append(str(func))
+            return out
+
+    rows, base = 10, nn.Linear(16, 48, bias=bias).requires_grad_(False)
+    layer = pk.nn.RoutedLoRALinear(base, 2, parts=3, targets=(0, 2))
+    out = layer(torch.randn(2, 5, 16, requires_grad=True))
+    dout = torch.randn_like(out)
+    with Copies() as watch:
+        out.backward(dout)
+    assert watch.found == []
 
 
 def test_every_function_is_of_the_one_kind() -> None:

@@ -91,6 +91,7 @@ class FirstOrderFunction(torch.autograd.Function):
 
     operator: str
     instead: str = INSTEAD
+    passes_on = False  # backward reads its gradient and passes it to the first tensor by `own`
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -162,13 +163,35 @@ class _RefusalFunction(torch.autograd.Function):
         refuse(operator, _SECOND, instead)
 
 
-def own(dout: Tensor) -> Tensor:
-    """A gradient that passes through unchanged, in storage of its own.
+# Nodes whose backward reads the gradient and hands nothing of it on, and views on the way to them.
+_PRODUCTS = ("AddmmBackward0", "MmBackward0", "BmmBackward0")
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+
+
+def own(dout: Tensor, ctx: Any = None, index: int = 0) -> Tensor:
+    """A gradient that passes through unchanged, in storage of its own; ``index`` counts the tensor
+    arguments of the Function whose ``ctx`` is given, to the one that it passes to.
 
     torch's own sum hands on the very tensor: ``AccumulateGrad`` copies what others hold. But it
     counts the holders of a tensor, not of its storage, and what reaches an operator is mostly a
     view (rows are flattened), so that two leaves, or a leaf and the caller, would end in one
     buffer; and ``torch.autograd.grad`` and hooks hand it to users as it is. One copy is right for
-    each of them.
+    each of them. Only a frozen linear's product takes the gradient itself: it forms another and
+    nobody sees this one.
     """
-    return dout.clone()
+    if ctx is None or torch.compiler.is_compiling():
+        return dout.clone()
+    return dout if _is_consumed(ctx.next_functions[index][0]) else dout.clone()
+
+
+def _is_consumed(node: Any) -> bool:
+    while node is not None and (node.name() in _VIEWS or _passes_on(node)):
+        node = node.next_functions[0][0]
+    if node is None or node.name() not in _PRODUCTS:
+        return False
+    # A summand of addmm that is trained would get the gradient itself.
+    return node.name() != "AddmmBackward0" or node.next_functions[0][0] is None
+
+
+def _passes_on(node: Any) -> bool:
+    return getattr(getattr(node, "_forward_cls", None), "passes_on", False)

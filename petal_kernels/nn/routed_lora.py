@@ -144,7 +144,10 @@ class RoutedLoRALinear(nn.Module):
             return self.update(base(x), x, vision)
         assert weight is not None
         matrix = weight if isinstance(base, nn.Linear) else weight.t()
-        return self.update(F.linear(x, matrix, base._parameters.get("bias")), x, vision, own=True)
+        rows = F.linear(x.reshape(-1, x.shape[-1]), matrix, base._parameters.get("bias"))
+        # No view in autograd's eyes: its way to write into one copies the whole gradient thrice.
+        y: Tensor = torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], rows.shape[-1]))
+        return self.update(y, x, vision, own=True)
 
     def update(
         self, y: Tensor, x: Tensor, vision: Tensor | None = None, *, own: bool = False

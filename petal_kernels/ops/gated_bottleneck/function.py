@@ -277,6 +277,7 @@ class UpdateFunction(FirstOrderFunction):
     """The sum alone, written into columns of a base that nobody else reads: its gradient passes."""
 
     operator = NAME
+    passes_on = True
 
     @staticmethod
     def forward(ctx: Any, base: Tensor, first: int, backend: str, *rest: Any) -> Tensor:
@@ -304,4 +305,4 @@ class UpdateFunction(FirstOrderFunction):
             saved = [s if s.numel() else None for s in (z, zg, logits, moments)]
             grads = _backward_op(columns, list(t), saved, None, *ctx.settings, need, ctx.backend)
             found |= zip(compress(Tensors._fields, need), grads, strict=True)
-        return (own(dout), *[None] * (2 + _N_SETTINGS), *map(found.get, Tensors._fields))
+        return (own(dout, ctx, 0), *[None] * (2 + _N_SETTINGS), *map(found.get, Tensors._fields))

@@ -274,7 +274,10 @@ class LowRankLinearFunction(FirstOrderFunction):
             dups or [None] * outputs,
             [None] * weighted,  # type: ignore[list-item]
             dbiases,
-            [own(dy) if want else None for dy, want in zip(dys, wants.base, strict=False)],  # type: ignore[misc]
+            [
+                own(dy, ctx, k - outputs) if want else None  # type: ignore[misc]
+                for k, (dy, want) in enumerate(zip(dys, wants.base, strict=False))
+            ],
             dcore,
         )
         return (
