@@ -44,9 +44,9 @@ def _errors_after(
 ) -> dict[str, Errors | None]:
     """The worst of the errors before and of those after the clock: a form that answered from
     memory while it was timed has not computed what the clock says."""
-    scenario.fresh.go_to(1)
     found = dict(errors)
     for label, before in errors.items():
+        scenario.fresh.go_to(1)
         provider = scenario.providers[label]
         try:
             if before is not None and provider.check is not None:
@@ -61,7 +61,6 @@ def _errors_after(
         if same:
             found[label] = _REPLAYED
             notes.append(f"{label} gives one answer for two inputs")
-        scenario.fresh.go_to(1)
     return found
 
 
