@@ -14,6 +14,7 @@ from petal_kernels.memory.cuda_rules import RULE
 from petal_kernels.memory.cuda_rules import cuda_rules as as_on_cuda
 from petal_kernels.memory.fake import mode_of
 from petal_kernels.memory.modules import ModuleStack, frozen_subtrees
+from petal_kernels.memory.optimizer import Trained
 from petal_kernels.memory.profile import Profile
 from petal_kernels.memory.records import (
     Sizes,
@@ -25,6 +26,8 @@ from petal_kernels.memory.records import (
 from petal_kernels.memory.saved import SavedTensors
 from petal_kernels.memory.timeline import Timeline
 
+_Earlier = dict[int, tuple[int, int]]  # parameter -> gradient before the step and its version
+
 
 def profile(
     model: nn.Module | Callable[..., Any],
@@ -35,6 +38,7 @@ def profile(
     module: nn.Module | None = None,
     parameters: Iterable[Tensor] = (),
     cuda_rules: bool | None = None,
+    accumulate: bool | None = None,
 ) -> Profile:
     """Runs `model` on `batch` once and says what it keeps for backward and what is alive when.
 
@@ -46,6 +50,10 @@ def profile(
     loss        of the model's output; default: its `loss`, or the sum of the tensors that it
                 returns, which keeps nothing.
     backward    also run the backward, for the timeline; gradients that were there are put back.
+    accumulate  whether gradients are there before the step and are added to, as in a micro-batch
+                after the first, or after zero_grad(set_to_none=False): True of every
+                parameter that the backward reaches, False of none; default: of those that have one
+                now.
     module      where `model` is a function: the module inside, whose parts the records name.
     parameters  tensors that do not count, beside those of the module: they stay anyway.
     cuda_rules  let attention and dropout keep what CUDA's operators keep; default: on fake tensors.
@@ -53,6 +61,8 @@ def profile(
     The step draws from torch's generators and gives them back as they were; statistics of batch
     norms move on. Tensors that other saved-tensor hooks take away (save_on_cpu) are not seen.
     """
+    if accumulate not in (True, False, None):
+        raise TypeError(f"accumulate: want True, False or None, got {accumulate!r}")
     module = model if isinstance(model, nn.Module) else module
     own, buffers = _own_tensors(module, parameters)
     trained = [t for t in own.values() if t.requires_grad]
@@ -62,6 +72,7 @@ def profile(
     sizes = _sizes(own, buffers, batch)
     stack = ModuleStack(module)
     timeline, meter, recorder = Timeline(stack), _Meter(cuda), SavedTensors(stack)
+    names = [name for name, t in own.items() if t.requires_grad]
     for category, tensors in (("parameters", own), ("buffers", buffers)):
         for name, t in tensors.items():
             timeline.add(t, category, name)
@@ -69,7 +80,10 @@ def profile(
         timeline.add(t, "batch", "batch")
     with contextlib.ExitStack() as contexts:
         contexts.callback(timeline.close)
-        contexts.enter_context(_untouched(trained, cuda))
+        there = contexts.enter_context(_untouched(trained, cuda, accumulate))
+        for name, t in zip(names, trained, strict=True):
+            if t.grad is not None:
+                timeline.add(t.grad, "gradients", name)
         if mode is not None:
             contexts.enter_context(mode)
         if rules:
@@ -87,8 +101,12 @@ def profile(
         _account_for_the_rest(timeline, results, sizes)
         del output, results
         if backward and objective.requires_grad:
-            _backward(objective, trained, timeline, meter, sizes)
+            _backward(objective, trained, timeline, meter)
+            if accumulate:
+                _forget_the_unreached(there, trained, timeline)
         del objective
+        _account_for_gradients(trained, there, sizes)
+        moved = [_as_moved(*each) for each in zip(names, trained, strict=True)]
     peak = timeline.peak_step()
     return Profile(
         saved=saved,
@@ -104,15 +122,15 @@ def profile(
         fake=mode is not None,
         rule=RULE if rules else "",
         frozen=frozen_subtrees(stack.roles),
-        trained=frozenset(name for name, t in own.items() if t.requires_grad),
+        trained=frozenset(names),
         seconds=meter.seconds,
         device_bytes=meter.bytes,
+        parameters=moved,
+        backward=backward,
     )
 
 
-def _backward(
-    objective: Tensor, trained: list[Tensor], timeline: Timeline, meter: _Meter, sizes: Sizes
-) -> None:
+def _backward(objective: Tensor, trained: list[Tensor], timeline: Timeline, meter: _Meter) -> None:
     gradient = torch.ones_like(objective)
     timeline.begin("backward")
     with meter.measure("backward"):
@@ -120,8 +138,29 @@ def _backward(
     for t in trained:
         if t.grad is not None:
             for part in plain_tensors(t.grad):
-                sizes.gradients += storage_bytes(part)
                 timeline.categorise(storage_key(part), "gradients")
+
+
+def _forget_the_unreached(there: _Earlier, trained: list[Tensor], timeline: Timeline) -> None:
+    """A parameter that this backward does not reach had no gradient of an earlier one, either."""
+    for t in trained:
+        if t.grad is not None and there.get(id(t)) == (id(t.grad), t.grad._version):
+            timeline.forget(t.grad)
+            t.grad = None
+
+
+def _account_for_gradients(trained: list[Tensor], there: _Earlier, sizes: Sizes) -> None:
+    """Bytes of all gradients, and of those that were there before the step."""
+    for t in trained:
+        if t.grad is not None:
+            size = sum(storage_bytes(part) for part in plain_tensors(t.grad))
+            sizes.gradients += size
+            sizes.earlier_gradients += size if id(t) in there else 0
+
+
+def _as_moved(name: str, t: Tensor) -> Trained:
+    numbers = sum(part.numel() for part in plain_tensors(t))
+    return Trained(name, numbers, t.dtype, t.device.type, t.grad is not None, id(t))
 
 
 class _Meter:
@@ -236,15 +275,22 @@ def _account_for_the_rest(timeline: Timeline, outputs: list[Tensor], sizes: Size
 
 
 @contextlib.contextmanager
-def _untouched(trained: list[Tensor], cuda: bool) -> Iterator[None]:
-    """Gradients and generators are afterwards what they were."""
+def _untouched(trained: list[Tensor], cuda: bool, accumulate: bool | None) -> Iterator[_Earlier]:
+    """Gradients and generators are afterwards what they were; where gradients are to be there,
+    others of their size take the sums meanwhile. Yields which, by parameter.
+    """
+    there: _Earlier = {}
     before = [t.grad for t in trained]
     devices = [torch.cuda.current_device()] if cuda else []
     with torch.random.fork_rng(devices=devices):
         try:
             for t in trained:
-                t.grad = None
-            yield
+                wanted = t.grad is not None if accumulate is None else accumulate
+                like = t if t.grad is None else t.grad
+                t.grad = torch.zeros_like(like.detach()) if wanted else None
+                if t.grad is not None:
+                    there[id(t)] = (id(t.grad), t.grad._version)
+            yield there
         finally:
             for t, grad in zip(trained, before, strict=True):
                 t.grad = grad
