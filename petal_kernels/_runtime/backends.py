@@ -36,6 +36,10 @@ _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "native": ("cpu",)}
 _default: str | None = None
 
 
+class BackendUnavailable(RuntimeError):  # noqa: N818 - it says what is, as a RuntimeError
+    """A backend that was asked for by name cannot run this call."""
+
+
 def _interpreted(name: str, args: Sequence[Any]) -> bool:
     """Triton on CPU tensors is its interpreter, for tests: it runs only when named."""
     return name == "triton" and not any(a.is_cuda for a in args if hasattr(a, "is_cuda"))
@@ -171,8 +175,8 @@ def candidates(backends: Sequence[Backend], *args: Any) -> list[Candidate]:
 def select(operator: str, backends: Sequence[Backend], requested: str, *args: Any) -> Backend:
     """The backend to run: the named one, or the first that can.
 
-    Raises ValueError for an unknown name, RuntimeError for a named backend that cannot run, with
-    all its reasons.
+    Raises ValueError for an unknown name, BackendUnavailable for a named backend that cannot run,
+    with all its reasons.
     """
     check_name(requested)
     for backend in backends:
@@ -184,7 +188,7 @@ def select(operator: str, backends: Sequence[Backend], requested: str, *args: An
         if not reasons:
             return backend
         if requested == backend.name:
-            raise RuntimeError(
+            raise BackendUnavailable(
                 f"{operator}: backend {requested!r} cannot run here: {'; '.join(reasons)}"
             )
     raise RuntimeError(f"{operator}: no backend can run on these inputs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 
@@ -18,6 +19,17 @@ def positive(text: str) -> int:
 def positives(text: str) -> tuple[int, ...]:
     """Several, with commas between."""
     return tuple(map(positive, text.split(",")))
+
+
+def minutes(text: str) -> float:
+    """A time, none included."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < math.inf:
+        raise ArgumentTypeError(f"want minutes >= 0, got {text}")
+    return value
 
 
 def device(text: str) -> str:

@@ -7,10 +7,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from petal_kernels.tools import exits
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,12 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    """Entry point of the console script; returns the exit code, of `exits`' table."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return exits.run(lambda: _main(words), "petal-kernels")
+
+
+def _main(arguments: list[str]) -> int:
     listing = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="petal-kernels",
@@ -80,17 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{options.command} needs {', '.join(missing)}: "
             f"pip install 'petal-kernels[{command.extra}]'"
         )
-    module = importlib.import_module(command.module)
-    try:
-        code: int = module.main(arguments[at + 1 :])
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever read has seen enough; nor is there anyone to flush to
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    return code
+    return int(importlib.import_module(command.module).main(arguments[at + 1 :]))
 
 
 if __name__ == "__main__":

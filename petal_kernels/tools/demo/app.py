@@ -18,6 +18,8 @@ import torch
 from transformers import InstructBlipForConditionalGeneration
 
 import petal_kernels as pk
+from petal_kernels._runtime.backends import default_backend
+from petal_kernels.tools import exits
 from petal_kernels.tools.demo import methods_run, report, tasks
 from petal_kernels.tools.demo import model as small
 from petal_kernels.tools.demo.compare import Comparison, compare
@@ -42,7 +44,6 @@ from petal_kernels.tools.demo.train import (
 
 _SHOWN = 6
 _SAVE_EVERY = 100
-_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{args.method}, which always runs from its beginning: going on is not supported"
         )
     given = {k: v for k in ("steps", "rank", "seed") if (v := getattr(args, k)) is not None}
-    try:
+    with exits.refusing(parser, ValueError, OSError):
+        default_backend()  # what PETAL_BACKEND names
         settings = resumed_settings(args.out, given) if args.resume else Settings(**given)
-    except ValueError as error:
-        parser.error(str(error))
+    exits.folder(args.out)
     options = Options(args.out, settings, resume=args.resume, compare_steps=args.compare_steps)
     torch.set_num_threads(args.threads)
     try:
@@ -141,9 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if args.method != "petal":
             print("\nStopped. What is finished is in", args.out)
-            return _INTERRUPTED
+            return exits.INTERRUPTED
         print("\nStopped.", _how_to_resume(args.out))
-        return _INTERRUPTED
+        return exits.INTERRUPTED
 
 
 def resumed_settings(out: Path, given: dict[str, int]) -> Settings:
@@ -216,7 +217,7 @@ def run(options: Options) -> int:
             shutil.rmtree(stale)
     if not _train(trainer, held, options, notes):
         print("\nStopped.", _how_to_resume(options.out))
-        return _INTERRUPTED
+        return exits.INTERRUPTED
     figures = _finish(trainer, held, options, notes)
     figures["seconds"] = round(time.perf_counter() - began, 1)
     report.write_json(options.out / "report.json", figures)
