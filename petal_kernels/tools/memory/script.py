@@ -138,7 +138,7 @@ def step_of(result: Any, text: str) -> Step:
         raise Refusal(f"--script: {_WANTED} from {text}, got {got}")
     model, batch, loss, module = (*result, None, None)[:4]
     if not callable(model):
-        raise Refusal(f"--script: {_WANTED} from {text}, got a {type(model).__name__} as model")
+        raise Refusal(f"--script: {_WANTED} from {text}, got {type(model).__name__} as model")
     if not (loss is None or callable(loss)):
         raise Refusal(f"--script: want a function of the output as loss, got {loss!r}")
     if not (module is None or isinstance(module, nn.Module)):
