@@ -81,7 +81,6 @@ MUTANTS = [
     (_WHAT_IF, "profile.with_optimizer(optimizer).peak_bytes", "profile.peak_bytes"),
     (_SCRIPT, "**dict.fromkeys(names), **defaults, **given", "**defaults, **given"),
     (_SCRIPT, "if unheeded and not anything:", "if False:"),
-    (_SCRIPT, "id(child)\n        for _, module", "0\n        for _, module"),
     (
         _SCRIPT,
         "Step(model, batch, loss, None if model is module else module)",

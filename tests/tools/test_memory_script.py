@@ -81,9 +81,15 @@ def told():
     nets = [nn.Linear(8, 8)]
     return (lambda x: nets[0](x).sum()), torch.randn(2, 8), None, nets[0]
 
+class Slotted:
+    __slots__ = ("net",)
+    def __init__(self):
+        self.net = nn.Linear(8, 8)
+    def __call__(self, x):
+        return self.net(x).sum()
+
 def hidden():
-    nets = [nn.Linear(8, 8)]
-    return (lambda x: nets[0](x).sum()), torch.randn(2, 8)
+    return Slotted(), torch.randn(2, 8)
 
 def number():
     return 3, torch.randn(2, 8)

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 
 from petal_kernels import memory
+from petal_kernels.memory.behind import module_behind
 from petal_kernels.tools.exits import Refusal
 from petal_kernels.tools.memory.presets import Options, Step
 
 _WANTED = "want (model, batch), (model, batch, loss) or (step, batch, loss or None, module)"
-_DEPTH = 3  # of functions that refer to functions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +142,7 @@ def step_of(result: Any, text: str) -> Step:
     if not (module is None or isinstance(module, nn.Module)):
         raise Refusal(f"--script: want a torch.nn.Module as module, got a {type(module).__name__}")
     if module is None:
-        module = model if isinstance(model, nn.Module) else module_of(model)
+        module = model if isinstance(model, nn.Module) else module_behind(model)
     if module is None:
         raise Refusal(
             f"--script: the step that {text} returns refers to no torch.nn.Module: return (step, "
@@ -153,68 +151,3 @@ def step_of(result: Any, text: str) -> Step:
     if any(p.is_meta for p in module.parameters()):
         _, batch = memory.fake_tensors(module, batch)
     return Step(model, batch, loss, None if model is module else module)
-
-
-def module_of(step: Callable[..., Any]) -> nn.Module | None:
-    """The module that a function refers to, by its closure, its object or its globals; several as
-    the children of one that stands for them all.
-    """
-    found = {id(module): (name, module) for name, module in _referred(step, _DEPTH)}
-    inner = {
-        id(child)
-        for _, module in found.values()
-        for child in module.modules()
-        if child is not module
-    }
-    outer = [entry for key, entry in found.items() if key not in inner]
-    if len(outer) < 2:
-        return outer[0][1] if outer else None
-    both = nn.Module()
-    for name, module in outer:
-        unique = name if name not in both._modules else f"{name}_{len(both._modules)}"
-        both._modules[unique] = module
-    both.training = all(module.training for _, module in outer)
-    return both
-
-
-def _referred(value: Any, depth: int, name: str = "model") -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(value, nn.Module):
-        yield name, value
-    elif depth == 0:
-        return
-    elif isinstance(value, functools.partial):
-        for each in (value.func, *value.args, *value.keywords.values()):
-            yield from _referred(each, depth)
-    elif isinstance(value, MethodType):
-        yield from _referred(value.__self__, depth)
-        yield from _referred(value.__func__, depth)
-    elif isinstance(value, FunctionType):
-        for label, each in _variables(value):
-            yield from _referred(each, depth - 1, label)
-    elif callable(value) or hasattr(value, "__dict__"):
-        for label, each in list(getattr(value, "__dict__", {}).items()):
-            if isinstance(each, (nn.Module, FunctionType, MethodType)):
-                yield from _referred(each, depth - 1, label)
-        call = getattr(type(value), "__call__", None)  # noqa: B004 - the function is wanted
-        if isinstance(call, FunctionType):
-            yield from _referred(call, depth - 1)
-
-
-def _variables(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """Values that a function of the user's refers to: its closure's, and globals by name."""
-    for label, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            yield label, cell.cell_contents
-        except ValueError:  # not bound yet
-            continue
-    for label in sorted(_names(function.__code__)):
-        value = function.__globals__.get(label)
-        own = getattr(value, "__module__", None) == function.__module__
-        if isinstance(value, nn.Module) or (isinstance(value, FunctionType) and own):
-            yield label, value
-
-
-def _names(code: CodeType) -> set[str]:
-    """Names in a function and in those inside it."""
-    inner = [each for each in code.co_consts if isinstance(each, CodeType)]
-    return set(code.co_names).union(*map(_names, inner))
