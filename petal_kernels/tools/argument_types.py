@@ -21,15 +21,27 @@ def positives(text: str) -> tuple[int, ...]:
     return tuple(map(positive, text.split(",")))
 
 
-def minutes(text: str) -> float:
-    """A time, none included."""
+def _finite(text: str) -> float:
+    """A number, or -1 for what is none."""
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0.0 <= value < math.inf:
+        return -1.0
+    return value if math.isfinite(value) else -1.0
+
+
+def minutes(text: str) -> float:
+    """A time, none included."""
+    if _finite(text) < 0.0:
         raise ArgumentTypeError(f"want minutes >= 0, got {text}")
-    return value
+    return _finite(text)
+
+
+def factor(text: str) -> float:
+    """How many times: a number above zero."""
+    if _finite(text) <= 0.0:
+        raise ArgumentTypeError(f"want a number > 0, got {text}")
+    return _finite(text)
 
 
 def device(text: str) -> str:
