@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,13 @@ def allocated(run: Callable[[], Any]) -> tuple[int, int]:
     its optimizer's step.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as found:
-        run()
+    gc.collect()  # what others left would be freed meanwhile
+    gc.disable()
+    try:
+        with torch.profiler.profile(activities=activities, profile_memory=True) as found:
+            run()
+    finally:
+        gc.enable()
     profiler: Any = found.profiler
     events = sorted(profiler.kineto_results.events(), key=lambda e: e.start_ns())
     begin = next(e.start_ns() for e in events if e.name().startswith("Optimizer.step#"))
