@@ -94,7 +94,7 @@ def totals(profile: Profile) -> list[tuple[str, str]]:
     if profile.live:
         only = "" if profile.backward else "; the backward was not run"
         lines.append(("peak", f"{mib(profile.peak_bytes)}, in {profile.peak_phase}{only}"))
-    if profile.live and profile.backward and not profile.optimizer:
+    if sizes.gradients and not profile.optimizer:
         step = profile.with_optimizer("adamw")
         text = f"{mib(step.peak_bytes)}, in {step.peak_phase}; {mib(step.sizes.states)} of states"
         lines.append((f"  with {step.optimizer}", text))

@@ -87,6 +87,7 @@ MUTANTS = [
         "Step(model, batch)",
     ),
     (_APP, "return exits.BROKEN_BOUND", "return exits.REFUSED"),
+    (_APP, "contextlib.redirect_stdout(sys.stderr) if quiet else", ""),
     (_APP, "        _check_files(args)\n", ""),
     (_APP, 'where.startswith("petal_kernels.memory.")', "False"),
     (_APP, "[name for name in given if name not in heeded]", "[]"),

@@ -85,7 +85,8 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 def _subject(args: argparse.Namespace) -> _Subject:
     given = _given(args)
     if args.script:
-        own = script.load(args.script, given)
+        with _aside(args):
+            own = script.load(args.script, given)
         said = "".join(f", {name} {value}" for name, value in given.items())
         who = f"{args.script}'s function"
         return _Subject(args.script + said, who, own.options, own.known, own.build)
@@ -154,13 +155,19 @@ def _refusals(every: bool) -> Iterator[None]:
         raise Refusal(f"{error}") from error
 
 
+def _aside(args: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
+    """Where a script prints: not into JSON that goes to the terminal."""
+    quiet = str(args.json) == "-"
+    return contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext()
+
+
 def _measure(args: argparse.Namespace, subject: _Subject) -> whatif.Measure:
     """How to run the step with other options."""
 
     def measure(options: Options) -> memory.Profile:
-        with _refusals(every=not args.script):
+        with _refusals(every=not args.script), _aside(args):
             step = subject.build(options)
-        with _refusals(every=False):
+        with _refusals(every=False), _aside(args):
             return whatif.run(step, args.accumulate)
 
     return measure
@@ -170,7 +177,7 @@ def _profile(args: argparse.Namespace, command: str) -> int:
     subject = _subject(args)
     questions, left = _questions(args, subject)
     optimizer = args.optimizer or settings_of("adamw")
-    quiet = args.json is not None and str(args.json) == "-"
+    quiet = str(args.json) == "-"
     say: Callable[[str], None] = (lambda _: None) if quiet else print
     began = time.perf_counter()
     _wait(f"{subject.title} ...", quiet)
