@@ -94,9 +94,12 @@ def adapters(dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
 def two_dtypes(dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     """Trained parameters of two dtypes: an optimizer takes them in two groups."""
     other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
-    return nn.Sequential(
-        *(Adapted(384, 192, other).to(dtype) if i % 2 else nn.Linear(384, 384) for i in range(4))
-    ).to(dtype), torch.randn(8, 384)
+    parts: list[nn.Module] = []
+    for _ in range(2):
+        adapted = Adapted(384, 192, other)
+        adapted.base.to(dtype)
+        parts += [nn.Linear(384, 384, dtype=dtype), adapted]
+    return nn.Sequential(*parts), torch.randn(8, 384)
 
 
 def words(dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
