@@ -150,12 +150,15 @@ def _forget_the_unreached(there: _Earlier, trained: list[Tensor], timeline: Time
 
 
 def _account_for_gradients(trained: list[Tensor], there: _Earlier, sizes: Sizes) -> None:
-    """Bytes of all gradients, and of those that were there before the step."""
+    """Bytes of all gradients, and of those that were there before the step: of storages, for
+    engines that shard or bucket gradients make them pieces of one.
+    """
+    found: dict[int, tuple[int, bool]] = {}
     for t in trained:
-        if t.grad is not None:
-            size = sum(storage_bytes(part) for part in plain_tensors(t.grad))
-            sizes.gradients += size
-            sizes.earlier_gradients += size if id(t) in there else 0
+        for part in [] if t.grad is None else plain_tensors(t.grad):
+            found[storage_key(part)] = (storage_bytes(part), id(t) in there)
+    sizes.gradients = sum(size for size, _ in found.values())
+    sizes.earlier_gradients = sum(size for size, earlier in found.values() if earlier)
 
 
 def _as_moved(name: str, t: Tensor) -> Trained:

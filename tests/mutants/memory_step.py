@@ -59,7 +59,7 @@ MUTANTS = [
     (_PROFILER, "t.grad is not None if accumulate is None else accumulate", "bool(accumulate)"),
     (_PROFILER, "torch.zeros_like(like.detach()) if wanted else None", "None"),
     (_PROFILER, "            if accumulate:\n", "            if False:\n"),
-    (_PROFILER, "size if id(t) in there else 0", "size"),
+    (_PROFILER, "(storage_bytes(part), id(t) in there)", "(storage_bytes(part), True)"),
     (_TIMELINE, "self.live = [size - block.bytes for size in self.live]", "pass"),
     # Advice, units, totals
     (_ADVICE, "return sum(r.bytes for r in records)", "return 2 * sum(r.bytes for r in records)"),
