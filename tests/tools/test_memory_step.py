@@ -274,6 +274,21 @@ def test_the_optimizers_phase_is_on_the_timeline() -> None:
         assert plain.sizes.earlier_gradients == plain.sizes.gradients > 0
 
 
+def test_what_an_update_allocates_is_named() -> None:
+    """Kind: a copy that is no part of the peak, and is there all the same."""
+    model, x = linears(torch.float32)
+    plain = memory.profile(model, x)
+
+    def operations(**settings: Any) -> list[str]:
+        found = plain.with_optimizer("adam", **settings)
+        return [b.operation for b in found.blocks if b.born >= found.phases["optimizer"]]
+
+    assert operations() == ["aten._foreach_sqrt"]
+    assert operations(weight_decay=0.1) == ["aten._foreach_add", "aten._foreach_sqrt"]
+    assert operations(foreach=False, maximize=True)[:3] == ["aten.neg", "aten.sqrt", "aten.div"]
+    assert operations(fused=True) == []
+
+
 def test_fake_tensors_have_the_steps_of_real_ones() -> None:
     """Kind: a figure that holds for real tensors only."""
     for build in (words, adapters):
