@@ -279,13 +279,14 @@ def test_what_an_update_allocates_is_named() -> None:
     model, x = linears(torch.float32)
     plain = memory.profile(model, x)
 
-    def operations(**settings: Any) -> list[str]:
-        found = plain.with_optimizer("adam", **settings)
+    def operations(name: str = "adam", **settings: Any) -> list[str]:
+        found = plain.with_optimizer(name, **settings)
         return [b.operation for b in found.blocks if b.born >= found.phases["optimizer"]]
 
     assert operations() == ["aten._foreach_sqrt"]
     assert operations(weight_decay=0.1) == ["aten._foreach_add", "aten._foreach_sqrt"]
     assert operations(foreach=False, maximize=True)[:3] == ["aten.neg", "aten.sqrt", "aten.div"]
+    assert operations("adamw", weight_decay=0.1) == ["aten._foreach_sqrt"]
     assert operations(fused=True) == []
 
 
