@@ -79,7 +79,7 @@ MUTANTS = [
     (_WHAT_IF, "2 * getattr(options, option)", "4 * getattr(options, option)"),
     (_WHAT_IF, 'return f"{subject} has no {option}"', 'return ""'),
     (_WHAT_IF, "profile.with_optimizer(optimizer).peak_bytes", "profile.peak_bytes"),
-    (_SCRIPT, "**dict.fromkeys(names), **defaults, **given", "**defaults, **given"),
+    (_SCRIPT, "**defaults, **given", "**given"),
     (_SCRIPT, "if unheeded and not anything:", "if False:"),
     (
         _SCRIPT,

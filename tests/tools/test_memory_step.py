@@ -257,9 +257,9 @@ def test_with_adam_is_the_step_as_it_runs_on_cuda() -> None:
 
 def test_the_optimizers_phase_is_on_the_timeline() -> None:
     """Kind: parts of a curve that do not add up to it."""
-    for dtype in (torch.float32, torch.bfloat16):
-        model, x = two_dtypes(dtype)
-        plain = memory.profile(model, x.to(dtype), accumulate=True)
+    for build, dtype in ((two_dtypes, torch.float32), (words, torch.bfloat16)):
+        model, x = build(dtype)
+        plain = memory.profile(model, x, accumulate=True)
         for name, settings in OPTIMIZERS.values():
             found = plain.with_optimizer(name, **settings)
             curve = found.curve(points=10_000)
