@@ -92,6 +92,6 @@ MUTANTS = [
     (_APP, 'where.startswith("petal_kernels.memory.")', "False"),
     (_APP, "[name for name in given if name not in heeded]", "[]"),
     (_APP, "return whatif.run(step, args.accumulate)", "return whatif.run(step)"),
-    (_ARGUMENTS, "_number(text) < math.inf", "_number(text) or True"),
+    (_ARGUMENTS, "0.0 <= _number(text) < math.inf", "_number(text) >= 0.0"),
     (_PRESETS, '("petal", "lora", "routing"), _ADAPTER | {"dropout"}', '("petal",), _ADAPTER'),
 ]

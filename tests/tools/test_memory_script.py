@@ -213,6 +213,7 @@ def test_a_scripts_arguments(script: str, capsys: pytest.CaptureFixture[str]) ->
         (["--compare", "lora-qkv", "--optimizer", "sgd"], "--compare: has no --optimizer"),
         (["--compare", "lora-qkv", "--accumulate"], "--compare: has no --accumulate"),
         (["--fail-above", "nan"], "want a number of MiB >= 0, got nan"),
+        (["--fail-above", "inf"], "want a number of MiB >= 0, got inf"),
         (["--fail-above", "-1"], "want a number of MiB >= 0, got -1"),
         (["--dropout", "1.0"], "want a number with 0 <= P < 1, got 1.0"),
         (["--optimizer", "lion"], "want one of adamw, adam, sgd, adamw8bit, adam8bit, got 'lion'"),
