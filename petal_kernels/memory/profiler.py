@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petal_kernels.memory import gradients
 from petal_kernels.memory.cuda_rules import RULE
 from petal_kernels.memory.cuda_rules import cuda_rules as as_on_cuda
 from petal_kernels.memory.fake import mode_of
 from petal_kernels.memory.modules import ModuleStack, frozen_subtrees
-from petal_kernels.memory.optimizer import Trained
 from petal_kernels.memory.profile import Profile
 from petal_kernels.memory.records import (
     Sizes,
@@ -25,8 +25,6 @@ from petal_kernels.memory.records import (
 )
 from petal_kernels.memory.saved import SavedTensors
 from petal_kernels.memory.timeline import Timeline
-
-_Earlier = dict[int, tuple[int, int]]  # parameter -> gradient before the step and its version
 
 
 def profile(
@@ -65,14 +63,14 @@ def profile(
         raise TypeError(f"accumulate: want True, False or None, got {accumulate!r}")
     module = model if isinstance(model, nn.Module) else module
     own, buffers = _own_tensors(module, parameters)
-    trained = [t for t in own.values() if t.requires_grad]
+    asking = {name: t for name, t in own.items() if t.requires_grad}
+    trained = list(asking.values())
     mode = mode_of(module, batch)
     rules = mode is not None if cuda_rules is None else cuda_rules
     cuda = mode is None and any(t.is_cuda for t in [*own.values(), *tensors_in(batch)])
     sizes = _sizes(own, buffers, batch)
     stack = ModuleStack(module)
     timeline, meter, recorder = Timeline(stack), _Meter(cuda), SavedTensors(stack)
-    names = [name for name, t in own.items() if t.requires_grad]
     for category, tensors in (("parameters", own), ("buffers", buffers)):
         for name, t in tensors.items():
             timeline.add(t, category, name)
@@ -80,10 +78,10 @@ def profile(
         timeline.add(t, "batch", "batch")
     with contextlib.ExitStack() as contexts:
         contexts.callback(timeline.close)
-        there = contexts.enter_context(_untouched(trained, cuda, accumulate))
-        for name, t in zip(names, trained, strict=True):
-            if t.grad is not None:
-                timeline.add(t.grad, "gradients", name)
+        devices = [torch.cuda.current_device()] if cuda else []
+        contexts.enter_context(torch.random.fork_rng(devices=devices))
+        there = contexts.enter_context(gradients.put_back(trained, accumulate))
+        gradients.add_earlier(asking, timeline)
         if mode is not None:
             contexts.enter_context(mode)
         if rules:
@@ -103,10 +101,10 @@ def profile(
         if backward and objective.requires_grad:
             _backward(objective, trained, timeline, meter)
             if accumulate:
-                _forget_the_unreached(there, trained, timeline)
+                gradients.forget_the_unreached(there, trained, timeline)
         del objective
-        _account_for_gradients(trained, there, sizes)
-        moved = [_as_moved(*each) for each in zip(names, trained, strict=True)]
+        gradients.count(asking, there, sizes)
+        moved = [gradients.as_moved(*each) for each in asking.items()]
     peak = timeline.peak_step()
     return Profile(
         saved=saved,
@@ -122,7 +120,7 @@ def profile(
         fake=mode is not None,
         rule=RULE if rules else "",
         frozen=frozen_subtrees(stack.roles),
-        trained=frozenset(names),
+        trained=frozenset(asking),
         seconds=meter.seconds,
         device_bytes=meter.bytes,
         parameters=moved,
@@ -139,31 +137,6 @@ def _backward(objective: Tensor, trained: list[Tensor], timeline: Timeline, mete
         if t.grad is not None:
             for part in plain_tensors(t.grad):
                 timeline.categorise(storage_key(part), "gradients")
-
-
-def _forget_the_unreached(there: _Earlier, trained: list[Tensor], timeline: Timeline) -> None:
-    """A parameter that this backward does not reach had no gradient of an earlier one, either."""
-    for t in trained:
-        if t.grad is not None and there.get(id(t)) == (id(t.grad), t.grad._version):
-            timeline.forget(t.grad)
-            t.grad = None
-
-
-def _account_for_gradients(trained: list[Tensor], there: _Earlier, sizes: Sizes) -> None:
-    """Bytes of all gradients, and of those that were there before the step: of storages, for
-    engines that shard or bucket gradients make them pieces of one.
-    """
-    found: dict[int, tuple[int, bool]] = {}
-    for t in trained:
-        for part in [] if t.grad is None else plain_tensors(t.grad):
-            found[storage_key(part)] = (storage_bytes(part), id(t) in there)
-    sizes.gradients = sum(size for size, _ in found.values())
-    sizes.earlier_gradients = sum(size for size, earlier in found.values() if earlier)
-
-
-def _as_moved(name: str, t: Tensor) -> Trained:
-    numbers = sum(part.numel() for part in plain_tensors(t))
-    return Trained(name, numbers, t.dtype, t.device.type, t.grad is not None, id(t))
 
 
 class _Meter:
@@ -275,25 +248,3 @@ def _account_for_the_rest(timeline: Timeline, outputs: list[Tensor], sizes: Size
         elif block.category == "temporary":
             block.category = "elsewhere"
             sizes.elsewhere += block.bytes
-
-
-@contextlib.contextmanager
-def _untouched(trained: list[Tensor], cuda: bool, accumulate: bool | None) -> Iterator[_Earlier]:
-    """Gradients and generators are afterwards what they were; where gradients are to be there,
-    others of their size take the sums meanwhile. Yields which, by parameter.
-    """
-    there: _Earlier = {}
-    before = [t.grad for t in trained]
-    devices = [torch.cuda.current_device()] if cuda else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            for t in trained:
-                wanted = t.grad is not None if accumulate is None else accumulate
-                like = t if t.grad is None else t.grad
-                t.grad = torch.zeros_like(like.detach()) if wanted else None
-                if t.grad is not None:
-                    there[id(t)] = (id(t.grad), t.grad._version)
-            yield there
-        finally:
-            for t, grad in zip(trained, before, strict=True):
-                t.grad = grad

@@ -9,6 +9,7 @@ TESTS = [
 _OPTIMIZER = "petal_kernels/memory/optimizer.py"
 _PROFILE = "petal_kernels/memory/profile.py"
 _PROFILER = "petal_kernels/memory/profiler.py"
+_GRADIENTS = "petal_kernels/memory/gradients.py"
 _TIMELINE = "petal_kernels/memory/timeline.py"
 _RECORDS = "petal_kernels/memory/records.py"
 _ADVICE = "petal_kernels/memory/advice.py"
@@ -56,10 +57,10 @@ MUTANTS = [
     (_PROFILE, "with_step(self.before_optimizer or self,", "with_step(self,"),
     (_PROFILE, "own + self.sizes.earlier_gradients + self.sizes.states", "own"),
     # Gradients that are there before the step
-    (_PROFILER, "t.grad is not None if accumulate is None else accumulate", "bool(accumulate)"),
-    (_PROFILER, "torch.zeros_like(like.detach()) if wanted else None", "None"),
+    (_GRADIENTS, "t.grad is not None if accumulate is None else accumulate", "bool(accumulate)"),
+    (_GRADIENTS, "torch.zeros_like(like.detach()) if wanted else None", "None"),
     (_PROFILER, "            if accumulate:\n", "            if False:\n"),
-    (_PROFILER, "(storage_bytes(part), id(t) in there)", "(storage_bytes(part), True)"),
+    (_GRADIENTS, "(storage_bytes(part), id(t) in there)", "(storage_bytes(part), True)"),
     (_TIMELINE, "self.live = [size - block.bytes for size in self.live]", "pass"),
     # Advice, units, totals
     (_ADVICE, "return sum(r.bytes for r in records)", "return 2 * sum(r.bytes for r in records)"),
