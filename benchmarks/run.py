@@ -5,15 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from petal_kernels.tools import exits
 from petal_kernels.tools.bench import app
-
-_PROGRAM = "python -m benchmarks.run"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The same program under this name."""
-    return exits.run(lambda: app.main(arguments, program=_PROGRAM), _PROGRAM)
+    return app.main(arguments, program="python -m benchmarks.run")
 
 
 if __name__ == "__main__":

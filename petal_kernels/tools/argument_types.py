@@ -44,6 +44,13 @@ def factor(text: str) -> float:
     return _finite(text)
 
 
+def seed(text: str) -> int:
+    """A whole number that torch's generators take, and its sum with a few others."""
+    if not text.isdecimal() or int(text) >= 1 << 31:
+        raise ArgumentTypeError(f"want a whole number from 0 to 2^31 - 1, got {text}")
+    return int(text)
+
+
 def device(text: str) -> str:
     """`cpu`, or a CUDA device that is here."""
     kind, _, index = text.partition(":")

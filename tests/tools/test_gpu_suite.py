@@ -187,10 +187,8 @@ def test_no_time_means_no_case_and_says_so(
 def test_without_a_gpu_it_says_what_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        command.main(["--out", str(tmp_path)])
-    assert stopped.value.code == 2
-    assert "--dry-run rehearses" in capsys.readouterr().err
+    assert command.main(["--out", str(tmp_path)]) == 2
+    assert "--dry-run" in capsys.readouterr().out
 
 
 def test_a_real_run_plans_every_operator_and_backend(tmp_path: Path) -> None:

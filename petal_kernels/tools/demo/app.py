@@ -18,8 +18,6 @@ import torch
 from transformers import InstructBlipForConditionalGeneration
 
 import petal_kernels as pk
-from petal_kernels._runtime.backends import default_backend
-from petal_kernels.tools import exits
 from petal_kernels.tools.demo import methods_run, report, tasks
 from petal_kernels.tools.demo import model as small
 from petal_kernels.tools.demo.compare import Comparison, compare
@@ -44,6 +42,7 @@ from petal_kernels.tools.demo.train import (
 
 _SHOWN = 6
 _SAVE_EVERY = 100
+_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -128,10 +127,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{args.method}, which always runs from its beginning: going on is not supported"
         )
     given = {k: v for k in ("steps", "rank", "seed") if (v := getattr(args, k)) is not None}
-    with exits.refusing(parser, ValueError, OSError):
-        default_backend()  # what PETAL_BACKEND names
+    try:
         settings = resumed_settings(args.out, given) if args.resume else Settings(**given)
-    exits.folder(args.out)
+    except ValueError as error:
+        parser.error(str(error))
     options = Options(args.out, settings, resume=args.resume, compare_steps=args.compare_steps)
     torch.set_num_threads(args.threads)
     try:
@@ -142,9 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if args.method != "petal":
             print("\nStopped. What is finished is in", args.out)
-            return exits.INTERRUPTED
+            return _INTERRUPTED
         print("\nStopped.", _how_to_resume(args.out))
-        return exits.INTERRUPTED
+        return _INTERRUPTED
 
 
 def resumed_settings(out: Path, given: dict[str, int]) -> Settings:
@@ -217,7 +216,7 @@ def run(options: Options) -> int:
             shutil.rmtree(stale)
     if not _train(trainer, held, options, notes):
         print("\nStopped.", _how_to_resume(options.out))
-        return exits.INTERRUPTED
+        return _INTERRUPTED
     figures = _finish(trainer, held, options, notes)
     figures["seconds"] = round(time.perf_counter() - began, 1)
     report.write_json(options.out / "report.json", figures)

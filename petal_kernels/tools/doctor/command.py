@@ -2,7 +2,7 @@
 
 Prints versions, devices and compiled parts, then checks every backend of every operator that can
 run here against an fp64 reference: forward and all gradients, by the rule of the test suite. Exit
-code 0 when no check failed, 1 when one did, 2 on wrong usage.
+code 0 when no check failed, 1 when one did.
 """
 
 from __future__ import annotations

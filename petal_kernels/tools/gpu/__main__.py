@@ -1,16 +1,6 @@
 """``python -m petal_kernels.tools.gpu``."""
 
-from petal_kernels.tools import exits
-
-# The command itself is imported within, so that an interrupt meanwhile is one too.
-
-
-def main() -> int:
-    """Run the command line; returns the exit code."""
-    from petal_kernels.tools.gpu import command
-
-    return exits.run(command.main, "python -m petal_kernels.tools.gpu")
-
+from petal_kernels.tools.gpu.command import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

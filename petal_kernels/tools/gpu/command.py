@@ -4,7 +4,7 @@ Runs what only a GPU can show, in stages of falling value, within the minutes gi
 on disk before the next case begins: the same command again goes on where it was stopped, or killed,
 as does any run whose DIR holds the results.jsonl of an earlier one.
 ``--dry-run`` rehearses every stage on the CPU with tiny shapes. Exit code 1 when a check failed, 2
-on wrong usage and where there is no GPU, 130 when interrupted. Needs no network and no test runner.
+when there is no GPU. Needs no network and no test runner.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 
-from petal_kernels.tools import environment, exits
-from petal_kernels.tools.argument_types import minutes, positive
+from petal_kernels.tools import environment
 from petal_kernels.tools.doctor import facts
 from petal_kernels.tools.gpu import summary
 from petal_kernels.tools.gpu.clock import Clock
@@ -64,13 +63,13 @@ def _variables(dry: bool) -> dict[str, str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m petal_kernels.tools.gpu", description=_HELP)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--minutes", type=minutes, default=25.0, help="end after this long")
+    parser.add_argument("--minutes", type=float, default=25.0, help="end after this long")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--stages", default="", help=f"of {', '.join(STAGES)}; default all")
     parser.add_argument("--only", default="", help="cases whose id contains this")
     parser.add_argument("--retry", action="store_true", help="run what did not pass again")
     parser.add_argument("--commit", help="what to call the code, where there is no git")
-    parser.add_argument("--workers", type=positive, help="processes of stages that are not timed")
+    parser.add_argument("--workers", type=int, help="processes of stages that are not timed")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     return parser
 
@@ -171,12 +170,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [s for s in stages if s not in STAGES]:
         parser.error(f"--stages: want some of {', '.join(STAGES)}, got {', '.join(unknown)}")
     if not options.dry_run and not torch.cuda.is_available():
-        parser.error("no CUDA device that torch can use; --dry-run rehearses on the CPU")
+        print("no CUDA device that torch can use; --dry-run rehearses on the CPU")
+        return 2
     if importlib.util.find_spec("triton") is None:
         print("triton is not installed: its cases will say so")
-    exits.folder(options.out)
-    with exits.refusing(parser, ValueError, OSError):
-        run = Run(options, stages, shlex.join(["python", "-m", "petal_kernels.tools.gpu", *words]))
+    options.out.mkdir(parents=True, exist_ok=True)
+    run = Run(options, stages, shlex.join(["python", "-m", "petal_kernels.tools.gpu", *words]))
     run.all()
     failed = summary.failed(run.journal, run.suite.dry)
     left = sum(len(run.pending(name)) for name in stages)
