@@ -1,8 +1,8 @@
 """What a training step keeps in memory, and why: per module, over time, before a GPU is rented.
 
 `profile(model, batch)` runs one step, on real tensors or on fake ones (shapes without storage: a
-7B model on a laptop), and says what every module keeps for backward. `assert_saved_bytes` holds a
-model to a budget in a test.
+7B model on a laptop), and says what every module keeps for backward; `with_optimizer` of the result
+adds an optimizer's states and step. `assert_saved_bytes` holds a model to a budget in a test.
 """
 
 from petal_kernels.memory.checks import assert_saved_bytes

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from petal_kernels.memory.modules import inside
 from petal_kernels.memory.reasons import short_name
 from petal_kernels.memory.records import MODEL, Saved, collapse, mib
@@ -217,7 +219,7 @@ def _norms(profile: Profile) -> Iterator[Advice]:
     records = [
         r
         for r in profile.saved
-        if "Norm" in r.kind and r.dtype.itemsize == 4 and len(r.shape) > 1 and r.shape[-1] > 1
+        if "Norm" in r.kind and r.dtype == torch.float32 and len(r.shape) > 1 and r.shape[-1] > 1
     ]
     half = any(r.dtype.itemsize == 2 and r.dtype.is_floating_point for r in profile.saved)
     if records and half:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from petal_kernels.memory.profile import Profile, check_count
+from petal_kernels.memory.arguments import check_count
+from petal_kernels.memory.profile import Profile
 from petal_kernels.memory.profiler import profile
 
 

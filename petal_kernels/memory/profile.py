@@ -8,15 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from petal_kernels._runtime.checks import check_choice
+from petal_kernels.memory.arguments import check_count
+from petal_kernels.memory.optimizer import Trained, with_step
 from petal_kernels.memory.records import Block, Recomputed, Saved, Sizes, collapse
+from petal_kernels.memory.timeline import RESIDENT
 
-SCHEMA = 1
-
-
-def check_count(name: str, value: object, least: int = 0) -> None:
-    """ValueError unless `value` is an integer that large."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: want an integer >= {least}, got {value!r}")
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -62,6 +59,10 @@ class Profile:
     trained: frozenset[str]  # names of the parameters that are
     seconds: dict[str, float]
     device_bytes: dict[str, int] = field(default_factory=dict)  # the CUDA allocator's own figures
+    parameters: list[Trained] = field(default_factory=list)  # what an optimizer moves
+    backward: bool = True  # False: the forward alone was asked for
+    optimizer: str = ""  # whose step is the last phase
+    before_optimizer: Profile | None = field(default=None, repr=False)
 
     @property
     def saved_bytes(self) -> int:
@@ -80,8 +81,11 @@ class Profile:
 
     @property
     def resident_bytes(self) -> int:
-        """What is there before the step: parameters, buffers, batch."""
-        return self.sizes.parameters + self.sizes.buffers + self.sizes.batch
+        """What is there before the step: parameters, buffers, batch, gradients of earlier
+        micro-batches, an optimizer's states.
+        """
+        own = self.sizes.parameters + self.sizes.buffers + self.sizes.batch
+        return own + self.sizes.earlier_gradients + self.sizes.states
 
     @property
     def kept_bytes(self) -> int:
@@ -96,9 +100,27 @@ class Profile:
         later = [at for at in self.phases.values() if at > begin]
         return max(self.live[begin : min(later, default=None)], default=0) - self.resident_bytes
 
+    def with_optimizer(self, optimizer: Any, **settings: Any) -> Profile:
+        """This step and the optimizer's after it: states in `sizes.states` and on the timeline from
+        the beginning, the update as the phase "optimizer", and the peak of it all.
+
+        optimizer   "adamw", "adam", "sgd", "adamw8bit", "adam8bit" (bitsandbytes), or an instance
+                    of these whose parameters are the profiled model's.
+        settings    of an optimizer by name, as torch calls them: foreach, fused, amsgrad, maximize,
+                    capturable, weight_decay, momentum, nesterov; min_8bit_size. Without foreach or
+                    fused a name takes foreach, torch's choice on CUDA (foreach=False: the loop);
+                    an instance that leaves it open takes torch's choice for its parameters' device.
+
+        Parameters without a gradient are not moved and have no state. Gradients that are there
+        before the step (accumulation, zero_grad(set_to_none=False)): `profile(accumulate=True)`.
+        Raises TypeError or ValueError for an optimizer or setting that is not known, and for a
+        profile without its backward.
+        """
+        return with_step(self.before_optimizer or self, optimizer, **settings)
+
     def with_adam(self) -> int:
-        """The peak of a step with Adam's moments of the trainable parameters beside it."""
-        return self.peak_bytes + self.sizes.adam
+        """The peak of a step with torch.optim.AdamW as it runs on CUDA (foreach) at its end."""
+        return self.with_optimizer("adamw").peak_bytes
 
     def rows(self) -> list[Row]:
         """Largest first; the layers of one stack are one row."""
@@ -124,14 +146,15 @@ class Profile:
 
     def at_peak(self, count: int = 8) -> list[tuple[str, str, int]]:
         """What was alive at the peak: (category, place and operation, bytes), largest first; the
-        model's parameters are one line.
+        model's parameters are one line, an optimizer's states another.
         """
         check_count("count", count)
         found: Counter[tuple[str, str]] = Counter()
         for block in self.blocks:
             if block.lives_at(self.peak_step):
-                where = "" if block.category == "parameters" else collapse(block.module)
-                if block.category not in ("parameters", "buffers", "batch"):
+                whole = block.category in ("parameters", "optimizer states")
+                where = "" if whole else collapse(block.module)
+                if block.category not in RESIDENT:
                     where = f"{where} {block.operation}".strip()
                 found[(block.category, where)] += block.bytes
         return [(category, where, size) for (category, where), size in found.most_common(count)]
@@ -186,9 +209,10 @@ class Profile:
             "schema": SCHEMA,
             "saved_bytes": self.saved_bytes,
             "peak_bytes": self.peak_bytes,
-            "peak_with_adam_bytes": self.with_adam(),
+            "peak_with_adam_bytes": self.with_adam() if self.backward else None,
+            "optimizer": self.optimizer,
             "peak_phase": self.peak_phase,
-            "sizes": dataclasses.asdict(self.sizes) | {"adam": self.sizes.adam},
+            "sizes": dataclasses.asdict(self.sizes),
             "training": self.training,
             "fake": self.fake,
             "checkpointed": self.checkpointed,

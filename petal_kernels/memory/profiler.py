@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petal_kernels._runtime.checks import check_bool
+from petal_kernels.memory import gradients
+from petal_kernels.memory.arguments import check_step
 from petal_kernels.memory.cuda_rules import RULE
 from petal_kernels.memory.cuda_rules import cuda_rules as as_on_cuda
 from petal_kernels.memory.fake import mode_of
@@ -36,6 +37,7 @@ def profile(
     module: nn.Module | None = None,
     parameters: Iterable[Tensor] = (),
     cuda_rules: bool | None = None,
+    accumulate: bool | None = None,
 ) -> Profile:
     """Runs `model` on `batch` once and says what it keeps for backward and what is alive when.
 
@@ -47,6 +49,10 @@ def profile(
     loss        of the model's output; default: its `loss`, or the sum of the tensors that it
                 returns, which keeps nothing.
     backward    also run the backward, for the timeline; gradients that were there are put back.
+    accumulate  whether gradients are there before the step and are added to, as in a micro-batch
+                after the first, or after zero_grad(set_to_none=False): True of every
+                parameter that the backward reaches, False of none; default: of those that have one
+                now.
     module      where `model` is a function: the module inside, whose parts the records name.
     parameters  tensors that do not count, beside those of the module: they stay anyway.
     cuda_rules  let attention and dropout keep what CUDA's operators keep; default: on fake tensors.
@@ -54,10 +60,11 @@ def profile(
     The step draws from torch's generators and gives them back as they were; statistics of batch
     norms move on. Tensors that other saved-tensor hooks take away (save_on_cpu) are not seen.
     """
-    parameters = check_step(model, loss, backward, module, parameters, cuda_rules)
+    parameters = check_step(model, loss, backward, module, parameters, cuda_rules, accumulate)
     module = model if isinstance(model, nn.Module) else module
     own, buffers = _own_tensors(module, parameters)
-    trained = [t for t in own.values() if t.requires_grad]
+    asking = {name: t for name, t in own.items() if t.requires_grad}
+    trained = list(asking.values())
     mode = mode_of(module, batch)
     rules = mode is not None if cuda_rules is None else cuda_rules
     cuda = mode is None and any(t.is_cuda for t in [*own.values(), *tensors_in(batch)])
@@ -71,7 +78,10 @@ def profile(
         timeline.add(t, "batch", "batch")
     with contextlib.ExitStack() as contexts:
         contexts.callback(timeline.close)
-        contexts.enter_context(_untouched(trained, cuda))
+        devices = [torch.cuda.current_device()] if cuda else []
+        contexts.enter_context(torch.random.fork_rng(devices=devices))
+        there = contexts.enter_context(gradients.put_back(trained, accumulate))
+        gradients.add_earlier(asking, timeline)
         if mode is not None:
             contexts.enter_context(mode)
         if rules:
@@ -89,8 +99,12 @@ def profile(
         _account_for_the_rest(timeline, results, sizes)
         del output, results
         if backward and objective.requires_grad:
-            _backward(objective, trained, timeline, meter, sizes)
+            _backward(objective, trained, timeline, meter)
+            if accumulate:
+                gradients.forget_the_unreached(there, trained, timeline)
         del objective
+        gradients.count(asking, there, sizes)
+        moved = [gradients.as_moved(*each) for each in asking.items()]
     peak = timeline.peak_step()
     return Profile(
         saved=saved,
@@ -106,37 +120,15 @@ def profile(
         fake=mode is not None,
         rule=RULE if rules else "",
         frozen=frozen_subtrees(stack.roles),
-        trained=frozenset(name for name, t in own.items() if t.requires_grad),
+        trained=frozenset(asking),
         seconds=meter.seconds,
         device_bytes=meter.bytes,
+        parameters=moved,
+        backward=backward,
     )
 
 
-def check_step(
-    model: Any, loss: Any, backward: Any, module: Any, parameters: Any, cuda_rules: Any
-) -> list[Tensor]:
-    """Raise TypeError, naming the argument; or the parameters, each a tensor."""
-    for name, value in (("model", model), ("loss", loss)):
-        if not callable(value) and not (name == "loss" and value is None):
-            want = "a torch.nn.Module or a function" if name == "model" else "None or a function"
-            raise TypeError(f"{name}: want {want}, got a {type(value).__name__}")
-    if module is not None and not isinstance(module, nn.Module):
-        raise TypeError(f"module: want None or a torch.nn.Module, got a {type(module).__name__}")
-    check_bool("backward", backward)
-    if cuda_rules is not None:
-        check_bool("cuda_rules", cuda_rules)
-    if isinstance(parameters, (str, Tensor)) or not isinstance(parameters, Iterable):
-        raise TypeError(f"parameters: want tensors, got a {type(parameters).__name__}")
-    found = list(parameters)
-    for value in found:
-        if not isinstance(value, Tensor):
-            raise TypeError(f"parameters: want tensors, got a {type(value).__name__} among them")
-    return found
-
-
-def _backward(
-    objective: Tensor, trained: list[Tensor], timeline: Timeline, meter: _Meter, sizes: Sizes
-) -> None:
+def _backward(objective: Tensor, trained: list[Tensor], timeline: Timeline, meter: _Meter) -> None:
     gradient = torch.ones_like(objective)
     timeline.begin("backward")
     with meter.measure("backward"):
@@ -144,7 +136,6 @@ def _backward(
     for t in trained:
         if t.grad is not None:
             for part in plain_tensors(t.grad):
-                sizes.gradients += storage_bytes(part)
                 timeline.categorise(storage_key(part), "gradients")
 
 
@@ -257,18 +248,3 @@ def _account_for_the_rest(timeline: Timeline, outputs: list[Tensor], sizes: Size
         elif block.category == "temporary":
             block.category = "elsewhere"
             sizes.elsewhere += block.bytes
-
-
-@contextlib.contextmanager
-def _untouched(trained: list[Tensor], cuda: bool) -> Iterator[None]:
-    """Gradients and generators are afterwards what they were."""
-    before = [t.grad for t in trained]
-    devices = [torch.cuda.current_device()] if cuda else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            for t in trained:
-                t.grad = None
-            yield
-        finally:
-            for t, grad in zip(trained, before, strict=True):
-                t.grad = grad

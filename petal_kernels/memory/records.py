@@ -97,14 +97,11 @@ class Sizes:
     buffers: int = 0
     batch: int = 0
     gradients: int = 0
+    earlier_gradients: int = 0  # of `gradients`: there before the step
+    states: int = 0  # of an optimizer
     outputs: int = 0
     elsewhere: int = 0
     saved_parameters: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def adam(self) -> int:
-        """Adam's two moments, float32, of every trainable number."""
-        return 8 * self.trainable_numbers
 
 
 def collapse(path: str) -> str:

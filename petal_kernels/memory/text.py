@@ -84,11 +84,20 @@ def totals(profile: Profile) -> list[tuple[str, str]]:
         if sizes.elsewhere:
             text += f", {mib(sizes.elsewhere)} held elsewhere (caches, checkpoints' arguments)"
         lines.append(("also alive", f"{text}, at the end of the forward"))
+    if sizes.gradients:
+        text = mib(sizes.gradients)
+        if sizes.earlier_gradients:
+            text += f", of which {mib(sizes.earlier_gradients)} are there before the step"
+        lines.append(("gradients", text))
+    if profile.optimizer:
+        lines.append(("optimizer", f"{profile.optimizer}, {mib(sizes.states)} of states"))
     if profile.live:
-        lines.append(("peak", f"{mib(profile.peak_bytes)}, in {profile.peak_phase}"))
-        lines.append(
-            ("  with Adam", f"{mib(profile.with_adam())} (2 x 4 bytes per trained number)")
-        )
+        only = "" if profile.backward else "; the backward was not run"
+        lines.append(("peak", f"{mib(profile.peak_bytes)}, in {profile.peak_phase}{only}"))
+    if sizes.gradients and not profile.optimizer:
+        step = profile.with_optimizer("adamw")
+        text = f"{mib(step.peak_bytes)}, in {step.peak_phase}; {mib(step.sizes.states)} of states"
+        lines.append((f"  with {step.optimizer}", text))
     if profile.recomputed:
         most = max(profile.recomputed, key=lambda r: r.bytes)
         lines.append(

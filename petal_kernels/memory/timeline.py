@@ -24,7 +24,7 @@ from petal_kernels.memory.records import (
     storage_key,
 )
 
-RESIDENT = ("parameters", "buffers", "batch")  # there before the step
+RESIDENT = ("parameters", "buffers", "batch", "optimizer states")  # there before the step
 CATEGORIES = (
     *RESIDENT,
     "gradients",
@@ -91,6 +91,14 @@ class Timeline(TorchDispatchMode):
         for finalizer in self._finalizers.values():
             finalizer.detach()
         self._finalizers.clear()
+
+    def forget(self, t: Tensor) -> None:
+        """As if the storage of a tensor that was there before the step had not been."""
+        for part in plain_tensors(t):
+            block = self._alive[storage_key(part)]
+            self.live = [size - block.bytes for size in self.live]
+            self.free(storage_key(part))
+            self.blocks.remove(block)
 
     def peak_step(self) -> int:
         """The first step with the most live bytes."""

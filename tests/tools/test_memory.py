@@ -219,12 +219,6 @@ def test_timeline_counts_live_bytes_exactly() -> None:
     assert sum(size for _, _, size in found.at_peak(100)) == found.peak_bytes
 
 
-def test_adam_is_two_floats_per_trained_number() -> None:
-    model = Block()
-    found = memory.profile(model, torch.randn(2, 32))
-    assert found.with_adam() - found.peak_bytes == 8 * (32 * 32 + 32)
-
-
 # Fake tensors --------------------------------------------------------------------------------
 
 

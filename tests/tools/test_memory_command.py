@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
@@ -280,16 +279,18 @@ def test_a_script_of_ones_own(
     pytest.importorskip("matplotlib")
     page, plot, data = (tmp_path / f"out.{kind}" for kind in ("html", "png", "json"))
     files = ["--html", str(page), "--png", str(plot), "--json", str(data)]
-    asked = ["--what-if", "batch,eager"]
+    asked = ["--what-if", "all"]
     assert cli.main(["memory", "--script", f"{script}:build", "--batch", "8", *asked, *files]) == 0
     shown = capsys.readouterr().out
     found = json.loads(data.read_text())
     # Tanh's result is the second linear's input, the only tensor kept.
     assert found["saved_bytes"] == sum(r["bytes"] for r in found["saved"]) == 8 * 16 * 4
-    assert found["schema"] == 1
+    assert found["schema"] == 2
     assert {"torch", "cpu", "commit", "date"} <= set(found["environment"])
     assert found["command"].startswith("petal-kernels memory --script")
-    assert [a["label"] for a in found["what_if"]] == ["batch x 2"]  # it has no such attention
+    assert [a["label"] for a in found["what_if"]] == ["batch x 2", "gradient checkpointing"]
+    assert set(found["not_asked"]) == {"length", "rank", "eager", "published"}
+    assert f"not asked: eager: {script}:build's function has no attention" in shown
     assert found["what_if"][0]["saved"] == 2 * found["saved_bytes"]
     assert found["timeline"]["live"]
     for text in ("512 B", "2", "trainable", "batch x 2", "input of a linear layer"):
@@ -335,17 +336,19 @@ def test_a_terminal_cuts_long_lines(script: Path) -> None:
 
 
 def test_a_run_on_cuda_is_set_beside_the_allocator_and_a_fake_run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The printing of it, with figures in the place of the allocator's."""
     measured = memory.profile(torch.nn.Linear(8, 8), torch.randn(4, 8))
     kept = measured.kept_bytes
     measured.device_bytes = {"before": 0, "forward kept": 2 * kept, "forward peak": kept}
     asked: list[presets.Options] = []
-    monkeypatch.setattr(whatif, "run", lambda step: measured)
-    args = argparse.Namespace(script=None)
-    options = presets.Options(device="cuda")
-    app._calibrate(args, measured, options, lambda o: asked.append(o), print)  # type: ignore[arg-type, func-returns-value]
+
+    def measure(options: presets.Options) -> memory.Profile:
+        asked.append(options)
+        return measured
+
+    app._calibrate(presets.Options(device="cuda"), measured, measure, print)
     shown = capsys.readouterr().out
     assert shown.count("margin +100.0 %") == 2
     assert [o.device for o in asked] == [""]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import importlib
 import importlib.util
-import inspect
 import json
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,98 +19,61 @@ import torch
 
 from petal_kernels import memory
 from petal_kernels.memory import calibrate
+from petal_kernels.memory.optimizer import Settings, settings_of
 from petal_kernels.memory.records import mib
 from petal_kernels.memory.text import columns, report
-from petal_kernels.tools import environment
-from petal_kernels.tools.argument_types import device, listed, positive
-from petal_kernels.tools.memory import compare, html, plot, whatif
-from petal_kernels.tools.memory.presets import DEMO, METHODS, NAMES, PRESETS, Options, Step, prepare
+from petal_kernels.tools import environment, exits
+from petal_kernels.tools.exits import Refusal
+from petal_kernels.tools.memory import arguments, compare, html, plot, script, whatif
+from petal_kernels.tools.memory.presets import (
+    DEMO,
+    DEMO_HEEDS,
+    HEEDED,
+    PRESETS,
+    Options,
+    Step,
+    prepare,
+)
 
-_EPILOG = """examples:
-  petal-kernels memory                                           the demo's model, a real batch
-  petal-kernels memory --model instructblip-vicuna-7b --batch 8  7.9 G parameters, on any machine
-  petal-kernels memory --model instructblip-vicuna-7b --what-if all --html memory.html
-  petal-kernels memory --model instructblip-vicuna-7b --method peft-lora --part language_model
-  petal-kernels memory --compare lora-qkv                        PEFT's LoRA and fused layers
-  petal-kernels memory --script train.py:build --fail-above 4096 your own model, a budget
-
-A script has a function (default: build) that returns (model, batch) or (model, batch, loss). If it
-takes arguments named like options (batch, length, rank, checkpointing, attention, device), it gets
-those that are given here, and --what-if changes them.
-
-exit codes: 0; 1 over the budget of --fail-above; 2 wrong usage"""
+_ROWS = 16
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
-    args = parser.parse_args(arguments)
-    command = shlex.join(["petal-kernels", "memory", *arguments])
-    try:
-        if args.compare:
-            return _compare(args, command)
-        return _profile(args, command)
-    except _UsageError as error:
-        parser.error(str(error))
-    except (ValueError, ImportError, OSError) as error:
-        if args.script:  # a fault in somebody's own code is found by its traceback
-            raise
-        parser.error(str(error))
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code. A mistake of the user's is argparse's error; what a
+    script raises is its own.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    parser = arguments.parser()
+    args = parser.parse_args(words)
+    command = shlex.join(["petal-kernels", "memory", *words])
+    with exits.refusing(parser, Refusal):
+        _check_files(args)
+        return _compare(args, command) if args.compare else _profile(args, command)
 
 
-class _UsageError(ValueError):
-    """A mistake on the command line."""
+def _check_files(args: argparse.Namespace) -> None:
+    """What would fail after the work fails before it."""
+    files = [args.json, args.html, args.png]
+    named = [path.resolve() for path in files if path is not None and str(path) != "-"]
+    if len(set(named)) < len(named):
+        raise Refusal(f"want a file for each report, got {named[0]} twice")
+    for name, path in (("--html", args.html), ("--png", args.png)):
+        if path is not None and str(path) == "-":
+            raise Refusal(f"{name}: want a file, got '-'")
+    exits.writable(*files)
+    if args.png is not None and importlib.util.find_spec("matplotlib") is None:
+        raise Refusal("--png: want matplotlib: pip install matplotlib")
 
 
-def _parser() -> argparse.ArgumentParser:
-    presets = "\n".join(
-        f"  {name:<24}{preset.summary} ({', '.join(preset.methods)})"
-        for name, preset in PRESETS.items()
-    )
-    parser = argparse.ArgumentParser(
-        prog="petal-kernels memory",
-        description="What a training step keeps for backward, per module, and what is alive when.",
-        epilog=f"models:\n  {'demo':<24}the demo's small InstructBLIP, real pictures (petal)\n"
-        f"{presets}\n\n{_EPILOG}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--model", choices=NAMES, default="demo", metavar="NAME", help="see below")
-    what.add_argument("--script", metavar="FILE[:FUNCTION]", help="your own model; see below")
-    what.add_argument("--compare", choices=["lora-qkv"], help="ways to write one layer")
-    parser.add_argument("--method", choices=METHODS, metavar="NAME", help=", ".join(METHODS))
-    for name, text in (
-        ("batch", "samples"),
-        ("length", "words of text per sample"),
-        ("rank", "of the adapter"),
-    ):
-        parser.add_argument(f"--{name}", type=positive, metavar="N", help=text)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the base")
-    parser.add_argument("--attention", choices=["sdpa", "eager"])
-    parser.add_argument("--checkpointing", action="store_const", const=True)
-    parser.add_argument("--implementation", choices=["fused", "published"], help="of the adapter")
-    parser.add_argument("--part", metavar="PATH", help="put the adapter on this submodule")
-    parser.add_argument("--targets", metavar="REGEX", help="projections to adapt")
-    parser.add_argument("--dropout", type=float, metavar="P", help="of the adapter")
-    parser.add_argument(
-        "--device", type=device, help="run on real tensors there (default: fake ones)"
-    )
-    parser.add_argument(
-        "--what-if",
-        type=listed(("all", *whatif.QUESTIONS)),
-        default=(),
-        metavar="LIST",
-        help=f"run again with one change each: all, or some of {','.join(whatif.QUESTIONS)}",
-    )
-    parser.add_argument("--rows", type=positive, default=16, help="of the table (default: 16)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="'-' for the terminal")
-    parser.add_argument("--html", type=Path, metavar="FILE")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="the timeline")
-    parser.add_argument(
-        "--fail-above", type=float, metavar="MIB", help="exit code 1 if more is saved for backward"
-    )
-    return parser
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """What is profiled: how it is called, its options, and which of them it heeds."""
+
+    title: str
+    who: str  # for a sentence on what it has not
+    options: Options
+    heeded: Collection[str]
+    build: Callable[[Options], Step]
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
@@ -120,100 +82,124 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     return {name: v for name in names if (v := getattr(args, name)) is not None}
 
 
-def _builder(args: argparse.Namespace) -> tuple[str, Options, Callable[[Options], Step], list[str]]:
-    """Title, options, how to build a step with other options, and the questions that apply."""
+def _subject(args: argparse.Namespace) -> _Subject:
     given = _given(args)
-    questions = list(whatif.QUESTIONS if "all" in args.what_if else args.what_if)
     if args.script:
-        build, known = _script(args.script, given)
-        asked = [q for q in questions if {"eager": "attention"}.get(q, q) in known]
-        return args.script, Options(**given), build, asked
+        with _aside(args):
+            own = script.load(args.script, given)
+        said = "".join(f", {name} {value}" for name, value in given.items())
+        who = f"{args.script}'s function"
+        return _Subject(args.script + said, who, own.options, own.known, own.build)
     if args.model == "demo":
         options = Options(**{**DEMO, **given})
         if options.method != "petal" or options.device != "cpu" or options.dtype != "float32":
-            raise _UsageError("--model demo: want method petal and float32 on the CPU")
-        _refuse(args, "--model demo", ("length", "part", "targets"))
-        asked = [q for q in questions if q != "length"]
-        return _title("demo", options), options, lambda o: prepare("demo", o), asked
-    preset = PRESETS[args.model]
-    options = Options(**{"method": preset.methods[0], **preset.defaults, **given})
-    if options.method not in preset.methods:
-        raise _UsageError(
-            f"--method: want one of {', '.join(preset.methods)} for {args.model}, "
-            f"got {options.method}"
-        )
-    asked = [
-        q for q in questions if q != "published" or options.method not in ("peft-lora", "full")
-    ]
-    return _title(args.model, options), options, lambda o: prepare(args.model, o), asked
+            raise Refusal("--model demo: want method petal and float32 on the CPU")
+        who, heeded = "--model demo", DEMO_HEEDS
+    else:
+        preset = PRESETS[args.model]
+        options = Options(**{"method": preset.methods[0], **preset.defaults, **given})
+        if options.method not in preset.methods:
+            raise Refusal(
+                f"--method: want one of {', '.join(preset.methods)} for {args.model}, "
+                f"got {options.method}"
+            )
+        who, heeded = f"method {options.method}", HEEDED[options.method]
+    _refuse(args, who, [name for name in given if name not in heeded])
+    kind = f"real tensors on {options.device}" if options.device else "fake tensors"
+    title = f"{args.model}: {options.describe(heeded)}, {options.dtype}, {kind}"
+    return _Subject(title, who, options, heeded, lambda o: prepare(args.model, o))
 
 
 def _refuse(args: argparse.Namespace, what: str, names: Sequence[str]) -> None:
     """Options that would go unheeded."""
     given = [name for name in names if getattr(args, name) not in (None, ())]
     if given:
-        raise _UsageError(f"{what}: has no --{given[0].replace('_', '-')}")
+        raise Refusal(f"{what}: has no --{given[0].replace('_', '-')}")
 
 
-def _title(name: str, options: Options) -> str:
-    kind = f"real tensors on {options.device}" if options.device else "fake tensors"
-    return f"{name}: {options.describe()}, {options.dtype}, {kind}"
+def _questions(args: argparse.Namespace, subject: _Subject) -> tuple[list[str], dict[str, str]]:
+    """The questions to ask and, of "all", those that cannot be asked with the reason. Raises
+    Refusal for one that was asked by name.
+    """
+    everything = "all" in args.what_if
+    asked: list[str] = []
+    left: dict[str, str] = {}
+    for name in whatif.QUESTIONS if everything else dict.fromkeys(args.what_if):
+        reason = whatif.why_not(name, subject.options, subject.heeded, subject.who)
+        if not reason:
+            asked.append(name)
+        elif everything:
+            left[name] = reason
+        else:
+            raise Refusal(f"--what-if {name}: {reason}")
+    return asked, left
 
 
-def _script(text: str, given: dict[str, Any]) -> tuple[Callable[[Options], Step], set[str]]:
-    """How to build the step of a user's function, and the options that it knows."""
-    place, _, name = text.partition(":")
-    if place.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        if spec is None or spec.loader is None or not Path(place).exists():
-            raise _UsageError(f"--script: want a Python file, got {place!r}")
-        module = importlib.util.module_from_spec(spec)
-        # A script finds what lies beside it, as if it were run.
-        sys.path.insert(0, str(Path(place).resolve().parent))
-        spec.loader.exec_module(module)
-    else:
-        sys.path.insert(0, "")
-        module = importlib.import_module(place)
-    function = getattr(module, name or "build", None)
-    if not callable(function):
-        raise _UsageError(f"--script: want a function {name or 'build'}() in {place}, found none")
-    parameters = inspect.signature(function).parameters
-    known = {f.name for f in dataclasses.fields(Options)} & set(parameters)
+@contextlib.contextmanager
+def _refusals(every: bool) -> Iterator[None]:
+    """What a step raises and is a user's mistake: `every` complaint of a preset that is built from
+    his options; what the profiler itself says of what it is given; too large a model. Anything else
+    is a fault in somebody's code, a script's or ours, and is found by its traceback.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise Refusal(f"{error}; without --device it runs on fake tensors") from error
+    except (TypeError, ValueError, ImportError, OSError) as error:
+        last = error.__traceback__
+        while last is not None and last.tb_next is not None:
+            last = last.tb_next
+        where = "" if last is None else last.tb_frame.f_globals.get("__name__", "")
+        if not (every or where.startswith("petal_kernels.memory.")):
+            raise
+        raise Refusal(f"{error}") from error
 
-    def build(options: Options) -> Step:
-        before = Options(**given)
-        changed = {k for k in known if k in given or getattr(options, k) != getattr(before, k)}
-        result = function(**{k: getattr(options, k) for k in changed})
-        if not isinstance(result, tuple) or len(result) not in (2, 3):
-            raise _UsageError(f"--script: want (model, batch) or (model, batch, loss) from {text}")
-        model, batch, *rest = result
-        if any(p.is_meta for p in model.parameters()):
-            model, batch = memory.fake_tensors(model, batch)
-        return Step(model, batch, rest[0] if rest else None)
 
-    return build, known
+def _aside(args: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
+    """Where a script prints: not into JSON that goes to the terminal."""
+    quiet = str(args.json) == "-"
+    return contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext()
+
+
+def _measure(args: argparse.Namespace, subject: _Subject) -> whatif.Measure:
+    """How to run the step with other options."""
+
+    def measure(options: Options) -> memory.Profile:
+        with _refusals(every=not args.script), _aside(args):
+            step = subject.build(options)
+        with _refusals(every=False), _aside(args):
+            return whatif.run(step, args.accumulate)
+
+    return measure
 
 
 def _profile(args: argparse.Namespace, command: str) -> int:
-    title, options, build, questions = _builder(args)
-    quiet = args.json is not None and str(args.json) == "-"
+    subject = _subject(args)
+    questions, left = _questions(args, subject)
+    optimizer = args.optimizer or settings_of("adamw")
+    quiet = str(args.json) == "-"
     say: Callable[[str], None] = (lambda _: None) if quiet else print
     began = time.perf_counter()
-    _wait(f"{title} ...", quiet)
-    profile = whatif.run(build(options))
+    _wait(f"{subject.title} ...", quiet)
+
+    measure = _measure(args, subject)
+    plain = measure(subject.options)
+    profile = plain.with_optimizer(optimizer) if args.optimizer else plain
     spent = time.perf_counter() - began
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    say(f"{title}\n")
-    say(report(profile, args.rows, width))
-    _calibrate(args, profile, options, build, say)
-    answers = [whatif.answer("as it is", profile, spent)]
-    for each in whatif.ask(build, options, questions):
+    say(f"{subject.title}\n")
+    say(report(profile, args.rows or _ROWS, width))
+    _calibrate(None if args.script else subject.options, plain, measure, say)
+    answers = [whatif.answer("as it is", plain, optimizer, spent)]
+    for each in whatif.ask(measure, subject.options, questions, optimizer):
         answers.append(each)
         _wait(f"what if: {each.label}: {mib(each.saved)}", quiet)
     if len(answers) > 1:
         say("\nWhat if (each a run of its own)")
-        say(columns(whatif.HEADERS, whatif.rows(answers), right=(1, 2, 3, 4, 5)))
-    _write(args, command, title, profile, answers)
+        say(columns(whatif.headers(optimizer), whatif.rows(answers), right=(1, 2, 3, 4, 5)))
+    for name, reason in left.items():
+        say(f"  not asked: {name}: {reason}")
+    _write(args, command, subject.title, profile, answers, left, optimizer)
     say(f"\n{spent:.1f} s, this process at most {mib(_resident())}")
     if args.fail_above is not None and profile.saved_bytes > args.fail_above * 2**20:
         print(
@@ -221,25 +207,26 @@ def _profile(args: argparse.Namespace, command: str) -> int:
             f"{args.fail_above:g} MiB of --fail-above",
             file=sys.stderr,
         )
-        return 1
-    return 0
+        return exits.BROKEN_BOUND
+    return exits.FINE
 
 
 def _calibrate(
-    args: argparse.Namespace,
+    options: Options | None,
     profile: memory.Profile,
-    options: Options,
-    build: Callable[[Options], Step],
+    measure: whatif.Measure,
     say: Callable[[str], None],
 ) -> None:
-    """On CUDA: the allocator's figures beside this run's, and beside a run on fake tensors."""
+    """On CUDA: the allocator's figures beside this run's, and beside a run on fake tensors where
+    there are options to build it with.
+    """
     if not profile.device_bytes:
         return
     say("\nCUDA's allocator beside the profile of this run")
     for margin in calibrate.margins(profile):
         say(f"  {margin}")
-    if not args.script:
-        predicted = whatif.run(build(dataclasses.replace(options, device="")))
+    if options is not None:
+        predicted = measure(dataclasses.replace(options, device=""))
         say("and beside the same step on fake tensors")
         for margin in calibrate.margins(profile, predicted):
             say(f"  {margin}")
@@ -256,7 +243,7 @@ def _resident() -> int:
     try:
         import resource
     except ImportError:  # not on Windows
-        return 0
+        return exits.FINE
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
 
@@ -267,6 +254,8 @@ def _write(
     title: str,
     profile: memory.Profile,
     answers: Sequence[whatif.Answer],
+    left: dict[str, str],
+    optimizer: Settings,
 ) -> None:
     """The files that are asked for."""
     where = environment.describe(torch.get_num_threads())
@@ -277,15 +266,14 @@ def _write(
             "environment": where,
             **profile.to_dict(),
             "what_if": [dataclasses.asdict(a) for a in answers[1:]],
+            "what_if_optimizer": str(optimizer),
+            "not_asked": left,
         }
         _save(args.json, json.dumps(data, indent=1))
     if args.html is not None:
-        _save(args.html, html.report(title, profile, answers, command, where))
+        _save(args.html, html.report(title, profile, answers, command, where, optimizer))
     if args.png is not None:
-        try:
-            plot.timeline(profile, title, args.png)
-        except ImportError as error:
-            raise ImportError("--png: want matplotlib: pip install matplotlib") from error
+        plot.timeline(profile, title, args.png)
 
 
 def _save(path: Path, text: str) -> None:
@@ -298,7 +286,8 @@ def _save(path: Path, text: str) -> None:
 def _compare(args: argparse.Namespace, command: str) -> int:
     heeded = {"batch", "length", "rank", "dropout", "dtype"}
     others = [f.name for f in dataclasses.fields(Options) if f.name not in heeded]
-    _refuse(args, "--compare", [*others, "what_if", "png", "fail_above"])
+    more = ("optimizer", "accumulate", "what_if", "rows", "png", "fail_above")
+    _refuse(args, "--compare", [*others, *more])
     layer = compare.Layer(
         **{k: v for k in ("batch", "length", "rank") if (v := getattr(args, k)) is not None},
         **({} if args.dropout is None else {"dropout": args.dropout}),

@@ -7,6 +7,7 @@ from typing import Any
 
 from petal_kernels import memory
 from petal_kernels.memory.advice import advise
+from petal_kernels.memory.optimizer import Settings
 from petal_kernels.memory.profile import Curve
 from petal_kernels.memory.records import MODEL, mib
 from petal_kernels.memory.text import HEADERS, cells, totals
@@ -24,6 +25,7 @@ def report(
     answers: Sequence[whatif.Answer],
     command: str,
     environment: Mapping[str, Any],
+    optimizer: Settings,
 ) -> str:
     """The page: totals, advice, modules, timeline, what was alive at the peak, what if."""
     sections = [
@@ -48,7 +50,7 @@ def report(
     if profile.live:
         sections.append(page.section("Live bytes over the step", *_timeline(profile)))
     if len(answers) > 1:
-        table = page.table(whatif.HEADERS, whatif.rows(answers))
+        table = page.table(whatif.headers(optimizer), whatif.rows(answers))
         sections.append(page.section("What if", table))
     return page.document(title, sections, environment=environment)
 
@@ -90,7 +92,9 @@ def _timeline(profile: memory.Profile) -> list[str]:
     out: list[str] = []
     if parts:
         phases = ", ".join(f"{name} from {at}" for name, at in profile.phases.items())
-        title = f"Above the {mib(profile.resident_bytes)} of {', '.join(RESIDENT)}"
+        there = [name for name in RESIDENT if name in stacked(curve)]
+        below = sum(curve.parts[name][0] for name in there)
+        title = f"Above the {mib(below)} of {', '.join(there)}"
         label = f"operation ({phases})"
         out.append(svg.areas(parts, title=title, x_label=label, y_label="MiB"))
     alive = [(mib(size), category, where) for category, where, size in profile.at_peak(12)]

@@ -29,5 +29,5 @@ def timeline(profile: memory.Profile, title: str, path: Path) -> None:
     top = (profile.peak_step, profile.peak_bytes / 2**20)
     axes.annotate(peak, top, xytext=(8, 4), textcoords="offset points", annotation_clip=False)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
     pyplot.close(figure)

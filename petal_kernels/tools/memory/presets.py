@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,12 +36,15 @@ class Options:
     dropout: float | None = None
     device: str = ""  # empty: fake tensors
 
-    def describe(self) -> str:
-        """The options in a line."""
-        parts = [f"{self.method} r={self.rank}", f"batch {self.batch}"]
-        parts += [f"{self.length} words", self.attention]
+    def describe(self, heeded: Collection[str]) -> str:
+        """The options in a line, those only that decide anything."""
+        rank = f" r={self.rank}" if "rank" in heeded else ""
+        parts = [f"{self.method}{rank}", f"batch {self.batch}"]
+        parts += [f"{self.length} words"] if "length" in heeded else []
+        parts += [self.attention]
         parts += ["checkpointing"] if self.checkpointing else []
         parts += ["published layers"] if self.implementation == "published" else []
+        parts += [f"on {self.part}"] if self.part else []
         return ", ".join(parts)
 
 
@@ -81,6 +84,15 @@ CONFIGS: dict[str, Callable[[Options], Any]] = {
     "experts": lambda o: pk.ExpertConfig(r=o.rank, target_modules=o.targets),
 }
 METHODS = (*CONFIGS, "peft-lora", "full")
+_ANY = frozenset({"method", "batch", "length", "dtype", "attention", "checkpointing", "device"})
+_ADAPTER = _ANY | {"rank", "targets", "part", "implementation"}
+# Options that a method heeds; any other would be taken for one that decided something.
+HEEDED: dict[str, frozenset[str]] = {
+    **dict.fromkeys(CONFIGS, _ADAPTER),
+    **dict.fromkeys(("petal", "lora", "routing"), _ADAPTER | {"dropout"}),
+    "peft-lora": (_ADAPTER | {"dropout"}) - {"implementation"},
+    "full": _ANY,
+}
 
 
 def _dropout(options: Options) -> dict[str, Any]:
@@ -112,7 +124,13 @@ def adapt(model: nn.Module, options: Options) -> list[Any]:
     model.requires_grad_(options.method == "full")
     if options.method == "full":
         return []
-    target = model.get_submodule(options.part)
+    try:
+        target = model.get_submodule(options.part)
+    except AttributeError as error:
+        parts = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(
+            f"--part: want the path of a submodule, such as {parts}, got {options.part!r}"
+        ) from error
     if options.method == "peft-lora":
         return [_peft_lora(target, options)]
     config = CONFIGS[options.method](options)
@@ -304,7 +322,8 @@ PRESETS: dict[str, Preset] = {
         ("routing", *_TEXT),
     ),
 }
-DEMO = {"batch": 128, "length": 3, "rank": 32, "dtype": "float32", "device": "cpu"}
+DEMO = {"batch": 128, "rank": 32, "dtype": "float32", "device": "cpu"}
+DEMO_HEEDS = HEEDED["petal"] - {"length", "part", "targets"}
 NAMES = ("demo", *PRESETS)
 
 

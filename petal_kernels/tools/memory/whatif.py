@@ -3,58 +3,84 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from petal_kernels import memory
+from petal_kernels.memory.optimizer import Settings
 from petal_kernels.memory.records import mib
 from petal_kernels.tools.memory.presets import Options, Step
 
-Build = Callable[[Options], Step]
-QUESTIONS: dict[str, tuple[str, Callable[[Options], Options]]] = {
-    "batch": ("batch x 2", lambda o: replace(o, batch=2 * o.batch)),
-    "length": ("length x 2", lambda o: replace(o, length=2 * o.length)),
-    "rank": ("rank x 2", lambda o: replace(o, rank=2 * o.rank)),
-    "checkpointing": ("gradient checkpointing", lambda o: replace(o, checkpointing=True)),
-    "eager": ("eager attention", lambda o: replace(o, attention="eager")),
-    "published": ("published layers", lambda o: replace(o, implementation="published")),
+Measure = Callable[[Options], memory.Profile]
+# Question -> the option that it changes, its label, what it changes it to: None doubles it.
+QUESTIONS: dict[str, tuple[str, str, str | bool | None]] = {
+    "batch": ("batch", "batch x 2", None),
+    "length": ("length", "length x 2", None),
+    "rank": ("rank", "rank x 2", None),
+    "checkpointing": ("checkpointing", "gradient checkpointing", True),
+    "eager": ("attention", "eager attention", "eager"),
+    "published": ("implementation", "published layers", "published"),
 }
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One run: bytes saved for backward, at the peak, and with Adam's moments beside it."""
+    """One run: bytes saved for backward, at the peak of forward and backward, and at the peak with
+    an optimizer's states and step.
+    """
 
     label: str
     saved: int
     peak: int
-    with_adam: int
+    with_optimizer: int
     seconds: float
 
 
-def run(step: Step) -> memory.Profile:
+def why_not(question: str, options: Options, heeded: Collection[str], subject: str) -> str:
+    """Why a question cannot be asked of a step with these options, or nothing."""
+    option, _, to = QUESTIONS[question]
+    value = getattr(options, option)
+    if option not in heeded:
+        return f"{subject} has no {option}"
+    if to is None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        return f"{subject} has {option}={value!r}, no number to double: give --{option}"
+    return f"{option} is {value} already" if to is not None and value == to else ""
+
+
+def changed(question: str, options: Options) -> Options:
+    """The options with a question's change."""
+    option, _, to = QUESTIONS[question]
+    value: Any = 2 * getattr(options, option) if to is None else to
+    return replace(options, **{option: value})
+
+
+def run(step: Step, accumulate: bool | None = None) -> memory.Profile:
     """The profile of one step."""
-    return memory.profile(step.model, step.batch, loss=step.loss, module=step.module)
+    return memory.profile(
+        step.model, step.batch, loss=step.loss, module=step.module, accumulate=accumulate
+    )
 
 
-def answer(label: str, profile: memory.Profile, seconds: float) -> Answer:
+def answer(label: str, profile: memory.Profile, optimizer: Settings, seconds: float) -> Answer:
     """The figures of a run."""
-    return Answer(label, profile.saved_bytes, profile.peak_bytes, profile.with_adam(), seconds)
+    peak = profile.with_optimizer(optimizer).peak_bytes
+    return Answer(label, profile.saved_bytes, profile.peak_bytes, peak, seconds)
 
 
-def ask(build: Build, options: Options, questions: Sequence[str]) -> Iterator[Answer]:
-    """An answer to each question that changes anything; the step as it is comes from the caller."""
+def ask(
+    measure: Measure, options: Options, questions: Sequence[str], optimizer: Settings
+) -> Iterator[Answer]:
+    """An answer to each question; the step as it is comes from the caller."""
     for name in questions:
-        label, change = QUESTIONS[name]
-        changed = change(options)
-        if changed == options:
-            continue
         began = time.perf_counter()
-        profile = run(build(changed))
-        yield answer(label, profile, time.perf_counter() - began)
+        profile = measure(changed(name, options))
+        yield answer(QUESTIONS[name][1], profile, optimizer, time.perf_counter() - began)
 
 
-HEADERS = ("what if", "saved", "", "peak", "", "with Adam")
+def headers(optimizer: Settings) -> tuple[str, ...]:
+    """Of the table."""
+    return ("what if", "saved", "", "peak", "", f"with {optimizer}")
 
 
 def rows(answers: Sequence[Answer]) -> list[list[str]]:
@@ -71,7 +97,7 @@ def rows(answers: Sequence[Answer]) -> list[list[str]]:
             difference(a.saved, first.saved),
             mib(a.peak),
             difference(a.peak, first.peak),
-            mib(a.with_adam),
+            mib(a.with_optimizer),
         ]
         for a in answers
     ]

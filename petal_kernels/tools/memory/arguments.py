@@ -1,0 +1,157 @@
+"""The command line: what can be asked, and what is wrong with a word before any work is done."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from pathlib import Path
+
+from petal_kernels.memory.optimizer import Settings, settings_of
+from petal_kernels.tools.argument_types import device, listed, positive
+from petal_kernels.tools.memory import whatif
+from petal_kernels.tools.memory.presets import METHODS, NAMES, PRESETS
+
+_EPILOG = """examples:
+  petal-kernels memory                                           the demo's model, a real batch
+  petal-kernels memory --model instructblip-vicuna-7b --batch 8  7.9 G parameters, on any machine
+  petal-kernels memory --model instructblip-vicuna-7b --what-if all --html memory.html
+  petal-kernels memory --model instructblip-vicuna-7b --method peft-lora --part language_model
+  petal-kernels memory --compare lora-qkv                        PEFT's LoRA and fused layers
+  petal-kernels memory --script train.py:build --fail-above 4096 your own model, a budget
+
+A script has a function (default: build) that returns (model, batch), (model, batch, loss) or
+(step, batch, loss or None, module): a step is a function of the batch, under autocast for example;
+its module is found where it is one that the function refers to. If build takes arguments named like
+options (batch, length, rank, checkpointing, attention, device), it gets those that are given here,
+and --what-if changes them, from the function's own defaults where none is given.
+
+optimizers: adamw, adam, sgd, adamw8bit, adam8bit (bitsandbytes), with settings after a colon, as in
+adamw:fused, adamw:foreach=no, sgd:momentum=0.9,nesterov. Without foreach or fused: foreach, torch's
+choice on CUDA.
+
+exit codes: 0; 1 over the budget of --fail-above; 2 wrong usage, or it cannot run; 130 interrupted;
+141 whoever read the output has gone"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `petal-kernels memory`."""
+    presets = "\n".join(
+        f"  {name:<24}{preset.summary} ({', '.join(preset.methods)})"
+        for name, preset in PRESETS.items()
+    )
+    made = argparse.ArgumentParser(
+        prog="petal-kernels memory",
+        description="What a training step keeps for backward, per module, and what is alive when.",
+        epilog=f"models:\n  {'demo':<24}the demo's small InstructBLIP, real pictures (petal)\n"
+        f"{presets}\n\n{_EPILOG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = made.add_mutually_exclusive_group()
+    what.add_argument("--model", choices=NAMES, default="demo", metavar="NAME", help="see below")
+    what.add_argument("--script", metavar="FILE[:FUNCTION]", help="your own model; see below")
+    what.add_argument("--compare", choices=["lora-qkv"], help="ways to write one layer")
+    made.add_argument("--method", choices=METHODS, metavar="NAME", help=", ".join(METHODS))
+    for name, text in (
+        ("batch", "samples"),
+        ("length", "words of text per sample"),
+        ("rank", "of the adapter"),
+    ):
+        made.add_argument(f"--{name}", type=positive, metavar="N", help=text)
+    made.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the base")
+    made.add_argument("--attention", choices=["sdpa", "eager"])
+    made.add_argument("--checkpointing", action="store_const", const=True)
+    made.add_argument("--implementation", choices=["fused", "published"], help="of the adapter")
+    made.add_argument("--part", metavar="PATH", help="put the adapter on this submodule")
+    made.add_argument("--targets", type=regex, metavar="REGEX", help="projections to adapt")
+    made.add_argument("--dropout", type=share, metavar="P", help="of the adapter")
+    made.add_argument(
+        "--device", type=device, help="run on real tensors there (default: fake ones)"
+    )
+    made.add_argument(
+        "--optimizer",
+        type=optimizer,
+        metavar="NAME[:SETTING,...]",
+        help="its states and its step on the timeline; see below",
+    )
+    made.add_argument(
+        "--accumulate",
+        action="store_const",
+        const=True,
+        help="gradients of an earlier micro-batch (or of zeros) are there before the step",
+    )
+    made.add_argument(
+        "--what-if",
+        type=listed(("all", *whatif.QUESTIONS)),
+        default=(),
+        metavar="LIST",
+        help=f"run again with one change each: all, or some of {','.join(whatif.QUESTIONS)}",
+    )
+    made.add_argument("--rows", type=positive, metavar="N", help="of the table (default: 16)")
+    made.add_argument("--json", type=Path, metavar="FILE", help="'-' for the terminal")
+    made.add_argument("--html", type=Path, metavar="FILE")
+    made.add_argument("--png", type=Path, metavar="FILE", help="the timeline")
+    made.add_argument(
+        "--fail-above",
+        type=mebibytes,
+        metavar="MIB",
+        help="exit code 1 if more MiB (2^20 bytes) are saved for backward",
+    )
+    return made
+
+
+def regex(text: str) -> str:
+    """A regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(
+            f"want a regular expression, got {text!r}: {error}"
+        ) from error
+    return text
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def share(text: str) -> float:
+    """A probability below one."""
+    if not 0.0 <= _number(text) < 1.0:
+        raise argparse.ArgumentTypeError(f"want a number with 0 <= P < 1, got {text}")
+    return float(text)
+
+
+def mebibytes(text: str) -> float:
+    """A size; none is above infinity or what is no number, so neither would be a bound."""
+    if not 0.0 <= _number(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"want a number of MiB >= 0, got {text}")
+    return float(text)
+
+
+_WORDS = {"yes": True, "true": True, "no": False, "false": False}
+
+
+def optimizer(text: str) -> Settings:
+    """`NAME[:SETTING[=VALUE],...]`; a setting without a value is yes."""
+    name, _, rest = text.partition(":")
+    settings: dict[str, bool | float] = {}
+    for word in filter(None, rest.split(",")):
+        setting, equals, value = word.partition("=")
+        if not equals:
+            settings[setting] = True
+        elif value.lower() in _WORDS:
+            settings[setting] = _WORDS[value.lower()]
+        elif math.isfinite(_number(value)):
+            settings[setting] = float(value)
+        else:
+            raise argparse.ArgumentTypeError(
+                f"want {setting}=yes, no or a number, got {setting}={value}"
+            )
+    try:
+        return settings_of(name, **settings)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
