@@ -7,6 +7,9 @@ would depend on data that is not there.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
+from petal_kernels.memory.modules import ModuleStack
 from petal_kernels.memory.records import tensors_in
 
 
@@ -57,3 +61,31 @@ def mode_of(model: nn.Module | None, batch: Any) -> FakeTensorMode | None:
                 "make them fake with petal_kernels.memory.fake_tensors(model, batch)"
             )
     return None
+
+
+@contextlib.contextmanager
+def named_failures(stack: ModuleStack, mode: FakeTensorMode | None) -> Iterator[None]:
+    """What torch raises where shapes are not enough says which module asked, and the way out."""
+    try:
+        yield
+    except Exception as error:
+        if mode is None or not _raised_by_torch(error):
+            raise
+        place = stack.raised_in(error.__traceback__)
+        kind = stack.kinds.get(place, "")
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"model: {place or 'the model itself'}{f' ({kind})' if kind else ''} does not run on "
+            f"fake tensors, which have shapes and no values ({type(error).__name__}: {first}). "
+            "Profile it on real tensors, if need be with fewer layers: each keeps the same"
+        ) from error
+
+
+def _raised_by_torch(error: BaseException) -> bool:
+    """Whether the innermost frame is torch's, not the model's own."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return False
+    return Path(traceback.tb_frame.f_code.co_filename).is_relative_to(Path(torch.__file__).parent)

@@ -55,6 +55,8 @@ class Profile:
     trained: frozenset[str]  # names of the parameters that are
     seconds: dict[str, float]
     device_bytes: dict[str, int] = field(default_factory=dict)  # the CUDA allocator's own figures
+    compiled: bool = False  # parts ran as compiled code, whose own allocations are not seen
+    notes: list[str] = field(default_factory=list)  # what limits these figures
 
     @property
     def saved_bytes(self) -> int:
@@ -180,6 +182,8 @@ class Profile:
             "training": self.training,
             "fake": self.fake,
             "checkpointed": self.checkpointed,
+            "compiled": self.compiled,
+            "notes": self.notes,
             "rule": self.rule,
             "seconds": self.seconds,
             "device_bytes": self.device_bytes,

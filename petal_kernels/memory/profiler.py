@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -10,20 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petal_kernels.memory.behind import module_behind
 from petal_kernels.memory.cuda_rules import RULE
 from petal_kernels.memory.cuda_rules import cuda_rules as as_on_cuda
-from petal_kernels.memory.fake import mode_of
+from petal_kernels.memory.fake import mode_of, named_failures
+from petal_kernels.memory.leaves import Leaves, buffers_put_back, without_gradients
 from petal_kernels.memory.modules import ModuleStack, frozen_subtrees
 from petal_kernels.memory.profile import Profile
 from petal_kernels.memory.records import (
+    MIB,
     Sizes,
+    mib,
     plain_tensors,
     storage_bytes,
     storage_key,
     tensors_in,
 )
+from petal_kernels.memory.rest import Rest
 from petal_kernels.memory.saved import SavedTensors
 from petal_kernels.memory.timeline import Timeline
+
+_LARGEST_BUFFER = 16 * MIB  # that is copied, to be put back
+# One step at a time: torch counts modes for the whole process.
+_ONE = threading.RLock()
 
 
 def profile(
@@ -46,14 +56,25 @@ def profile(
     loss        of the model's output; default: its `loss`, or the sum of the tensors that it
                 returns, which keeps nothing.
     backward    also run the backward, for the timeline; gradients that were there are put back.
-    module      where `model` is a function: the module inside, whose parts the records name.
+    module      where `model` is a function: the module inside, whose parts the records name;
+                default: the one that the function is bound to or closes over.
     parameters  tensors that do not count, beside those of the module: they stay anyway.
     cuda_rules  let attention and dropout keep what CUDA's operators keep; default: on fake tensors.
 
-    The step draws from torch's generators and gives them back as they were; statistics of batch
-    norms move on. Tensors that other saved-tensor hooks take away (save_on_cpu) are not seen.
+    Counted is whatever the forward leaves alive for the backward, by whichever way: saved tensors,
+    what other hooks made of them (save_on_cpu), attributes of a custom function's ctx, caches of
+    selective checkpoints, closures. A compiled model stays compiled: its graphs' saved tensors
+    count; what compiled code allocates meanwhile is out of sight, and `notes` says so.
+
+    Afterwards gradients (of the batch and of other leaves, too), torch's generators, and buffers of
+    at most 16 MiB are what they were, also where the step raises. Hooks of the model run. Other
+    threads may run models meanwhile; two profiles at once take turns.
+
+    Raises TypeError or ValueError for arguments that do not fit, and for fake tensors where a
+    module asks for values.
     """
-    module = model if isinstance(model, nn.Module) else module
+    if module is None:
+        module = model if isinstance(model, nn.Module) else module_behind(model)
     own, buffers = _own_tensors(module, parameters)
     trained = [t for t in own.values() if t.requires_grad]
     mode = mode_of(module, batch)
@@ -67,28 +88,42 @@ def profile(
             timeline.add(t, category, name)
     for t in tensors_in(batch):
         timeline.add(t, "batch", "batch")
+    leaves = Leaves(set(_storages(own | buffers)) | _keys(batch), timeline)
     with contextlib.ExitStack() as contexts:
+        contexts.enter_context(_ONE)
         contexts.callback(timeline.close)
         contexts.enter_context(_untouched(trained, cuda))
+        contexts.enter_context(without_gradients(_asking(batch), trained))
+        changed = contexts.enter_context(buffers_put_back(module, _LARGEST_BUFFER))
         if mode is not None:
             contexts.enter_context(mode)
         if rules:
             contexts.enter_context(as_on_cuda())
-        contexts.enter_context(stack)
+        contexts.enter_context(named_failures(stack, mode))
         contexts.enter_context(timeline)
         timeline.begin("forward")
-        with meter.measure("forward"), recorder:
+        with meter.measure("forward"), recorder, leaves:
             output = _call(model, batch)
-            objective = (loss or _objective)(output)
+            objective = _objective(output) if loss is None else _checked(loss(output))
         results = [objective, *tensors_in(output)]
+        _count_met(leaves, sizes)
         saved, sizes.saved_parameters = recorder.records(
-            results, _storages(own | buffers), _keys(batch), {id(t) for t in trained}, timeline
+            results,
+            _storages(own | buffers | leaves.parameters),
+            _keys(batch),
+            {id(t) for t in [*trained, *leaves.parameters.values()]},
+            timeline,
         )
-        _account_for_the_rest(timeline, results, sizes)
+        rest = Rest(timeline, results, objective, module, recorder.regions, stack)
+        others = leaves.trained(recorder.nodes)
+        contexts.enter_context(without_gradients(others, trained))
         del output, results
+        rest.outputs_dropped()
+        recorder.nodes = {}
         if backward and objective.requires_grad:
             _backward(objective, trained, timeline, meter, sizes)
         del objective
+        saved += rest.graph_dropped(sizes)
     peak = timeline.peak_step()
     return Profile(
         saved=saved,
@@ -100,6 +135,8 @@ def profile(
         blocks=timeline.blocks,
         recomputed=timeline.recomputed,
         checkpointed=recorder.checkpointed,
+        compiled=recorder.compiled,
+        notes=_notes(recorder, leaves, changed),
         training=module is None or module.training,
         fake=mode is not None,
         rule=RULE if rules else "",
@@ -116,7 +153,7 @@ def _backward(
     gradient = torch.ones_like(objective)
     timeline.begin("backward")
     with meter.measure("backward"):
-        objective.backward(gradient)
+        torch.autograd.backward(objective, gradient)
     for t in trained:
         if t.grad is not None:
             for part in plain_tensors(t.grad):
@@ -220,19 +257,48 @@ def _sizes(parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: Any
     return sizes
 
 
-def _account_for_the_rest(timeline: Timeline, outputs: list[Tensor], sizes: Sizes) -> None:
-    """What lives at the end of the forward and is not kept by the graph: results, and whatever
-    Python holds (a checkpoint's keyword arguments, a cache).
-    """
-    for t in outputs:
-        for part in plain_tensors(t):
-            timeline.categorise(storage_key(part), "outputs")
-    for block in timeline.alive():
-        if block.category == "outputs":
-            sizes.outputs += block.bytes
-        elif block.category == "temporary":
-            block.category = "elsewhere"
-            sizes.elsewhere += block.bytes
+def _checked(objective: Any) -> Tensor:
+    if not isinstance(objective, Tensor) or not objective.is_floating_point():
+        got = objective.dtype if isinstance(objective, Tensor) else type(objective).__name__
+        raise TypeError(f"loss: want a function that returns a floating-point tensor, got {got}")
+    return objective
+
+
+def _asking(batch: Any) -> list[Tensor]:
+    """The batch's own tensors that a backward gives a gradient."""
+    return [t for t in tensors_in(batch) if t.requires_grad]
+
+
+def _count_met(leaves: Leaves, sizes: Sizes) -> None:
+    """Parameters that no given module holds are parameters all the same."""
+    for t in leaves.parameters.values():
+        size = sum(storage_bytes(part) for part in plain_tensors(t))
+        sizes.parameters += size
+        if t.requires_grad and size:
+            sizes.trainable += size
+            sizes.trainable_numbers += t.numel()
+
+
+def _notes(recorder: SavedTensors, leaves: Leaves, changed: list[str]) -> list[str]:
+    """What limits these figures, in words."""
+    notes = []
+    if recorder.compiled:
+        notes.append(
+            "compiled code runs as it is: what its graphs keep is counted, what it allocates "
+            "meanwhile is not seen, so that the peak is at least this; for the eager model's "
+            'figures profile it under torch.compiler.set_stance("force_eager")'
+        )
+    if leaves.parameters:
+        size = sum(
+            storage_bytes(part) for t in leaves.parameters.values() for part in plain_tensors(t)
+        )
+        notes.append(
+            f"{len(leaves.parameters)} parameters ({mib(size)}) are of no module that was given: "
+            "they do not count as kept; give module= for the names of who keeps what"
+        )
+    if changed:
+        notes.append(f"the step changed buffers too large to be put back: {', '.join(changed)}")
+    return notes
 
 
 @contextlib.contextmanager

@@ -100,6 +100,7 @@ def totals(profile: Profile) -> list[tuple[str, str]]:
         )
     if profile.rule:
         lines.append(("rule", profile.rule))
+    lines += [("note", note) for note in profile.notes]
     return lines
 
 
