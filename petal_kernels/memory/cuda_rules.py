@@ -62,12 +62,14 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     if query.dtype == torch.float64:  # no fused kernel takes it: its probabilities are kept
-        out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
+        found: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )[0]
-        return out
+        return found
     q, k, v, mask = (_as_autocast(t) for t in (query, key, value, attn_mask))
-    out = KeptAttentionFunction.apply(q, k, v, mask, dropout_p)  # type: ignore[no-untyped-call]
+    out: Tensor = KeptAttentionFunction.apply(  # type: ignore[no-untyped-call]
+        q, k, v, mask, dropout_p
+    )
     return out
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ def attributes(node: Any) -> Iterator[tuple[str, Tensor]]:
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
         return
     for name, value in vars(node).items():
-        if node.name() == REENTRANT and name in _GENERATORS:
+        if type(node).__name__ == REENTRANT and name in _GENERATORS:
             continue
         for t in tensors_under(value, closures=False):
             yield f"ctx.{name}", t
@@ -101,7 +101,7 @@ def _parts(value: Any, closures: bool) -> Iterable[Any]:
     if dataclasses.is_dataclass(value):
         return [getattr(value, f.name, None) for f in dataclasses.fields(value)]
     if isinstance(value, torch._C._autograd.SavedTensor):
-        return [value.data]
+        return [cast("Any", value).data]
     if not closures or isinstance(value, nn.Module):
         return []
     if isinstance(value, functools.partial):

@@ -80,7 +80,7 @@ _TABLE: dict[str, dict[str, str]] = {
     "UpdateFunction": {"": "fused update in place: r-wide middle and factors"},
     "CheckpointFunction": {"": "input of a checkpointed region: the rest is computed again"},
     CHECKPOINT: {
-        "cache": "result or argument that a checkpointed region keeps instead of computing it again",
+        "cache": "what a checkpointed region holds beside its inputs: chosen results, arguments",
         "": "input of a checkpointed region: the rest is computed again",
     },
     HELD: {"": "the graph holds it past save_for_backward: the closure of a hook, a cache"},
