@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
@@ -82,8 +82,8 @@ def _as_autocast(t: Tensor | None) -> Tensor | None:
 
 
 def _dropout(input: Tensor, p: float = 0.5, train: bool = True) -> Tensor:
-    if not train or p == 0.0:
-        return input
+    if not train or p in (0.0, 1.0):  # nothing to draw: no fused kernel there either
+        return torch.dropout(input, p, train)
     return torch.native_dropout(input, p, True)[0]
 
 
@@ -145,6 +145,19 @@ def _on_cuda(args: Any, kwargs: Any) -> bool:
     """Whether an operator has its real rule already."""
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     return any(t.is_cuda for t in tensors)
+
+
+def unruled(module: nn.Module | None) -> list[str]:
+    """What of a model these rules do not reach, in words: TorchScript, which enters operators by
+    another door, and recurrent layers, of which cuDNN keeps what it likes.
+    """
+    parts = {} if module is None else dict(module.named_modules())
+    kinds = (torch.jit.ScriptModule, nn.RNNBase)
+    names = [name or "the model itself" for name, m in parts.items() if isinstance(m, kinds)]
+    if not names:
+        return []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"{', '.join(names[:3])}{more}: kept as on a CPU, CUDA's rule does not reach there"]
 
 
 def _no(*_: Any) -> bool:

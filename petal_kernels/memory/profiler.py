@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from petal_kernels.memory.behind import module_behind
-from petal_kernels.memory.cuda_rules import RULE
+from petal_kernels.memory.compiled import refused
+from petal_kernels.memory.cuda_rules import RULE, unruled
 from petal_kernels.memory.cuda_rules import cuda_rules as as_on_cuda
 from petal_kernels.memory.fake import mode_of, named_failures
 from petal_kernels.memory.leaves import Leaves, buffers_put_back, without_gradients
@@ -97,9 +98,10 @@ def profile(
         changed = contexts.enter_context(buffers_put_back(module, _LARGEST_BUFFER))
         if mode is not None:
             contexts.enter_context(mode)
-        if rules:
-            contexts.enter_context(as_on_cuda())
         contexts.enter_context(named_failures(stack, mode))
+        if rules:
+            contexts.enter_context(refused())
+            contexts.enter_context(as_on_cuda())
         contexts.enter_context(timeline)
         timeline.begin("forward")
         with meter.measure("forward"), recorder, leaves:
@@ -136,7 +138,7 @@ def profile(
         recomputed=timeline.recomputed,
         checkpointed=recorder.checkpointed,
         compiled=recorder.compiled,
-        notes=_notes(recorder, leaves, changed),
+        notes=[*_notes(recorder, leaves, changed), *(unruled(module) if rules else [])],
         training=module is None or module.training,
         fake=mode is not None,
         rule=RULE if rules else "",
