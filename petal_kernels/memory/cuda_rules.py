@@ -3,9 +3,10 @@
 Fake tensors live on a CPU here, since fake CUDA tensors need a torch built for CUDA and a device.
 Two operators keep other tensors there than on a GPU:
 
-* scaled_dot_product_attention: on CUDA the fused kernels keep q, k, v, the mask if there is one,
-  the output and one float32 per row of scores (and two integers of the generator with dropout),
-  whereas the CPU's fallback keeps probabilities of size L x L;
+* scaled_dot_product_attention: on CUDA the fused kernels keep q, k, v, the mask if there is one (a
+  mask of booleans as numbers of q's dtype, made for every call), the output and one float32 per row
+  of scores (and two integers of the generator with dropout), whereas the CPU's fallback keeps
+  probabilities of size L x L;
 * dropout: on CUDA it keeps its mask, one byte per number; on the CPU, noise in x's own dtype.
 
 Dropout in place and dropout of whole channels (dropout1d and its like, alpha_dropout) are the same
@@ -66,16 +67,19 @@ def _attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )[0]
         return found
-    q, k, v, mask = (_as_autocast(t) for t in (query, key, value, attn_mask))
+    q, k, v = (_as_autocast(t) for t in (query, key, value))
+    mask = None if attn_mask is None else _as_autocast(attn_mask)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype)  # what a kernel adds to the scores, and keeps
     out: Tensor = KeptAttentionFunction.apply(  # type: ignore[no-untyped-call]
         q, k, v, mask, dropout_p
     )
     return out
 
 
-def _as_autocast(t: Tensor | None) -> Tensor | None:
+def _as_autocast(t: Tensor) -> Tensor:
     """What autocast, which knows the operator that this stands for, makes of its arguments."""
-    if t is None or not torch.is_autocast_enabled("cpu"):
+    if not torch.is_autocast_enabled("cpu"):
         return t
     lowers = t.is_floating_point() and t.dtype != torch.float64
     return t.to(torch.get_autocast_dtype("cpu")) if lowers else t
@@ -147,13 +151,14 @@ def _on_cuda(args: Any, kwargs: Any) -> bool:
     return any(t.is_cuda for t in tensors)
 
 
-def unruled(module: nn.Module | None) -> list[str]:
+def unruled(model: Callable[..., Any], module: nn.Module | None) -> list[str]:
     """What of a model these rules do not reach, in words: TorchScript, which enters operators by
     another door, and recurrent layers, of which cuDNN keeps what it likes.
     """
     parts = {} if module is None else dict(module.named_modules())
     kinds = (torch.jit.ScriptModule, nn.RNNBase)
-    names = [name or "the model itself" for name, m in parts.items() if isinstance(m, kinds)]
+    names = ["the function"] if isinstance(model, torch.jit.ScriptFunction) else []
+    names += [name or "the model itself" for name, m in parts.items() if isinstance(m, kinds)]
     if not names:
         return []
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -66,7 +66,8 @@ class Leaves(TorchDispatchMode):
 
     def trained(self, nodes: Iterable[Any]) -> list[Tensor]:
         """Every leaf that a backward may give a gradient: those met, and those of the graph."""
-        met = [t for seen in self._seen.values() if (t := seen()) is not None and t.requires_grad]
+        seen = [t for each in self._seen.values() if (t := each()) is not None]
+        met = [t for t in seen if t.requires_grad and t.is_leaf]  # views become results later
         ends = [t for node in nodes if (t := getattr(node, "variable", None)) is not None]
         return list({id(t): t for t in [*met, *ends]}.values())
 

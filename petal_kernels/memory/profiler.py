@@ -138,7 +138,7 @@ def profile(
         recomputed=timeline.recomputed,
         checkpointed=recorder.checkpointed,
         compiled=recorder.compiled,
-        notes=[*_notes(recorder, leaves, changed), *(unruled(module) if rules else [])],
+        notes=[*_notes(recorder, leaves, changed), *(unruled(model, module) if rules else [])],
         training=module is None or module.training,
         fake=mode is not None,
         rule=RULE if rules else "",
