@@ -117,6 +117,11 @@ def buffers_put_back(model: nn.Module | None, largest: int) -> Iterator[list[str
                 changed.append(label)
 
 
+def versions(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """How often each was written to, to see afterwards whether a step did."""
+    return {name: t._version for name, t in tensors.items() if not t.is_inference()}
+
+
 def _small(t: Tensor, largest: int) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 

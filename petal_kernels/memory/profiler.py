@@ -16,7 +16,7 @@ from petal_kernels.memory.compiled import refused
 from petal_kernels.memory.cuda_rules import RULE, unruled
 from petal_kernels.memory.cuda_rules import cuda_rules as as_on_cuda
 from petal_kernels.memory.fake import mode_of, named_failures
-from petal_kernels.memory.leaves import Leaves, buffers_put_back, without_gradients
+from petal_kernels.memory.leaves import Leaves, buffers_put_back, versions, without_gradients
 from petal_kernels.memory.modules import ModuleStack, frozen_subtrees
 from petal_kernels.memory.profile import Profile
 from petal_kernels.memory.records import (
@@ -68,8 +68,9 @@ def profile(
     count; what compiled code allocates meanwhile is out of sight, and `notes` says so.
 
     Afterwards gradients (of the batch and of other leaves, too), torch's generators, and buffers of
-    at most 16 MiB are what they were, also where the step raises. Hooks of the model run. Other
-    threads may run models meanwhile; two profiles at once take turns.
+    at most 16 MiB are what they were, also where the step raises. Hooks of the model run; `notes`
+    says if they changed parameters. Other threads may run models meanwhile; two profiles at once
+    take turns.
 
     Raises TypeError or ValueError for arguments that do not fit, and for fake tensors where a
     module asks for values.
@@ -96,6 +97,7 @@ def profile(
         contexts.enter_context(_untouched(trained, cuda))
         contexts.enter_context(without_gradients(_asking(batch), trained))
         changed = contexts.enter_context(buffers_put_back(module, _LARGEST_BUFFER))
+        written = versions(own)
         if mode is not None:
             contexts.enter_context(mode)
         contexts.enter_context(named_failures(stack, mode))
@@ -126,6 +128,7 @@ def profile(
             _backward(objective, trained, timeline, meter, sizes)
         del objective
         saved += rest.graph_dropped(sizes)
+        changed += [name for name, count in versions(own).items() if written[name] != count]
     peak = timeline.peak_step()
     return Profile(
         saved=saved,
@@ -299,7 +302,11 @@ def _notes(recorder: SavedTensors, leaves: Leaves, changed: list[str]) -> list[s
             "they do not count as kept; give module= for the names of who keeps what"
         )
     if changed:
-        notes.append(f"the step changed buffers too large to be put back: {', '.join(changed)}")
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        notes.append(
+            "the step itself changed what is not put back (an optimizer in a hook, a buffer of "
+            f"more than {mib(_LARGEST_BUFFER)}): {', '.join(changed[:3])}{more}"
+        )
     return notes
 
 
