@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dis
 import functools
-import inspect
 from collections.abc import Callable, Iterable
 from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
+
+from petal_kernels.memory.graph import content_of
 
 
 def module_behind(model: Callable[..., Any]) -> nn.Module | None:
@@ -51,14 +53,10 @@ def _named(value: Any) -> Iterable[tuple[str, Any]]:
         return [("", value.func), *(("", each) for each in value.args), *keywords]
     if isinstance(value, FunctionType):
         original = getattr(value, "_torchdynamo_orig_callable", None)
-        try:
-            names = inspect.getclosurevars(inspect.unwrap(value))
-        except (TypeError, ValueError):
-            return []
+        wrapped = [("", each) for each in (original, getattr(value, "__wrapped__", None))]
         defaults = [("", each) for each in value.__defaults__ or ()]
         keywords = (value.__kwdefaults__ or {}).items()
-        wrapped = [] if original is None else [("", original)]
-        return [*wrapped, *names.nonlocals.items(), *names.globals.items(), *defaults, *keywords]
+        return [*wrapped, *_variables(value), *defaults, *keywords]
     if isinstance(value, (list, tuple)):
         return [("", each) for each in value]
     if isinstance(value, dict):
@@ -66,3 +64,13 @@ def _named(value: Any) -> Iterable[tuple[str, Any]]:
     if callable(value) and not isinstance(value, type):
         return list(getattr(value, "__dict__", {}).items())
     return []
+
+
+def _variables(function: FunctionType) -> Iterable[tuple[str, Any]]:
+    """What the function reads from around it, not every global that an attribute is called like."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+    for name, cell in cells:
+        yield name, content_of(cell)
+    read = {i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL"}
+    for name in sorted(read & function.__globals__.keys()):
+        yield name, function.__globals__[name]

@@ -15,25 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from petal_kernels.memory.modules import ModuleStack
-from petal_kernels.memory.records import tensors_in
+from petal_kernels.memory.records import storage_bytes, storage_key, tensors_in
 
 
 def fake_tensors(model: nn.Module, batch: Any) -> tuple[nn.Module, Any]:
-    """The very model, its parameters and buffers replaced by fake ones where they are (tied ones
-    stay tied), and the batch likewise. Only shapes can be computed with it from now on.
+    """The very model, its parameters and buffers replaced by fake ones where they are (what is tied
+    or shares a storage still does), and the batch likewise. Only shapes can be computed with it
+    from now on.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    twins = _Twins()
     # Originals are held: the identity of one that is gone could be met again.
     made: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def fake(t: Tensor) -> Tensor:
-        with mode:
-            empty = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
-        return empty.requires_grad_(t.requires_grad)
-
     for module in model.modules():
         owned: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for parts in owned:
@@ -41,12 +37,43 @@ def fake_tensors(model: nn.Module, batch: Any) -> tuple[nn.Module, Any]:
                 if value is None or isinstance(value, FakeTensor):
                     continue
                 if id(value) not in made:
-                    new = fake(value)
+                    new = twins.of(value)
                     if isinstance(value, nn.Parameter):
                         new = nn.Parameter(new, value.requires_grad)
                     made[id(value)] = (value, new)
                 parts[name] = made[id(value)][1]
-    return model, tree_map(lambda v: fake(v) if isinstance(v, Tensor) else v, batch)
+    return model, tree_map(lambda v: twins.of(v) if isinstance(v, Tensor) else v, batch)
+
+
+class _Twins:
+    """Fake tensors of one mode, for real ones; of one storage, where the real ones are."""
+
+    def __init__(self) -> None:
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._bases: dict[int, tuple[Tensor, Tensor]] = {}  # a storage's first, and its twin
+
+    def of(self, t: Tensor) -> Tensor:
+        plain = t.layout == torch.strided and not is_traceable_wrapper_subclass(t)
+        with self._mode:
+            twin = self._piece(t) if plain else self._alone(t)
+        return twin.requires_grad_(t.requires_grad)
+
+    def _alone(self, t: Tensor) -> Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+
+    def _piece(self, t: Tensor) -> Tensor:
+        key, size = storage_key(t), storage_bytes(t)
+        if key not in self._bases:
+            whole = size == t.numel() * t.itemsize
+            twin = self._alone(t) if whole else torch.empty(size, dtype=torch.uint8)
+            self._bases[key] = (t, twin)
+            if whole:
+                return twin
+        base = self._bases[key][1].detach()
+        flat = base.as_strided((base.untyped_storage().nbytes() // base.itemsize,), (1,), 0)
+        if flat.dtype != t.dtype:
+            flat = flat.view(torch.uint8)[: size // t.itemsize * t.itemsize].view(t.dtype)
+        return flat.as_strided(t.shape, t.stride(), t.storage_offset()).detach()
 
 
 def mode_of(model: nn.Module | None, batch: Any) -> FakeTensorMode | None:

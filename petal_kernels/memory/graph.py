@@ -109,14 +109,15 @@ def _parts(value: Any, closures: bool) -> Iterable[Any]:
     if isinstance(value, MethodType):
         return [value.__self__, value.__func__]
     if isinstance(value, FunctionType):
-        cells = [_content(cell) for cell in value.__closure__ or ()]
+        cells = [content_of(cell) for cell in value.__closure__ or ()]
         return [*cells, value.__defaults__, value.__kwdefaults__]
     own = getattr(value, "__dict__", None)
     return list(own.values()) if isinstance(own, dict) and type(value).__name__ != "module" else []
 
 
-def _content(cell: Any) -> Any:
+def content_of(cell: Any) -> Any:
+    """A closure's variable, None where it has no value yet."""
     try:
         return cell.cell_contents
-    except ValueError:  # not assigned yet
+    except ValueError:
         return None

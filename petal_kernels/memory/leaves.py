@@ -18,9 +18,11 @@ from petal_kernels.memory.timeline import Timeline
 class Leaves(TorchDispatchMode):
     """While entered, notes the leaves among the operators' arguments."""
 
-    def __init__(self, known: set[int], timeline: Timeline) -> None:
+    def __init__(self, module: nn.Module | None, known: set[int], timeline: Timeline) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.parameters: dict[str, Tensor] = {}  # such as no module holds that was given
+        self.gathered: dict[str, Tensor] = {}  # whole ones in the place of the module's shards
+        self._module = module
         self._known = known
         self._timeline = timeline
         self._seen: dict[int, weakref.ref[Tensor]] = {}
@@ -53,12 +55,16 @@ class Leaves(TorchDispatchMode):
             self._add(t)
 
     def _add(self, parameter: Tensor) -> None:
-        """A parameter of no module that was given: it stays, whoever holds it."""
+        """A parameter that was not there before the step, in the module or anywhere: it stays."""
         parts = [p for p in plain_tensors(parameter) if storage_key(p) not in self._known]
         if not parts:
             return
-        name = f"parameter of no given module {len(self.parameters)}"
-        self.parameters[name] = parameter
+        own = [] if self._module is None else self._module.parameters()
+        if any(parameter is each for each in own):  # as it is now, in the middle of the step
+            found, name = self.gathered, f"gathered parameter {len(self.gathered)}"
+        else:
+            found, name = self.parameters, f"parameter of no given module {len(self.parameters)}"
+        found[name] = parameter
         for part in parts:
             self._known.add(storage_key(part))
             self._timeline.add(part, "parameters", name)

@@ -90,7 +90,7 @@ def profile(
             timeline.add(t, category, name)
     for t in tensors_in(batch):
         timeline.add(t, "batch", "batch")
-    leaves = Leaves(set(_storages(own | buffers)) | _keys(batch), timeline)
+    leaves = Leaves(module, set(_storages(own | buffers)) | _keys(batch), timeline)
     with contextlib.ExitStack() as contexts:
         contexts.enter_context(_ONE)
         contexts.callback(timeline.close)
@@ -110,12 +110,13 @@ def profile(
             output = _call(model, batch)
             objective = _objective(output) if loss is None else _checked(loss(output))
         results = [objective, *tensors_in(output)]
-        _count_met(leaves, sizes)
+        met = leaves.parameters
+        _count(met, sizes, set(_storages(own | buffers)))
         saved, sizes.saved_parameters = recorder.records(
             results,
-            _storages(own | buffers | leaves.parameters),
+            _storages(own | buffers | leaves.parameters | leaves.gathered),
             _keys(batch),
-            {id(t) for t in [*trained, *leaves.parameters.values()]},
+            {id(t) for t in [*own.values(), *met.values()] if t.requires_grad},
             timeline,
         )
         rest = Rest(timeline, results, objective, module, recorder.regions, stack)
@@ -125,7 +126,8 @@ def profile(
         rest.outputs_dropped()
         recorder.nodes = {}
         if backward and objective.requires_grad:
-            _backward(objective, trained, timeline, meter, sizes)
+            asking = [*trained, *(t for t in met.values() if t.requires_grad)]
+            _backward(objective, asking, timeline, meter, sizes)
         del objective
         saved += rest.graph_dropped(sizes)
         changed += [name for name, count in versions(own).items() if written[name] != count]
@@ -159,11 +161,11 @@ def _backward(
     timeline.begin("backward")
     with meter.measure("backward"):
         torch.autograd.backward(objective, gradient)
-    for t in trained:
-        if t.grad is not None:
-            for part in plain_tensors(t.grad):
-                sizes.gradients += storage_bytes(part)
-                timeline.categorise(storage_key(part), "gradients")
+    # Gradients may be pieces of one storage, as engines that shard or bucket them make them.
+    parts = [part for t in trained if t.grad is not None for part in plain_tensors(t.grad)]
+    for key, part in {storage_key(part): part for part in parts}.items():
+        sizes.gradients += storage_bytes(part)
+        timeline.categorise(key, "gradients")
 
 
 class _Meter:
@@ -240,26 +242,27 @@ def _storages(own: dict[str, Tensor]) -> dict[int, str]:
 
 def _sizes(parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: Any) -> Sizes:
     """Bytes of the model's and the batch's storages, each once."""
-    sizes = Sizes()
-    seen: set[int] = set()
-
-    def fresh(t: Tensor) -> int:
-        total = 0
-        for part in plain_tensors(t):
-            if storage_key(part) not in seen:
-                seen.add(storage_key(part))
-                total += storage_bytes(part)
-        return total
-
-    for t in parameters.values():
-        size = fresh(t)
-        sizes.parameters += size
-        if t.requires_grad and size:
-            sizes.trainable += size
-            sizes.trainable_numbers += t.numel()
-    sizes.buffers = sum(fresh(t) for t in buffers.values())
-    sizes.batch = sum(fresh(t) for t in tensors_in(batch))
+    sizes, seen = Sizes(), set[int]()
+    _count(parameters, sizes, seen)
+    sizes.buffers = _fresh(buffers.values(), seen)
+    sizes.batch = _fresh(tensors_in(batch), seen)
     return sizes
+
+
+def _count(parameters: dict[str, Tensor], sizes: Sizes, seen: set[int]) -> None:
+    """Adds parameters to the sizes: storages once, numbers of each that is trained."""
+    trained = list({id(t): t for t in parameters.values() if t.requires_grad}.values())
+    sizes.trainable += _fresh(trained, set(seen))
+    sizes.trainable_numbers += sum(part.numel() for t in trained for part in plain_tensors(t))
+    sizes.parameters += _fresh(parameters.values(), seen)
+
+
+def _fresh(tensors: Iterable[Tensor], seen: set[int]) -> int:
+    """Bytes of the storages that are not in `seen`, which has them afterwards."""
+    parts = {storage_key(part): part for t in tensors for part in plain_tensors(t)}
+    new = [part for key, part in parts.items() if key not in seen]
+    seen |= parts.keys()
+    return sum(storage_bytes(part) for part in new)
 
 
 def _checked(objective: Any) -> Tensor:
@@ -274,16 +277,6 @@ def _asking(batch: Any) -> list[Tensor]:
     return [t for t in tensors_in(batch) if t.requires_grad]
 
 
-def _count_met(leaves: Leaves, sizes: Sizes) -> None:
-    """Parameters that no given module holds are parameters all the same."""
-    for t in leaves.parameters.values():
-        size = sum(storage_bytes(part) for part in plain_tensors(t))
-        sizes.parameters += size
-        if t.requires_grad and size:
-            sizes.trainable += size
-            sizes.trainable_numbers += t.numel()
-
-
 def _notes(recorder: SavedTensors, leaves: Leaves, changed: list[str]) -> list[str]:
     """What limits these figures, in words."""
     notes = []
@@ -294,9 +287,7 @@ def _notes(recorder: SavedTensors, leaves: Leaves, changed: list[str]) -> list[s
             'figures profile it under torch.compiler.set_stance("force_eager")'
         )
     if leaves.parameters:
-        size = sum(
-            storage_bytes(part) for t in leaves.parameters.values() for part in plain_tensors(t)
-        )
+        size = _fresh(leaves.parameters.values(), set())
         notes.append(
             f"{len(leaves.parameters)} parameters ({mib(size)}) are of no module that was given: "
             "they do not count as kept; give module= for the names of who keeps what"

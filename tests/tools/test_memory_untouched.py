@@ -309,7 +309,7 @@ def test_a_leaf_is_asked_after_it_became_a_result() -> None:
     """A view is a leaf until autograd has heard of it; held, it would live as long as the step."""
     model = nn.Linear(8, 8)
     timeline = profiler.Timeline(profiler.ModuleStack(model))
-    seen = leaves.Leaves(set(), timeline)
+    seen = leaves.Leaves(model, set(), timeline)
     with seen:
         y = model(torch.randn(4, 8)).select(0, 0) * 2.0
     ids = {id(t) for t in seen.trained([])}
