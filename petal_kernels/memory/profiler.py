@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from petal_kernels.memory.behind import module_behind
 from petal_kernels.memory.compiled import refused
@@ -75,6 +76,7 @@ def profile(
     Raises TypeError or ValueError for arguments that do not fit, and for fake tensors where a
     module asks for values.
     """
+    batch = tree_map(_cut, batch)
     if module is None:
         module = model if isinstance(model, nn.Module) else module_behind(model)
     own, buffers = _own_tensors(module, parameters)
@@ -120,6 +122,11 @@ def profile(
             timeline,
         )
         rest = Rest(timeline, results, objective, module, recorder.regions, stack)
+        if backward and recorder.before:
+            raise ValueError(
+                f"model: the step goes back into a graph made before it ({recorder.before}), which "
+                "its backward would use up; detach what the step reads, or give backward=False"
+            )
         others = leaves.trained(recorder.nodes)
         contexts.enter_context(without_gradients(others, trained))
         del output, results
@@ -261,8 +268,15 @@ def _fresh(tensors: Iterable[Tensor], seen: set[int]) -> int:
     """Bytes of the storages that are not in `seen`, which has them afterwards."""
     parts = {storage_key(part): part for t in tensors for part in plain_tensors(t)}
     new = [part for key, part in parts.items() if key not in seen]
-    seen |= parts.keys()
+    seen.update(parts)
     return sum(storage_bytes(part) for part in new)
+
+
+def _cut(value: Any) -> Any:
+    """A tensor of the batch without the caller's graph behind it, which a backward would use up."""
+    if isinstance(value, Tensor) and value.grad_fn is not None:
+        return value.detach().requires_grad_()
+    return value
 
 
 def _checked(objective: Any) -> Tensor:

@@ -53,12 +53,15 @@ class SavedTensors:
         self._stack = stack
         self.checkpointed = False  # some region is to be computed again; known after `records`
         self.compiled = False  # some node is compiled code's; likewise
+        self.before = ""  # a node that was there before, and holds tensors; likewise
         self.nodes: dict[Any, bool] = {}  # of the graph, and whether something trained is behind
         self.regions: list[weakref.ref[Any]] = []  # checkpoints' frames
         self._tickets: list[weakref.ref[Ticket]] = []
+        self._first = 0  # number of the step's first node
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def __enter__(self) -> SavedTensors:
+        self._first = torch._C._autograd._get_sequence_nr()
         _Checkpoints.enter()
         self._hooks.__enter__()
         return self
@@ -140,6 +143,9 @@ class SavedTensors:
         others: list[Ticket] = []
         for node, useful in self.nodes.items():
             name = node.name()
+            if node._sequence_nr() < self._first:
+                self.before = name if any(graph.saved(node)) else self.before
+                continue
             self.checkpointed = self.checkpointed or name == graph.REENTRANT
             self.compiled = self.compiled or name == graph.COMPILED
             held: list[tuple[str, Tensor]] = list(graph.attributes(node))

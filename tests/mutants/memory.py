@@ -25,7 +25,7 @@ _TIMELINE = "petal_kernels/memory/timeline.py"
 
 MUTANTS = [
     # Sums: tied and shared tensors, views, parameters, buffers, gradients, batch.
-    (_PROFILER, "    seen |= parts.keys()\n", ""),
+    (_PROFILER, "    seen.update(parts)\n", ""),
     (
         _PROFILER,
         "new = [part for key, part in parts.items() if key not in seen]",

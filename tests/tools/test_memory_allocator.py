@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from petal_kernels import memory
+from petal_kernels.memory.reasons import HELD
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 GENERATOR = 5056  # bytes of the CPU generator's state, which a checkpointed region keeps
@@ -372,3 +373,48 @@ def test_what_a_forward_keeps_is_what_the_allocator_says(name: str) -> None:
         assert profile.checkpointed == ("checkpoint" in name)
         assert len(profile.notes) == profile.compiled
     assert found[0].saved_bytes == found[1].saved_bytes
+
+
+def test_an_output_that_the_graph_holds_too_is_kept() -> None:
+    """Dropping the results would free nothing."""
+    block, x = Mlp(), rows()
+
+    def step(t: Tensor) -> tuple[Tensor, Tensor]:
+        y = block(t)
+        factor = y.detach().exp()
+        y.register_hook(lambda dy: dy * factor)
+        return y, factor
+
+    found = memory.profile(step, x)
+    (record,) = [r for r in found.saved if r.operation == HELD]
+    assert (record.bytes, record.shape) == (x.nbytes, tuple(x.shape))
+    assert found.sizes.outputs == x.nbytes + 4  # y, and the sum
+    assert "closure" in record.why
+
+
+def test_what_python_holds_until_a_recomputation_replaces_it_is_not_kept() -> None:
+    """A layer's own attribute goes in the backward, as what the graph held does."""
+
+    class Remembers(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            self.last = y.detach() + 1
+            return y
+
+    x = rows().requires_grad_()
+    found = memory.profile(Checkpointed(Remembers(), use_reentrant=False), x)
+    assert found.sizes.elsewhere == x.nbytes
+    assert found.saved_bytes == 2 * x.nbytes  # the region's input, and the square's
+
+
+def test_graphs_that_the_loss_does_not_reach_are_kept_while_results_are() -> None:
+    x = rows()
+    first, second = Mlp(), Mlp()
+
+    def step(t: Tensor) -> dict[str, Tensor]:
+        return {"loss": first(t).sum(), "beside": Attributes.apply(second(t))}
+
+    both = memory.profile(step, x)
+    alone = [memory.profile(block, x).saved_bytes for block in (first, second)]
+    # Once exp, sin and cos of the second's result.
+    assert both.saved_bytes == sum(alone) + 3 * x.nbytes

@@ -129,6 +129,7 @@ class Tied(nn.Module):
         self.head.weight = self.words.weight
         self.register_buffer("scale", torch.ones(3, WIDTH))
         self.register_buffer("first", self.scale[0])  # of one storage
+        self.register_buffer("row", self.words.weight.detach()[0])
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.head(self.words(ids) * self.first)
@@ -151,6 +152,8 @@ def test_what_shares_a_storage_is_counted_once() -> None:
     pieces = memory.profile(lambda a, b: model(a) + model(b), (ids[:5], ids[5:]), module=model)
     assert pieces.sizes.batch == ids.nbytes
     assert sum(r.bytes for r in pieces.saved if r.of_batch) == ids.nbytes
+    own = memory.profile(lambda t: (model.head.weight * t).sum(), model.first, module=model)
+    assert (own.sizes.batch, own.sizes.buffers, own.saved_bytes) == (0, 3 * WIDTH * 4, 0)
     fake = memory.profile(*memory.fake_tensors(Tied(), ids))
     assert (fake.sizes, fake.saved_bytes) == (found.sizes, found.saved_bytes)
     with torch.device("meta"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +115,22 @@ def test_a_profile_leaves_everything_as_it_was(kind: type[Moving]) -> None:
     handle.remove()
 
 
+def test_the_callers_graph_is_neither_counted_nor_used_up() -> None:
+    """A batch that another module computed, and a tensor of it that the step closes over."""
+    before, model = Small(), Small()
+    x = before(torch.randn(4, 8)).exp()
+    kept = memory.profile(model, x.detach().requires_grad_()).saved_bytes
+    for batch in ((x,), {"x": x}):
+        assert memory.profile(model, batch).saved_bytes == kept
+    step = lambda: model(x)  # noqa: E731
+    with pytest.raises(ValueError, match=r"graph made before it \(ExpBackward0\)"):
+        memory.profile(step, ())
+    assert memory.profile(step, (), backward=False).saved_bytes == kept
+    assert all(p.grad is None for p in before.parameters())
+    x.sum().backward()
+    assert all(p.grad is not None for p in before.parameters())
+
+
 def test_a_buffer_too_large_to_be_copied_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiler, "_LARGEST_BUFFER", 8 * 4 - 1)
     model = nn.Sequential(nn.BatchNorm1d(8)).train()
@@ -206,15 +223,31 @@ def test_other_threads_run_models_meanwhile(rules: bool) -> None:
 
 
 def test_profiles_at_once_take_turns() -> None:
+    """Torch counts modes for the whole process: entered in turns, left in others, they stay on."""
     model = Moving().train()
     x = torch.randn(4, 8)
     alone = memory.profile(model, x).saved_bytes
     save_inputs = checkpoints._CheckpointFrame.save_inputs
-    kept: list[int] = []
-    finish, _ = in_another_thread(lambda: kept.append(memory.profile(model, x).saved_bytes))
-    kept += [memory.profile(model, x).saved_bytes for _ in range(5)]
+    running, most, kept = [0], [0], list[int]()
+
+    def step(t: Tensor) -> Tensor:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        time.sleep(0.02)
+        running[0] -= 1
+        return model(t)
+
+    def profile() -> None:
+        kept.append(memory.profile(step, x, module=model).saved_bytes)
+
+    finish, rounds = in_another_thread(profile)
+    while rounds() < 1:
+        profile()
+    for _ in range(3):
+        profile()
     assert finish() == []
     assert set(kept) == {alone}
+    assert most == [1]
     assert checkpoints._CheckpointFrame.save_inputs is save_inputs
 
 
