@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 from collections.abc import Callable, Iterable
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -71,6 +71,11 @@ def _variables(function: FunctionType) -> Iterable[tuple[str, Any]]:
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
     for name, cell in cells:
         yield name, content_of(cell)
-    read = {i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL"}
-    for name in sorted(read & function.__globals__.keys()):
+    for name in sorted(_globals_of(function.__code__) & function.__globals__.keys()):
         yield name, function.__globals__[name]
+
+
+def _globals_of(code: CodeType) -> set[str]:
+    inner = [_globals_of(each) for each in code.co_consts if isinstance(each, CodeType)]
+    read = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    return read.union(*inner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,6 +34,7 @@ from petal_kernels.memory.rest import Rest
 from petal_kernels.memory.saved import SavedTensors
 from petal_kernels.memory.timeline import Timeline
 
+_NO_HOOKS = "support saved tensor hooks"
 _LARGEST_BUFFER = 16 * MIB  # that is copied, to be put back
 # One step at a time: torch counts modes for the whole process.
 _ONE = threading.RLock()
@@ -76,9 +78,28 @@ def profile(
     Raises TypeError or ValueError for arguments that do not fit, and for fake tensors where a
     module asks for values.
     """
-    batch = tree_map(_cut, batch)
+    batch, parameters = tree_map(_cut, batch), list(parameters)
     if module is None:
         module = model if isinstance(model, nn.Module) else module_behind(model)
+    step = functools.partial(_profile, model, batch, loss, backward, module, parameters, cuda_rules)
+    try:
+        return step(hooks=True)
+    except RuntimeError as error:
+        if _NO_HOOKS not in str(error):  # functions of torch.func do not run under any
+            raise
+        return step(hooks=False)
+
+
+def _profile(
+    model: Callable[..., Any],
+    batch: Any,
+    loss: Callable[[Any], Tensor] | None,
+    backward: bool,
+    module: nn.Module | None,
+    parameters: list[Tensor],
+    cuda_rules: bool | None,
+    hooks: bool,
+) -> Profile:
     own, buffers = _own_tensors(module, parameters)
     trained = [t for t in own.values() if t.requires_grad]
     mode = mode_of(module, batch)
@@ -86,7 +107,7 @@ def profile(
     cuda = mode is None and any(t.is_cuda for t in [*own.values(), *tensors_in(batch)])
     sizes = _sizes(own, buffers, batch)
     stack = ModuleStack(module)
-    timeline, meter, recorder = Timeline(stack), _Meter(cuda), SavedTensors(stack)
+    timeline, meter, recorder = Timeline(stack), _Meter(cuda), SavedTensors(stack, hooks)
     for category, tensors in (("parameters", own), ("buffers", buffers)):
         for name, t in tensors.items():
             timeline.add(t, category, name)

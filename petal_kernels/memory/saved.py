@@ -9,6 +9,7 @@ holds past this hook (what another hook made of a tensor, attributes of a ctx) t
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
@@ -47,9 +48,11 @@ class Ticket:
 
 
 class SavedTensors:
-    """Context of a forward; `records` afterwards, while the graph is alive."""
+    """Context of a forward; `records` afterwards, while the graph is alive. Without `hooks`, for
+    functions that do not run under any, a record's module is where its tensor was made.
+    """
 
-    def __init__(self, stack: ModuleStack) -> None:
+    def __init__(self, stack: ModuleStack, hooks: bool = True) -> None:
         self._stack = stack
         self.checkpointed = False  # some region is to be computed again; known after `records`
         self.compiled = False  # some node is compiled code's; likewise
@@ -58,7 +61,9 @@ class SavedTensors:
         self.regions: list[weakref.ref[Any]] = []  # checkpoints' frames
         self._tickets: list[weakref.ref[Ticket]] = []
         self._first = 0  # number of the step's first node
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        self._hooks: Any = contextlib.nullcontext()
+        if hooks:
+            self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def __enter__(self) -> SavedTensors:
         self._first = torch._C._autograd._get_sequence_nr()
@@ -67,7 +72,7 @@ class SavedTensors:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._hooks.__exit__()
+        self._hooks.__exit__(None, None, None)
         _Checkpoints.leave()
 
     def _pack(self, tensor: Tensor) -> Ticket:
@@ -80,7 +85,7 @@ class SavedTensors:
         """A region saves its inputs past our hooks, through which they would come back as other
         objects: layers that know an input by its identity would compute another way again.
         """
-        self._hooks.__exit__()
+        self._hooks.__exit__(None, None, None)
         try:
             _Checkpoints.original(frame, *inputs)
         finally:

@@ -296,6 +296,18 @@ def recurrent() -> Step:
     return lambda x: lstm(x)[0].sum(), (torch.randn(2, 5, WIDTH),)
 
 
+def derivatives_inside() -> Step:
+    """Of torch.func, which runs under no hooks of saved tensors."""
+    block = Mlp()
+    region = Checkpointed(Mlp(), use_reentrant=False)
+
+    def step(x: Tensor) -> Tensor:
+        slope = torch.func.grad(lambda t: block(t).square().sum())(region(x) * x)
+        return slope.square().sum()
+
+    return step, (rows().requires_grad_(),)
+
+
 def compiled() -> Step:
     return torch.compile(Loss(*blocks()), backend="aot_eager"), (rows(),)
 
@@ -345,6 +357,7 @@ STEPS: dict[str, tuple[Callable[[], Step], int]] = {
     "held by the output": (held_by_the_output, 0),
     "convolutions": (convolutions, 0),
     "recurrent": (recurrent, 0),
+    "derivatives inside, checkpointed": (derivatives_inside, 1),
     "compiled": (compiled, 0),
     "compiled in place": (compiled_in_place, 0),
     "compiled parts": (compiled_parts, 0),
