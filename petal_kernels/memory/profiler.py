@@ -117,6 +117,8 @@ def _profile(
     with contextlib.ExitStack() as contexts:
         contexts.enter_context(_ONE)
         contexts.callback(timeline.close)
+        devices = _devices([*own.values(), *tensors_in(batch)])
+        contexts.enter_context(torch.random.fork_rng(devices=devices))
         contexts.enter_context(_untouched(trained, cuda))
         contexts.enter_context(without_gradients(_asking(batch), trained))
         changed = contexts.enter_context(buffers_put_back(module, _LARGEST_BUFFER))
@@ -305,6 +307,11 @@ def _checked(objective: Any) -> Tensor:
         got = objective.dtype if isinstance(objective, Tensor) else type(objective).__name__
         raise TypeError(f"loss: want a function that returns a floating-point tensor, got {got}")
     return objective
+
+
+def _devices(tensors: Iterable[Tensor]) -> list[int]:
+    """The GPUs that a step draws from generators of: a model may lie on several."""
+    return sorted({t.get_device() for t in tensors if t.is_cuda})
 
 
 def _asking(batch: Any) -> list[Tensor]:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -129,6 +130,12 @@ def test_the_callers_graph_is_neither_counted_nor_used_up() -> None:
     assert all(p.grad is None for p in before.parameters())
     x.sum().backward()
     assert all(p.grad is not None for p in before.parameters())
+
+
+def test_the_generators_of_every_gpu_that_holds_a_part_are_put_back() -> None:
+    """With stand-ins for tensors on GPUs: there are none here."""
+    on = [mock.Mock(is_cuda=i >= 0, get_device=lambda i=i: i) for i in (3, -1, 0, 3)]
+    assert profiler._devices(on) == [0, 3]
 
 
 def test_a_buffer_too_large_to_be_copied_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
