@@ -120,7 +120,6 @@ def _profile(
         devices = _devices([*own.values(), *tensors_in(batch)])
         contexts.enter_context(torch.random.fork_rng(devices=devices))
         contexts.enter_context(_untouched(trained, cuda))
-        contexts.enter_context(without_gradients(_asking(batch), trained))
         changed = contexts.enter_context(buffers_put_back(module, _LARGEST_BUFFER))
         written = versions(own)
         if mode is not None:
@@ -312,11 +311,6 @@ def _checked(objective: Any) -> Tensor:
 def _devices(tensors: Iterable[Tensor]) -> list[int]:
     """The GPUs that a step draws from generators of: a model may lie on several."""
     return sorted({t.get_device() for t in tensors if t.is_cuda})
-
-
-def _asking(batch: Any) -> list[Tensor]:
-    """The batch's own tensors that a backward gives a gradient."""
-    return [t for t in tensors_in(batch) if t.requires_grad]
 
 
 def _notes(recorder: SavedTensors, leaves: Leaves, changed: list[str]) -> list[str]:

@@ -95,7 +95,6 @@ MUTANTS = [
     (_RULES, " or func is Tensor.backward", ""),
     (_RULES, "kinds = (torch.jit.ScriptModule, nn.RNNBase)", "kinds = (torch.jit.ScriptModule,)"),
     # What is left alone.
-    (_PROFILER, "        contexts.enter_context(without_gradients(_asking(batch), trained))\n", ""),
     (_PROFILER, "        contexts.enter_context(without_gradients(others, trained))\n", ""),
     (_LEAVES, "        for t, grad in own:\n            t.grad = grad\n", "        pass\n"),
     (_LEAVES, "                    value.copy_(copy)\n", "                    pass\n"),

@@ -420,6 +420,36 @@ def test_what_python_holds_until_a_recomputation_replaces_it_is_not_kept() -> No
     assert found.saved_bytes == 2 * x.nbytes  # the region's input, and the square's
 
 
+def keepers(profile: memory.Profile) -> set[tuple[str, str]]:
+    return {(r.operation, r.argument) for r in profile.saved}
+
+
+def test_what_is_kept_past_the_profilers_hook_is_named_by_its_operation() -> None:
+    """Attributes of a ctx, of the batch and of a trained input too, and what other hooks made."""
+
+    class KeepsInput(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.x = x
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Tensor:
+            return dy * 2
+
+    x = rows().requires_grad_()
+    (record,) = memory.profile(KeepsInput.apply, x).saved
+    assert (record.operation, record.argument) == ("KeepsInputBackward", "ctx.x")
+    assert (record.bytes, record.of_batch) == (x.nbytes, True)
+    assert "not save_for_backward" in record.why
+    named = keepers(memory.profile(lambda t: Attributes.apply(t * 2), x))
+    assert named == {("AttributesBackward", f"ctx.{a}") for a in ("factor", "more")}
+    model, batch = saved_on_cpu()
+    other = keepers(memory.profile(model, batch))
+    assert ("AddmmBackward0", "mat1") in other
+    assert HELD not in {operation for operation, _ in other}
+
+
 def test_graphs_that_the_loss_does_not_reach_are_kept_while_results_are() -> None:
     x = rows()
     first, second = Mlp(), Mlp()
