@@ -163,6 +163,10 @@ def test_what_shares_a_storage_is_counted_once() -> None:
     assert part.sizes.batch == 20 * 8
 
 
+def test_what_has_no_bytes_is_no_record() -> None:
+    assert memory.profile(network(), torch.randn(0, WIDTH)).saved == []
+
+
 def test_parameters_of_one_storage_have_gradients_of_their_own() -> None:
     """Views of one flat storage, as an engine lays parameters out."""
     flat = torch.randn(2, WIDTH, WIDTH)
