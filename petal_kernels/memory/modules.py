@@ -2,51 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from types import FrameType, TracebackType
 
 from torch import nn
-from torch.nn.modules import module as module_hooks
-from torch.utils.hooks import RemovableHandle
 
 from petal_kernels.nn.frozen_linear import FrozenLinear
 
+# Every call of a module passes through these, whose `self` is the module.
+_CALLS = {
+    function.__code__
+    for name in ("_wrapped_call_impl", "_call_impl")
+    if (function := getattr(nn.Module, name, None)) is not None
+}
+
 
 class ModuleStack:
-    """While entered, knows the innermost running module of `model`."""
+    """Knows the innermost running module of `model`, in the thread that asks.
+
+    It is read off the interpreter's own stack: hooks would be seen by other threads' forwards and
+    by compiled code, which would be compiled again for them.
+    """
 
     def __init__(self, model: nn.Module | None) -> None:
         modules = {} if model is None else dict(model.named_modules())
         self._names = {id(module): name for name, module in modules.items()}
         self.kinds = {name: type(module).__name__ for name, module in modules.items()}
         self.roles = _roles(modules)
-        self._running: list[str] = []
-        self._handles: list[RemovableHandle] = []
 
     @property
     def current(self) -> str:
-        return self._running[-1] if self._running else ""
+        """The path of the module that runs, "" for none or the model itself."""
+        return self._innermost(sys._getframe(1)) or ""
 
     @property
     def running(self) -> bool:
-        return bool(self._running)
+        """Whether any module of the model does."""
+        return self._innermost(sys._getframe(1)) is not None
 
-    def __enter__(self) -> ModuleStack:
-        self._handles = [
-            module_hooks.register_module_forward_pre_hook(self._push),
-            module_hooks.register_module_forward_hook(self._pop, always_call=True),
-        ]
-        return self
+    def raised_in(self, traceback: TracebackType | None) -> str:
+        """The path of the innermost module that an exception passed through."""
+        found = ""
+        while traceback is not None:
+            found = self._name(traceback.tb_frame) or found
+            traceback = traceback.tb_next
+        return found
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _push(self, module: nn.Module, _: Any) -> None:
+    def _innermost(self, frame: FrameType | None) -> str | None:
         # A module that is not in the tree (the base inside a wrapper) counts as the one around it.
-        self._running.append(self._names.get(id(module), self.current))
+        while frame is not None:
+            name = self._name(frame)
+            if name is not None:
+                return name
+            frame = frame.f_back
+        return None
 
-    def _pop(self, module: nn.Module, _: Any, output: Any) -> None:
-        self._running.pop()
+    def _name(self, frame: FrameType) -> str | None:
+        if frame.f_code not in _CALLS:
+            return None
+        return self._names.get(id(frame.f_locals.get("self")))
 
 
 def _roles(modules: dict[str, nn.Module]) -> dict[str, str]:

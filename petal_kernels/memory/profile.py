@@ -63,6 +63,8 @@ class Profile:
     backward: bool = True  # False: the forward alone was asked for
     optimizer: str = ""  # whose step is the last phase
     before_optimizer: Profile | None = field(default=None, repr=False)
+    compiled: bool = False  # parts ran as compiled code, whose own allocations are not seen
+    notes: list[str] = field(default_factory=list)  # what limits these figures
 
     @property
     def saved_bytes(self) -> int:
@@ -216,6 +218,8 @@ class Profile:
             "training": self.training,
             "fake": self.fake,
             "checkpointed": self.checkpointed,
+            "compiled": self.compiled,
+            "notes": self.notes,
             "rule": self.rule,
             "seconds": self.seconds,
             "device_bytes": self.device_bytes,

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from petal_kernels.memory import gradients
 from petal_kernels.memory.arguments import check_step
-from petal_kernels.memory.cuda_rules import RULE
+from petal_kernels.memory.behind import module_behind
+from petal_kernels.memory.compiled import refused
+from petal_kernels.memory.cuda_rules import RULE, unruled
 from petal_kernels.memory.cuda_rules import cuda_rules as as_on_cuda
-from petal_kernels.memory.fake import mode_of
+from petal_kernels.memory.fake import mode_of, named_failures
+from petal_kernels.memory.leaves import Leaves, buffers_put_back, versions, without_gradients
 from petal_kernels.memory.modules import ModuleStack, frozen_subtrees
 from petal_kernels.memory.profile import Profile
 from petal_kernels.memory.records import (
+    MIB,
     Sizes,
+    mib,
     plain_tensors,
     storage_bytes,
     storage_key,
     tensors_in,
 )
+from petal_kernels.memory.rest import Rest
 from petal_kernels.memory.saved import SavedTensors
 from petal_kernels.memory.timeline import Timeline
+
+_NO_HOOKS = "support saved tensor hooks"
+_LARGEST_BUFFER = 16 * MIB  # that is copied, to be put back
+# One step at a time: torch counts modes for the whole process.
+_ONE = threading.RLock()
 
 
 def profile(
@@ -53,15 +67,50 @@ def profile(
                 after the first, or after zero_grad(set_to_none=False): True of every
                 parameter that the backward reaches, False of none; default: of those that have one
                 now.
-    module      where `model` is a function: the module inside, whose parts the records name.
+    module      where `model` is a function: the module inside, whose parts the records name;
+                default: the one that the function is bound to or closes over.
     parameters  tensors that do not count, beside those of the module: they stay anyway.
     cuda_rules  let attention and dropout keep what CUDA's operators keep; default: on fake tensors.
 
-    The step draws from torch's generators and gives them back as they were; statistics of batch
-    norms move on. Tensors that other saved-tensor hooks take away (save_on_cpu) are not seen.
+    Counted is whatever the forward leaves alive for the backward, by whichever way: saved tensors,
+    what other hooks made of them (save_on_cpu), attributes of a custom function's ctx, caches of
+    selective checkpoints, closures. A compiled model stays compiled: its graphs' saved tensors
+    count; what compiled code allocates meanwhile is out of sight, and `notes` says so.
+
+    Afterwards gradients (of the batch and of other leaves, too), torch's generators, and buffers of
+    at most 16 MiB are what they were, also where the step raises. Hooks of the model run; `notes`
+    says if they changed parameters. Other threads may run models meanwhile; two profiles at once
+    take turns.
+
+    Raises TypeError or ValueError for arguments that do not fit, and for fake tensors where a
+    module asks for values.
     """
     parameters = check_step(model, loss, backward, module, parameters, cuda_rules, accumulate)
-    module = model if isinstance(model, nn.Module) else module
+    batch = tree_map(_cut, batch)
+    if module is None:
+        module = model if isinstance(model, nn.Module) else module_behind(model)
+    step = functools.partial(
+        _profile, model, batch, loss, backward, module, parameters, cuda_rules, accumulate
+    )
+    try:
+        return step(hooks=True)
+    except RuntimeError as error:
+        if _NO_HOOKS not in str(error):  # functions of torch.func do not run under any
+            raise
+        return step(hooks=False)
+
+
+def _profile(
+    model: Callable[..., Any],
+    batch: Any,
+    loss: Callable[[Any], Tensor] | None,
+    backward: bool,
+    module: nn.Module | None,
+    parameters: list[Tensor],
+    cuda_rules: bool | None,
+    accumulate: bool | None,
+    hooks: bool,
+) -> Profile:
     own, buffers = _own_tensors(module, parameters)
     asking = {name: t for name, t in own.items() if t.requires_grad}
     trained = list(asking.values())
@@ -70,41 +119,65 @@ def profile(
     cuda = mode is None and any(t.is_cuda for t in [*own.values(), *tensors_in(batch)])
     sizes = _sizes(own, buffers, batch)
     stack = ModuleStack(module)
-    timeline, meter, recorder = Timeline(stack), _Meter(cuda), SavedTensors(stack)
+    timeline, meter, recorder = Timeline(stack), _Meter(cuda), SavedTensors(stack, hooks)
     for category, tensors in (("parameters", own), ("buffers", buffers)):
         for name, t in tensors.items():
             timeline.add(t, category, name)
     for t in tensors_in(batch):
         timeline.add(t, "batch", "batch")
+    leaves = Leaves(module, set(_storages(own | buffers)) | _keys(batch), timeline)
     with contextlib.ExitStack() as contexts:
+        contexts.enter_context(_ONE)
         contexts.callback(timeline.close)
-        devices = [torch.cuda.current_device()] if cuda else []
+        devices = _devices([*own.values(), *tensors_in(batch)])
         contexts.enter_context(torch.random.fork_rng(devices=devices))
         there = contexts.enter_context(gradients.put_back(trained, accumulate))
         gradients.add_earlier(asking, timeline)
+        changed = contexts.enter_context(buffers_put_back(module, _LARGEST_BUFFER))
+        written = versions(own)
         if mode is not None:
             contexts.enter_context(mode)
+        contexts.enter_context(named_failures(stack, mode))
         if rules:
+            contexts.enter_context(refused())
             contexts.enter_context(as_on_cuda())
-        contexts.enter_context(stack)
         contexts.enter_context(timeline)
         timeline.begin("forward")
-        with meter.measure("forward"), recorder:
+        with meter.measure("forward"), recorder, leaves:
             output = _call(model, batch)
-            objective = (loss or _objective)(output)
+            objective = _objective(output) if loss is None else _checked(loss(output))
         results = [objective, *tensors_in(output)]
+        met = leaves.parameters
+        _count(met, sizes, set(_storages(own | buffers)))
         saved, sizes.saved_parameters = recorder.records(
-            results, _storages(own | buffers), _keys(batch), {id(t) for t in trained}, timeline
+            results,
+            _storages(own | buffers | leaves.parameters | leaves.gathered),
+            _keys(batch),
+            {id(t) for t in [*own.values(), *met.values()] if t.requires_grad},
+            timeline,
         )
-        _account_for_the_rest(timeline, results, sizes)
+        rest = Rest(timeline, results, objective, module, recorder.regions, stack)
+        if backward and recorder.before:
+            raise ValueError(
+                f"model: the step goes back into a graph made before it ({recorder.before}), which "
+                "its backward would use up; detach what the step reads, or give backward=False"
+            )
+        # What an optimizer moves: parameters of no given module are trained all the same.
+        asking |= {name: t for name, t in met.items() if t.requires_grad}
+        others = leaves.trained(recorder.nodes)
+        contexts.enter_context(without_gradients(others, trained))
         del output, results
+        rest.outputs_dropped()
+        recorder.nodes = {}
         if backward and objective.requires_grad:
-            _backward(objective, trained, timeline, meter)
+            _backward(objective, asking.values(), timeline, meter)
             if accumulate:
                 gradients.forget_the_unreached(there, trained, timeline)
         del objective
         gradients.count(asking, there, sizes)
         moved = [gradients.as_moved(*each) for each in asking.items()]
+        saved += rest.graph_dropped(sizes)
+        changed += [name for name, count in versions(own).items() if written[name] != count]
     peak = timeline.peak_step()
     return Profile(
         saved=saved,
@@ -116,6 +189,8 @@ def profile(
         blocks=timeline.blocks,
         recomputed=timeline.recomputed,
         checkpointed=recorder.checkpointed,
+        compiled=recorder.compiled,
+        notes=[*_notes(recorder, leaves, changed), *(unruled(model, module) if rules else [])],
         training=module is None or module.training,
         fake=mode is not None,
         rule=RULE if rules else "",
@@ -128,15 +203,17 @@ def profile(
     )
 
 
-def _backward(objective: Tensor, trained: list[Tensor], timeline: Timeline, meter: _Meter) -> None:
+def _backward(
+    objective: Tensor, trained: Iterable[Tensor], timeline: Timeline, meter: _Meter
+) -> None:
     gradient = torch.ones_like(objective)
     timeline.begin("backward")
     with meter.measure("backward"):
-        objective.backward(gradient)
-    for t in trained:
-        if t.grad is not None:
-            for part in plain_tensors(t.grad):
-                timeline.categorise(storage_key(part), "gradients")
+        torch.autograd.backward(objective, gradient)
+    # Gradients may be pieces of one storage, as engines that shard or bucket them make them.
+    parts = [part for t in trained if t.grad is not None for part in plain_tensors(t.grad)]
+    for key in {storage_key(part): part for part in parts}:
+        timeline.categorise(key, "gradients")
 
 
 class _Meter:
@@ -213,38 +290,67 @@ def _storages(own: dict[str, Tensor]) -> dict[int, str]:
 
 def _sizes(parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: Any) -> Sizes:
     """Bytes of the model's and the batch's storages, each once."""
-    sizes = Sizes()
-    seen: set[int] = set()
-
-    def fresh(t: Tensor) -> int:
-        total = 0
-        for part in plain_tensors(t):
-            if storage_key(part) not in seen:
-                seen.add(storage_key(part))
-                total += storage_bytes(part)
-        return total
-
-    for t in parameters.values():
-        size = fresh(t)
-        sizes.parameters += size
-        if t.requires_grad and size:
-            sizes.trainable += size
-            sizes.trainable_numbers += t.numel()
-    sizes.buffers = sum(fresh(t) for t in buffers.values())
-    sizes.batch = sum(fresh(t) for t in tensors_in(batch))
+    sizes, seen = Sizes(), set[int]()
+    _count(parameters, sizes, seen)
+    sizes.buffers = _fresh(buffers.values(), seen)
+    sizes.batch = _fresh(tensors_in(batch), seen)
     return sizes
 
 
-def _account_for_the_rest(timeline: Timeline, outputs: list[Tensor], sizes: Sizes) -> None:
-    """What lives at the end of the forward and is not kept by the graph: results, and whatever
-    Python holds (a checkpoint's keyword arguments, a cache).
-    """
-    for t in outputs:
-        for part in plain_tensors(t):
-            timeline.categorise(storage_key(part), "outputs")
-    for block in timeline.alive():
-        if block.category == "outputs":
-            sizes.outputs += block.bytes
-        elif block.category == "temporary":
-            block.category = "elsewhere"
-            sizes.elsewhere += block.bytes
+def _count(parameters: dict[str, Tensor], sizes: Sizes, seen: set[int]) -> None:
+    """Adds parameters to the sizes: storages once, numbers of each that is trained."""
+    trained = list({id(t): t for t in parameters.values() if t.requires_grad}.values())
+    sizes.trainable += _fresh(trained, set(seen))
+    sizes.trainable_numbers += sum(part.numel() for t in trained for part in plain_tensors(t))
+    sizes.parameters += _fresh(parameters.values(), seen)
+
+
+def _fresh(tensors: Iterable[Tensor], seen: set[int]) -> int:
+    """Bytes of the storages that are not in `seen`, which has them afterwards."""
+    parts = {storage_key(part): part for t in tensors for part in plain_tensors(t)}
+    new = [part for key, part in parts.items() if key not in seen]
+    seen.update(parts)
+    return sum(storage_bytes(part) for part in new)
+
+
+def _cut(value: Any) -> Any:
+    """A tensor of the batch without the caller's graph behind it, which a backward would use up."""
+    if isinstance(value, Tensor) and value.grad_fn is not None:
+        return value.detach().requires_grad_()
+    return value
+
+
+def _checked(objective: Any) -> Tensor:
+    if not isinstance(objective, Tensor) or not objective.is_floating_point():
+        got = objective.dtype if isinstance(objective, Tensor) else type(objective).__name__
+        raise TypeError(f"loss: want a function that returns a floating-point tensor, got {got}")
+    return objective
+
+
+def _devices(tensors: Iterable[Tensor]) -> list[int]:
+    """The GPUs that a step draws from generators of: a model may lie on several."""
+    return sorted({t.get_device() for t in tensors if t.is_cuda})
+
+
+def _notes(recorder: SavedTensors, leaves: Leaves, changed: list[str]) -> list[str]:
+    """What limits these figures, in words."""
+    notes = []
+    if recorder.compiled:
+        notes.append(
+            "compiled code runs as it is: what its graphs keep is counted, what it allocates "
+            "meanwhile is not seen, so that the peak is at least this; for the eager model's "
+            'figures profile it under torch.compiler.set_stance("force_eager")'
+        )
+    if leaves.parameters:
+        size = _fresh(leaves.parameters.values(), set())
+        notes.append(
+            f"{len(leaves.parameters)} parameters ({mib(size)}) are of no module that was given: "
+            "they do not count as kept; give module= for the names of who keeps what"
+        )
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        notes.append(
+            "the step itself changed what is not put back (an optimizer in a hook, a buffer of "
+            f"more than {mib(_LARGEST_BUFFER)}): {', '.join(changed[:3])}{more}"
+        )
+    return notes

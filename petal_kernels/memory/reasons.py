@@ -10,6 +10,7 @@ _WEIGHT = "the other factor of a product: the gradient of one needs the other"
 _RESULT = "its own result: the derivative is written in terms of it"
 _INPUT = "its input: the derivative is taken there"
 CHECKPOINT = "checkpoint"  # of a region whose own node is not in the graph
+HELD = "held by the graph"  # past every hook
 _INDEX = "indices: where the gradient goes back to"
 
 # node -> argument -> reason; "" is any other argument.
@@ -78,7 +79,12 @@ _TABLE: dict[str, dict[str, str]] = {
     "ModeContractFunction": {"": "fused mode contraction: its factors"},
     "UpdateFunction": {"": "fused update in place: r-wide middle and factors"},
     "CheckpointFunction": {"": "input of a checkpointed region: the rest is computed again"},
-    CHECKPOINT: {"": "input of a checkpointed region: the rest is computed again"},
+    CHECKPOINT: {
+        "cache": "what a checkpointed region holds beside its inputs: chosen results, arguments",
+        "": "input of a checkpointed region: the rest is computed again",
+    },
+    HELD: {"": "the graph holds it past save_for_backward: the closure of a hook, a cache"},
+    "CompiledFunction": {"": "what the compiled graph keeps for its backward"},
 }
 for _flash in ("Flash", "Efficient", "Cudnn"):
     _TABLE[f"ScaledDotProduct{_flash}Attention"] = {
@@ -113,6 +119,8 @@ def why(operation: str, argument: str) -> str:
     known = rows.get(argument) or rows.get("")
     if known:
         return known
+    if argument.startswith("ctx."):
+        return f"{argument} of a custom operation ({short_name(operation)}), not save_for_backward"
     if argument.startswith("tensor "):
         return f"a custom operation ({short_name(operation)}) asked for it"
     return _BY_ARGUMENT.get(argument.rstrip("0123456789"), f"{argument} of the operation")

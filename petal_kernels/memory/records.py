@@ -131,7 +131,9 @@ def plain_tensors(t: Tensor) -> Iterator[Tensor]:
     if is_traceable_wrapper_subclass(t):
         names, _ = t.__tensor_flatten__()
         for name in names:
-            yield from plain_tensors(getattr(t, name))
+            part = getattr(t, name)
+            if isinstance(part, Tensor):  # a DTensor lists its mesh, too
+                yield from plain_tensors(part)
     elif t.layout == torch.strided:
         yield t
     else:

@@ -2,11 +2,15 @@
 
 A saved-tensor hook sees every tensor that an operation keeps, but not which operation: it hands
 autograd a ticket instead of the tensor, and the walk over the finished graph finds the tickets.
-What is dropped before the forward ends takes its ticket with it and is not counted.
+What is dropped before the forward ends takes its ticket with it and is not counted. What the graph
+holds past this hook (what another hook made of a tensor, attributes of a ctx) the walk finds too;
+`rest` has what neither sees.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint
 
+from petal_kernels.memory import graph
 from petal_kernels.memory.modules import ModuleStack
 from petal_kernels.memory.reasons import CHECKPOINT, why
 from petal_kernels.memory.records import (
@@ -27,62 +32,62 @@ from petal_kernels.memory.records import (
 from petal_kernels.memory.timeline import Timeline
 
 _FRAME: Any = getattr(checkpoint, "_CheckpointFrame", None)
-_RAW = "_raw_saved_"
-_REENTRANT = "CheckpointFunctionBackward"
 
 
-class _Ticket:
+class Ticket:
     """Stands in autograd's graph for one kept tensor."""
 
     __slots__ = ("__weakref__", "argument", "behind", "module", "operation", "tensor", "useful")
 
-    def __init__(self, tensor: Tensor, module: str) -> None:
-        # Detached: an operation's own result would hold its graph, and the graph it.
-        self.tensor = tensor.detach()
-        self.module = module
+    def __init__(self, tensor: Tensor, module: str | None) -> None:
+        self.tensor = tensor
+        self.module = module  # None: not known, for no hook of ours was asked
         self.operation = self.argument = ""
         self.useful = True
         self.behind: list[Any] = []  # nodes that the inputs of its checkpointed region come from
 
 
 class SavedTensors:
-    """Context of a forward; `records` afterwards, while the graph is alive."""
+    """Context of a forward; `records` afterwards, while the graph is alive. Without `hooks`, for
+    functions that do not run under any, a record's module is where its tensor was made.
+    """
 
-    def __init__(self, stack: ModuleStack) -> None:
+    def __init__(self, stack: ModuleStack, hooks: bool = True) -> None:
         self._stack = stack
         self.checkpointed = False  # some region is to be computed again; known after `records`
-        self._tickets: list[weakref.ref[_Ticket]] = []
-        self._save_inputs: Any = None
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        self.compiled = False  # some node is compiled code's; likewise
+        self.before = ""  # a node that was there before, and holds tensors; likewise
+        self.nodes: dict[Any, bool] = {}  # of the graph, and whether something trained is behind
+        self.regions: list[weakref.ref[Any]] = []  # checkpoints' frames
+        self._tickets: list[weakref.ref[Ticket]] = []
+        self._first = 0  # number of the step's first node
+        self._hooks: Any = contextlib.nullcontext()
+        if hooks:
+            self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def __enter__(self) -> SavedTensors:
-        self._save_inputs = getattr(_FRAME, "save_inputs", None)
-        if self._save_inputs is not None:
-            _FRAME.save_inputs = lambda frame, *inputs: self._checkpoint(frame, inputs)
+        self._first = torch._C._autograd._get_sequence_nr()
+        _Checkpoints.enter()
         self._hooks.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._hooks.__exit__()
-        if self._save_inputs is not None:
-            _FRAME.save_inputs = self._save_inputs
+        self._hooks.__exit__(None, None, None)
+        _Checkpoints.leave()
 
-    def _pack(self, tensor: Tensor) -> _Ticket:
-        ticket = _Ticket(tensor, self._stack.current)
+    def _pack(self, tensor: Tensor) -> Ticket:
+        # Detached: an operation's own result would hold its graph, and the graph it.
+        ticket = Ticket(tensor.detach(), self._stack.current)
         self._tickets.append(weakref.ref(ticket))
         return ticket
 
-    def _checkpoint(self, frame: Any, inputs: tuple[Any, ...]) -> None:
+    def begin_region(self, frame: Any, inputs: tuple[Any, ...]) -> None:
         """A region saves its inputs past our hooks, through which they would come back as other
         objects: layers that know an input by its identity would compute another way again.
         """
-        top = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        if top is None or top[0] != self._pack:  # a region inside another saves nothing itself
-            self._save_inputs(frame, *inputs)
-            return
-        self._hooks.__exit__()
+        self._hooks.__exit__(None, None, None)
         try:
-            self._save_inputs(frame, *inputs)
+            _Checkpoints.original(frame, *inputs)
         finally:
             self._hooks.__enter__()
         given = [t for t in inputs if isinstance(t, Tensor)]
@@ -91,6 +96,7 @@ class SavedTensors:
             ticket.operation, ticket.argument = CHECKPOINT, "input"
             ticket.behind = [t.grad_fn for t in given if t.grad_fn is not None]
         frame.tickets_of_profile = tickets  # they die when the region's promise does
+        self.regions.append(weakref.ref(frame))
 
     def records(
         self,
@@ -105,19 +111,10 @@ class SavedTensors:
         `parameters` and `batch` hold the storages of the model's own tensors (with names) and of
         the batch, `trained` the identities of the tensors that get a gradient.
         """
-        reaches = _walk(outputs, trained)
-        self.checkpointed = _label(reaches)
-        kept: dict[int, list[tuple[_Ticket, Tensor]]] = {}
-        for reference in self._tickets:
-            ticket = reference()
-            if ticket is None:
-                continue
-            if self.checkpointed and not ticket.operation:
-                # torch before 2.13: a region's own node hangs on nothing but the closure that will
-                # run it again.
-                ticket.operation, ticket.argument = CHECKPOINT, "input"
-            if ticket.behind and self._stack.roles.get(ticket.module) != "trainable":
-                ticket.useful = any(reaches.get(node, True) for node in ticket.behind)
+        self.nodes = graph.walk(outputs, trained)
+        others = self._label()
+        kept: dict[int, list[tuple[Ticket, Tensor]]] = {}
+        for ticket in [*self._living(), *others]:
             for part in plain_tensors(ticket.tensor):
                 kept.setdefault(storage_key(part), []).append((ticket, part))
         found: list[Saved] = []
@@ -130,26 +127,73 @@ class SavedTensors:
                 found.append(self._record(key, size, keepers, key in batch, timeline))
         return found, own
 
+    def _living(self) -> Iterable[Ticket]:
+        """The tickets whose tensors are kept."""
+        for reference in self._tickets:
+            ticket = reference()
+            if ticket is None:
+                continue
+            if self.checkpointed and not ticket.operation:
+                # torch before 2.13: a region's own node hangs on nothing but the closure that will
+                # run it again.
+                ticket.operation, ticket.argument = CHECKPOINT, "input"
+            if ticket.behind and self._stack.roles.get(ticket.module or "") != "trainable":
+                ticket.useful = any(self.nodes.get(node, True) for node in ticket.behind)
+            yield ticket
+
+    def _label(self) -> list[Ticket]:
+        """Tells every ticket its operation, and whether a trained tensor lies behind it. Returns
+        new tickets for what the graph holds past our hook.
+        """
+        others: list[Ticket] = []
+        for node, useful in self.nodes.items():
+            name = node.name()
+            if node._sequence_nr() < self._first:
+                self.before = name if any(graph.saved(node)) else self.before
+                continue
+            self.checkpointed = self.checkpointed or name == graph.REENTRANT
+            self.compiled = self.compiled or name == graph.COMPILED
+            held: list[tuple[str, Tensor]] = list(graph.attributes(node))
+            for argument, value in graph.saved(node):
+                if isinstance(value, Ticket):
+                    value.operation, value.argument, value.useful = name, argument, useful
+                elif type(value).__module__ == checkpoint.__name__:
+                    self.checkpointed = True
+                elif not _is_number(value):
+                    held += [(argument, t) for t in graph.tensors_under(value)]
+            for argument, t in held:
+                ticket = Ticket(t, None)
+                ticket.operation, ticket.argument, ticket.useful = name, argument, useful
+                others.append(ticket)
+        return others
+
     def _record(
         self,
         key: int,
         size: int,
-        keepers: Sequence[tuple[_Ticket, Tensor]],
+        keepers: Sequence[tuple[Ticket, Tensor]],
         of_batch: bool,
         timeline: Timeline,
     ) -> Saved:
         (first, tensor), rest = keepers[0], [ticket for ticket, _ in keepers[1:]]
-        timeline.categorise(key, "saved for backward")
         block = timeline.block(key)
+        if block is None and first.operation == graph.COMPILED:
+            # Compiled code allocates out of the timeline's sight.
+            timeline.add(tensor, "saved for backward", "")
+            block = timeline.block(key)
+        timeline.categorise(key, "saved for backward")
         source = None if block is None else block.copy_of
-        others = dict.fromkeys(Keeper(t.module, t.operation, t.argument) for t in rest)
+        module = first.module
+        if module is None:  # where it was made is the best that is known
+            module = "" if block is None or of_batch else block.module
+        others = dict.fromkeys(Keeper(t.module or "", t.operation, t.argument) for t in rest)
         return Saved(
             bytes=size,
             shape=tuple(tensor.shape),
             dtype=tensor.dtype,
-            module=first.module,
-            kind=self._stack.kinds.get(first.module, ""),
-            role=self._stack.roles.get(first.module, ""),
+            module=module,
+            kind=self._stack.kinds.get(module, ""),
+            role=self._stack.roles.get(module, ""),
             operation=first.operation,
             argument=first.argument,
             why=why(first.operation, first.argument),
@@ -161,66 +205,44 @@ class SavedTensors:
         )
 
 
-def _unpack(ticket: _Ticket) -> Tensor:
+class _Checkpoints:
+    """The one place where a checkpointed region's saving of inputs is listened to, whoever else
+    profiles meanwhile: whose it is says the hook on top of the thread that runs it.
+    """
+
+    original: Any = None
+    _users = 0
+    _lock = threading.Lock()
+
+    @classmethod
+    def enter(cls) -> None:
+        with cls._lock:
+            cls._users += 1
+            if cls._users == 1 and _FRAME is not None and hasattr(_FRAME, "save_inputs"):
+                cls.original = _FRAME.save_inputs
+                _FRAME.save_inputs = _save_inputs
+
+    @classmethod
+    def leave(cls) -> None:
+        with cls._lock:
+            cls._users -= 1
+            if cls._users == 0 and cls.original is not None:
+                _FRAME.save_inputs, cls.original = cls.original, None
+
+
+def _save_inputs(frame: Any, *inputs: Any) -> None:
+    top = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    owner = None if top is None else getattr(top[0], "__self__", None)
+    if isinstance(owner, SavedTensors):
+        owner.begin_region(frame, inputs)
+    else:  # a region inside another saves nothing itself
+        _Checkpoints.original(frame, *inputs)
+
+
+def _is_number(value: Any) -> bool:
+    """A factor written in Python, which autograd keeps as a tensor without asking hooks."""
+    return isinstance(value, Tensor) and value.dim() == 0
+
+
+def _unpack(ticket: Ticket) -> Tensor:
     return ticket.tensor
-
-
-_ATTRIBUTES: dict[type, tuple[str, ...]] = {}
-
-
-def _held(node: Any) -> Iterable[tuple[str, Any]]:
-    """What a node holds for its tensors, each with its argument's name; nothing is unpacked, which
-    would start a checkpointed region's recomputation.
-    """
-    kind = type(node)
-    if kind not in _ATTRIBUTES:
-        _ATTRIBUTES[kind] = tuple(name for name in dir(node) if name.startswith(_RAW))
-    for name in _ATTRIBUTES[kind]:
-        raw = getattr(node, name)
-        label = name.removeprefix(_RAW)
-        several = isinstance(raw, (tuple, list))
-        for i, each in enumerate(raw if several else [raw]):
-            yield (f"tensor {i}" if label == "tensors" else label), each.data
-
-
-def _label(reaches: dict[Any, bool]) -> bool:
-    """Tells every ticket its operation, and whether a trained tensor lies behind that operation.
-    True if parts of the graph hold a checkpoint's promise instead of a tensor.
-    """
-    promised = False
-    for node, useful in reaches.items():
-        name = node.name()
-        promised = promised or name == _REENTRANT
-        for argument, held in _held(node):
-            if isinstance(held, _Ticket):
-                held.operation, held.argument, held.useful = name, argument, useful
-            else:
-                promised = promised or type(held).__module__ == checkpoint.__name__
-    return promised
-
-
-def _walk(outputs: Iterable[Tensor], trained: set[int]) -> dict[Any, bool]:
-    """Every node behind the outputs, and whether a trained tensor lies behind it."""
-    reaches: dict[Any, bool] = {}
-    for output in outputs:
-        if output.grad_fn is not None:
-            _reach(output.grad_fn, trained, reaches)
-    return reaches
-
-
-def _reach(root: Any, trained: set[int], reaches: dict[Any, bool]) -> None:
-    """Depth first without recursion: a graph is deeper than Python's stack."""
-    pending: list[tuple[Any, bool]] = [(root, False)]
-    while pending:
-        node, ready = pending.pop()
-        if node in reaches:
-            continue
-        below = [child for child, _ in node.next_functions if child is not None]
-        if ready:
-            variable = getattr(node, "variable", None)
-            # A reentrant checkpoint hides its parameters.
-            own = id(variable) in trained or node.name() == _REENTRANT
-            reaches[node] = own or any(reaches.get(child, False) for child in below)
-        else:
-            pending.append((node, True))
-            pending += [(child, False) for child in below if child not in reaches]

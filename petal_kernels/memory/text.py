@@ -82,7 +82,7 @@ def totals(profile: Profile) -> list[tuple[str, str]]:
     if sizes.outputs or sizes.elsewhere:
         text = f"{mib(sizes.outputs)} returned by the model"
         if sizes.elsewhere:
-            text += f", {mib(sizes.elsewhere)} held elsewhere (caches, checkpoints' arguments)"
+            text += f", {mib(sizes.elsewhere)} held elsewhere (by Python: caches)"
         lines.append(("also alive", f"{text}, at the end of the forward"))
     if sizes.gradients:
         text = mib(sizes.gradients)
@@ -109,6 +109,7 @@ def totals(profile: Profile) -> list[tuple[str, str]]:
         )
     if profile.rule:
         lines.append(("rule", profile.rule))
+    lines += [("note", note) for note in profile.notes]
     return lines
 
 

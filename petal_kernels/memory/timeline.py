@@ -58,6 +58,13 @@ class Timeline(TorchDispatchMode):
         self._phase = ""
         self._region: _Region | None = None
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code runs as it would without this mode, in every thread; torch would otherwise
+        run it eagerly, and ever after.
+        """
+        return True
+
     def begin(self, phase: str) -> None:
         """What follows belongs to `phase`."""
         self._phase = phase
@@ -81,6 +88,10 @@ class Timeline(TorchDispatchMode):
     def name_of(self, number: int | None) -> str:
         """The name of the parameter or buffer that block `number` is, or nothing."""
         return "" if number is None else self._names.get(number, "")
+
+    def living(self) -> dict[int, Block]:
+        """What lives now, by the identity of its storage."""
+        return dict(self._alive)
 
     def alive(self) -> list[Block]:
         """What lives now."""
