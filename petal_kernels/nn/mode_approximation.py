@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from petal_kernels.nn.gated_adapter import Near
 from petal_kernels.ops.lowrank_linear import lowrank_linear
 from petal_kernels.ops.mode_contract import mode_contract
 
@@ -100,7 +101,7 @@ class ModeApproximation(nn.Module):
         ups = self.contract(index, dtype=x.dtype)
         return lowrank_linear(
             x,
-            self.down,
+            Near(x.dtype, x.device).parameter(self.down),
             ups,
             base=None if base is None else list(base),
             dropout=self.dropout,
