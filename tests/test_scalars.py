@@ -16,7 +16,7 @@ from petal_kernels.ops.gated_bottleneck import arguments as gated
 from petal_kernels.ops.lowrank_linear import arguments as lowrank
 from petal_kernels.tools import parity
 from tests import discovery
-from tests.test_contract import CASES, OPERATORS
+from tests.test_contract import OPERATORS
 
 # Values that no default, sign or symmetry hides.
 ODD = {"scale": -1.75, "dropout": 0.3, "norm_eps": 0.625, "keep": -0.375, "mix": 1.625}
@@ -79,25 +79,34 @@ def test_every_scalar_is_known_here(name: str) -> None:
         assert seen == set(wanted), scalar
 
 
-@pytest.mark.parametrize(("name", "case"), CASES)
-def test_every_number_reaches_the_output_and_each_gradient(name: str, case: Any) -> None:
+RUNS = [
+    pytest.param(op.name, case, backend, id=f"{op.name}-{backend}-{case.name}")
+    for op in OPERATORS.values()
+    for case in op.workload.CASES
+    for backend in ("torch", "native", "triton")
+    if backend != "triton" or case.name in INTERPRETED
+]
+
+
+@pytest.mark.parametrize(("name", "case", "backend"), RUNS)
+def test_every_number_reaches_the_output_and_each_gradient(
+    name: str, case: Any, backend: str
+) -> None:
     """All numbers at once at odd values: outputs and gradients are the fp64 reference's."""
     op = OPERATORS[name]
     names, inputs = discovery.trainable(op, case), oddly(op, case)
+    reasons = dict(pk.explain(op.public, **inputs).rows)[backend]
+    if reasons:
+        pytest.skip("; ".join(reasons))
     exact_in = discovery.map_tensors(inputs, lambda _, t: t.double())
-    outs = op.reference.forward(**inputs)
-    douts = [d.float() for d in discovery.output_gradients(outs)]
+    douts = [d.float() for d in discovery.output_gradients(op.reference.forward(**inputs))]
     exact = flat(discovery.run(op.reference.forward, exact_in, names, douts))
     plain = flat(discovery.run(op.reference.forward, inputs, names, douts))
-    rows = dict(pk.explain(op.public, **inputs).rows)
-    for backend in [n for n, reasons in rows.items() if not reasons]:
-        if backend == "triton" and case.name not in INTERPRETED:
-            continue
-        got = flat(discovery.run(op.public, inputs, names, douts, backend=backend))
-        for label, value in got.items():
-            # What is lost is of the order of one; how near a backend must be is test_ops.py's.
-            allowed = 1e-4 + 10 * parity.error(plain[label], exact[label])
-            assert parity.error(value, exact[label]) <= allowed, f"{backend}: {label}"
+    got = flat(discovery.run(op.public, inputs, names, douts, backend=backend))
+    for label, value in got.items():
+        # What is lost is of the order of one; how near a backend must be is test_ops.py's.
+        allowed = 1e-4 + 10 * parity.error(plain[label], exact[label])
+        assert parity.error(value, exact[label]) <= allowed, label
 
 
 def flat(results: Any) -> dict[str, torch.Tensor]:

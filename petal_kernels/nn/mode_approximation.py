@@ -30,6 +30,7 @@ from petal_kernels.nn.arguments import (
     check_size,
     check_storage,
 )
+from petal_kernels.nn.gated_adapter import Near
 from petal_kernels.ops.lowrank_linear import lowrank_linear
 from petal_kernels.ops.mode_contract import mode_contract
 
@@ -111,7 +112,7 @@ class ModeApproximation(nn.Module):
         ups = self.contract(index, dtype=x.dtype)
         return lowrank_linear(
             x,
-            self.down,
+            Near(x.dtype, x.device).parameter(self.down),
             ups,
             base=None if base is None else list(base),
             dropout=self.dropout,

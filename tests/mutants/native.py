@@ -25,11 +25,23 @@ TESTS = [
     "tests/test_native_expert_dispatch.py",
     "tests/test_native_precision.py",
     "tests/test_ops.py",
+    "tests/test_scalars.py",
     "-k",
     "native or many_splits",
 ]
 
 MUTANTS = [
+    (MODES, "    t *= a.scale;\n", ""),
+    (
+        MODES,
+        "const float factor = a.scale * lambda(a, index);",
+        "const float factor = lambda(a, index);",
+    ),
+    (
+        MODES,
+        "const float m = a.scale * core * mode(a, k, index);",
+        "const float m = core * mode(a, k, index);",
+    ),
     # One chain of additions however long, and runs that lose what was summed before them.
     (GEMM, "constexpr int64_t kRun = 256;", "constexpr int64_t kRun = 1 << 20;"),
     (GEMM, "    add(t, done, kNR);\n    lay_down();", "    lay_down();"),

@@ -61,8 +61,8 @@ MUTANTS = [
     ),
     (
         "petal_kernels/ops/lowrank_linear/function.py",
-        "dys[: len(wants.base)],",
-        "dys[:1] * len(wants.base),",
+        "[own(dy) if want else None for dy",
+        "[own(dys[0]) if want else None for dy",
     ),
     (_GATED, "* (1 - m.gate)).to(dtype))", "* m.gate).to(dtype))"),
     (_GATED, "        dz = (d * t.left).view_as(z)\n", "        dz = d.reshape_as(z)\n"),
@@ -80,7 +80,7 @@ MUTANTS = [
     (_GATED_OP, "kept.sum(-1, keepdim=True).clamp_min(1)", "kept.shape[-1]"),
     (
         _GATED_FUNCTION,
-        'passed["residual"] = dout',
+        'passed["residual"] = own(dout)',
         'passed["residual"] = 2 * dout',
     ),
     (_ROUTING, "descending=True, stable=True", "descending=False, stable=True"),

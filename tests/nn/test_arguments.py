@@ -215,6 +215,38 @@ def test_an_argument_does_what_the_published_form_does(
         assert before.shape != want.shape or not torch.allclose(before, want), "it changes nothing"
 
 
+TYPED = [
+    name
+    for name in MODULES
+    if "dtype" in inspect.signature(getattr(pk.nn, name).__init__).parameters
+]
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kept", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TYPED)
+def test_parameters_of_any_dtype_serve_activations_of_any(name: str, kept: torch.dtype) -> None:
+    """Near the fp64 result of the very same numbers; gradients in the parameters' own dtype."""
+    run, arguments, _ = MODULES[name]
+    for seen in DTYPES:
+        m, exact = made(name, arguments), made(name, arguments)
+        for p, e in zip(m.parameters(), exact.parameters(), strict=True):
+            coarse = p.data.to(kept).to(seen).double() if p.requires_grad else p.data.to(seen)
+            e.data = coarse.double()
+            p.data = p.data.to(kept if p.requires_grad else seen)
+        for each in (m, exact):
+            rows = {k: t.detach().to(seen) for k, t in each.inputs.items() if t.requires_grad}
+            each.inputs |= {k: t if each is m else t.double() for k, t in rows.items()}
+        out, want = run(m, True), run(exact, True)
+        assert out.dtype == seen
+        near = 30 * max(torch.finfo(t).eps for t in (seen, kept))
+        torch.testing.assert_close(out.double(), want, rtol=near, atol=near)
+        trained = [p for p in m.parameters() if p.requires_grad]
+        for p, g in zip(trained, torch.autograd.grad(out.sum(), trained), strict=True):
+            assert g.dtype == p.dtype == kept
+            assert bool(torch.isfinite(g).all())
+
+
 @pytest.mark.parametrize("name", pk.nn.__all__)
 def test_every_module_and_argument_is_here(name: str) -> None:
     cls = getattr(pk.nn, name)
