@@ -222,7 +222,7 @@ class Draw:
         """A dropout probability, 0 with probability 1 - p."""
         if not self.chance(p):
             return 0.0
-        return self.pick(0.1, 0.5, 0.25, 0.9, 1e-6, 0.999999, self.r.random())  # type: ignore[no-any-return]
+        return self.pick(0.1, 0.5, 0.25, 0.9, 1e-6, 0.999, self.r.random())  # type: ignore[no-any-return]
 
     def number(self, p: float = 0.5) -> float:
         """A scale: 1, or something else with probability p."""
@@ -285,6 +285,10 @@ class Arena:
             sign = torch.randint(0, 3, b.shape, generator=g) - 1
             moved[d] = (b.double() * (1 + step * sign)).to(d)
         return Arena(self.case, moved)
+
+    def larger(self) -> Arena:
+        """Every number four times as large."""
+        return Arena(self.case, {d: b * 4 for d, b in self.buffers.items()})
 
     def snapshot(self) -> dict[torch.dtype, Tensor]:
         """A copy of the bits."""

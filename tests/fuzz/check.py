@@ -32,7 +32,13 @@ GENERATORS: dict[str, Callable[[Draw], Case]] = {
 }
 OPERATORS = tuple(GENERATORS)
 # Of cases that are not seen to fail although they do: (operator or "", what a fault's text holds).
-KNOWN: tuple[tuple[str, str], ...] = ()
+KNOWN: tuple[tuple[str, str], ...] = (
+    ("", "shares storage"),
+    ("", "second derivative"),
+    ("mode_contract", "same dtype"),
+    ("mode_contract", "expected scalar type"),
+    ("gated_bottleneck", "view size is not compatible"),
+)
 
 Got = tuple[list[Tensor], list[Tensor]]
 
@@ -72,7 +78,7 @@ class Checker:
             rng = torch.randint(0, 1 << 62, (2,))
         self.rng = None if rng is None else tuple(rng.tolist())
         exact = self._formula(self.arena.double(), exact=True)
-        plain = self._formula(self.arena)
+        plain = self._formula(self.arena, loose=True)
         names = [case.slots[i].name for i in case.trained]
         outs, grads = exact
         labels = [f"output {i}" for i in range(len(outs))] + [f"gradient of {n}" for n in names]
@@ -193,8 +199,10 @@ class Checker:
         faults = self.judge.faults(flat)
         if faults and not self._widened:
             self._widened = self.outcome.second_look = True
+            large = self._formula(self.arena.larger(), loose=True)
+            self.judge.look_again(flatten([*large[0], *large[1]]))
             for n in range(NEIGHBOURS):
-                near = self._formula(self.arena.near(self.case.values + n))
+                near = self._formula(self.arena.near(self.case.values + n), loose=True)
                 self.judge.widen(flatten([*near[0], *near[1]]))
             faults = self.judge.faults(flat)
         for fault in faults:
@@ -213,8 +221,6 @@ class Checker:
             if where in owners:
                 whose = places.get(g.data_ptr(), owners[where])
                 self._fault(backend, f"{label} shares storage with {whose}")
-            elif g.numel() * g.element_size() > g.untyped_storage().nbytes():
-                self._fault(backend, f"{label} overlaps itself: strides {list(g.stride())}")
             owners[where] = label
 
     def _same_bits(self, backend: str, one: Got, two: Got, what: str) -> bool:

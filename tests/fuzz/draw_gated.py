@@ -35,8 +35,6 @@ def gated_bottleneck(d: Draw) -> Case:
     rank, width = d.size(most=130), d.size()
     out = width if base == "input" else d.size()
     norm = d.chance(0.35)
-    if norm and out == 1 and d.chance(0.9):
-        norm = False  # the norm of one number is its bias
     residual = d.weighted(none=45, given=25, gate_input=30)
     variant = d.weighted(paper=65, release=35)
     args: dict[str, Any] = {}
@@ -77,6 +75,8 @@ def gated_bottleneck(d: Draw) -> Case:
     if p or d.chance(0.1):
         args |= {"dropout": p, "rng": d.state(), "training": not d.chance(0.1)}
     c.arguments = args | c.arguments
+    if norm and out < 3:
+        trainable = []  # the norm of one or two numbers hardly depends on them: nothing but rounding
     return d.finish(trainable, [((*lead, out), c.dtype)])
 
 

@@ -1,8 +1,10 @@
 """What the operators compute, from README's table and the public docstrings, in plain torch.
 
 Run in fp64 these are what every backend is measured against; in a case's own dtype, with autograd,
-they are the plain torch of the rule. ``loose`` multiplies what is masked by zero, where the other
-way selects: what is NaN or Inf only there may be so in a result, or not.
+they are the plain torch of the rule. Masked products (dropout, padding, experts that were not
+chosen, relu, a scale of 0, the gradient of an output that is not used) are read in two ways:
+``loose`` multiplies by zero, as plain torch does; the other way selects. What is NaN or Inf in one
+of them only may be so in a result, or not.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ Outputs = list[Tensor]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
-    "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
     "silu": F.silu,
@@ -34,6 +35,19 @@ def _wide(t: Tensor) -> Tensor:
 def _only(keep: Tensor, t: Tensor, loose: bool) -> Tensor:
     """t where it is kept, 0 elsewhere."""
     return t * keep.to(t.dtype) if loose else torch.where(keep, t, torch.zeros_like(t))
+
+
+def _relu(z: Tensor, loose: bool) -> Tensor:
+    return z * (z > 0) if loose and not bool(torch.isfinite(z).all()) else F.relu(z)
+
+
+def _activate(name: str, z: Tensor, loose: bool) -> Tensor:
+    return _relu(z, loose) if name == "relu" else _ACTIVATIONS[name](z)
+
+
+def _times(scale: float, t: Tensor, loose: bool) -> Tensor:
+    """scale * t; times 0 is a masked product too."""
+    return scale * t if scale != 0 or loose else torch.zeros_like(t)
 
 
 class _Drop:
@@ -62,13 +76,13 @@ def mode_contract(a: dict[str, Any], loose: bool = False) -> Outputs:
         m = (core.unsqueeze(0) @ modes[:, None, :, None]).squeeze(-1)
     else:
         m = torch.diag_embed(core * modes)
-    scale = a.get("scale", 1.0)
     if up is None:
-        out = scale * m
+        out = m
     elif core.dim() == 3:
-        out = scale * (up @ m.transpose(1, 2))
+        out = up @ m.transpose(1, 2)
     else:
-        out = scale * (up * (core * modes).unsqueeze(1))
+        out = up * (core * modes).unsqueeze(1)
+    out = _times(a.get("scale", 1.0), out, loose)
     return [out.to(a.get("dtype") or core.dtype)]
 
 
@@ -87,7 +101,7 @@ def lowrank_linear(a: dict[str, Any], loose: bool = False) -> Outputs:
             m = m @ a["core"][k].to(m.dtype)
         if at != "input":
             m = drop(m, k)
-        y = a.get("scale", 1.0) * F.linear(m, ups[k].to(m.dtype))
+        y = _times(a.get("scale", 1.0), F.linear(m, ups[k].to(m.dtype)), loose)
         if a.get("weights") is not None:
             biases = a.get("biases")
             bias = None if biases is None else biases[k]
@@ -98,7 +112,7 @@ def lowrank_linear(a: dict[str, Any], loose: bool = False) -> Outputs:
     return outs
 
 
-def _route(a: dict[str, Any], z: Tensor) -> Tensor:
+def _route(a: dict[str, Any], z: Tensor, loose: bool) -> Tensor:
     kind, v = a.get("route", "none"), a.get("vision")
     if kind == "none":
         return z
@@ -109,7 +123,7 @@ def _route(a: dict[str, Any], z: Tensor) -> Tensor:
         else:
             left = v.transpose(1, 2)
         if kind == "gram_relu":
-            z, left = F.relu(z), F.relu(left)
+            z, left = _relu(z, loose), _relu(left, loose)
         return (z @ left) @ v
     mean = v.mean(dim=1, keepdim=True)
     if kind == "add":
@@ -130,9 +144,8 @@ def _gate(a: dict[str, Any], y: Tensor, h: Tensor | None, loose: bool) -> Tensor
         down, up = cast("gate_down"), cast("gate_up")
         assert down is not None
         assert up is not None
-        middle = _ACTIVATIONS[a.get("activation", "gelu_tanh")](
-            F.linear(x, down, cast("gate_down_bias"))
-        )
+        zg = F.linear(x, down, cast("gate_down_bias"))
+        middle = _activate(a.get("activation", "gelu_tanh"), zg, loose)
         return torch.sigmoid(_wide(F.linear(middle, up, cast("gate_up_bias"))))
     w = cast("gate_weight")
     assert w is not None
@@ -183,7 +196,8 @@ def gated_bottleneck(a: dict[str, Any], loose: bool = False) -> Outputs:
         z = F.linear(x, down, cast("down_bias"))
     up = cast("up")
     assert up is not None
-    y = F.linear(_ACTIVATIONS[a.get("activation", "gelu_tanh")](_route(a, z)), up, cast("up_bias"))
+    q = _activate(a.get("activation", "gelu_tanh"), _route(a, z, loose), loose)
+    y = F.linear(q, up, cast("up_bias"))
     base = a.get("base", "input")
     first_column = a.get("update_at")
     h = x if isinstance(base, str) else base
@@ -194,9 +208,10 @@ def gated_bottleneck(a: dict[str, Any], loose: bool = False) -> Outputs:
         return [torch.cat((h[..., :first_column], new, h[..., last:]), -1)]
     if h is not None:
         y = h + y
-    u = a.get("scale", 1.0) * y
+    u = y
     if a.get("gate", "none") != "none":
         u = u * _gate(a, y, h, loose).to(dtype)
+    u = _times(a.get("scale", 1.0), u, loose)
     u = _Drop(a, 1, loose)(u)
     residual = a.get("residual")
     if residual is not None:
@@ -229,21 +244,30 @@ def expert_dispatch(a: dict[str, Any], loose: bool = False) -> Outputs:
     spread = chosen
     if chosen is not None and chosen.dim() < x.dim():
         spread = chosen.unsqueeze(-2)
-    total = x.new_zeros((*x.shape[:-1], up.shape[1]))
+    gates = gates.expand(*x.shape[:-1], experts).reshape(-1, experts)
+    flat = x.reshape(-1, x.shape[-1])
+    total = flat.new_zeros((flat.shape[0], up.shape[1]))
+    if spread is not None:
+        spread = spread.expand(*x.shape[:-1], experts).reshape(-1, experts)
     for e in range(experts):
+        rows = None  # an expert sees the rows that chose it, or all
+        if spread is not None and not loose:
+            rows = spread[:, e].nonzero().squeeze(1)
+        xe, ge = (flat, gates) if rows is None else (flat[rows], gates[rows])
         own = e if a["down"].shape[0] > 1 else 0
         biases = [a.get("down_bias"), a.get("up_bias")]
         inner = None if biases[0] is None else biases[0][own].to(dtype)
         outer = None if biases[1] is None else biases[1][e].to(dtype)
-        z = F.linear(x, a["down"][own].to(dtype), inner)
-        y = F.linear(_ACTIVATIONS[a.get("activation", "identity")](z), up[e].to(dtype), outer)
-        y = gates[..., e : e + 1].to(dtype) * y
-        total = total + (y if spread is None else _only(spread[..., e : e + 1], y, loose))
-    out = a.get("mix", 1.0) * total
+        z = F.linear(xe, a["down"][own].to(dtype), inner)
+        y = F.linear(_activate(a.get("activation", "identity"), z, loose), up[e].to(dtype), outer)
+        y = ge[:, e : e + 1].to(dtype) * y
+        total = total + y if rows is None else total.index_add(0, rows, y)
+    total = total.view(*x.shape[:-1], up.shape[1])
+    out = _times(a.get("mix", 1.0), total, loose)
     base = a.get("base", "input")
     h = x if isinstance(base, str) else base
     if h is not None:
-        out = a.get("keep", 1.0) * h + out
+        out = _times(a.get("keep", 1.0), h, loose) + out
     if not a.get("return_routing", False):
         return [out]
     found = [out]
@@ -283,10 +307,11 @@ def _expert_gates(a: dict[str, Any], loose: bool) -> tuple[Tensor, Tensor | None
     chosen = _largest(logits.detach(), k)
     if a.get("renormalize", True):
         low = torch.full_like(logits, -torch.inf)
-        gates = torch.softmax(torch.where(chosen, logits, low), -1)
+        off = torch.where(chosen, torch.zeros_like(low), low)
+        gates = torch.softmax(logits + off if loose else torch.where(chosen, logits, low), -1)
     else:
         gates = torch.softmax(logits, -1)
-    return torch.where(chosen, gates, torch.zeros_like(gates)), logits, chosen
+    return _only(chosen, gates, loose), logits, chosen
 
 
 FORMULAS: dict[str, Callable[[dict[str, Any], bool], Outputs]] = {
@@ -307,9 +332,9 @@ def evaluate(
     """Outputs, and the gradients of the leaves (zeros where nothing reaches one)."""
     outs = FORMULAS[operator](arguments, loose)
     pairs = [
-        (o, u.to(o.dtype))
+        (o, torch.zeros_like(o) if u is None else u.to(o.dtype))
         for o, u in zip(outs, upstream, strict=False)
-        if u is not None and o.requires_grad
+        if o.requires_grad and (u is not None or loose)
     ]
     if not pairs or not leaves:
         return outs, [torch.zeros_like(t) for t in leaves]

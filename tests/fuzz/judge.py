@@ -1,16 +1,18 @@
 """The rule of ``petal_kernels/tools/parity.py`` over all results of a call at once.
 
 * Finite results: RMS and largest error against the fp64 formula at most 2x (outputs) or 3x
-  (gradients) plain torch's in the same dtype, plus parity's floors. Half a rounding step is a floor
-  too where a result is subnormal. fp64 is held to 2^-36 of the largest value.
+  (gradients) plain torch's in the same dtype, plus parity's floors. A subnormal
+  number of fp32 or bf16 may count as 0, as libraries take it; one of fp16 is held to its step. fp64 is held to 2^-36 of the largest value.
 * Second look, where a call fails that: plain torch's error is then the largest over eight
   neighbours of the case, whose every number is moved by at most one rounding step of the
   activations' dtype, against the same fp64 results. A case in which plain torch rounds well by luck,
   in which terms cancel, or in which relu's sign or the choice of an expert hangs on the last bit,
-  shows there how far rounding alone moves it. A wrong index, sign, scale or mask does not hide so.
-* NaN and Inf: where the fp64 formula is not finite however masked products are read (dropped
-  elements, padding and experts that were not chosen: by selection, or times zero), neither is the
-  result. Where the formula is finite in both readings, at most half the dtype's largest number, and
+  shows there how far rounding alone moves it. Another order of a long fp32 sum (library products add
+  to what they start from, one term after the other) may cost 8 rounding steps RMS, 16 at most. A wrong index, sign, scale or mask does not hide so.
+  There too: what has no headroom, where plain torch overflows once every number of the case is four
+  times as large, need not be finite.
+* NaN and Inf: where the fp64 formula is not finite however masked products are read (by selection,
+  or times zero: ``formulas.py``), neither is the result. Where the formula is finite in both readings, at most half the dtype's largest number, and
   plain torch is finite in the dtype, so is the result. The error rule holds for what is finite in
   all of them.
 """
@@ -59,11 +61,14 @@ class Results:
         info = [torch.finfo(self.dtypes[i]) for i in self.used]
         eps = np.array([i.eps for i in info])
         double = np.array([self.dtypes[i] == torch.float64 for i in self.used], dtype=bool)
+        self.single = np.array([self.dtypes[i] == torch.float32 for i in self.used], dtype=bool)
         self.factor = np.where(self.used < self.outputs, OUTPUT_FACTOR, GRADIENT_FACTOR)
         few = self.sizes < 16
         self.rms_floor = np.where(double, 2.0**-36, np.where(few, 2 * eps, eps / 4))
         self.max_floor = np.where(double, 2.0**-36, 2 * eps)
-        self.step = np.array([i.smallest_normal * i.eps for i in info])
+        half = np.array([self.dtypes[i] == torch.float16 for i in self.used], dtype=bool)
+        normal = np.array([i.smallest_normal for i in info])
+        self.step = np.where(half, normal * eps, normal)
         self.largest = np.array([i.max for i in info]) / 2
         self.spread = np.repeat(np.arange(len(self.used)), sizes[used])
 
@@ -109,6 +114,20 @@ class Judge:
         with np.errstate(invalid="ignore"):
             d = np.where(self.counted, np.abs(got - self.reference), 0.0)
         return self.layout.measure(d)
+
+    def look_again(self, plain: _Flat) -> None:
+        """Begin the second look, with plain torch's results of the case with larger numbers: what
+        overflows there is not counted."""
+        if self.counted is None:
+            self.counted = np.ones(self.exact.shape, dtype=bool)
+            self.hidden = np.zeros(self.exact.shape, dtype=bool)
+        self.counted &= np.isfinite(plain)
+        self.reference = np.where(self.counted, self.exact, 0.0)
+        self.rms, self.top = self.layout.measure(np.abs(self.reference))
+        self.plain_rms, self.plain_top = self._errors(self.plain)
+        r = self.layout
+        r.rms_floor = np.where(r.single, 2.0**-20, r.rms_floor)
+        r.max_floor = np.where(r.single, 2.0**-19, r.max_floor)
 
     def widen(self, plain: _Flat) -> None:
         """Take a neighbour's plain result into account; one that is not finite moves nothing."""
