@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,11 +86,14 @@ class Checker:
         dtypes = [t.dtype for t in (*plain[0], *plain[1])]
         self.layout = Results(labels, [t.shape for t in (*outs, *grads)], dtypes, len(outs))
         flat = flatten([*outs, *grads])
-        loose = None
-        if case.spoiled or not torch.isfinite(torch.from_numpy(flat)).all():
-            both = self._formula(self.arena.double(), exact=True, loose=True)
-            loose = flatten([*both[0], *both[1]])
-        self.judge = Judge(self.layout, flat, flatten([*plain[0], *plain[1]]), loose)
+        other = None
+        if case.spoiled or not np.isfinite(flat).all():
+            readings = (
+                self._formula(self.arena.double(), exact=True, loose=True),
+                self._formula(self.arena),
+            )
+            other = tuple(flatten([*r[0], *r[1]]) for r in readings)
+        self.judge = Judge(self.layout, flat, flatten([*plain[0], *plain[1]]), other)
 
     def _formula(self, arena: Arena, exact: bool = False, loose: bool = False) -> Got:
         c = self.case

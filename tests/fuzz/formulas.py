@@ -38,7 +38,7 @@ def _only(keep: Tensor, t: Tensor, loose: bool) -> Tensor:
 
 
 def _relu(z: Tensor, loose: bool) -> Tensor:
-    return z * (z > 0) if loose and not bool(torch.isfinite(z).all()) else F.relu(z)
+    return z * (z > 0) if loose else F.relu(z)
 
 
 def _activate(name: str, z: Tensor, loose: bool) -> Tensor:
@@ -334,7 +334,7 @@ def evaluate(
     pairs = [
         (o, torch.zeros_like(o) if u is None else u.to(o.dtype))
         for o, u in zip(outs, upstream, strict=False)
-        if o.requires_grad and (u is not None or loose)
+        if o.requires_grad and (loose or (u is not None and o.numel()))
     ]
     if not pairs or not leaves:
         return outs, [torch.zeros_like(t) for t in leaves]

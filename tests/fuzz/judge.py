@@ -87,11 +87,17 @@ class Judge:
     """What is known of a case before a backend runs it."""
 
     def __init__(
-        self, layout: Results, exact: _Flat, plain: _Flat, loose: _Flat | None = None
+        self,
+        layout: Results,
+        exact: _Flat,
+        plain: _Flat,
+        other: tuple[_Flat, _Flat] | None = None,
     ) -> None:
+        """``other``: where anything is not finite, the fp64 formula with masked products times
+        zero, and plain torch with masked products selected."""
         self.layout, self.exact, self.plain = layout, exact, plain
         fine = np.isfinite(exact)
-        self.clean = loose is None and bool(fine.all()) and bool(np.isfinite(plain).all())
+        self.clean = other is None and bool(fine.all()) and bool(np.isfinite(plain).all())
         r = layout
         if self.clean and len(r.starts):
             self.clean = bool((np.abs(exact) <= r.largest[r.spread]).all())
@@ -99,8 +105,11 @@ class Judge:
             self.counted = None
             self.reference = exact
         else:
-            both = fine if loose is None else fine & np.isfinite(loose)
-            self.hidden = ~fine if loose is None else ~fine & ~np.isfinite(loose)
+            both, self.hidden = fine, ~fine
+            if other is not None:
+                both, self.hidden = fine & np.isfinite(other[0]), ~fine
+                for reading in other:
+                    self.hidden = self.hidden & ~np.isfinite(reading)
             with np.errstate(invalid="ignore"):
                 fits = np.abs(exact) <= r.largest[r.spread] if len(r.starts) else both
             self.counted = both & fits & np.isfinite(plain)
