@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import selectors
 import signal
 import subprocess
@@ -102,6 +103,8 @@ class Worker:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.fuzz.worker", self.profile, str(self.path)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=ROOT,
+            # Threads that wait do not spin on the core that another worker needs.
+            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
         )  # fmt: skip
         self.ready, self.seen, self.since = False, -1, time.monotonic()
 
@@ -132,7 +135,7 @@ class Run:
     def __init__(self, profile: str, options: argparse.Namespace, totals: Totals) -> None:
         self.profile, self.o, self.totals = profile, options, totals
         self.left: deque[dict[str, Any]] = deque()  # what a dead worker left behind
-        self.turn = 0
+        self.turn, self.started = 0, False
         self.begin = self.saved = time.monotonic()
         self.done = 0
 
@@ -196,6 +199,8 @@ class Run:
     def _take(self, worker: Worker, message: dict[str, Any]) -> None:
         if message.get("ready"):
             worker.ready = True
+            if not self.started:  # compiling kernels for the emulation is not counted
+                self.started, self.begin = True, time.monotonic()
             return
         self.totals.add(message)
         worker.chunk = None

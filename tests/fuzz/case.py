@@ -126,7 +126,7 @@ class Draw:
         }.get(c.magnitude, (1.0, 1.0))
         c.spoiled = self.chance(0.06)
         c.repeat = self.chance(0.25)
-        c.threads = not self.small and self.chance(0.03)
+        c.threads = not self.small and self.chance(0.015)
         c.twice = self.chance(0.02)
 
     def lead(self, dims: int | None = None, most: int = 300) -> tuple[int, ...]:

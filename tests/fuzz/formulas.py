@@ -152,14 +152,20 @@ def _gate(a: dict[str, Any], y: Tensor, h: Tensor | None, loose: bool) -> Tensor
     w = _wide(w)
     if kind == "middleY":
         return 1 + (w if release else torch.sigmoid(w))
-    seen = y if release else h
-    seen = torch.zeros_like(y) if seen is None else seen
+    seen = y if release else h  # None: there is nothing to see, not 0 times a weight
+    if seen is None and loose:
+        seen = torch.zeros_like(y)
     out = y.shape[-1]
     if kind == "middleX":
-        logit = ((_wide(x) + _wide(seen)) * w).sum(-1, keepdim=True)
+        if loose and seen is not None:  # the sum taken apart: with an infinite weight not the same
+            logit = (_wide(x) * w).sum(-1, keepdim=True) + (_wide(seen) * w).sum(-1, keepdim=True)
+        else:
+            both = _wide(x) if seen is None else _wide(x) + _wide(seen)
+            logit = (both * w).sum(-1, keepdim=True)
     else:
         logit = (_wide(x) * w[:out]).sum(-1, keepdim=True)
-        logit = logit + (_wide(seen) * w[out:]).sum(-1, keepdim=True)
+        if seen is not None:
+            logit = logit + (_wide(seen) * w[out:]).sum(-1, keepdim=True)
     bias = cast("gate_bias")
     if bias is not None:
         logit = logit + _wide(bias)
