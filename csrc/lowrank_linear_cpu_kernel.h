@@ -165,10 +165,6 @@ struct BackwardBlock {
   float* dx;                            // [padded(D) / kNR][block][kNR], or null
 };
 
-inline void clear_floats(float* p, int64_t n) {
-  for (int64_t i = 0; i < n; i += kVL) store(p + i, vf{});
-}
-
 // All that reads dy_k: g_k = dy_k P_k, the partials of dP_k^T, and dx += dy_k W_k.
 template <typename T>
 void read_dy(const LowrankArgs& a, const BackwardBlock& b, int64_t k, int64_t split, bool first_block,
@@ -177,10 +173,6 @@ void read_dy(const LowrankArgs& a, const BackwardBlock& b, int64_t k, int64_t sp
   const int64_t width = padded(a.R);
   const T* dy = static_cast<const T*>(o.dy) + row0 * o.dy_row;
   float* dup = o.dup ? o.dup + split * n_panels(o.width) * a.R * kNR : nullptr;
-  if (o.width == 0) {  // no columns: what the first of them would have overwritten
-    if (a.need_dh) clear_floats(b.g, rows * width);
-    if (b.dx && k == 0) clear_floats(b.dx, n_panels(a.D) * a.block * kNR);
-  }
   for (int64_t c = 0; c < o.width; c += kChunk) {
     const int64_t n = least(kChunk, o.width - c);
     to_panels(b.chunk, dy + c, o.dy_row, rows, n, a.block);

@@ -58,19 +58,26 @@ class Totals:
     def add(self, r: dict[str, Any]) -> None:
         """Take a chunk's results."""
         name = f"{r['operator']} {r['profile']}"
-        backend = {"cuda": {"torch": "cuda (emulated)"}, "triton": {"triton": "triton (interpreted)"}}
+        backend = {
+            "cuda": {"torch": "cuda (emulated)"},
+            "triton": {"triton": "triton (interpreted)"},
+        }
         names = backend.get(r["profile"], {})
         counts = {names.get(k, k): v for k, v in r["calls"].items()}
         self.calls.setdefault(r["operator"], Counter()).update(counts)
         self.seconds[name] = self.seconds.get(name, 0.0) + r["seconds"]
         self.cases[name] += r["count"]
-        self.declined.update({f"{r['operator']} {names.get(k, k)}": v for k, v in r["declined"].items()})
+        self.declined.update(
+            {f"{r['operator']} {names.get(k, k)}": v for k, v in r["declined"].items()}
+        )
         self.known.update(r["known"])
         self.second_looks += r["second_looks"]
         for f in r["failures"]:
             self.failure(r["profile"], r["operator"], r["seed"], f["index"], f["faults"])
 
-    def failure(self, profile: str, operator: str, seed: int, index: int, faults: list[str]) -> None:
+    def failure(
+        self, profile: str, operator: str, seed: int, index: int, faults: list[str]
+    ) -> None:
         """Record a failure, and print the first ones."""
         script = reproduction(profile, operator, seed, index)
         self.failures.append(

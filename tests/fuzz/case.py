@@ -80,6 +80,7 @@ class Draw:
         self.case.values = self.r.getrandbits(60)
         self._ends: dict[torch.dtype, int] = {}
         self.wide_parameters = False
+        self.layouts: tuple[str, ...] = LAYOUTS
         self.scales = (1.0, 1.0)  # of activations and of parameters
 
     def chance(self, p: float) -> bool:
@@ -153,12 +154,12 @@ class Draw:
         *shape: int,
         dtype: torch.dtype | None = None,
         factor: float = 1.0,
-        layouts: Sequence[str] = LAYOUTS,
+        layouts: Sequence[str] | None = None,
     ) -> Ref:
         """A floating tensor of normal numbers times ``factor``."""
         dtype = self.case.dtype if dtype is None else dtype
         layout = self.r.choices(LAYOUTS, _LAYOUT_WEIGHTS)[0]
-        layout = layout if layout in layouts else "contiguous"
+        layout = layout if layout in (layouts or self.layouts) else "contiguous"
         strides, extent = self._strides(shape, layout)
         offset = self._ends.get(dtype, 0)
         if layout == "contiguous":
@@ -276,14 +277,16 @@ class Arena:
         return Arena(self.case, {d: b.double() for d, b in self.buffers.items()})
 
     def near(self, seed: int) -> Arena:
-        """Every number moved by one rounding step of the activations' dtype (of its own, if that
-        is coarser)."""
+        """Every number moved by at most one rounding step of the activations' dtype (of its own, if
+        that is coarser), near zero by one of the least it can hold."""
         g = torch.Generator().manual_seed(seed)
         moved = {}
         for d, b in self.buffers.items():
             step = max(torch.finfo(d).eps, torch.finfo(self.case.dtype).eps)
+            info = torch.finfo(self.case.dtype)
+            least = info.smallest_normal * (info.eps if info.dtype == "float16" else 1)
             sign = torch.randint(0, 3, b.shape, generator=g) - 1
-            moved[d] = (b.double() * (1 + step * sign)).to(d)
+            moved[d] = (b.double() * (1 + step * sign) + least * sign).to(d)
         return Arena(self.case, moved)
 
     def larger(self) -> Arena:

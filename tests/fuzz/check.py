@@ -258,9 +258,7 @@ class Checker:
 
         def second(grads: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
             pairs = [
-                (g, w.to(g.dtype))
-                for g, w in zip(grads, weights, strict=True)
-                if g.requires_grad
+                (g, w.to(g.dtype)) for g, w in zip(grads, weights, strict=True) if g.requires_grad
             ]
             if not pairs:
                 return [torch.zeros_like(t) for t in leaves]

@@ -50,6 +50,8 @@ def expert_dispatch(d: Draw) -> Case:
         if chooses:
             args["top_k"] = d.r.randint(1, min(experts, 4))
             args["renormalize"] = d.chance(0.6)
+            # NaN in padding, times zero, is a logit, and then another choice altogether.
+            c.spoiled = c.spoiled and args.get("mask") is None
     elif gate == "given":
         k = d.r.randint(1, min(experts, 3))
         if chooses:

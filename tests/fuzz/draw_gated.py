@@ -38,6 +38,8 @@ def gated_bottleneck(d: Draw) -> Case:
     residual = d.weighted(none=45, given=25, gate_input=30)
     variant = d.weighted(paper=65, release=35)
     args: dict[str, Any] = {}
+    if norm:  # equal columns have no variance: a norm of them shows rounding alone
+        d.layouts = tuple(layout for layout in d.layouts if layout != "expanded")
     x = down = down_bias = z = None
     if not bottleneck or base == "input":
         x = d.row("x", *lead, width)
@@ -55,7 +57,10 @@ def gated_bottleneck(d: Draw) -> Case:
     vision = None
     if route != "none":
         tokens = d.pick(1, 1, 2, 3, d.size(most=40))
-        vision = d.row("vision", lead[0], tokens, rank, factor=1.0)
+        # Enters a gram twice: huge, its square alone overflows, and relu's zeros tell the orders
+        # of the products apart.
+        factor = 1 / d.scales[0] if route == "gram_relu" and d.scales[0] > 1 else 1.0
+        vision = d.row("vision", lead[0], tokens, rank, factor=factor)
         args |= {"route": route, "vision": vision}
     trainable: list[Ref | None] = [x, down, up, down_bias, up_bias, given, z, vision]
     trainable += _gate(d, gate, lead, out, residual, variant)

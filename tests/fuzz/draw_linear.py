@@ -58,7 +58,7 @@ def lowrank_linear(d: Draw) -> Case:
     else:
         down = d.parameter("down", rank, width, factor=width**-0.5)
     args |= {"x": x, "down": down, "hidden": hidden}
-    outs = [0 if d.chance(0.01) else d.size(most=200) for _ in range(count)]
+    outs = [d.size(most=200) for _ in range(count)]
     stacked = d.chance(0.2)
     if stacked:
         outs = [outs[0]] * count

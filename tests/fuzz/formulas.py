@@ -2,8 +2,9 @@
 
 Run in fp64 these are what every backend is measured against; in a case's own dtype, with autograd,
 they are the plain torch of the rule. Masked products (dropout, padding, experts that were not
-chosen, relu, a scale of 0, the gradient of an output that is not used) are read in two ways:
-``loose`` multiplies by zero, as plain torch does; the other way selects. What is NaN or Inf in one
+chosen, relu, a scale of 0, mode matrices without ``up``, which are products with the identity, the
+gradient of an output that is not used) are read in two ways: ``loose`` multiplies by zero, as plain
+torch does; the other way selects. What is NaN or Inf in one
 of them only may be so in a result, or not.
 """
 
@@ -35,6 +36,11 @@ def _wide(t: Tensor) -> Tensor:
 def _only(keep: Tensor, t: Tensor, loose: bool) -> Tensor:
     """t where it is kept, 0 elsewhere."""
     return t * keep.to(t.dtype) if loose else torch.where(keep, t, torch.zeros_like(t))
+
+
+def _sigmoid(t: Tensor) -> Tensor:
+    """In fp64 without the difference 1 - s in its derivative, which is 0 for logits above 37."""
+    return torch.exp(F.logsigmoid(t)) if t.dtype == torch.float64 else torch.sigmoid(t)
 
 
 def _relu(z: Tensor, loose: bool) -> Tensor:
@@ -77,7 +83,7 @@ def mode_contract(a: dict[str, Any], loose: bool = False) -> Outputs:
     else:
         m = torch.diag_embed(core * modes)
     if up is None:
-        out = m
+        out = m @ torch.eye(m.shape[-1], dtype=m.dtype) if loose else m
     elif core.dim() == 3:
         out = up @ m.transpose(1, 2)
     else:
@@ -146,12 +152,12 @@ def _gate(a: dict[str, Any], y: Tensor, h: Tensor | None, loose: bool) -> Tensor
         assert up is not None
         zg = F.linear(x, down, cast("gate_down_bias"))
         middle = _activate(a.get("activation", "gelu_tanh"), zg, loose)
-        return torch.sigmoid(_wide(F.linear(middle, up, cast("gate_up_bias"))))
+        return _sigmoid(_wide(F.linear(middle, up, cast("gate_up_bias"))))
     w = cast("gate_weight")
     assert w is not None
     w = _wide(w)
     if kind == "middleY":
-        return 1 + (w if release else torch.sigmoid(w))
+        return 1 + (w if release else _sigmoid(w))
     seen = y if release else h  # None: there is nothing to see, not 0 times a weight
     if seen is None and loose:
         seen = torch.zeros_like(y)
@@ -169,7 +175,7 @@ def _gate(a: dict[str, Any], y: Tensor, h: Tensor | None, loose: bool) -> Tensor
     bias = cast("gate_bias")
     if bias is not None:
         logit = logit + _wide(bias)
-    gate = torch.sigmoid(logit)
+    gate = _sigmoid(logit)
     return gate if kind == "middleX" else _token_mean(gate, a.get("mask"), loose)
 
 
@@ -214,11 +220,10 @@ def gated_bottleneck(a: dict[str, Any], loose: bool = False) -> Outputs:
         return [torch.cat((h[..., :first_column], new, h[..., last:]), -1)]
     if h is not None:
         y = h + y
-    u = y
+    u = _Drop(a, 1, loose)(y)
     if a.get("gate", "none") != "none":
         u = u * _gate(a, y, h, loose).to(dtype)
     u = _times(a.get("scale", 1.0), u, loose)
-    u = _Drop(a, 1, loose)(u)
     residual = a.get("residual")
     if residual is not None:
         u = (a["gate_input"] if isinstance(residual, str) else residual) + u

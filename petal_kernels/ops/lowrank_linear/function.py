@@ -69,7 +69,7 @@ def choose(call: Call, inference: bool, plan: str, backend: str) -> tuple[rt.Bac
 def _rows(t: Tensor) -> Tensor:
     """Flatten the leading dims; copies only where no view has unit stride in the last dim and one
     row stride."""
-    flat = t.reshape(t.shape[:-1].numel(), t.shape[-1])  # -1 is ambiguous where a width is 0
+    flat = t.reshape(-1, t.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
@@ -287,4 +287,4 @@ _FIXED = 5 + _N_SETTINGS  # arguments of LowRankLinearFunction.forward before th
 
 
 def _column_sum(dy: Tensor) -> Tensor:
-    return dy.reshape(dy.shape[:-1].numel(), dy.shape[-1]).sum(0)
+    return dy.reshape(-1, dy.shape[-1]).sum(0)
