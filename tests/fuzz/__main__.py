@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from petal_kernels.tools import environment
-from tests.fuzz.worker import Place
+from tests.fuzz.worker import BACKENDS, Place
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OPERATORS = ("mode_contract", "lowrank_linear", "gated_bottleneck", "expert_dispatch")
+# What a profile's backends are called in a report.
+NAMES = {"cuda": {"torch": "cuda (emulated)"}, "triton": {"triton": "triton (interpreted)"}}
 CHUNK = {"cpu": 400, "triton": 8, "cuda": 20}
 HANG = 300.0  # seconds without a new case after which a worker is ended
 SHOWN = 40  # failures
@@ -37,8 +39,8 @@ def reproduction(profile: str, operator: str, seed: int, index: int) -> str:
         "from tests.fuzz import worker\n"
         f"worker.prepare({profile!r})\n"
         "from tests.fuzz.check import check\n"
-        f"backends = {({'cpu': ('torch', 'native'), 'triton': ('triton',)}).get(profile, ('torch',))}\n"
-        f"print(*check({operator!r}, {seed}, {index}, backends, {profile!r}).faults, sep='\\n')"
+        f"found = check({operator!r}, {seed}, {index}, {BACKENDS[profile]}, {profile!r})\n"
+        "print(*found.faults, sep='\\n')"
     )
 
 
@@ -294,7 +296,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--jobs", type=int, default=2)
     p.add_argument("--seconds", type=float, default=0.0,
-                   help="for each of Triton's interpreter and the CUDA emulation; 0: not at all")  # fmt: skip
+                   help="for each of Triton's interpreter and the CUDA emulation")  # fmt: skip
     p.add_argument("--most-seconds", type=float, default=float("inf"), help="for the CPU backends")
     p.add_argument("--operators", nargs="+", default=list(OPERATORS), choices=OPERATORS)
     p.add_argument("--profiles", nargs="+", default=["triton", "cuda", "cpu"],

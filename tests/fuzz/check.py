@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -231,10 +230,9 @@ class Checker:
         same = True
         pairs = zip(self.layout.labels, (*one[0], *one[1]), (*two[0], *two[1]), strict=False)
         for label, a, b in pairs:
-            if not torch.equal(a, b) and not torch.equal(a.isnan(), b.isnan()):
-                same = False
-            elif not torch.equal(a.nan_to_num(), b.nan_to_num()):
-                same = False
+            same = torch.equal(a, b) or (
+                torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+            )
             if not same:
                 self._fault(backend, f"{label}: {what} gave other bits")
                 break

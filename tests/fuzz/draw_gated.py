@@ -81,7 +81,7 @@ def gated_bottleneck(d: Draw) -> Case:
         args |= {"dropout": p, "rng": d.state(), "training": not d.chance(0.1)}
     c.arguments = args | c.arguments
     if norm and out < 3:
-        trainable = []  # the norm of one or two numbers hardly depends on them: nothing but rounding
+        trainable = []  # the norm of one or two numbers hardly depends on them
     return d.finish(trainable, [((*lead, out), c.dtype)])
 
 

@@ -1,20 +1,21 @@
 """The rule of ``petal_kernels/tools/parity.py`` over all results of a call at once.
 
 * Finite results: RMS and largest error against the fp64 formula at most 2x (outputs) or 3x
-  (gradients) plain torch's in the same dtype, plus parity's floors. A subnormal
-  number of fp32 or bf16 may count as 0, as libraries take it; one of fp16 is held to its step. fp64 is held to 2^-36 of the largest value.
-* Second look, where a call fails that: plain torch's error is then the largest over eight
-  neighbours of the case, whose every number is moved by at most one rounding step of the
-  activations' dtype, against the same fp64 results. A case in which plain torch rounds well by luck,
-  in which terms cancel, or in which relu's sign or the choice of an expert hangs on the last bit,
-  shows there how far rounding alone moves it. Another order of a long fp32 sum (library products add
-  to what they start from, one term after the other) may cost 8 rounding steps RMS, 16 at most. A wrong index, sign, scale or mask does not hide so.
-  There too: what has no headroom, where plain torch overflows once every number of the case is four
-  times as large, need not be finite.
+  (gradients) plain torch's in the same dtype, plus parity's floors. fp64 is held to 2^-36 of the
+  largest value. A subnormal number of fp32 or bf16 may count as 0, as libraries take it; one of fp16
+  is held to its step. What is below 2^-100 of the call's largest result counts as 0 too.
+* Second look, where a call fails that. Plain torch's error is then the largest over eight neighbours
+  of the case, whose every number is moved by at most one rounding step of the activations' dtype,
+  against the same fp64 results. A case in which plain torch rounds well by luck, in which terms
+  cancel, or in which relu's sign or the choice of an expert hangs on the last bit, shows there how
+  far rounding alone moves it. Another order of a long fp32 sum (library products add to what they
+  start from, one term after the other) may cost 8 rounding steps RMS, 16 at most. What has no
+  headroom, where plain torch overflows once every number of the case is four times as large, need
+  not be finite. A wrong index, sign, scale or mask does not hide so.
 * NaN and Inf: where the fp64 formula is not finite however masked products are read (by selection,
-  or times zero: ``formulas.py``), neither is the result. Where the formula is finite in both readings, at most half the dtype's largest number, and
-  plain torch is finite in the dtype, so is the result. The error rule holds for what is finite in
-  all of them.
+  or times zero: ``formulas.py``) and plain torch is not finite by selection, neither is the result.
+  Where the formula is finite in both readings and at most half the dtype's largest number, and plain
+  torch is finite in the dtype, so is the result. The error rule holds for what is finite in all.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ class Judge:
             self.counted = both & fits & np.isfinite(plain)
             self.reference = np.where(self.counted, exact, 0.0)
         self.rms, self.top = r.measure(np.abs(self.reference))
+        self.nothing = 2.0**-100 * float(self.top.max(initial=0.0))
         self.plain_rms, self.plain_top = self._errors(plain)
 
     def _errors(self, got: _Flat) -> tuple[_Flat, _Flat]:
@@ -166,7 +168,7 @@ class Judge:
             ("max", top, self.plain_top, self.top, r.max_floor),
         )
         for name, mine, theirs, scale, floor in rules:
-            allowed = r.factor * theirs + floor * scale + r.step
+            allowed = r.factor * theirs + floor * scale + r.step + self.nothing
             for i in np.nonzero(mine > allowed)[0]:
                 unit = scale[i] or 1.0
                 found.append(

@@ -6,18 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from petal_kernels._runtime import device, philox
+from petal_kernels._runtime import device
 from petal_kernels.tools import parity
-from tests.fuzz import masks, worker
-from tests.fuzz.__main__ import Totals, parse, reproduction, Run
-from tests.fuzz.check import KNOWN, OPERATORS, draw
-from tests.fuzz.judge import Judge, Results
+from tests.fuzz import worker
+from tests.fuzz.__main__ import reproduction
+from tests.fuzz.check import OPERATORS
 
 SEED = 0
 CALLS = 2000  # on the torch and native backends, two to a case
