@@ -4,17 +4,19 @@ Each backend: shapes and dtypes; the error rule; NaN and Inf (``judge.py``); eve
 storage of its own, none of it an input's, an output's or the upstream gradient's; no input written.
 On a share of the cases: the same call twice gives the same bits; with two threads in place of one
 the same bits on the native backend, within the rule where the library multiplies; a second
-derivative raises, or is right.
+derivative and forward mode are refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import petal_kernels as pk
 from tests.fuzz import formulas
@@ -35,6 +37,7 @@ OPERATORS = tuple(GENERATORS)
 KNOWN: tuple[tuple[str, str], ...] = (
     ("", "shares storage"),
     ("", "second derivative"),
+    ("", "forward mode"),
     ("mode_contract", "same dtype"),
     ("mode_contract", "expected scalar type"),
     ("gated_bottleneck", "view size is not compatible"),
@@ -170,7 +173,7 @@ class Checker:
             if self.case.threads:
                 self._threads(backend, got, threads)
             if self.case.twice and self.leaves:
-                self._second_derivative(backend)
+                self._higher(backend)
             if not self.arena.unchanged(self.before):
                 self._fault(backend, "an input, or memory between inputs, was written")
                 self.arena = Arena.of(self.case)
@@ -250,34 +253,30 @@ class Checker:
         else:
             self._same_bits(backend, got, wide, "two threads in place of one")
 
-    def _second_derivative(self, backend: str) -> None:
-        """Not offered: it must raise, unless it is right (a linear function's is)."""
-        weights = [torch.rand(t.shape, dtype=t.dtype) for t in self.leaves]
+    def _higher(self, backend: str) -> None:
+        """Second derivatives and forward mode are not offered: each must be refused by name."""
+        if any(u is not None for u in self.upstream):
+            grads: list[Tensor] = []
+            with self._refused(backend, "a second derivative"):
+                grads = [g for g in self._public(backend, create_graph=True)[1] if g.requires_grad]
+                torch.autograd.grad(grads, self.leaves, grads, allow_unused=True)
+        with self._refused(backend, "forward mode"), forward_ad.dual_level():
+            place = self.case.trained[0]
+            tensors = [t.detach() for t in self.tensors]
+            tensors[place] = forward_ad.make_dual(tensors[place], torch.ones_like(tensors[place]))
+            given = resolve(self.case.arguments, tensors) | {"backend": backend}
+            given.pop("update_at", None)
+            getattr(pk, self.case.operator)(**given)
 
-        def second(grads: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
-            pairs = [
-                (g, w.to(g.dtype)) for g, w in zip(grads, weights, strict=True) if g.requires_grad
-            ]
-            if not pairs:
-                return [torch.zeros_like(t) for t in leaves]
-            found = torch.autograd.grad(
-                [g for g, _ in pairs], leaves, [w for _, w in pairs], allow_unused=True
-            )
-            return [
-                torch.zeros_like(t) if f is None else f for t, f in zip(leaves, found, strict=True)
-            ]
-
-        if not any(u is not None for u in self.upstream):
-            return
+    @contextlib.contextmanager
+    def _refused(self, backend: str, what: str) -> Iterator[None]:
         try:
-            mine = second(self._public(backend, create_graph=True)[1], self.leaves)
+            yield
         except RuntimeError as e:
-            if "twice" in str(e) or "once" in str(e) or "second" in str(e):
-                return
-            raise
-        del mine
-        if any(g.requires_grad for g in self._public(backend, create_graph=True)[1]):
-            self._fault(backend, "a second derivative neither raised nor was checked")
+            if "once_differentiable" not in str(e):
+                self._fault(backend, f"{what} raised {type(e).__name__}: {str(e)[:200]}")
+        else:
+            self._fault(backend, f"{what} was neither right nor refused")
 
 
 def check(
