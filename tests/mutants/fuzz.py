@@ -27,27 +27,55 @@ MUTANTS = [
     (_LINEAR, "dh = dh.add_(gk)", "dh = dh.sub_(gk)"),
     # a scale lost
     (_CONTRACT, "dup = scale * (flat.t()", "dup = (flat.t()"),
-    (_EXPERTS, '"up_bias"] = _weighted_columns(g, dout).mul_(s.mix)', '"up_bias"] = _weighted_columns(g, dout)'),
+    (
+        _EXPERTS,
+        '"up_bias"] = _weighted_columns(g, dout).mul_(s.mix)',
+        '"up_bias"] = _weighted_columns(g, dout)',
+    ),
     # a mask from another stream, or of another definition
-    (_LINEAR, "return list(philox.scaled_masks(rng, s", "return list(philox.scaled_masks(rng + 1, s"),
+    (
+        _LINEAR,
+        "return list(philox.scaled_masks(rng, s",
+        "return list(philox.scaled_masks(rng + 1, s",
+    ),
     (_PHILOX, "_WEYL_1 = 0xBB67AE85", "_WEYL_1 = 0xBB67AE84"),
     (_PHILOX, "return LEVELS / (LEVELS - threshold(p))", "return 1 / (1 - p / 1.001)"),
     # gradients in one buffer
     (_LINEAR_FUNCTION, "[own(dy) if want", "[dy if want"),
     # a NaN hidden
     (_GATED, "    return u, Saved(None if t", "    return u.nan_to_num(), Saved(None if t"),
-    (_EXPERTS, "return start.addmm_(a, up.t(), alpha=s.mix), z", "return start.addmm_(a, up.t(), alpha=s.mix).clamp_(-6e4, 6e4), z"),
+    (
+        _EXPERTS,
+        "return start.addmm_(a, up.t(), alpha=s.mix), z",
+        "return start.addmm_(a, up.t(), alpha=s.mix).clamp_(-6e4, 6e4), z",
+    ),
     # an input written
-    (_EXPERTS, "return None if h is None else s.keep * h", "return None if h is None else h.mul_(s.keep)"),
+    (
+        _EXPERTS,
+        "return None if h is None else s.keep * h",
+        "return None if h is None else h.mul_(s.keep)",
+    ),
     # one wrong element in a ragged tail
-    (_LINEAR_NATIVE, "    return ys, Saved(h)", "    ys[0][-1:, -1:] *= 1.03\n    return ys, Saved(h)"),
-    (_GATED_NATIVE, "    return out, saved\n", "    out[rows // 7 * 7 :, -1:] *= 1.05\n    return out, saved\n"),
+    (
+        _LINEAR_NATIVE,
+        "    return ys, Saved(h)",
+        "    ys[0][-1:, -1:] *= 1.03\n    return ys, Saved(h)",
+    ),
+    (
+        _GATED_NATIVE,
+        "    return out, saved\n",
+        "    out[rows // 7 * 7 :, -1:] *= 1.05\n    return out, saved\n",
+    ),
     # what depends on the number of calls
     (_CONTRACT, "dmodes = dm @ c", "dmodes = (1 + 1e-6 * torch.rand(())) * dm @ c"),
     # what references share with the backends
-    (_NUMERICS, 'approximate="tanh" if name == "gelu_tanh" else "none")\n    return z', 'approximate="none")\n    return z'),
+    (
+        _NUMERICS,
+        'approximate="tanh" if name == "gelu_tanh" else "none")\n    return z',
+        'approximate="none")\n    return z',
+    ),
     (_ROUTING, "    if renormalize:\n", "    if not renormalize:\n"),
     (_ROUTING, "indices[..., :k]", "indices[..., -k:]"),
     (_GATED_OP, "kept.sum(-1, keepdim=True).clamp_min(1)", "kept.shape[-1]"),
     (_EXPERTS_FUNCTION, "dx = into / ctx.shape[1] if kept", "dx = into if kept"),
-]  # fmt: skip
+]
