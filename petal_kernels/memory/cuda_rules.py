@@ -21,15 +21,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from petal_kernels._runtime.first_order import FirstOrderFunction
 
 RULE = "attention and dropout keep what CUDA's operators keep"
 
 
-class KeptAttentionFunction(torch.autograd.Function):
+class KeptAttentionFunction(FirstOrderFunction):
     """Shapes of fused attention: what it returns, what it keeps, what its backward allocates. No
     value is computed.
     """
+
+    operator = "scaled_dot_product_attention"
+    instead = 'profile the model with attn_implementation="eager"'
 
     @staticmethod
     def forward(
@@ -42,7 +46,6 @@ class KeptAttentionFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *_rest = ctx.saved_tensors
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
@@ -69,9 +72,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    out: Tensor = KeptAttentionFunction.apply(  # type: ignore[no-untyped-call]
-        query, key, value, attn_mask, dropout_p
-    )
+    out: Tensor = KeptAttentionFunction.apply(query, key, value, attn_mask, dropout_p)
     return out
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime import device
 from petal_kernels._runtime.autocast import autocast_off
+from petal_kernels._runtime.first_order import FirstOrderFunction
 from petal_kernels._runtime.library import define
 from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.ops.expert_dispatch.arguments import Call, Saved, Settings, Tensors
@@ -162,9 +162,11 @@ _backward_op = define(
 choice_op = define(f"{NAME}_choice(Tensor indices, int experts) -> Tensor", _choice, _choice_fake)
 
 
-class ExpertDispatchFunction(torch.autograd.Function):
+class ExpertDispatchFunction(FirstOrderFunction):
     """Saves x where a projection of it is trained, the bottlenecks z of the experts that were used,
     the logits and the choice, and the parameters. Returns out, logits and choice."""
+
+    operator = NAME
 
     @staticmethod
     def forward(ctx: Any, backend: str, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,7 +183,6 @@ class ExpertDispatchFunction(torch.autograd.Function):
         return out, logits, chosen
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, dout: Tensor | None, dlogits: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
@@ -202,9 +203,11 @@ class ExpertDispatchFunction(torch.autograd.Function):
         return (*[None] * (1 + _N_SETTINGS), *map(found.get, Tensors._fields))
 
 
-class PooledLogitsFunction(torch.autograd.Function):
+class PooledLogitsFunction(FirstOrderFunction):
     """[B, E]: the logits of the mean of a sample's tokens, in fp32. Products of B rows: the
     library's. Saves the means."""
+
+    operator = NAME
 
     @staticmethod
     def forward(
@@ -227,7 +230,6 @@ class PooledLogitsFunction(torch.autograd.Function):
         return logits
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
         pooled, kept, router = ctx.saved_tensors
         dx = drouter = dbias = None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import backends as rt
+from petal_kernels._runtime.first_order import check_transforms
 from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.ops.expert_dispatch import planner, routing
 from petal_kernels.ops.expert_dispatch.arguments import Call, Settings, Tensors, check
@@ -99,6 +100,8 @@ def expert_dispatch(
     projection of it is trained, z (N E r values, or N k r sorted), the logits and the choice.
     Deterministic: of equal inputs, the same bits. Source: see ``reference.py``.
     """
+    given = (x, down, up, down_bias, up_bias, base, router, router_bias, noise, mask, gates)
+    check_transforms(NAME, (*given, indices))
     call, name, lead, pooled = _prepare(
         x, down, up, down_bias, up_bias, base=base, keep=keep, mix=mix, activation=activation,
         gate=gate, router=router, router_bias=router_bias, noise=noise, top_k=top_k,
@@ -107,9 +110,7 @@ def expert_dispatch(
     )  # fmt: skip
     grads = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.tensors)
     if grads:
-        out, logits, chosen = ExpertDispatchFunction.apply(  # type: ignore[no-untyped-call]
-            name, *call.settings, *call.tensors
-        )
+        out, logits, chosen = ExpertDispatchFunction.apply(name, *call.settings, *call.tensors)
     else:
         found = forward_op(list(call.tensors), *call.settings, False, name)
         out, _, logits, chosen = found[:4]
@@ -144,7 +145,7 @@ def _prepare(
     router, router_bias, noise = given["router"], given["router_bias"], given["noise"]
     chosen, settled, k = None, None, top_k or 0
     if given["router_input"] == "pooled":
-        logits = PooledLogitsFunction.apply(x, router, router_bias, given["mask"])  # type: ignore[no-untyped-call]
+        logits = PooledLogitsFunction.apply(x, router, router_bias, given["mask"])
         logits = logits if noise is None else logits + noise.to(logits.dtype)
         chosen = None if top_k is None else routing.choose(logits, top_k)
         gates = routing.weights(logits, chosen, given["renormalize"])

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime import device
+from petal_kernels._runtime.first_order import FirstOrderFunction, own
 from petal_kernels._runtime.library import define
 from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.ops.gated_bottleneck.arguments import Call, Saved, Settings, Tensors
@@ -234,9 +234,11 @@ def _needed_rows(t: Tensors, s: Settings, wants: set[str]) -> Tensors:
     )
 
 
-class GatedBottleneckFunction(torch.autograd.Function):
+class GatedBottleneckFunction(FirstOrderFunction):
     """Saves x and gate_input where backward reads them, r-wide pre-activations, one or two numbers
     per row, the generator's state and the parameters."""
+
+    operator = NAME
 
     @staticmethod
     def forward(ctx: Any, rng: Tensor | None, backend: str, *rest: Any) -> Tensor:
@@ -249,21 +251,20 @@ class GatedBottleneckFunction(torch.autograd.Function):
         return out  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         rng, z, zg, logits, moments, *kept = ctx.saved_tensors
         settings: Settings = ctx.settings
         t = Tensors(*kept)
         wants = _wanted(ctx)
         saved = [s if s.numel() else None for s in (z, zg, logits, moments)]
-        # The residual's gradient, and a plain sum's, is dout itself.
+        # The residual's gradient, and a plain sum's, is dout; see `own`.
         passed: dict[str, Tensor] = {}
         if t.norm_weight is None:
             if "residual" in wants:
-                passed["residual"] = dout
+                passed["residual"] = own(dout)
             plain = settings.gate == "none" and settings.scale == 1.0 and rng is None
             if plain and "base" in wants:
-                passed["base"] = dout
+                passed["base"] = own(dout)
         need = [name in wants and name not in passed for name in Tensors._fields]
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         if any(need):
@@ -272,8 +273,10 @@ class GatedBottleneckFunction(torch.autograd.Function):
         return (*[None] * (2 + _N_SETTINGS), *map(passed.get, Tensors._fields))
 
 
-class UpdateFunction(torch.autograd.Function):
+class UpdateFunction(FirstOrderFunction):
     """The sum alone, written into columns of a base that nobody else reads: its gradient passes."""
+
+    operator = NAME
 
     @staticmethod
     def forward(ctx: Any, base: Tensor, first: int, backend: str, *rest: Any) -> Tensor:
@@ -289,7 +292,6 @@ class UpdateFunction(torch.autograd.Function):
         return base
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         z, zg, logits, moments, *kept = ctx.saved_tensors
         t = Tensors(*kept)
@@ -302,4 +304,4 @@ class UpdateFunction(torch.autograd.Function):
             saved = [s if s.numel() else None for s in (z, zg, logits, moments)]
             grads = _backward_op(columns, list(t), saved, None, *ctx.settings, need, ctx.backend)
             found |= zip(compress(Tensors._fields, need), grads, strict=True)
-        return (dout, *[None] * (2 + _N_SETTINGS), *map(found.get, Tensors._fields))
+        return (own(dout), *[None] * (2 + _N_SETTINGS), *map(found.get, Tensors._fields))

@@ -10,6 +10,7 @@ from torch import Tensor
 from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime import philox
 from petal_kernels._runtime.autocast import autocast_off
+from petal_kernels._runtime.first_order import check_transforms
 from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.ops.gated_bottleneck.arguments import (
     Call,
@@ -61,7 +62,7 @@ def _token_weights(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if mask is None:
         return None
     kept = mask.to(wide_dtype(dtype))
-    return (kept / kept.sum(-1, keepdim=True).clamp_min(1)).view(-1)
+    return (kept / kept.sum(-1, keepdim=True).clamp_min(1)).reshape(-1)
 
 
 def gated_bottleneck(
@@ -153,14 +154,14 @@ def gated_bottleneck(
     three numbers per row, the state of the generator and the parameters; gates, activations and
     masks are formed again. Deterministic. Source: see ``reference.py``.
     """
-    call, state, name, lead = _prepare(**locals())
+    given = locals()
+    check_transforms(NAME, given.values())
+    call, state, name, lead = _prepare(**given)
     if update_at is not None:
         return _update_columns(call, base, update_at, name)
     grads = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.tensors)
     if grads:
-        out: Tensor = GatedBottleneckFunction.apply(  # type: ignore[no-untyped-call]
-            state, name, *call.settings, *call.tensors
-        )
+        out: Tensor = GatedBottleneckFunction.apply(state, name, *call.settings, *call.tensors)
     else:
         out = forward_op(list(call.tensors), state, *call.settings, False, name)[0]
     return out.view(*lead, out.shape[-1])
@@ -169,9 +170,7 @@ def gated_bottleneck(
 def _update_columns(call: Call, base: Any, first: int, backend: str) -> Tensor:
     trained = (base, *call.tensors)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
-        out: Tensor = UpdateFunction.apply(  # type: ignore[no-untyped-call]
-            base, first, backend, *call.settings, *call.tensors
-        )
+        out: Tensor = UpdateFunction.apply(base, first, backend, *call.settings, *call.tensors)
         return out
     flat = base.view(-1, base.shape[-1])
     update_op(flat, first, list(call.tensors), None, *call.settings, False, backend)
@@ -199,7 +198,7 @@ def _prepare(
     p = float(given["dropout"]) if training and philox.threshold(given["dropout"]) > 0 else 0.0
     state = None
     if p > 0.0:
-        state = philox.draw(first.device) if rng is None else rng
+        state = philox.draw(first.device) if rng is None else rng.contiguous()
     length = first.shape[1] if first.dim() == 3 else 0
     kind, relu, left, right = _route_factors(given["route"], vision, length, given["variant"])
     release = given["variant"] == "release"

@@ -206,8 +206,8 @@ def forward(
 
 def backward(
     call: Call, saved: Saved, dout: Tensor, rng: Tensor | None, need: frozenset[str]
-) -> dict[str, Tensor | None]:
-    """The gradients that ``need`` names, and perhaps others."""
+) -> dict[str, Tensor]:
+    """The gradients that ``need`` names."""
     t, s = call.tensors, call.settings
     dtype = dout.dtype
     grads: dict[str, Tensor | None] = {}
@@ -265,7 +265,22 @@ def backward(
             grads["x"] = torch.addmm(dh, dz, through)
         else:
             grads["x"] = dz @ through
-    return grads
+    return _separate(grads, need, dout)
+
+
+def _separate(
+    grads: dict[str, Tensor | None], need: frozenset[str], dout: Tensor
+) -> dict[str, Tensor]:
+    """The gradients that ``need`` names, each in storage of its own: where nothing stands between
+    an input and the output, the sums above are one tensor under several names, or dout."""
+    taken = {dout.untyped_storage().data_ptr()}
+    found: dict[str, Tensor] = {}
+    for name, value in grads.items():
+        if name in need and value is not None:
+            shared = value.untyped_storage().data_ptr() in taken
+            found[name] = value = value.clone() if shared else value
+            taken.add(value.untyped_storage().data_ptr())
+    return found
 
 
 def _gate_backward(

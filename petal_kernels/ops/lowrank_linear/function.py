@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from itertools import compress
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime import device
+from petal_kernels._runtime.first_order import FirstOrderFunction, own
 from petal_kernels._runtime.library import define
 from petal_kernels.ops.lowrank_linear import planner
 from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Settings, Tensors
@@ -217,9 +216,11 @@ def _unflatten(flat: Sequence[Any], outputs: int, weighted: int) -> Tensors:
     )
 
 
-class LowRankLinearFunction(torch.autograd.Function):
+class LowRankLinearFunction(FirstOrderFunction):
     """Saves x (where U is trained), h or the given hidden, the generator's state and the
     parameters."""
+
+    operator = NAME
 
     @staticmethod
     def forward(
@@ -249,7 +250,6 @@ class LowRankLinearFunction(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, h, down, core, rng, *rest = ctx.saved_tensors
         outputs, weighted = ctx.counts
@@ -274,7 +274,7 @@ class LowRankLinearFunction(torch.autograd.Function):
             dups or [None] * outputs,
             [None] * weighted,  # type: ignore[list-item]
             dbiases,
-            dys[: len(wants.base)],
+            [own(dy) if want else None for dy, want in zip(dys, wants.base, strict=False)],  # type: ignore[misc]
             dcore,
         )
         return (

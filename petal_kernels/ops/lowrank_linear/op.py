@@ -10,6 +10,7 @@ from torch import Tensor
 
 from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime import philox
+from petal_kernels._runtime.first_order import check_transforms
 from petal_kernels.ops.lowrank_linear import planner
 from petal_kernels.ops.lowrank_linear.arguments import check
 from petal_kernels.ops.lowrank_linear.function import (
@@ -83,6 +84,7 @@ def lowrank_linear(
     Differentiable once (not in weights). Saved for backward: x where down is trained, N x R values,
     the state of the generator and the parameters. Deterministic. Source: see ``reference.py``.
     """
+    check_transforms(NAME, (x, down, ups, weights, biases, base, hidden, core, rng))
     call = check(
         x,
         down,
@@ -103,11 +105,11 @@ def lowrank_linear(
     t, settings = call
     state = None
     if settings.dropout > 0.0:
-        state = philox.draw(call.device) if rng is None else rng
+        state = philox.draw(call.device) if rng is None else rng.contiguous()
     if torch.is_grad_enabled():
         flat = flatten(t)
         if any(each is not None and each.requires_grad for each in flat):
-            ys: tuple[Tensor, ...] = LowRankLinearFunction.apply(  # type: ignore[no-untyped-call]
+            ys: tuple[Tensor, ...] = LowRankLinearFunction.apply(
                 state, plan, name, len(t.ups), len(t.weights), *settings, *flat
             )
             return ys

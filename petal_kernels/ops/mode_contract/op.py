@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from petal_kernels._runtime import backends as rt
+from petal_kernels._runtime.first_order import FirstOrderFunction, check_transforms
 from petal_kernels._runtime.library import define
 from petal_kernels.ops.mode_contract.arguments import Call, Gradients, check
 
@@ -116,8 +116,10 @@ _backward_op = define(
 )
 
 
-class ModeContractFunction(torch.autograd.Function):
+class ModeContractFunction(FirstOrderFunction):
     """Saves core, modes and up; the mode matrices are recomputed in backward."""
+
+    operator = _NAME
 
     @staticmethod
     def forward(
@@ -135,7 +137,6 @@ class ModeContractFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         core, modes, up = ctx.saved_tensors
         need = list(ctx.needs_input_grad[:3])
@@ -181,11 +182,12 @@ def mode_contract(
     Differentiable once, in core, modes and up; nothing but the inputs is saved. Deterministic.
     Source: PETAL arXiv 2312.12458, Aurora arXiv 2305.08381.
     """
+    check_transforms(_NAME, (core, modes, up))
     call = check(core, modes, up, scale, dtype)
     name = rt.default_backend() if backend is None else rt.check_name(backend)
     tensors = (core, modes) if up is None else (core, modes, up)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        out = ModeContractFunction.apply(*call, name)  # type: ignore[no-untyped-call]
+        out = ModeContractFunction.apply(*call, name)
     else:
         out = _forward_op(*call, name)
     result: Tensor = out if up is None else out.transpose(1, 2)

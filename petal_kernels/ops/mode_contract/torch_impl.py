@@ -45,7 +45,8 @@ def forward(call: Call) -> Tensor:
 def backward(call: Call, dout: Tensor, need: frozenset[str]) -> Gradients:
     """The gradients that ``need`` names."""
     core, modes, up, scale, _ = call
-    c, p, d = wide(core), wide(modes), wide(dout)
+    c, p = wide(core), wide(modes)
+    d = dout.to(c.dtype)  # the result's dtype is anyone's; sums are in the factors' wide one
     rank = core.shape[0]
     dup = None
     if core.dim() == 1:
