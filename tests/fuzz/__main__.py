@@ -52,7 +52,6 @@ class Totals:
     seconds: dict[str, float] = field(default_factory=dict)
     cases: Counter[str] = field(default_factory=Counter)
     declined: Counter[str] = field(default_factory=Counter)
-    known: Counter[str] = field(default_factory=Counter)
     second_looks: int = 0
     failures: list[dict[str, Any]] = field(default_factory=list)
     next: dict[str, int] = field(default_factory=dict)  # first index not handed out, by stream
@@ -72,7 +71,6 @@ class Totals:
         self.declined.update(
             {f"{r['operator']} {names.get(k, k)}": v for k, v in r["declined"].items()}
         )
-        self.known.update(r["known"])
         self.second_looks += r["second_looks"]
         for f in r["failures"]:
             self.failure(r["profile"], r["operator"], r["seed"], f["index"], f["faults"])
@@ -254,7 +252,6 @@ def report(options: argparse.Namespace, totals: Totals, complete: bool) -> dict[
         "cases": dict(sorted(totals.cases.items())),
         "milliseconds_per_case": dict(sorted(per.items())),
         "declined": dict(sorted(totals.declined.items())),
-        "known": dict(totals.known),
         "second_looks": totals.second_looks,
         "failures": totals.failures[:1000],
         "failure_count": len(totals.failures),
@@ -282,7 +279,7 @@ def resume(options: argparse.Namespace) -> Totals:
     totals = Totals(
         {k: Counter(v) for k, v in old["calls_by_operator"].items()},
         {k: v * old["cases"][k] / 1e3 for k, v in old["milliseconds_per_case"].items()},
-        Counter(old["cases"]), Counter(old["declined"]), Counter(old["known"]),
+        Counter(old["cases"]), Counter(old["declined"]),
         old["second_looks"], old["failures"], old["next"],
     )  # fmt: skip
     options.spent = old["wall_seconds"]

@@ -66,13 +66,17 @@ class _Drop:
         self._kept: Tensor | None = None
 
     def __call__(self, t: Tensor, stream: int = 0) -> Tensor:
+        return self.select(t * masks.multiplier(self.p), stream) if self.on else t
+
+    def select(self, t: Tensor, stream: int = 0) -> Tensor:
+        """What is kept, as it is."""
         if not self.on:
             return t
         if self._kept is None:
             rows = t.shape[:-1].numel()
             self._kept = masks.kept(self.rng, self.p, self.streams, rows, t.shape[-1])  # type: ignore[arg-type]
         keep = self._kept[stream].view(t.shape)
-        return _only(keep, t * masks.multiplier(self.p), self.loose)
+        return _only(keep, t, self.loose)
 
 
 def mode_contract(a: dict[str, Any], loose: bool = False) -> Outputs:
@@ -220,9 +224,11 @@ def gated_bottleneck(a: dict[str, Any], loose: bool = False) -> Outputs:
         return [torch.cat((h[..., :first_column], new, h[..., last:]), -1)]
     if h is not None:
         y = h + y
-    u = _Drop(a, 1, loose)(y)
+    drop = _Drop(a, 1, loose)
+    u = drop(y)
     if a.get("gate", "none") != "none":
         u = u * _gate(a, y, h, loose).to(dtype)
+        u = u if loose else drop.select(u)  # neither y nor a gate counts where it is dropped
     u = _times(a.get("scale", 1.0), u, loose)
     residual = a.get("residual")
     if residual is not None:

@@ -63,7 +63,7 @@ def run_chunk(
     from tests.fuzz.check import check
 
     calls: Counter[str] = Counter()
-    seconds, looks, declined, known = 0.0, 0, Counter[str](), Counter[str]()
+    seconds, looks, declined = 0.0, 0, Counter[str]()
     failures = []
     for index in range(first, first + count):
         if place is not None:
@@ -79,7 +79,6 @@ def run_chunk(
             seconds += time.perf_counter() - begin
         calls.update(found.ran)
         declined.update(list(found.declined))
-        known.update(fault.split(": ", 1)[0] for fault in found.known)
         looks += found.second_look
         if found.faults:
             failures.append({"index": index, "faults": found.faults[:6]})
@@ -91,7 +90,6 @@ def run_chunk(
         "count": count,
         "calls": dict(calls),
         "declined": dict(declined),
-        "known": dict(known),
         "second_looks": looks,
         "seconds": seconds,
         "failures": failures,
