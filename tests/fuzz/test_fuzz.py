@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +18,9 @@ import torch
 
 from petal_kernels._runtime import device, philox
 from petal_kernels.tools import parity
+from tests.emulation import build
 from tests.fuzz import masks, worker
-from tests.fuzz.__main__ import Run, Totals, Worker, parse, reproduction
+from tests.fuzz.__main__ import ROOT, Run, Totals, Worker, parse, reproduction
 from tests.fuzz.case import Arena
 from tests.fuzz.check import OPERATORS, draw
 from tests.fuzz.judge import Judge, Results, flatten
@@ -63,6 +68,22 @@ def test_torch_and_native(operator: str, half: int, one_thread: None) -> None:
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_triton(operator: str, one_thread: None) -> None:
     run(operator, "triton", 0, 6)
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+def test_emulated_cuda(tmp_path: Path) -> None:
+    """In a process of its own: the emulated kernels take the torch backend's place there."""
+    path = tmp_path / "place"
+    path.write_bytes(bytes(8))
+    common = {"seed": SEED, "first": 0, "count": 30, "profile": "cuda"}
+    chunks = "".join(json.dumps(common | {"operator": name}) + "\n" for name in OPERATORS)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz.worker", "cuda", str(path)],
+        input=chunks, capture_output=True, text=True, cwd=ROOT, check=True,
+    )  # fmt: skip
+    found = [json.loads(line) for line in done.stdout.splitlines()[1:]]
+    assert [f["failures"] for f in found] == [[]] * len(OPERATORS)
+    assert sum(f["calls"]["torch"] for f in found) == 30 * len(OPERATORS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
