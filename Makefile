@@ -6,12 +6,16 @@ READY  := $(VENV)/.ready
 # Of `make gpu`: how long, and where its results go.
 MINUTES ?= 25
 OUT     ?= build/gpu
+# Of `make fuzz`: calls on the CPU backends, and seconds for each of the GPU kernels' stand-ins.
+CALLS   ?= 10000
+SEED    ?= 0
+KERNEL_SECONDS ?= 30
 # Tests run in two processes; threads that wait do not spin on the other's core.
 JOBS ?= 2
 PARALLEL = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 SOURCES := setup.py pyproject.toml .ci/requirements.txt $(wildcard csrc/*) $(wildcard csrc/common/*)
 
-.PHONY: demo test test-all lint bench readme-tables gpu mutants cross-compile clean
+.PHONY: demo test test-all lint fuzz bench readme-tables gpu mutants cross-compile clean
 
 demo: $(READY)
 	$(BIN)/petal-kernels demo
@@ -40,6 +44,10 @@ readme-tables: $(READY)
 # On a machine with a CUDA device, with the environment's own python; the same command again resumes.
 gpu:
 	$(PYTHON) -m petal_kernels.tools.gpu --minutes $(MINUTES) --out $(OUT)
+
+# Calls of the operators with drawn arguments, each checked: fixed by SEED, as many as one likes.
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz --calls $(CALLS) --seed $(SEED) --seconds $(KERNEL_SECONDS) --jobs $(JOBS)
 
 mutants: $(READY)
 	$(BIN)/python -m tests.mutants --jobs $(JOBS)

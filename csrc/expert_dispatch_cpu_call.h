@@ -123,6 +123,7 @@ struct Call {
   Matrix down_of(const Tensor& t, int64_t group) const {
     Matrix m = slice(t, group, "down");
     m.rows = z_width();
+    m.row_stride = m.cols;  // with a rank of 1 the stride between its rows says nothing
     return m;
   }
   // What forward multiplies with: A^T and a; B^T, the biases of a group's experts below it.

@@ -35,8 +35,12 @@ MatrixView factor(const Tensor& tensor, int64_t width, int64_t rank, bool rank_c
   return matrix(torch::stable::transpose(tensor, 0, 1), rank, width, name);
 }
 
-bool has_rank_columns(const Tensor& tensor) {
-  return tensor.size(1) == 1 || tensor.stride(1) == 1;
+// One that has a single row is in both layouts: all are looked at.
+bool have_rank_columns(const Tensors& factors) {
+  for (const Tensor& each : factors) {
+    if (each.size(1) != 1 && each.stride(1) != 1) return false;
+  }
+  return true;
 }
 
 // out = scale * sum_k mask_k (drop(a_k) b_k), b_k = factors[k] as a [width_k, R] matrix in one of
@@ -51,7 +55,7 @@ void lowrank_shrink(Tensors a, Tensors factors, Tensor out, MaybeTensor rng, dou
   p.outputs = static_cast<int32_t>(a.size());
   p.rank = static_cast<int32_t>(factors[0].size(1));
   check_rank(p.rank, kMaxRank, "lowrank_shrink");
-  p.b_rank_rows = !has_rank_columns(factors[0]);
+  p.b_rank_rows = !have_rank_columns(factors);
   for (int k = 0; k < p.outputs; ++k) {
     check_same_dtype(a[k], a[0], "lowrank_shrink");
     check_same_dtype(factors[k], a[0], "lowrank_shrink: factor");
@@ -89,7 +93,7 @@ ExpandParams expand_params(const Tensors& a, const Tensors& factors, const Tenso
   p.outputs = static_cast<int32_t>(outs.size());
   p.rank = static_cast<int32_t>(factors[0].size(1));
   check_rank(p.rank, kMaxRank, name);
-  p.b_rank_columns = has_rank_columns(factors[0]);
+  p.b_rank_columns = have_rank_columns(factors);
   for (int k = 0; k < p.outputs; ++k) {
     const Tensor& hidden = a.size() == 1 ? a[0] : a[k];
     check_same_dtype(hidden, outs[0], name);

@@ -107,6 +107,19 @@ def test_float32_factors_next_to_16_bit_activations(dtype: torch.dtype) -> None:
         assert error(got[name], exact[name]) <= bound, name
 
 
+@pytest.mark.parametrize("turned", [(0,), (1,), (0, 1)])
+def test_factors_that_lie_in_memory_each_its_own_way(turned: tuple[int, ...]) -> None:
+    """Also where one has a single row, which is in both layouts."""
+    case = Linear(outs=(1, 70), source="none", p=0.0)
+    args = case.inputs(torch.float32)
+    dys = [torch.randn(case.rows, o) for o in case.outs]
+    plain = run_linear(linear, args, dys)
+    ups = [up.t().contiguous().t() if k in turned else up for k, up in enumerate(args["ups"])]
+    other = run_linear(linear, args | {"ups": ups}, dys)
+    for name in plain:
+        torch.testing.assert_close(other[name], plain[name], msg=name)
+
+
 CONTRACT_CASES = {
     "odd": (5, 19, 131, True, True),
     "two mode tiles": (70, 12, 80, True, True),

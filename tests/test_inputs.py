@@ -62,6 +62,12 @@ LINEAR: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         "ups[1]: want shape [O, 3], got [6, 2]",
     ),
+    (
+        "ups-width-0",
+        {"ups": [torch.zeros(4, 3), torch.zeros(0, 3)]},
+        ValueError,
+        "ups[1]: want O >= 1, got [0, 3]",
+    ),
     ("weights-count", {"weights": [torch.zeros(4, 8)]}, ValueError, "weights: want 2 entries"),
     (
         "weights-shape",

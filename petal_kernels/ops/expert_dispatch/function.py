@@ -217,7 +217,8 @@ class PooledLogitsFunction(FirstOrderFunction):
         kept, pooled = None, None
         with autocast_off(x):
             if mask is None:
-                pooled = x.mean(1, dtype=wide)
+                # The mean over no tokens is 0, as in the reference: nothing to tell experts by.
+                pooled = x.mean(1, dtype=wide) if x.shape[1] else x.sum(1, dtype=wide)
             else:
                 kept = mask.to(wide)
                 kept = kept / kept.sum(-1, keepdim=True).clamp_min(1)

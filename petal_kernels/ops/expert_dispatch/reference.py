@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from petal_kernels._runtime.numerics import activate, derivative, wide
+from petal_kernels._runtime.numerics import activate, derivative, wide, wide_dtype
 from petal_kernels.ops.expert_dispatch import routing
 
 
@@ -63,20 +63,21 @@ def _gates(
     indices: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """g [.., E] or [B, E], logits and choice."""
+    dtype = wide_dtype(x.dtype)
     if gate == "mean":
-        return wide(x).new_full((*x.shape[:-1], experts), 1.0 / experts), None, None
+        return x.new_full((*x.shape[:-1], experts), 1.0 / experts, dtype=dtype), None, None
     if gate == "given":
         if indices is None:
             assert gates is not None
-            return wide(gates), None, None
+            return gates.to(dtype), None, None
         hit = F.one_hot(indices.long(), experts)
-        values = torch.ones_like(indices, dtype=wide(x).dtype) if gates is None else wide(gates)
+        values = torch.ones_like(indices, dtype=dtype) if gates is None else gates.to(dtype)
         return (values.unsqueeze(-1) * hit).sum(-2), None, hit.any(-2)
     assert router is not None
-    bias = None if router_bias is None else wide(router_bias)
-    logits = F.linear(_router_input(x, router_input, mask), wide(router), bias)
+    bias = None if router_bias is None else router_bias.to(dtype)
+    logits = F.linear(_router_input(x, router_input, mask), router.to(dtype), bias)
     if noise is not None:
-        logits = logits + wide(noise)
+        logits = logits + noise.to(dtype)
     chosen = None if top_k is None else routing.choose(logits, top_k)
     return routing.weights(logits, chosen, renormalize), logits, chosen
 

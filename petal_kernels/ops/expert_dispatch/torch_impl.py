@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from petal_kernels._runtime.numerics import activate, activate_backward, wide
+from petal_kernels._runtime.numerics import activate, activate_backward, wide, wide_dtype
 from petal_kernels.ops.expert_dispatch import routing
 from petal_kernels.ops.expert_dispatch.arguments import Call, Saved, Settings
 
@@ -25,15 +25,20 @@ def unsupported(call: Call) -> list[str]:
     return []
 
 
+def _wide(call: Call, t: Tensor) -> Tensor:
+    """`t` in the dtype of gates and logits: the activations decide, parameters may be narrower."""
+    return t.to(wide_dtype(call.first.dtype))
+
+
 def _logits(call: Call) -> tuple[Tensor | None, Tensor | None]:
     t, s = call.tensors, call.settings
     if t.router is None:
         return None, t.chosen
     assert t.x is not None
-    logits = wide(t.x) @ wide(t.router).t()
+    logits = _wide(call, t.x) @ _wide(call, t.router).t()
     for extra in (t.router_bias, t.noise):
         if extra is not None:
-            logits = logits + wide(extra)
+            logits = logits + _wide(call, extra)
     return logits, routing.choose(logits, s.top_k) if s.gate == "topk" else None
 
 
@@ -44,7 +49,7 @@ def _gates(call: Call, logits: Tensor | None, chosen: Tensor | None) -> Tensor:
         return wide(call.first.new_empty(0)).new_full((call.rows, call.experts), 1 / call.experts)
     if s.gate == "given":
         assert t.gates is not None
-        gates = wide(t.gates)
+        gates = _wide(call, t.gates)
         gates = gates if chosen is None else gates.masked_fill(~chosen, 0.0)
         return _per_token(gates, s)
     assert logits is not None
@@ -187,7 +192,7 @@ def _router_backward(
     if "noise" in need:
         grads["noise"] = dl
     if "x" in need:
-        grads["x"] = grads["x"] + (dl @ wide(t.router)).to(grads["x"].dtype)
+        grads["x"] = grads["x"] + (dl @ _wide(call, t.router)).to(grads["x"].dtype)
 
 
 def _wants_gates(call: Call, need: frozenset[str]) -> bool:

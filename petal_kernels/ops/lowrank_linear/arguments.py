@@ -197,6 +197,8 @@ def check(
     parameters: list[tuple[str, Tensor]] = [] if down is None else [("down", down)]
     for k, up in enumerate(ups):
         checks.check_shape(f"ups[{k}]", checks.check_tensor(f"ups[{k}]", up), ("O", rank))
+        if up.shape[0] < 1:
+            raise ValueError(f"ups[{k}]: want O >= 1, got {list(up.shape)}")
         parameters.append((f"ups[{k}]", up))
     same += _check_base(first, x, ups, weights, biases, base)
     checks.check_choice("dropout_at", dropout_at, DROPOUT_SITES)
