@@ -415,9 +415,8 @@ def test_what_python_holds_until_a_recomputation_replaces_it_is_not_kept() -> No
 
     class Remembers(Mlp):
         def forward(self, x: Tensor) -> Tensor:
-            y = super().forward(x)
-            self.last = y.detach() + 1
-            return y
+            self.last = x.detach() + 1  # early: a recomputation stops at its last kept tensor
+            return super().forward(x)
 
     x = rows().requires_grad_()
     found = memory.profile(Checkpointed(Remembers(), use_reentrant=False), x)

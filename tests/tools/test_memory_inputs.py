@@ -96,7 +96,9 @@ def test_a_function_of_several_modules_names_each() -> None:
     assert found.sizes.parameters == 2 * 4 * NUMBERS
     assert found.sizes.trainable == 4 * NUMBERS
     inner = student[2]
-    assert memory.profile(lambda t: inner(student(t)), x).sizes.parameters == 4 * NUMBERS
+    both = memory.profile(lambda t: inner(student(t)), x)
+    assert both.sizes.parameters == 4 * NUMBERS
+    assert {r.module for r in both.saved} == {"0", "1", "2"}
 
 
 def test_parameters_of_a_module_that_is_not_found_are_parameters_and_said() -> None:
