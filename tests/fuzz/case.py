@@ -120,7 +120,7 @@ class Draw:
         half = c.dtype == torch.float16
         self.scales = {
             "small": (1e-3, 1.0) if half else (1e-8, 1.0),
-            "tiny": (1e-6, 1e-1) if half else (1e-38, 1e-2),
+            "tiny": (1e-4, 1e-1) if half else (1e-38, 1e-2),
             "large": (16.0, 1.0) if half else (1e5, 1.0),
             "huge": (2e4, 1.0) if half else (1e37, 1.0),
             "mixed": (30.0, 3e-2) if half else (1e3, 1e-3),

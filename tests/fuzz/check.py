@@ -85,7 +85,8 @@ class Checker:
                 self._formula(self.arena),
             )
             other = tuple(flatten([*r[0], *r[1]]) for r in readings)
-        self.judge = Judge(self.layout, flat, flatten([*plain[0], *plain[1]]), other)
+        own = flatten([*plain[0], *plain[1]])
+        self.judge = Judge(self.layout, flat, own, other, case.spoiled)
 
     def _formula(self, arena: Arena, exact: bool = False, loose: bool = False) -> Got:
         c = self.case

@@ -48,7 +48,13 @@ def _relu(z: Tensor, loose: bool) -> Tensor:
 
 
 def _activate(name: str, z: Tensor, loose: bool) -> Tensor:
-    return _relu(z, loose) if name == "relu" else _ACTIVATIONS[name](z)
+    if name == "relu":
+        return _relu(z, loose)
+    out = _ACTIVATIONS[name](z)
+    if name != "identity" and not bool(torch.isfinite(z).all()):
+        # -Inf times the 0 that it is weighted with; or the limit, 0.
+        out = torch.where(z == -torch.inf, torch.nan if loose else 0.0, out)
+    return out
 
 
 def _times(scale: float, t: Tensor, loose: bool) -> Tensor:

@@ -13,10 +13,10 @@
   at most. What has no headroom, where plain torch overflows once every number of the case is four
   times as large, need not be finite. A wrong index, sign, scale or mask does not hide so.
 * NaN and Inf: where the fp64 formula is not finite however masked products are read (by selection,
-  or times zero: ``formulas.py``) and plain torch is not finite by selection, neither is the result.
-  Where the formula is finite in both readings and at most half the dtype's largest number, and
-  plain torch is finite in the dtype, so is the result. The error rule holds for what is finite in
-  all.
+  or times zero: ``formulas.py``) and plain torch is not finite by selection, neither is the result;
+  of a case with such inputs, for an overflow is the dtype's own. Where the formula is finite in
+  both readings and at most half the dtype's largest number, and plain torch is finite in the dtype,
+  so is the result. The error rule holds for what is finite in all.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Results:
         self.sizes = sizes[used].astype(np.float64)
         info = [torch.finfo(self.dtypes[i]) for i in self.used]
         eps = np.array([i.eps for i in info])
-        double = np.array([self.dtypes[i] == torch.float64 for i in self.used], dtype=bool)
+        self.double = double = np.array(
+            [self.dtypes[i] == torch.float64 for i in self.used], dtype=bool
+        )
         self.single = np.array([self.dtypes[i] == torch.float32 for i in self.used], dtype=bool)
         self.factor = np.where(self.used < self.outputs, OUTPUT_FACTOR, GRADIENT_FACTOR)
         few = self.sizes < 16
@@ -94,6 +96,7 @@ class Judge:
         exact: _Flat,
         plain: _Flat,
         other: tuple[_Flat, _Flat] | None = None,
+        spoiled: bool = True,
     ) -> None:
         """``other``: where anything is not finite, the fp64 formula with masked products times
         zero, and plain torch with masked products selected."""
@@ -112,12 +115,13 @@ class Judge:
                 both, self.hidden = fine & np.isfinite(other[0]), ~fine
                 for reading in other:
                     self.hidden = self.hidden & ~np.isfinite(reading)
+            self.hidden &= spoiled
             with np.errstate(invalid="ignore"):
                 fits = np.abs(exact) <= r.largest[r.spread] if len(r.starts) else both
             self.counted = both & fits & np.isfinite(plain)
             self.reference = np.where(self.counted, exact, 0.0)
         self.rms, self.top = r.measure(np.abs(self.reference))
-        self.nothing = 2.0**-100 * float(self.top.max(initial=0.0))
+        self.nothing: float | _Flat = 2.0**-100 * float(self.top.max(initial=0.0))
         self.plain_rms, self.plain_top = self._errors(plain)
 
     def _errors(self, got: _Flat) -> tuple[_Flat, _Flat]:
@@ -140,6 +144,7 @@ class Judge:
         r = self.layout
         r.rms_floor = np.where(r.single, 2.0**-20, r.rms_floor)
         r.max_floor = np.where(r.single, 2.0**-19, r.max_floor)
+        self.nothing = np.where(r.double, 2.0**-40 * self.top.max(initial=0.0), self.nothing)
 
     def widen(self, plain: _Flat) -> None:
         """Take a neighbour's plain result into account; one that is not finite moves nothing."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime import device
 from petal_kernels._runtime.autocast import autocast_off
-from petal_kernels._runtime.first_order import FirstOrderFunction
+from petal_kernels._runtime.first_order import FirstOrderFunction, own
 from petal_kernels._runtime.library import define
 from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.ops.expert_dispatch.arguments import Call, Saved, Settings, Tensors
@@ -211,7 +211,12 @@ class PooledLogitsFunction(FirstOrderFunction):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, router: Tensor, bias: Tensor | None, mask: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        router: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         wide = wide_dtype(x.dtype)
         kept, pooled = None, None
@@ -224,15 +229,17 @@ class PooledLogitsFunction(FirstOrderFunction):
                 kept = kept / kept.sum(-1, keepdim=True).clamp_min(1)
                 pooled = (kept.unsqueeze(1) @ x.to(wide)).squeeze(1)
             logits = F.linear(pooled, router.to(wide), None if bias is None else bias.to(wide))
+            logits = logits if noise is None else logits + noise.to(wide)
         ctx.save_for_backward(pooled, kept, router)
         ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.noise_dtype = None if noise is None else noise.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return logits
 
     @staticmethod
     def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
         pooled, kept, router = ctx.saved_tensors
-        dx = drouter = dbias = None
+        dx = drouter = dbias = dnoise = None
         with autocast_off(pooled):
             if ctx.needs_input_grad[0]:
                 into = (dlogits @ router.to(dlogits.dtype)).unsqueeze(1)
@@ -242,4 +249,6 @@ class PooledLogitsFunction(FirstOrderFunction):
                 drouter = (dlogits.t() @ pooled).to(router.dtype)
             if ctx.needs_input_grad[2]:
                 dbias = dlogits.sum(0).to(ctx.bias_dtype)
-        return dx, drouter, dbias, None
+            if ctx.noise_dtype is not None and ctx.needs_input_grad[4]:
+                dnoise = own(dlogits).to(ctx.noise_dtype)
+        return dx, drouter, dbias, None, dnoise

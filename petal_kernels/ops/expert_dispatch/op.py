@@ -147,8 +147,7 @@ def _prepare(
     router, router_bias, noise = given["router"], given["router_bias"], given["noise"]
     chosen, settled, k = None, None, top_k or 0
     if given["router_input"] == "pooled":
-        logits = PooledLogitsFunction.apply(x, router, router_bias, given["mask"])
-        logits = logits if noise is None else logits + noise.to(logits.dtype)
+        logits = PooledLogitsFunction.apply(x, router, router_bias, given["mask"], noise)
         chosen = None if top_k is None else routing.choose(logits, top_k)
         gates = routing.weights(logits, chosen, given["renormalize"])
         settled = routing.Routing(logits, chosen)
