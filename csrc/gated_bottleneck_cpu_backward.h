@@ -70,6 +70,7 @@ void rebuild(const GatedArgs& a, BackwardBlock& b, Span s) {
     activate(m.act_g, m.zg, s.rows * padded(a.Rg), a.activation);
     project(wide(a, b.dy), false, {row_major(m.act_g, padded(a.Rg)), a.Rg, a.gate_up_t}, s.rows,
             n_panels(a.O), a.gate_up_bias);
+    clear_padding(wide(a, b.dy), s.rows, a.O);
     for_wide(a, s.rows, a.O, [&](int64_t, int64_t, int64_t k) __attribute__((always_inline)) {
       store(b.dy + k, sigmoid_of(load(b.dy + k)));
     });
@@ -79,6 +80,7 @@ void rebuild(const GatedArgs& a, BackwardBlock& b, Span s) {
   if (h.p) load_wide(b.y, a, h, s, a.O);
   project(wide(a, b.y), h.p, {row_major(m.act, padded(a.R)), a.R, a.up_t}, s.rows, n_panels(a.O),
           a.up_bias);
+  clear_padding(wide(a, b.y), s.rows, a.O);
 }
 
 // dout -> du through the norm. Its gradients go to `place`, where there is one.
@@ -192,6 +194,7 @@ void middle_backward(const GatedArgs& a, BackwardBlock& b, Place at, Span s) {
   if (a.need_dz) {
     gemm(narrow(b.dz, a.R), false, panels(b.dy, a.block), s.rows, a.O, a.up, a.O * kNR,
          n_panels(a.R));
+    clear_padding(narrow(b.dz, a.R), s.rows, a.R);
     multiply_derivative(b.dz, m.q, s.rows * padded(a.R), a.activation);
     route_backward(b.dz, m, a, s);
     add_columns(a.ddown_bias, at, narrow(b.dz, a.R), s.rows, a.R, nullptr);

@@ -50,6 +50,7 @@ void shrink(float* z, const GatedArgs& a, const CpuRows& kept, const float* from
             int64_t width, const float* weight, const float* bias, Span s) {
   project_in_chains(narrow(z, width), {panels(from, a.block), depth, weight}, s.rows,
                     n_panels(width), bias);
+  clear_padding(narrow(z, width), s.rows, width);
   round_to(a.type, z, s.rows * padded(width));
   store_narrow(a, kept, z, s, width);
 }
@@ -111,6 +112,10 @@ void gated_panel(const GatedArgs& a, const ForwardBlock& b, int64_t j, int64_t r
     project({b.gate, kNR, 0}, false,
             {row_major(b.middle.act_g, padded(a.Rg)), a.Rg, a.gate_up_t + col0 * a.Rg}, rows, 1,
             a.gate_up_bias ? a.gate_up_bias + col0 : nullptr);
+  }
+  if (j == a.O / kNR) {
+    clear_padding({y, kNR, 0}, rows, a.O % kNR);
+    if (large) clear_padding({b.gate, kNR, 0}, rows, a.O % kNR);
   }
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t c = 0; c < kNR; c += kVL) {

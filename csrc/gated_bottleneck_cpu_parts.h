@@ -18,6 +18,15 @@ namespace {
 PETAL_INLINE Block wide(const GatedArgs& a, float* p) { return {p, kNR, a.block * kNR}; }
 PETAL_INLINE Block narrow(float* p, int64_t width) { return {p, padded(width), kNR}; }
 
+// Zeros in the columns from `cols` on. An infinite number times a weight's padding is NaN, and sums
+// over a row take whole vectors.
+PETAL_INLINE void clear_padding(const Block& c, int64_t rows, int64_t cols) {
+  const int64_t first = cols % kNR;
+  if (first == 0) return;
+  float* p = c.p + cols / kNR * c.panel + first;
+  for (int64_t i = 0; i < rows; ++i) memset(p + i * c.row, 0, (kNR - first) * sizeof(float));
+}
+
 // f(row, column, offset) for every vector of a wide block.
 template <typename F>
 PETAL_INLINE void for_wide(const GatedArgs& a, int64_t rows, int64_t cols, const F& f) {

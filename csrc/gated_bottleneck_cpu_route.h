@@ -92,6 +92,7 @@ void route(Middle& m, const GatedArgs& a, Span span) {
       multiply(q, a.R, f, a.R, s.left_t, n);
     }
   });
+  clear_padding(narrow(m.q, a.R), span.rows, a.R);
 }
 
 // sums [V][padded(R)] (+)= A^T B over n rows: A [n, V] in rows, B [n, R] in rows.

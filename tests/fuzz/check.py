@@ -88,7 +88,9 @@ class Checker:
         own = flatten([*plain[0], *plain[1]])
         self.judge = Judge(self.layout, flat, own, other, case.spoiled)
 
-    def _formula(self, arena: Arena, exact: bool = False, loose: bool = False) -> Got:
+    def _formula(
+        self, arena: Arena, exact: bool = False, loose: bool = False, written: bool = False
+    ) -> Got:
         c = self.case
         tensors = self.tensors if arena is self.arena else arena.tensors()
         leaves = self.leaves
@@ -97,6 +99,8 @@ class Checker:
         arguments = resolve(c.arguments, tensors) | {"rng": self.rng}
         if exact:
             arguments.pop("dtype", None)  # of the result: it stays fp64
+        if written:
+            arguments["written_norm"] = True
         upstream = [None if i is None else tensors[i] for i in c.upstream]
         return formulas.evaluate(c.operator, arguments, leaves, upstream, loose)
 
@@ -195,6 +199,9 @@ class Checker:
             self._widened = self.outcome.second_look = True
             large = self._formula(self.arena.larger(), loose=True)
             self.judge.look_again(flatten([*large[0], *large[1]]))
+            if self.case.arguments.get("norm_weight") is not None:
+                own = self._formula(self.arena, loose=True, written=True)
+                self.judge.widen(flatten([*own[0], *own[1]]))
             for n in range(NEIGHBOURS):
                 near = self._formula(self.arena.near(self.case.values + n), loose=True)
                 self.judge.widen(flatten([*near[0], *near[1]]))

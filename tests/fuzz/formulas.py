@@ -241,8 +241,19 @@ def gated_bottleneck(a: dict[str, Any], loose: bool = False) -> Outputs:
         u = (a["gate_input"] if isinstance(residual, str) else residual) + u
     weight, bias = cast("norm_weight"), cast("norm_bias")
     if weight is not None:
-        u = F.layer_norm(u, (u.shape[-1],), weight, bias, a.get("norm_eps", 1e-5))
+        norm = _written_norm if a.get("written_norm") else F.layer_norm
+        u = norm(u, (u.shape[-1],), weight, bias, a.get("norm_eps", 1e-5))
     return [u]
+
+
+def _written_norm(
+    u: Tensor, _: tuple[int], weight: Tensor, bias: Tensor | None, eps: float
+) -> Tensor:
+    """The norm step by step. Where one number of a row is left (dropout), its gradient is a small
+    difference, and torch's kernel, which takes another way, may round it well by luck."""
+    centred = u - u.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return normed * weight if bias is None else normed * weight + bias
 
 
 def _largest(logits: Tensor, k: int) -> Tensor:

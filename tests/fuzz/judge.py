@@ -6,12 +6,13 @@
   fp16 is held to its step. What is below 2^-100 of the call's largest result counts as 0 too.
 * Second look, where a call fails that. Plain torch's error is then the largest over eight
   neighbours of the case, whose every number is moved by at most one rounding step of the
-  activations' dtype, against the same fp64 results. A case in which plain torch rounds well by
-  luck, in which terms cancel, or in which relu's sign or the choice of an expert hangs on the last
-  bit, shows there how far rounding alone moves it. Another order of a long fp32 sum (library
-  products add to what they start from, one term after the other) may cost 8 rounding steps RMS, 16
-  at most. What has no headroom, where plain torch overflows once every number of the case is four
-  times as large, need not be finite. A wrong index, sign, scale or mask does not hide so.
+  activations' dtype, against the same fp64 results, and over the norm written out step by step. A
+  case in which plain torch rounds well by luck, in which terms cancel, or in which relu's sign or
+  the choice of an expert hangs on the last bit, shows there how far rounding alone moves it.
+  Another order of a long fp32 sum (library products add to what they start from, one term after the
+  other) may cost 8 rounding steps RMS, 16 at most. What has no headroom, where plain torch
+  overflows once every number of the case is four times as large, need not be finite. A wrong index,
+  sign, scale or mask does not hide so.
 * NaN and Inf: where the fp64 formula is not finite however masked products are read (by selection,
   or times zero: ``formulas.py``) and plain torch is not finite by selection, neither is the result;
   of a case with such inputs, for an overflow is the dtype's own. Where the formula is finite in
