@@ -159,7 +159,7 @@ def settings_of(name: str, **settings: Any) -> Settings:
     for setting in settings:
         if setting not in TAKES[name]:
             takes = ", ".join(TAKES[name])
-            raise TypeError(f"{setting}: {name} has no such setting, want some of {takes}")
+            raise TypeError(f"{setting}: want settings of {name} ({takes}), got '{setting}'")
     return Settings(name, **settings)
 
 

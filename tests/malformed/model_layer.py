@@ -161,7 +161,7 @@ def _memory() -> list[Case]:
             "memory.profile",
             memory.profile,
             valid,
-            legal=("cuda_rules: bool",),
+            legal=("cuda_rules: bool", "accumulate: bool"),
             elsewhere=elsewhere,
         ),
         _case(
@@ -171,6 +171,7 @@ def _memory() -> list[Case]:
             elsewhere=(*elsewhere, "at_most: zero"),  # a budget, and it is not kept
         ),
         _case("memory.fake_tensors", memory.fake_tensors, valid, elsewhere=elsewhere),
+        _case("Profile.with_optimizer", profile.with_optimizer, lambda: {"optimizer": "adamw"}),
         _case("Profile.peak_of", profile.peak_of, lambda: {"phase": "forward"}),
         _case("Profile.by", profile.by, lambda: {"attribute": "kind"}),
         _case("Profile.at_peak", profile.at_peak, dict, legal=("count: zero",)),

@@ -130,8 +130,29 @@ MUTANTS = [
         'passed["base"] = own(dout)',
         'passed["base"] = passed.get("residual", dout)',
     ),
-    (_GATED_FUNCTION, "return (own(dout), *[None]", "return (dout, *[None]"),
-    (_LINEAR_FUNCTION, "[own(dy) if want else None", "[dy if want else None"),
+    (_GATED_FUNCTION, "return (own(dout, ctx, 0), *[None]", "return (dout, *[None]"),
+    (
+        "petal_kernels/_runtime/first_order.py",
+        "return dout if _is_consumed(",
+        "return dout if bool(",
+    ),
+    (
+        "petal_kernels/_runtime/first_order.py",
+        "return dout if _is_consumed(",
+        "return dout if not (",
+    ),
+    (
+        "petal_kernels/_runtime/first_order.py",
+        'node.name() != "AddmmBackward0" or node.next_functions[0][0] is None',
+        "True",
+    ),
+    (
+        "petal_kernels/nn/routed_lora.py",
+        "torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], rows.shape[-1]))",
+        "rows.view(*x.shape[:-1], rows.shape[-1])",
+    ),
+    (_GATED_FUNCTION, "passes_on = True", "passes_on = False"),
+    (_LINEAR_FUNCTION, "own(dy, ctx, k - outputs) if want", "dy if want"),
     (_GATED, "value.clone() if shared else value", "value"),
     # A derivative that is not there.
     (_FIRST, "        found.append(leaf)\n", ""),

@@ -63,5 +63,5 @@ MUTANTS = [
     (_CONFIG, "re.compile(self.target_modules)", "pass"),
     (_ATTACHMENT, "        if not isinstance(state, Mapping):", "        if False:"),
     (_FILES, "    if not isinstance(directory, (str, os.PathLike)):", "    if False:"),
-    (_PROFILER, '    check_bool("backward", backward)\n', ""),
+    ("petal_kernels/memory/arguments.py", '    check_bool("backward", backward)\n', ""),
 ]

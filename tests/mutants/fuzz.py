@@ -41,7 +41,7 @@ MUTANTS = [
     (_PHILOX, "_WEYL_1 = 0xBB67AE85", "_WEYL_1 = 0xBB67AE84"),
     (_PHILOX, "return LEVELS / (LEVELS - threshold(p))", "return 1 / (1 - p / 1.001)"),
     # gradients in one buffer
-    (_LINEAR_FUNCTION, "[own(dy) if want", "[dy if want"),
+    (_LINEAR_FUNCTION, "own(dy, ctx, k - outputs) if want", "dy if want"),
     # a NaN hidden
     (_GATED, "    return u, Saved(None if t", "    return u.nan_to_num(), Saved(None if t"),
     (

@@ -31,7 +31,7 @@ MUTANTS = [
         "new = [part for key, part in parts.items() if key not in seen]",
         "new = list(parts.values())",
     ),
-    (_PROFILER, "{storage_key(part): part for part in parts}.items()", "enumerate(parts)"),
+    ("petal_kernels/memory/gradients.py", "found[storage_key(part)] = ", "found[len(found)] = "),
     (_PROFILER, "part.numel() for t in trained", "1 for t in trained"),
     (_PROFILER, "if t.requires_grad}.values())\n    sizes.tr", "}.values())\n    sizes.tr"),
     (_PROFILER, "_fresh(trained, set(seen))", "_fresh(trained, seen)"),

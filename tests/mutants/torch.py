@@ -61,8 +61,8 @@ MUTANTS = [
     ),
     (
         "petal_kernels/ops/lowrank_linear/function.py",
-        "[own(dy) if want else None for dy",
-        "[own(dys[0]) if want else None for dy",
+        "own(dy, ctx, k - outputs) if want",
+        "own(dys[0], ctx, k - outputs) if want",
     ),
     (_GATED, "* (1 - m.gate)).to(dtype))", "* m.gate).to(dtype))"),
     (_GATED, "        dz = (d * t.left).view_as(z)\n", "        dz = d.reshape_as(z)\n"),

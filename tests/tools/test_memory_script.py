@@ -217,7 +217,7 @@ def test_a_scripts_arguments(script: str, capsys: pytest.CaptureFixture[str]) ->
         (["--fail-above", "-1"], "want a number of MiB >= 0, got -1"),
         (["--dropout", "1.0"], "want a number with 0 <= P < 1, got 1.0"),
         (["--optimizer", "lion"], "want one of adamw, adam, sgd, adamw8bit, adam8bit, got 'lion'"),
-        (["--optimizer", "adamw:momentum=0.9"], "momentum: adamw has no such setting"),
+        (["--optimizer", "adamw:momentum=0.9"], "momentum: want settings of adamw"),
         (["--optimizer", "sgd:momentum=much"], "want momentum=yes, no or a number, got"),
         (["--model", "gpt2-vit", "--batch", "1", "--part", "nosuch"], "such as vision, projection"),
         (["--model", "gpt2-vit", "--targets", "(("], "want a regular expression, got '(('"),
