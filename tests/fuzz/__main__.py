@@ -53,6 +53,7 @@ class Totals:
     cases: Counter[str] = field(default_factory=Counter)
     declined: Counter[str] = field(default_factory=Counter)
     second_looks: int = 0
+    no_headroom: int = 0
     failures: list[dict[str, Any]] = field(default_factory=list)
     next: dict[str, int] = field(default_factory=dict)  # first index not handed out, by stream
 
@@ -72,6 +73,7 @@ class Totals:
             {f"{r['operator']} {names.get(k, k)}": v for k, v in r["declined"].items()}
         )
         self.second_looks += r["second_looks"]
+        self.no_headroom += r["no_headroom"]
         for f in r["failures"]:
             self.failure(r["profile"], r["operator"], r["seed"], f["index"], f["faults"])
 
@@ -253,6 +255,7 @@ def report(options: argparse.Namespace, totals: Totals, complete: bool) -> dict[
         "milliseconds_per_case": dict(sorted(per.items())),
         "declined": dict(sorted(totals.declined.items())),
         "second_looks": totals.second_looks,
+        "no_headroom": totals.no_headroom,
         "failures": totals.failures[:1000],
         "failure_count": len(totals.failures),
         "wall_seconds": round(options.spent + time.monotonic() - options.begin, 1),
@@ -280,7 +283,7 @@ def resume(options: argparse.Namespace) -> Totals:
         {k: Counter(v) for k, v in old["calls_by_operator"].items()},
         {k: v * old["cases"][k] / 1e3 for k, v in old["milliseconds_per_case"].items()},
         Counter(old["cases"]), Counter(old["declined"]),
-        old["second_looks"], old["failures"], old["next"],
+        old["second_looks"], old["no_headroom"], old["failures"], old["next"],
     )  # fmt: skip
     options.spent = old["wall_seconds"]
     return totals

@@ -293,6 +293,11 @@ class Arena:
         """Every number four times as large."""
         return Arena(self.case, {d: b * 4 for d, b in self.buffers.items()})
 
+    def with_infinities_as(self, value: float) -> Arena:
+        """Another number in their place."""
+        found = {d: torch.where(b.isinf(), value, b) for d, b in self.buffers.items()}
+        return Arena(self.case, found)
+
     def snapshot(self) -> dict[torch.dtype, Tensor]:
         """A copy of the bits."""
         return {d: _bits(b).clone() for d, b in self.buffers.items()}

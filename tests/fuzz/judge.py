@@ -4,20 +4,24 @@
   (gradients) plain torch's in the same dtype, plus parity's floors. fp64 is held to 2^-36 of the
   largest value. A subnormal number of fp32 or bf16 may count as 0, as libraries take it; one of
   fp16 is held to its step. What is below 2^-100 of the call's largest result counts as 0 too.
-* Second look, where a call fails that. Plain torch's error is then the largest over eight
-  neighbours of the case, whose every number is moved by at most one rounding step of the
-  activations' dtype, against the same fp64 results, and over the norm written out step by step. A
-  case in which plain torch rounds well by luck, in which terms cancel, or in which relu's sign or
-  the choice of an expert hangs on the last bit, shows there how far rounding alone moves it.
-  Another order of a long fp32 sum (library products add to what they start from, one term after the
-  other) may cost 8 rounding steps RMS, 16 at most. What has no headroom, where plain torch
-  overflows once every number of the case is four times as large, need not be finite. A wrong index,
-  sign, scale or mask does not hide so.
+* Second look, where a call fails that. Plain torch's error is then the largest over neighbours of
+  the case, whose every number is moved by at most one rounding step of the activations' dtype,
+  against the same fp64 results, and over the norm written out step by step. A case in which plain
+  torch rounds well by luck, in which terms cancel, or in which relu's sign or the choice of an
+  expert hangs on the last bit, shows there how far rounding alone moves it. Another order of a long
+  fp32 sum (library products add to what they start from, one term after the other) may cost 8
+  rounding steps RMS, 16 at most, and subnormal numbers of fp16 on the way four of its smallest
+  steps. What has no headroom, where plain torch overflows once every number of the case is four
+  times as large, need not be finite; and where plain torch, its scales being one at least,
+  overflows on the way, the case shows nothing and is counted as one without headroom. A wrong
+  index, sign, scale or mask does not hide so.
 * NaN and Inf: where the fp64 formula is not finite however masked products are read (by selection,
   or times zero: ``formulas.py``) and plain torch is not finite by selection, neither is the result;
   of a case with such inputs, for an overflow is the dtype's own. Where the formula is finite in
   both readings and at most half the dtype's largest number, and plain torch is finite in the dtype,
-  so is the result. The error rule holds for what is finite in all.
+  so is the result. The error rule holds for what is finite in all. Where an operator groups
+  products otherwise than written (``check.py``), the second look leaves out what an infinite input
+  reaches.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from torch import Tensor
 
 from petal_kernels.tools.parity import GRADIENT_FACTOR, OUTPUT_FACTOR
 
-NEIGHBOURS = 8
+NEIGHBOURS = 24
 
 _Flat = npt.NDArray[np.float64]
 
@@ -71,7 +75,9 @@ class Results:
         few = self.sizes < 16
         self.rms_floor = np.where(double, 2.0**-36, np.where(few, 2 * eps, eps / 4))
         self.max_floor = np.where(double, 2.0**-36, 2 * eps)
-        half = np.array([self.dtypes[i] == torch.float16 for i in self.used], dtype=bool)
+        self.half = half = np.array(
+            [self.dtypes[i] == torch.float16 for i in self.used], dtype=bool
+        )
         normal = np.array([i.smallest_normal for i in info])
         self.step = np.where(half, normal * eps, normal)
         self.largest = np.array([i.max for i in info]) / 2
@@ -145,7 +151,17 @@ class Judge:
         r = self.layout
         r.rms_floor = np.where(r.single, 2.0**-20, r.rms_floor)
         r.max_floor = np.where(r.single, 2.0**-19, r.max_floor)
+        r.step = np.where(r.half, 4 * r.step, r.step)
         self.nothing = np.where(r.double, 2.0**-40 * self.top.max(initial=0.0), self.nothing)
+
+    def only_what_stays(self, one: _Flat, nan: _Flat) -> None:
+        """Count only what no infinite input reaches, and demand NaN where a NaN does: fp64 results
+        with ones and with NaN in place of the infinities, masked products times zero in these."""
+        if self.counted is None:
+            self.counted = np.ones(self.exact.shape, dtype=bool)
+            self.hidden = np.zeros(self.exact.shape, dtype=bool)
+        self.counted &= nan == self.exact
+        self.hidden = self.hidden & np.isnan(one)
 
     def widen(self, plain: _Flat) -> None:
         """Take a neighbour's plain result into account; one that is not finite moves nothing."""

@@ -63,7 +63,7 @@ def run_chunk(
     from tests.fuzz.check import check
 
     calls: Counter[str] = Counter()
-    seconds, looks, declined = 0.0, 0, Counter[str]()
+    seconds, looks, cramped, declined = 0.0, 0, 0, Counter[str]()
     failures = []
     for index in range(first, first + count):
         if place is not None:
@@ -80,6 +80,7 @@ def run_chunk(
         calls.update(found.ran)
         declined.update(list(found.declined))
         looks += found.second_look
+        cramped += found.no_headroom
         if found.faults:
             failures.append({"index": index, "faults": found.faults[:6]})
     return {
@@ -91,6 +92,7 @@ def run_chunk(
         "calls": dict(calls),
         "declined": dict(declined),
         "second_looks": looks,
+        "no_headroom": cramped,
         "seconds": seconds,
         "failures": failures,
     }

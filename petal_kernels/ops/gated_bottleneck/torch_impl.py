@@ -283,6 +283,11 @@ def _separate(
     return found
 
 
+def _sigmoid_slope(x: Tensor) -> Tensor:
+    """s (1 - s), neither through a difference."""
+    return x.sigmoid() * (-x).sigmoid()
+
+
 def _gate_backward(
     call: Call,
     saved: Saved,
@@ -316,8 +321,8 @@ def _gate_backward(
     if s.gate == "middleY":
         if "gate_weight" in need:
             dw = product.sum(0)
-            sigmoid = m.gate - 1
-            grads["gate_weight"] = dw if s.gate_linear else dw * (sigmoid * (1 - sigmoid)).to(dtype)
+            w = wide(t.gate_weight.to(dtype))
+            grads["gate_weight"] = dw if s.gate_linear else dw * _sigmoid_slope(w).to(dtype)
         return dy, dy, None
     assert m.sigmoid is not None
     dgate = wide(product).sum(1, keepdim=True)
@@ -326,7 +331,8 @@ def _gate_backward(
         length = dgate.shape[0] // s.samples
         share = 1.0 / length if t.token_weights is None else t.token_weights.unsqueeze(1)
         dgate = total.reshape_as(dgate) * share
-    dt = dgate * m.sigmoid * (1 - m.sigmoid)
+    assert saved.logits is not None
+    dt = dgate * _sigmoid_slope(saved.logits).unsqueeze(1)
     wx, wh = (w.to(dtype) for w in _gate_halves(t, s))
     seen = m.y if s.gate_sees_output else t.x if s.add_input else t.base
     if "gate_weight" in need:
