@@ -88,3 +88,29 @@ def test_traffic_of_routed_lora(route: str) -> None:
 
     with pk.use_backend("native"):
         call.check(call.count({"petal_native::gated_bottleneck_forward": kernel}))
+
+
+@pytest.mark.parametrize("out", [7, 16, 45])
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_padding_of_a_vector_is_no_part_of_a_sum(out: int, norm: bool) -> None:
+    """An infinite number times a weight's padding is NaN. A saturated gate is finite, so is its
+    row, and its norm and gradients too."""
+    g = torch.Generator().manual_seed(0)
+    x, up = torch.randn(5, out, generator=g), torch.randn(out, 3, generator=g)
+    gate_input, gate_up = torch.randn(5, 9, generator=g), torch.randn(out, 1, generator=g)
+    gate_input[2, 4] = float("inf")
+    weights = {"norm_weight": torch.randn(out, generator=g), "norm_bias": torch.zeros(out)}
+    given = {
+        "x": x, "down": torch.randn(3, out, generator=g), "up": up, "activation": "relu",
+        "gate": "large", "gate_input": gate_input, "gate_up": gate_up,
+        "gate_down": torch.randn(1, 9, generator=g).abs(), **(weights if norm else {}),
+    }  # fmt: skip
+    names = ("x", "up", *(weights if norm else ()))
+    want, got = (
+        discovery.run(pk.gated_bottleneck, given, names, backend=name)
+        for name in ("torch", "native")
+    )
+    assert torch.isfinite(got[0][0]).all()
+    torch.testing.assert_close(got[0][0], want[0][0], rtol=1e-4, atol=1e-5)
+    for (label, a), (_, b) in zip(got[1], want[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=label)

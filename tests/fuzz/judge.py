@@ -10,11 +10,11 @@
   torch rounds well by luck, in which terms cancel, or in which relu's sign or the choice of an
   expert hangs on the last bit, shows there how far rounding alone moves it. Another order of a long
   fp32 sum (library products add to what they start from, one term after the other) may cost 8
-  rounding steps RMS, 16 at most, and subnormal numbers of fp16 on the way four of its smallest
-  steps. What has no headroom, where plain torch overflows once every number of the case is four
-  times as large, need not be finite; and where plain torch, its scales being one at least,
-  overflows on the way, the case shows nothing and is counted as one without headroom. A wrong
-  index, sign, scale or mask does not hide so.
+  rounding steps RMS, 16 at most, and numbers of fp16 four of its smallest steps. What has no
+  headroom, where plain torch overflows once every number of the case is four times as large, need
+  not be finite; and where plain torch, its scales being one at least, overflows on the way or comes
+  near fp16's subnormal numbers, the case shows nothing and is counted as one without headroom. A
+  wrong index, sign, scale or mask does not hide so.
 * NaN and Inf: where the fp64 formula is not finite however masked products are read (by selection,
   or times zero: ``formulas.py``) and plain torch is not finite by selection, neither is the result;
   of a case with such inputs, for an overflow is the dtype's own. Where the formula is finite in

@@ -119,9 +119,26 @@ class Tree:
                 caught = self.red([first])
                 if caught is not None:
                     return caught
-            return self.red(family.TESTS)
+            return self.red(nearest_first(family.TESTS, file))
         finally:
             path.write_text(text)
+
+
+def nearest_first(tests: list[str], file: str) -> list[str]:
+    """The same tests, those files first whose names have words of the faulty file's path."""
+
+    def near(test: str) -> int:
+        return -sum(word in Path(test).stem for word in words)
+
+    words = {w for part in Path(file).parts for w in re.split(r"[_.]", part) if len(w) > 3}
+    words -= {"petal", "kernels", "torch"}
+    files = [
+        str(found.relative_to(ROOT))
+        for test in tests
+        if (ROOT / test).exists()
+        for found in (sorted((ROOT / test).rglob("test_*.py")) or [ROOT / test])
+    ]
+    return [*sorted(files, key=near), *(t for t in tests if not (ROOT / t).exists())]
 
 
 class Run:

@@ -169,4 +169,15 @@ MUTANTS = [
     (EXPERTS_SUMS, "store(at + r * kNR, load(at + r * kNR) + v0)", "store(at + r * kNR, v0)"),
     # Its rows are taken in the order of the tokens.
     (EXPERTS_SUMS, "w.order ? w.order[slot + i] : slot + i", "slot + i"),
+    # an infinite number in a vector's padding
+    (
+        "csrc/gated_bottleneck_cpu_kernel.h",
+        "if (large) clear_padding({b.gate, kNR, 0}, rows, a.O % kNR);",
+        "",
+    ),
+    (
+        "csrc/gated_bottleneck_cpu_backward.h",
+        "    clear_padding(wide(a, b.dy), s.rows, a.O);\n",
+        "",
+    ),
 ]

@@ -152,7 +152,9 @@ def gated_bottleneck(
 
     Differentiable once. Saved for backward: x, gate_input, N x r values per projection, at most
     three numbers per row, the state of the generator and the parameters; gates, activations and
-    masks are formed again. Deterministic. Source: see ``reference.py``.
+    masks are formed again. NaN and infinities reach what depends on them; on triton and cuda an
+    infinite number may make its whole row NaN where a saturated gate or relu would be finite.
+    Deterministic. Source: see ``reference.py``.
     """
     given = locals()
     check_transforms(NAME, given.values())
