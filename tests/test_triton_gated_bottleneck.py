@@ -309,3 +309,17 @@ def test_one_launch_where_all_widths_agree() -> None:
     assert len(launch._jobs(p, list(launch.SECTIONS))) == 1
     p = launch.Problem.of(prepare(PARALLEL)[0], N)
     assert [width for _, width in launch._jobs(p, list(launch.SECTIONS))] == [56, D, 40]
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_a_derivative_far_out_is_its_limit(activation: str) -> None:
+    """Where q^3 overflows the derivative is still 0 or 1."""
+    z = torch.tensor([[-1e15, 1e15, -3e4, 3e4]]).repeat(3, 1).requires_grad_()
+    up = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    out = pk.gated_bottleneck(
+        None, None, up, base=None, bottleneck=z, activation=activation, backend="triton"
+    )
+    dout = torch.ones_like(out)
+    (dz,) = torch.autograd.grad(out, z, dout)
+    want = (dout @ up) * torch.tensor([0.0, 1.0, 0.0, 1.0])
+    torch.testing.assert_close(dz, want, rtol=1e-5, atol=1e-5)

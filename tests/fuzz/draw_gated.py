@@ -35,6 +35,9 @@ def gated_bottleneck(d: Draw) -> Case:
     rank, width = d.size(most=130), d.size()
     out = width if base == "input" else d.size()
     norm = d.chance(0.35)
+    # Where u is stored before its norm, its mean is that of the sums before rounding: the norm of
+    # one number, exactly nothing, shows that alone.
+    norm = norm and (out > 1 or not d.small)
     residual = d.weighted(none=45, given=25, gate_input=30)
     variant = d.weighted(paper=65, release=35)
     args: dict[str, Any] = {}
