@@ -117,7 +117,8 @@ class Checker:
             )
             other = tuple(flatten([*r[0], *r[1]]) for r in readings)
         own = flatten([*plain[0], *plain[1]])
-        self.judge = Judge(self.layout, flat, own, other, case.spoiled)
+        constant = any(0 in slot.strides for slot in case.slots)
+        self.judge = Judge(self.layout, flat, own, other, case.spoiled, constant)
 
     def _formula(
         self,

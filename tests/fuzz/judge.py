@@ -4,17 +4,18 @@
   (gradients) plain torch's in the same dtype, plus parity's floors. fp64 is held to 2^-36 of the
   largest value. A subnormal number of fp32 or bf16 may count as 0, as libraries take it; one of
   fp16 is held to its step. What is below 2^-100 of the call's largest result counts as 0 too.
-* Second look, where a call fails that. Plain torch's error is then the largest over neighbours of
-  the case, whose every number is moved by at most one rounding step of the activations' dtype,
-  against the same fp64 results, and over the norm written out step by step. A case in which plain
-  torch rounds well by luck, in which terms cancel, or in which relu's sign or the choice of an
-  expert hangs on the last bit, shows there how far rounding alone moves it. Another order of a long
-  fp32 sum (library products add to what they start from, one term after the other) may cost 8
-  rounding steps RMS, 16 at most, and numbers of fp16 four of its smallest steps. What has no
-  headroom, where plain torch overflows once every number of the case is four times as large, need
-  not be finite; and where plain torch, its scales being one at least, overflows on the way or comes
-  near fp16's subnormal numbers, the case shows nothing and is counted as one without headroom. A
-  wrong index, sign, scale or mask does not hide so.
+* Second look, where a call fails that. Plain torch's error is then the largest, once and a half,
+  over neighbours of the case, whose every number is moved by at most one rounding step of the
+  activations' dtype, against the same fp64 results, and over the norm written out step by step. A
+  case in which plain torch rounds well by luck, in which terms cancel, or in which relu's sign or
+  the choice of an expert hangs on the last bit, shows there how far rounding alone moves it.
+  Another order of a long fp32 sum (library products add to what they start from, one term after the
+  other) may cost 8 rounding steps RMS, 16 at most, four times that where a tensor is expanded
+  (equal terms are all rounded the same way), and numbers of fp16 four of its smallest steps. What
+  has no headroom, where plain torch overflows once every number of the case is four times as large,
+  need not be finite; and where plain torch, its scales being one at least, overflows on the way or
+  comes near fp16's subnormal numbers, the case shows nothing and is counted as one without
+  headroom. A wrong index, sign, scale or mask does not hide so.
 * NaN and Inf: where the fp64 formula is not finite however masked products are read (by selection,
   or times zero: ``formulas.py``) and plain torch is not finite by selection, neither is the result;
   of a case with such inputs, for an overflow is the dtype's own. Where the formula is finite in
@@ -104,9 +105,11 @@ class Judge:
         plain: _Flat,
         other: tuple[_Flat, _Flat] | None = None,
         spoiled: bool = True,
+        constant: bool = False,
     ) -> None:
         """``other``: where anything is not finite, the fp64 formula with masked products times
-        zero, and plain torch with masked products selected."""
+        zero, and plain torch with masked products selected. ``constant``: sums have equal terms."""
+        self.constant = constant
         self.layout, self.exact, self.plain = layout, exact, plain
         fine = np.isfinite(exact)
         self.clean = other is None and bool(fine.all()) and bool(np.isfinite(plain).all())
@@ -149,10 +152,13 @@ class Judge:
         self.rms, self.top = self.layout.measure(np.abs(self.reference))
         self.plain_rms, self.plain_top = self._errors(self.plain)
         r = self.layout
-        r.rms_floor = np.where(r.single, 2.0**-20, r.rms_floor)
-        r.max_floor = np.where(r.single, 2.0**-19, r.max_floor)
+        chain = 4.0 if self.constant else 1.0
+        r.rms_floor = np.where(r.single, chain * 2.0**-20, r.rms_floor)
+        r.max_floor = np.where(r.single, chain * 2.0**-19, r.max_floor)
+        r.factor = 1.5 * r.factor
         r.step = np.where(r.half, 4 * r.step, r.step)
-        self.nothing = np.where(r.double, 2.0**-40 * self.top.max(initial=0.0), self.nothing)
+        if r.dtypes[0] == torch.float64:  # float32 parameters' gradients too
+            self.nothing = 2.0**-40 * float(self.top.max(initial=0.0))
 
     def only_what_stays(self, one: _Flat, nan: _Flat) -> None:
         """Count only what no infinite input reaches, and demand NaN where a NaN does: fp64 results
