@@ -56,14 +56,26 @@ class Outcome:
     no_headroom: bool = False
 
 
+_aten = torch.ops.aten
+_EXPONENTIALS = (_aten.sigmoid.default, _aten._softmax.default)
+
+
 class _Headroom(TorchDispatchMode):
     """Whether any operation gave a number that is not finite, or fp16 numbers of which half are
-    within a factor of 16 of the subnormal ones."""
+    within a factor of 16 of the subnormal ones; or took an exponent that one rounding step of its
+    own turns into another gate, or the norm of a row whose sum may overflow."""
 
     missing = False
+    dtype = torch.float32  # of the activations
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func in (*_EXPONENTIALS, _aten.native_layer_norm.default) and args[0].numel():
+            x, top = args[0], float(args[0].detach().abs().max())
+            if func in _EXPONENTIALS:
+                self.missing |= top * torch.finfo(self.dtype).eps > 0.25
+            else:
+                self.missing |= top * x.shape[-1] > torch.finfo(x.dtype).max
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, Tensor) and t.is_floating_point() and not self.missing:
                 self.missing = not bool(torch.isfinite(t.detach()).all())
@@ -259,6 +271,7 @@ class Checker:
         """Whether plain torch, its scales being one at least, overflows on the way, or comes close
         to fp16's subnormal numbers."""
         watch = _Headroom()
+        watch.dtype = self.case.dtype
         with watch:
             self._formula(self.arena, loose=True, unscaled=True)
         return watch.missing
@@ -307,9 +320,10 @@ class Checker:
     def _higher(self, backend: str) -> None:
         """Second derivatives and forward mode are not offered: each must be refused by name."""
         if any(u is not None for u in self.upstream):
-            grads: list[Tensor] = []
-            with self._refused(backend, "a second derivative"):
-                grads = [g for g in self._public(backend, create_graph=True)[1] if g.requires_grad]
+            found: list[Tensor] = []
+            with self._refused(backend, "a second derivative", lambda: not any(map(_some, found))):
+                found = self._public(backend, create_graph=True)[1]
+                grads = [g for g in found if g.requires_grad]
                 torch.autograd.grad(grads, self.leaves, grads, allow_unused=True)
         with self._refused(backend, "forward mode"), forward_ad.dual_level():
             place = self.case.trained[0]
@@ -321,14 +335,23 @@ class Checker:
             getattr(pk, self.case.operator)(**given)
 
     @contextlib.contextmanager
-    def _refused(self, backend: str, what: str) -> Iterator[None]:
+    def _refused(
+        self, backend: str, what: str, right: Callable[[], bool] = lambda: False
+    ) -> Iterator[None]:
+        """``right``: whether the block, where it ends without an error, gave the right thing."""
         try:
             yield
         except RuntimeError as e:
             if "once_differentiable" not in str(e):
                 self._fault(backend, f"{what} raised {type(e).__name__}: {str(e)[:200]}")
         else:
-            self._fault(backend, f"{what} was neither right nor refused")
+            if not right():
+                self._fault(backend, f"{what} was neither right nor refused")
+
+
+def _some(gradient: Tensor) -> bool:
+    """Whether there is anything but zeros, whose derivatives are zero."""
+    return bool(gradient.detach().any())
 
 
 def check(

@@ -13,9 +13,10 @@
   other) may cost 8 rounding steps RMS, 16 at most, four times that where a tensor is expanded
   (equal terms are all rounded the same way), and numbers of fp16 four of its smallest steps. What
   has no headroom, where plain torch overflows once every number of the case is four times as large,
-  need not be finite; and where plain torch, its scales being one at least, overflows on the way or
-  comes near fp16's subnormal numbers, the case shows nothing and is counted as one without
-  headroom. A wrong index, sign, scale or mask does not hide so.
+  need not be finite; and where plain torch, its scales being one at least, overflows on the way,
+  comes near fp16's subnormal numbers or takes the exponential of a number so large that its last
+  bit decides, the case shows nothing and is counted as one without headroom. A wrong index, sign,
+  scale or mask does not hide so.
 * NaN and Inf: where the fp64 formula is not finite however masked products are read (by selection,
   or times zero: ``formulas.py``) and plain torch is not finite by selection, neither is the result;
   of a case with such inputs, for an overflow is the dtype's own. Where the formula is finite in
@@ -157,6 +158,7 @@ class Judge:
         r.max_floor = np.where(r.single, chain * 2.0**-19, r.max_floor)
         r.factor = 1.5 * r.factor
         r.step = np.where(r.half, 4 * r.step, r.step)
+        self.nothing = 2.0**-80 * float(self.top.max(initial=0.0))
         if r.dtypes[0] == torch.float64:  # float32 parameters' gradients too
             self.nothing = 2.0**-40 * float(self.top.max(initial=0.0))
 
