@@ -74,9 +74,9 @@ def profile(
 
     Counted is whatever the forward leaves alive for the backward, by whichever way: saved tensors,
     what other hooks made of them (save_on_cpu), attributes of a custom function's ctx, caches of
-    selective checkpoints, closures. Not counted are the generators' states that checkpoints keep, 5 KB
-    a region, and scalars written in Python. A compiled model stays compiled: its graphs' saved tensors
-    count; what compiled code allocates meanwhile is out of sight, and `notes` says so.
+    selective checkpoints, closures; not the generators' states that checkpoints keep (5 KB a
+    region), nor scalars written in Python. A compiled model stays compiled: its graphs' saved
+    tensors count; what compiled code allocates meanwhile is out of sight, and `notes` says so.
 
     Afterwards gradients (of the batch and of other leaves, too), torch's generators, and buffers of
     at most 16 MiB are what they were, also where the step raises. Hooks of the model run; `notes`
