@@ -39,9 +39,9 @@ def families() -> list[str]:
     return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if not p.stem.startswith("__"))
 
 
-def key(fault: Fault) -> str:
-    """A fault's name in ``caught_by.json``."""
-    return hashlib.sha256("\0".join(fault).encode()).hexdigest()[:12]
+def key(family: str, fault: Fault) -> str:
+    """A family's fault in ``caught_by.json``."""
+    return hashlib.sha256("\0".join((family, *fault)).encode()).hexdigest()[:12]
 
 
 def git(*words: str) -> str:
@@ -162,14 +162,14 @@ class Run:
                 name, fault = self.left.get_nowait()
             except queue.Empty:
                 return
-            by = tree.catch(self.modules[name], fault, self.known.get(key(fault)))
+            by = tree.catch(self.modules[name], fault, self.known.get(key(name, fault)))
             label = f"{name}: {fault[0]}: {fault[1]!r} -> {fault[2]!r}"
             with self.lock:
                 if by is None:
                     self.survived.append(label)
                     print(f"  SURVIVED  {label}", flush=True)
                 else:
-                    self.known[key(fault)] = by
+                    self.known[key(name, fault)] = by
                     self.caught[name] += 1
                     self.store()  # an interrupted run has not looked in vain
                     print(f"  caught    {label} by {by}", flush=True)
@@ -177,7 +177,7 @@ class Run:
     def store(self) -> None:
         """Write who caught what, faults that are no longer listed left out."""
         listed = {
-            key(fault)
+            key(name, fault)
             for name in families()
             for fault in importlib.import_module(f"tests.mutants.{name}").MUTANTS
         }
