@@ -90,11 +90,10 @@ def activate_backward(q, d, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
     elif ACT == "silu":
         d = d * tl.sigmoid(q) * (1.0 + q * tl.sigmoid(-q))
     elif ACT == "gelu_tanh":
+        q = tl.where(q < -20.0, -20.0, q)  # it is 0 there; far out q^3 overflows; a NaN passes
         t = (q + q * q * q * _GELU_CUBE) * _GELU_SLOPE
         slope = (1.0 + q * q * (3.0 * _GELU_CUBE)) * _GELU_SLOPE
-        # In this order: far out, where q^3 overflows, the middle factor is 0 before q * slope is.
-        s = tl.sigmoid(t)
-        d = d * (s + q * (s * tl.sigmoid(-t)) * slope)
+        d = d * tl.sigmoid(t) * (1.0 + q * tl.sigmoid(-t) * slope)
     elif ACT == "gelu":
         density = tl.exp(-0.5 * q * q) * _DENSITY
         d *= 0.5 * (1.0 + tl.erf(q * _SQRT_HALF)) + q * density

@@ -87,8 +87,8 @@ MUTANTS = [
     (_MODE, "part_rows = (a * tiles + tile_b) * K", "part_rows = a * tiles * K"),
     (_MODE, "out = (acc * scale)", "out = acc"),
     # gated_bottleneck: the derivative's other half, another sample's factor, the next sample's rows
-    (_LIB, "(s * tl.sigmoid(-t)) * slope", "(s * tl.sigmoid(t)) * slope"),
-    (_LIB, "(s + q * (s * tl.sigmoid(-t)) * slope)", "s * (1.0 + q * tl.sigmoid(-t) * slope)"),
+    (_LIB, "q * tl.sigmoid(-t) * slope", "q * tl.sigmoid(t) * slope"),
+    (_LIB, "tl.where(q < -20.0, -20.0, q)", "q"),
     (_GATED_TILES, "left_ptr, R, offs_m // length", "left_ptr, R, offs_m // (length + 1)"),
     (_GATED_TILES, "part * rows + offs, offs < rows", "part * rows + offs, offs < rows - 1"),
     # the norm: the tiles' means not merged, padding counted, a mean of the gradient left out
