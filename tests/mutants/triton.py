@@ -88,7 +88,6 @@ MUTANTS = [
     (_MODE, "out = (acc * scale)", "out = acc"),
     # gated_bottleneck: the derivative's other half, another sample's factor, the next sample's rows
     (_LIB, "q * tl.sigmoid(-t) * slope", "q * tl.sigmoid(t) * slope"),
-    (_LIB, "tl.where(q < -20.0, -20.0, q)", "q"),
     (_GATED_TILES, "left_ptr, R, offs_m // length", "left_ptr, R, offs_m // (length + 1)"),
     (_GATED_TILES, "part * rows + offs, offs < rows", "part * rows + offs, offs < rows - 1"),
     # the norm: the tiles' means not merged, padding counted, a mean of the gradient left out
