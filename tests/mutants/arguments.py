@@ -6,6 +6,7 @@ TESTS = [
     "tests/test_gradients.py",
     "tests/test_first_order.py",
     "tests/nn/test_arguments.py",
+    "tests/nn/test_experts.py",
 ]
 
 _FIRST = "petal_kernels/_runtime/first_order.py"
