@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from petal_kernels.hf import VLAdapterConfig as VLAdapterConfig
     from petal_kernels.hf import VLPetConfig as VLPetConfig
     from petal_kernels.hf import attach as attach
+    from petal_kernels.hf import attachment as attachment
 
 _CONFIGS = (
     "AuroraConfig",
@@ -36,7 +37,7 @@ _CONFIGS = (
     "VLAdapterConfig",
     "VLPetConfig",
 )
-_LAZY = dict.fromkeys(("attach", "Attachment", *_CONFIGS), "hf")
+_LAZY = dict.fromkeys(("attach", "attachment", "Attachment", *_CONFIGS), "hf")
 
 __all__ = [
     "Attachment",
@@ -48,6 +49,7 @@ __all__ = [
     "VLPetConfig",
     "__version__",
     "attach",
+    "attachment",
     "expert_dispatch",
     "explain",
     "gated_bottleneck",

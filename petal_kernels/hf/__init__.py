@@ -1,6 +1,6 @@
 """Attaching the modules to Hugging Face models; works on objects and imports no model library."""
 
-from petal_kernels.hf.attach import attach
+from petal_kernels.hf.attach import attach, attachment
 from petal_kernels.hf.attachment import Attachment
 from petal_kernels.hf.config import (
     AuroraConfig,
@@ -24,4 +24,5 @@ __all__ = [
     "VLAdapterConfig",
     "VLPetConfig",
     "attach",
+    "attachment",
 ]

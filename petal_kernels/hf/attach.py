@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
+import warnings
 
 from torch import nn
 
 from petal_kernels.hf import files
-from petal_kernels.hf.attachment import NAME, Attachment
-from petal_kernels.hf.config import AdapterConfig, AuroraConfig, ExpertConfig, PetalConfig
+from petal_kernels.hf.attachment import HANDLE, NAME, Attachment
+from petal_kernels.hf.config import AdapterConfig
+from petal_kernels.hf.methods import method_of
 from petal_kernels.nn.arguments import check_choice
 
 IMPLEMENTATIONS = ("fused", "published")
+# Engines that registered the parameters they found when they wrapped the model.
+_ENGINES = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
 
 
 def attach(
@@ -31,6 +36,75 @@ def attach(
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: want a torch.nn.Module, got a {type(model).__name__}")
+    _check_free(model)
+    saved = None
+    if isinstance(config, (str, os.PathLike)):
+        saved = files.read(config)
+        config = saved.config
+    if not isinstance(config, AdapterConfig):
+        raise TypeError(
+            f"config: want a PetalConfig, another method's config or a path, got a "
+            f"{type(config).__name__}"
+        )
+    _check_holders(model)
+    # A copy, checked again: the caller's object may have been changed since it was made, and may be
+    # changed for the next run.
+    config = dataclasses.replace(config)
+    if saved is None:
+        made = _attach(model, config, implementation)
+    else:
+        made = _attach_saved(model, saved, config, implementation)
+    for note in made.method.found.notes:
+        warnings.warn(f"attach: {note}", stacklevel=2)
+    return made
+
+
+def attachment(model: nn.Module) -> Attachment:
+    """The handle of an adapted model, of its copy or of what was unpickled; ValueError if it has
+    none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: want a torch.nn.Module, got a {type(model).__name__}")
+    for module in model.modules():
+        handle = module.__dict__.get(HANDLE)
+        if isinstance(handle, Attachment):
+            return handle
+    raise ValueError(
+        f"model: want a model that attach has adapted, got a {type(model).__name__} without one"
+    )
+
+
+def _attach(model: nn.Module, config: AdapterConfig, implementation: str) -> Attachment:
+    """The attachment; what fails on the way gives the model back as it was."""
+    method = method_of(config)(model, config, published=implementation == "published")
+    made = Attachment.__new__(Attachment)
+    try:
+        made.__init__(model, method, implementation)  # type: ignore[misc]
+    except BaseException:
+        if made.__dict__.get("_attached"):
+            made.detach()
+        raise
+    return made
+
+
+def _attach_saved(
+    model: nn.Module, saved: files.Saved, config: AdapterConfig, implementation: str
+) -> Attachment:
+    try:
+        made = _attach(model, config, implementation)
+    except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
+        # Not what the caller wrote, but what stands in the file.
+        raise ValueError(f"{saved.directory / files.CONFIG}: config: {error}") from error
+    try:
+        saved.check_base(made.signature())
+        made._load(saved)
+    except BaseException:
+        made.detach()
+        raise
+    return made
+
+
+def _check_free(model: nn.Module) -> None:
+    """ValueError where the model or a part of it has an adapter."""
     if getattr(model, NAME, None) is not None:
         raise ValueError(
             f"model: want a model without a {NAME!r} module, got one that has it (already "
@@ -42,60 +116,46 @@ def attach(
                 f"model: want a model whose parts have no adapter yet, got one at {path!r}, which "
                 "would be frozen; attach to the whole model first, then to its part"
             )
-    saved = None
-    if isinstance(config, (str, os.PathLike)):
-        saved = files.read(config)
-        config = saved.config
-    if not isinstance(config, AdapterConfig):
-        raise TypeError(
-            f"config: want a PetalConfig, another method's config or a path, got a "
-            f"{type(config).__name__}"
+
+
+def _check_holders(model: nn.Module) -> None:
+    """ValueError where an engine holds the model already: it would not know the adapter's
+    parameters. A warning where the model is a part of one that stays trainable."""
+    parents, holders = _parents(), [model]
+    while (holder := parents.get(id(holders[-1]))) is not None and holder not in holders:
+        holders.append(holder)
+    engine = next((m for m in (*model.modules(), *holders[1:]) if _is_engine(m)), None)
+    if engine is not None:
+        raise ValueError(
+            f"model: want a model that is not wrapped yet, got one in a {type(engine).__name__}, "
+            "which would not know the adapter's parameters; attach first, then wrap"
         )
-    # A copy, checked again: the caller's object may have been changed since it was made, and may be
-    # changed for the next run.
-    config = dataclasses.replace(config)
-    if saved is None:
-        return _attach(model, config, implementation)
-    try:
-        attachment = _attach(model, config, implementation)
-    except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
-        # Not what the caller wrote, but what stands in the file.
-        raise ValueError(f"{saved.directory / files.CONFIG}: config: {error}") from error
-    try:
-        saved.check_base(attachment.signature())
-        attachment._load(saved)
-    except BaseException:
-        attachment.detach()
-        raise
-    return attachment
+    if holders[-1] is model:
+        return
+    own = {id(parameter) for parameter in model.parameters()}
+    loose = [
+        name
+        for name, parameter in holders[-1].named_parameters()
+        if parameter.requires_grad and id(parameter) not in own
+    ]
+    if loose:
+        warnings.warn(
+            f"attach: {len(loose)} parameters of the {type(holders[-1]).__name__} that holds this "
+            f"{type(model).__name__} stay trainable, {loose[0]} first; freeze them "
+            "(requires_grad_(False) on the whole model before attach) unless that is meant",
+            stacklevel=3,
+        )
 
 
-def _attach(model: nn.Module, config: AdapterConfig, implementation: str) -> Attachment:
-    """The attachment; what fails on the way gives the model back as it was."""
-    cls = _class_of(config)
-    attachment = cls.__new__(cls)
-    try:
-        attachment.__init__(model, config, implementation)  # type: ignore[misc]
-    except BaseException:
-        if attachment.__dict__.get("_attached"):
-            Attachment.detach(attachment)  # the method's own part may not be there yet
-        raise
-    return attachment
+def _is_engine(module: nn.Module) -> bool:
+    return any(cls.__name__ in _ENGINES for cls in type(module).__mro__)
 
 
-def _class_of(config: AdapterConfig) -> type[Attachment]:
-    if isinstance(config, PetalConfig):
-        from petal_kernels.hf.petal.attachment import PetalAttachment
-
-        return PetalAttachment
-    if isinstance(config, AuroraConfig):
-        from petal_kernels.hf.aurora.attachment import AuroraAttachment
-
-        return AuroraAttachment
-    if isinstance(config, ExpertConfig):
-        from petal_kernels.hf.insertion.experts import ExpertAttachment
-
-        return ExpertAttachment
-    from petal_kernels.hf.insertion.attachment import InsertionAttachment
-
-    return InsertionAttachment
+def _parents() -> dict[int, nn.Module]:
+    """The module that holds another, by its id. Modules do not know: the collector does."""
+    parents: dict[int, nn.Module] = {}
+    for each in gc.get_objects():
+        if issubclass(type(each), nn.Module):
+            for child in each.__dict__.get("_modules", {}).values():
+                parents.setdefault(id(child), each)
+    return parents

@@ -6,9 +6,7 @@ Nothing is patched but the instance. One module named `petal` on the model holds
 
 from __future__ import annotations
 
-import contextlib
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,100 +14,152 @@ import torch
 from torch import Tensor, nn
 
 from petal_kernels.hf import files
+from petal_kernels.hf.blocks import Blocks
 from petal_kernels.hf.config import AdapterConfig
-from petal_kernels.hf.merging import Merged, MergeReport
-from petal_kernels.hf.report import Report
+from petal_kernels.hf.found import Place
+from petal_kernels.hf.merging import Merged, MergeReport, merge
+from petal_kernels.hf.method import Method
+from petal_kernels.hf.parts import (
+    Adapted,
+    Both,
+    LayerPart,
+    Part,
+    PatchedForward,
+    Readable,
+    adapted_class,
+    own_class,
+)
+from petal_kernels.hf.report import Report, make_report
+from petal_kernels.hf.routing import Routed
+from petal_kernels.hf.walk import parent_of
+from petal_kernels.hf.whole import Copies
+from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.frozen_linear import FrozenLinear
 
 NAME = "petal"
+HANDLE = "_petal_attachment"  # on the adapter: the model's copy finds its own
 
 
-class Attachment(ABC):
+class Attachment(Blocks, Routed):
     """What `attach` did to one model: report it, save it, merge it, take it back."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: AdapterConfig,
-        adapter: nn.Module,
-        implementation: str,
-        adapted: Sequence[nn.Module],
-        trained: dict[str, nn.Module] | None = None,
-    ) -> None:
-        """`adapted`: the base's modules that this method reads or replaces; `trained`: those that
-        it trains whole, by path."""
-        self.model, self.config, self.implementation = model, config, implementation
-        self.adapter = adapter
-        extra = extra_modules(model, config.modules_to_save, adapted)
-        self._extra = (trained or {}) | extra
-        self._kept = [(p, p.detach().clone()) for m in self._extra.values() for p in m.parameters()]
-        self._required = [(p, p.requires_grad) for p in model.parameters()]
-        self._wrapped: list[tuple[nn.Module, str, FrozenLinear]] = []
-        self._classes: list[tuple[nn.Module, type, type]] = []
-        self._hooks: list[Any] = []
-        self._marked: list[tuple[nn.Module, str]] = []
+    def __init__(self, model: nn.Module, method: Method, implementation: str) -> None:
+        self.model, self.method, self.implementation = model, method, implementation
+        self.config: AdapterConfig = method.config
+        self.adapter = method.adapter
+        self._wrapped: list[tuple[Place, nn.Module, str, AdaptedLinear]] = []
+        self._taken: list[tuple[nn.Module, type, Any]] = []  # with its class and own `forward`
         self._merged: Merged | None = None
+        adapted = [place.module for place in method.found.places]
+        self._named = extra_modules(model, self.config.modules_to_save, adapted)
+        self._required = {
+            name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)
+        }
         self._attached = True
-        self._on = True
         model.requires_grad_(False)
-        for module in self._extra.values():
-            module.requires_grad_(True)
-        adapter.train(model.training)
-        model.add_module(NAME, adapter)
+        self._train_whole()
+        method.install(self)
+        self._bind_copies()
+        self.adapter.train(model.training)
+        self.adapter.__dict__[HANDLE] = self
+        model.add_module(NAME, self.adapter)
 
-    @abstractmethod
-    def signature(self) -> dict[str, Any]:
-        """What the adapter needs of its base, as stored with it."""
+    # -- installing (what a method's `install` calls) ---------------------------------------------
 
-    @abstractmethod
-    def report(self) -> Report:
-        """A table of what was replaced, on which backend it runs and what it trains."""
+    def take(self, module: nn.Module, part: Part, mixin: type = Adapted) -> None:
+        """Lets `module` take part, around the parts that it has from this attachment."""
+        before = module.__dict__.get("_petal")
+        if before is not None:
+            if not any(module is own for own, _, _ in self._taken):
+                raise ValueError(
+                    f"model: want layers without an adapter, got a {type(module).__name__} that "
+                    "another attachment adapts; detach that first"
+                )
+            module.__dict__["_petal"] = Both(part, before)
+            if mixin is not Adapted:
+                module.__class__ = adapted_class(own_class(module), mixin)
+            return
+        forward = module.__dict__.get("forward")
+        self._taken.append((module, type(module), forward))
+        module.__dict__["_petal"] = part
+        module.__class__ = adapted_class(type(module), mixin)
+        if forward is not None:
+            module.__dict__["forward"] = PatchedForward(module, forward)
 
-    @abstractmethod
-    def _merge(self) -> Merged: ...
-
-    @abstractmethod
-    def _enable(self, enabled: bool) -> None: ...
-
-    def _switch(self, on: bool) -> None:
-        self._on = on
-        self._enable(on)
-
-    def _mark(self, module: nn.Module, name: str, value: object) -> None:
-        module.__dict__[name] = value
-        self._marked.append((module, name))
-
-    def _wrap(self, parent: nn.Module, child: str, wrapper: FrozenLinear) -> None:
+    def wrap(self, place: Place, wrapper: AdaptedLinear) -> None:
+        """Puts `wrapper` where the place's linear stands."""
+        if isinstance(place.module, FrozenLinear):
+            raise ValueError(
+                f"model: want linears without an adapter, got one at {place.path}; detach that "
+                "first"
+            )
+        parent, child = parent_of(self.model, place.path)
         setattr(parent, child, wrapper)
-        self._wrapped.append((parent, child, wrapper))
+        self._wrapped.append((place, parent, child, wrapper))
 
-    def _change_class(self, module: nn.Module, cls: type) -> None:
-        self._classes.append((module, type(module), cls))
-        module.__class__ = cls
+    def _train_whole(self) -> None:
+        """Copies of everything that is trained whole, wherever its parameters are used."""
+        copies = Copies()
+        wanted: dict[int, tuple[str, nn.Module]] = {}
+        for path, root in (self.method.trained() | self._named).items():
+            for name, module in root.named_modules(prefix=path):
+                wanted.setdefault(id(module), (name, module))
+        trained = {id(p) for _, m in wanted.values() for p in m._parameters.values()}
+        for path, module in self.model.named_modules():
+            if any(id(p) in trained for p in module._parameters.values() if p is not None):
+                wanted.setdefault(id(module), (path, module))
+        for path, module in wanted.values():
+            names = [n for n, p in module._parameters.items() if p is not None and id(p) in trained]
+            if names or module._buffers:
+                part = copies.hold(path, module, names)
+                part.method = self.method
+                module.__dict__["_petal_copy"] = part
+                self.take(module, part, Readable)
+        for path, bias in self.method.trained_biases().items():
+            self.method.biases[path] = copies.hold(path, bias, ["bias"]).holder
+        if copies.paths:
+            self.adapter.add_module(files.EXTRA, copies)
 
-    # -- parameters ---------------------------------------------------------------------------
+    def _bind_copies(self) -> None:
+        """Layers that hold a trained copy bind their call too, where nothing else of them is
+        adapted: their recompute must know whether the copy ran."""
+        copies = self.adapter._modules.get(files.EXTRA)
+        for path in copies.paths if isinstance(copies, Copies) else ():
+            while path:
+                path = path.rpartition(".")[0]
+                module = self.model.get_submodule(path)
+                layered = hasattr(module, "gradient_checkpointing") and hasattr(
+                    module, "_gradient_checkpointing_func"
+                )
+                if layered and not isinstance(module, Adapted):
+                    self.take(module, LayerPart(self.method, -1, -1))
+
+    # -- parameters -------------------------------------------------------------------------------
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The trainable parameters: the adapter's and those of modules_to_save."""
+        """The trainable parameters: the adapter's and those of modules trained whole."""
+        self._check_places("named_parameters")
         for name, parameter in self.adapter.named_parameters():
             if parameter.requires_grad:
-                yield name, parameter
-        for path, module in self._extra.items():
-            for name, parameter in module.named_parameters():
-                if parameter.requires_grad:
-                    yield f"{files.EXTRA}.{path}.{name}", parameter
+                yield self._stored(name), parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         for _, parameter in self.named_parameters():
             yield parameter
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All stored tensors, shared factors once; the very storages, not copies."""
-        state = dict(self.adapter.state_dict())
-        for path, module in self._extra.items():
-            for name, tensor in module.state_dict().items():
-                state[f"{files.EXTRA}.{path}.{name}"] = tensor
-        return state
+        """All stored tensors, shared ones once; the very storages, not copies."""
+        return {self._stored(name): value for name, value in self.adapter.state_dict().items()}
+
+    def _stored(self, name: str) -> str:
+        """A tensor's name in files, from that in the adapter."""
+        prefix, _, rest = name.partition(".")
+        copies = self.adapter._modules.get(files.EXTRA)
+        if prefix != files.EXTRA or not isinstance(copies, Copies):
+            return name
+        holder, _, rest = rest.partition(".")
+        path = next(path for path, own in copies.paths.items() if own == holder)
+        return f"{files.EXTRA}.{path}.{rest}"
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copies `state` in; ValueError on any missing, unexpected or mis-shaped tensor."""
@@ -122,22 +172,28 @@ class Attachment(ABC):
         files.check_tensors("state_dict", state, self.state_dict())
         self._copy_in(state)
 
-    def _copy_in(self, state: dict[str, Tensor]) -> None:
+    def _copy_in(self, state: Mapping[str, Tensor]) -> None:
         self._need_attached("load")
+        self._check_places("load")
         if self._merged is not None:
             raise RuntimeError("load: the adapter is merged; call unmerge() first")
         with torch.no_grad():
             for name, tensor in self.state_dict().items():
                 tensor.copy_(state[name])
 
-    # -- files --------------------------------------------------------------------------------
+    # -- files ------------------------------------------------------------------------------------
+
+    def signature(self) -> dict[str, Any]:
+        """What the adapter needs of its base, as stored with it."""
+        return self.method.signature()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes adapter.safetensors and adapter_config.json into `directory`, as one step.
+        """Writes the adapter and its config into `directory`, as one step.
 
         Whatever interrupts it, the directory loads as the adapter that was there or as this one.
         """
         self._need_attached("save")
+        self._check_places("save")
         files.write(directory, self.config, self.signature(), self.state_dict())
 
     def load(self, directory: str | os.PathLike[str]) -> None:
@@ -151,27 +207,14 @@ class Attachment(ABC):
         saved.check_tensors(self.state_dict())
         self._copy_in(saved.tensors)
 
-    # -- switching, merging, detaching ----------------------------------------------------------
+    # -- report, merge, detach --------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Inside, the model computes what it did before `attach`."""
-        self._need_attached("disabled")
-        was_merged, was_on = self._merged is not None, self._on
-        if was_merged:
-            self.unmerge()
-        trained = [parameter.detach().clone() for parameter, _ in self._kept]
-        self._switch(False)
-        _copy_back(self._kept)
-        try:
-            yield
-        finally:
-            self._switch(was_on)
-            with torch.no_grad():
-                for (parameter, _), value in zip(self._kept, trained, strict=True):
-                    parameter.copy_(value)
-            if was_merged:
-                self.merge()
+    def report(self) -> Report:
+        """A table of what was replaced, on which backend it runs and what it trains."""
+        self._need_attached("report")
+        self._check_places("report")
+        wrappers = {place.path: wrapper for place, _, _, wrapper in self._wrapped}
+        return make_report(self.model, self.method, wrappers, self._named, self.implementation)
 
     def merge(self) -> MergeReport:
         """Folds every update into its base weight where that is exact; the originals are kept.
@@ -180,9 +223,14 @@ class Attachment(ABC):
         result, with the rounding of a 16-bit base.
         """
         self._need_attached("merge")
+        self._check_places("merge")
         if self._merged is not None:
             raise RuntimeError("merge: already merged")
-        self._merged = self._merge()
+        self.method.before_merge()
+        self._merged = merge(
+            self.method, [(place.path, wrapper) for place, _, _, wrapper in self._wrapped]
+        )
+        self._merged.report.kept.update(dict.fromkeys(self.whole(), "trained whole"))
         return self._merged.report
 
     def unmerge(self) -> None:
@@ -192,10 +240,15 @@ class Attachment(ABC):
         self._merged.undo()
         self._merged = None
 
+    def whole(self) -> list[str]:
+        """The paths of what is trained whole, as it was named or as the method chose it."""
+        return [*self.method.trained(), *self.method.trained_biases(), *self._named]
+
     def detach(self) -> nn.Module:
         """Gives back the model as it came in: modules, classes, weights and requires_grad."""
         self._need_attached("detach")
-        changed = [m for m, _, ours in self._classes if type(m) is not ours]
+        ours = {m: (adapted_class(own), adapted_class(own, Readable)) for m, own, _ in self._taken}
+        changed = [module for module, classes in ours.items() if type(module) not in classes]
         if changed:
             raise RuntimeError(
                 f"detach: the class of {len(changed)} layers was changed since attach (first: "
@@ -203,24 +256,39 @@ class Attachment(ABC):
             )
         if self._merged is not None:
             self.unmerge()
-        _copy_back(self._kept)
-        for handle in self._hooks:
-            handle.remove()
-        for module, own, _ in self._classes:
+        for module, own, forward in self._taken:
             module.__class__ = own
-        for parent, child, wrapper in self._wrapped:
-            setattr(parent, child, wrapper.base)
-        for module, name in self._marked:
-            module.__dict__.pop(name, None)
-        delattr(self.model, NAME)
-        for parameter, flag in self._required:
-            parameter.requires_grad_(flag)
+            for name in [name for name in module.__dict__ if name.startswith("_petal")]:
+                del module.__dict__[name]
+            if forward is not None and isinstance(module.__dict__["forward"], PatchedForward):
+                module.__dict__["forward"] = forward
+        for _, parent, child, wrapper in self._wrapped:
+            if parent._modules.get(child) is wrapper:  # else somebody put another one there
+                setattr(parent, child, wrapper.base)
+        if NAME in self.model._modules:
+            delattr(self.model, NAME)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if name in self._required:
+                parameter.requires_grad_(self._required[name])
+        self.adapter.__dict__.pop(HANDLE, None)
+        self.method.routings.clear()
         self._attached = False
         return self.model
 
     def _need_attached(self, what: str) -> None:
         if not self._attached:
             raise RuntimeError(f"{what}: this attachment was detached")
+
+    def _check_places(self, what: str) -> None:
+        """RuntimeError where a module that was adapted is no longer in the model."""
+        there = {id(module) for module in self.model.modules()}
+        gone = [place.path for place, _, _, wrapper in self._wrapped if id(wrapper) not in there]
+        gone += [own.__name__ for module, own, _ in self._taken if id(module) not in there]
+        if gone:
+            raise RuntimeError(
+                f"{what}: {len(gone)} adapted modules were replaced since attach (first: "
+                f"{gone[0]}); detach and attach again after a new head or resized embeddings"
+            )
 
 
 def extra_modules(
@@ -244,9 +312,3 @@ def extra_modules(
                 f"modules_to_save: want modules without adapted projections, got {path!r}"
             )
     return extra
-
-
-@torch.no_grad()
-def _copy_back(kept: list[tuple[nn.Parameter, Tensor]]) -> None:
-    for parameter, value in kept:
-        parameter.copy_(value)

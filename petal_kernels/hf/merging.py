@@ -6,12 +6,19 @@ The original Parameter objects are kept aside, so that undoing is exact to the b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from petal_kernels._runtime.numerics import wide_dtype
+from petal_kernels.nn.frozen_linear import why_not_plain
+
+if TYPE_CHECKING:
+    from petal_kernels.hf.method import Method
+    from petal_kernels.hf.wrappers import AdaptedLinear
 
 
 @dataclass
@@ -44,20 +51,21 @@ class MergeReport:
 class Merged:
     """A merge that can be undone."""
 
-    def __init__(self, report: MergeReport) -> None:
-        self.report = report
-        self.originals: list[tuple[nn.Module, nn.Parameter]] = []
-        self.flags: list[Any] = []  # objects whose `merged` says that their update is in the base
+    def __init__(self) -> None:
+        self.report = MergeReport()
+        self.folded: list[Folded] = []
         self.frozen: list[nn.Parameter] = []
 
-    def fold(self, path: str, base: nn.Module, update: Tensor) -> None:
+    def fold(self, path: str, wrapper: AdaptedLinear, update: Tensor) -> None:
         """Replaces base.weight by weight + update, summed in fp32 (fp64) and rounded once."""
+        base = wrapper.base
         weight = base._parameters["weight"]
         assert weight is not None
-        self.originals.append((base, weight))
         exact = weight.to(update.dtype) + update.to(weight.device)
-        stored = exact.to(weight.dtype)
-        base._parameters["weight"] = nn.Parameter(stored, requires_grad=False)
+        stored = nn.Parameter(exact.to(weight.dtype), requires_grad=False)
+        base._parameters["weight"] = stored
+        wrapper.__dict__["merged"] = weight
+        self.folded.append(Folded(path, wrapper, stored, stored._version))
         self.report.folded.append(path)
         self.report.dtype = weight.dtype
         norm = 0.0 if weight.is_meta else _norm(update)
@@ -72,12 +80,76 @@ class Merged:
                 self.frozen.append(parameter)
 
     def undo(self) -> None:
-        for base, weight in self.originals:
-            base._parameters["weight"] = weight
-        for flagged in self.flags:
-            flagged.merged = False
+        """RuntimeError where somebody wrote into a merged weight: that would be lost."""
+        for each in self.folded:
+            each.check()
+        for each in self.folded:
+            each.undo()
         for parameter in self.frozen:
             parameter.requires_grad_(True)
+
+
+@dataclass
+class Folded:
+    """One weight that holds an update."""
+
+    path: str
+    wrapper: AdaptedLinear
+    stored: nn.Parameter
+    version: int
+
+    def check(self) -> None:
+        """Module methods reach the merged weight alone: values loaded into it must not be lost."""
+        now = self.wrapper.base._parameters["weight"]
+        if now is not self.stored and now is not None and now._version == 0:
+            return  # moved or converted: the original follows
+        if now is not self.stored or now._version != self.version:
+            raise RuntimeError(
+                f"unmerge: the merged weight of {self.path} was written since merge; load weights "
+                "into the unmerged model"
+            )
+
+    def undo(self) -> None:
+        base, original = self.wrapper.base, self.wrapper.merged
+        now = base._parameters["weight"]
+        assert original is not None
+        assert now is not None
+        if (now.dtype, now.device) != (original.dtype, original.device):
+            original.data = original.data.to(now)  # where `.to` brought the model meanwhile
+        base._parameters["weight"] = original
+        self.wrapper.__dict__["merged"] = None
+
+
+@torch.no_grad()
+def merge(method: Method, wrappers: Sequence[tuple[str, AdaptedLinear]]) -> Merged:
+    """Folds what can be folded and returns the report with the way back."""
+    merged = Merged()
+    kept, folded_from, kept_from = merged.report.kept, set(), set()
+    units: dict[int, list[tuple[str, AdaptedLinear]]] = {}
+    for path, wrapper in wrappers:
+        units.setdefault(id(wrapper.unit()), []).append((path, wrapper))
+    for members in units.values():
+        reason = next((why for _, w in members if (why := why_not_plain(w.base))), "")
+        deltas = []
+        for _, wrapper in members:
+            weight = wrapper.base._parameters.get("weight")
+            dtype = torch.float32 if weight is None else wide_dtype(weight.dtype)
+            delta = reason or wrapper.delta(dtype)
+            if isinstance(delta, str):
+                reason = delta
+                break
+            deltas.append(delta)
+        used = {wrapper.used() for _, wrapper in members}
+        (kept_from if reason else folded_from).update(used)
+        if reason:
+            kept.update(dict.fromkeys((path for path, _ in members), reason))
+            continue
+        for (path, wrapper), delta in zip(members, deltas, strict=True):
+            merged.fold(path, wrapper, delta)
+    for module in folded_from - kept_from:
+        merged.freeze(module.parameters())
+    kept.update(method.kept())
+    return merged
 
 
 def _norm(t: Tensor) -> float:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from petal_kernels._runtime.backends import Explanation
+from petal_kernels._runtime.dry_run import dry_run
+from petal_kernels.hf.whole import Copies
+from petal_kernels.nn.frozen_linear import why_not_readable
+
+if TYPE_CHECKING:
+    from petal_kernels.hf.method import Method
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Report:
     trainable: int
     stored: int
     declined: dict[str, str]
+    notes: list[str] = field(default_factory=list)  # what is left as it is
 
     @property
     def percent(self) -> float:
@@ -55,6 +64,7 @@ class Report:
         lines.insert(1, "-" * len(lines[0]))
         lines += [f"[{number}] {why}" for why, number in notes.items()]
         lines += [f"base called, not read: {path} ({why})" for path, why in self.declined.items()]
+        lines += self.notes
         lines.append(
             f"{self.implementation}: {self.trainable:,} trainable parameters ({self.stored:,} "
             f"stored), {self.percent:.3f} % of the model's {self.base_parameters:,}"
@@ -62,39 +72,59 @@ class Report:
         return "\n".join(lines)
 
 
-def extra_rows(extra: dict[str, nn.Module]) -> list[Row]:
-    """The modules that are trained whole."""
-    rows = []
-    for path, module in extra.items():
-        count = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        rows.append(Row(path, "modules_to_save", "trained whole", "", "", count))
-    return rows
-
-
-def finish(
-    rows: list[Row],
+def make_report(
     model: nn.Module,
-    adapter: nn.Module,
-    extra: dict[str, nn.Module],
+    method: Method,
+    wrappers: Mapping[str, nn.Module],
+    named: Mapping[str, nn.Module],
     implementation: str,
-    declined: dict[str, str],
 ) -> Report:
-    """The report of these rows, with the model's counts."""
-    own = {id(p) for p in adapter.parameters()}
+    """The report of an attachment, as it would run now; `named` are modules_to_save."""
+    rows, seen = [], set()
+    known: dict[Any, tuple[str, str]] = {}
+    for place in method.found.places:
+        row = method.place_row(place)
+        backend, why = "eager", "eager: the published form, one step at a time"
+        if not method.published:
+            key, sample = method.sample(place, wrappers.get(place.path))
+            if key not in known:
+                known[key] = choice_in_words(dry_run(sample))
+            backend, why = known[key]
+        count = row.trainable
+        module = method.trains(place)
+        if module is not None:
+            count = 0 if id(module) in seen else count
+            seen.add(id(module))
+        rows.append(replace(row, backend=backend, why=why, trainable=count))
+    for row in method.shared_rows():
+        rows.append(row)
+    copies = method.adapter._modules.get("modules_to_save")
+    for path in named:
+        count = sum(
+            p.numel()
+            for own, holder in (copies.named() if isinstance(copies, Copies) else ())
+            if own == path or own.startswith(path + ".")
+            for p in holder.parameters()
+        )
+        rows.append(Row(path, "modules_to_save", "trained whole", "", "", count))
+    own = {id(p) for p in method.adapter.parameters()}
     base = sum(p.numel() for p in model.parameters() if id(p) not in own)
-    trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-    stored = sum(p.numel() for p in adapter.parameters())
-    for module in extra.values():
-        trainable += sum(p.numel() for p in module.parameters() if p.requires_grad)
-        stored += sum(p.numel() for p in module.parameters())
-    return Report(rows + extra_rows(extra), implementation, base, trainable, stored, declined)
+    trainable = sum(p.numel() for p in method.adapter.parameters() if p.requires_grad)
+    stored = sum(p.numel() for p in method.adapter.parameters())
+    declined = {path: why for path, w in wrappers.items() if (why := why_not_readable(w.base))}
+    return Report(rows, implementation, base, trainable, stored, declined, method.found.notes)
 
 
-def choice_in_words(found: Explanation) -> tuple[str, str]:
-    """The backend `auto` takes, and why not a preferred one."""
-    better = found.rows[: [name for name, _ in found.rows].index(found.backend)]
+def choice_in_words(found: Sequence[Explanation]) -> tuple[str, str]:
+    """The backend that a call takes, and why not a preferred one; of several calls each once."""
+    backends = list(dict.fromkeys(each.backend for each in found))
+    whys = dict.fromkeys(why for each in found if (why := _why(each)))
+    return " + ".join(backends) or "none", "; ".join(whys)
+
+
+def _why(found: Explanation) -> str:
+    names = [name for name, _ in found.rows]
+    better = found.rows[: names.index(found.backend)] if found.backend in names else found.rows
     why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in better)
-    plan = f"plan {found.plan}" if found.plan else ""
-    return found.backend, "; ".join(
-        p for p in (f"{found.backend}: {plan}" if plan else "", why) if p
-    )
+    plan = f"{found.backend}: plan {found.plan}" if found.plan else ""
+    return "; ".join(part for part in (plan, why) if part)

@@ -1,32 +1,16 @@
-"""Finding modules by class, over the whole MRO, a model's family by its config, and the places that
-`target_modules` names."""
+"""Finding modules by class, over the whole MRO, and the places that `target_modules` names."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Protocol, TypeVar
 
+import torch
 from torch import nn
 
 from petal_kernels.hf.config import AdapterConfig
-
-
-def family_of(model: nn.Module, families: Collection[str]) -> tuple[str, str, nn.Module]:
-    """(model type, path, module) of the first module whose config names one of `families`."""
-    seen = []
-    for path, module in model.named_modules():
-        model_type = getattr(getattr(module, "config", None), "model_type", None)
-        if model_type in families:
-            return str(model_type), path, module
-        if model_type is not None and model_type not in seen:
-            seen.append(model_type)
-    raise ValueError(
-        f"model: want a module whose config.model_type is one of {sorted(families)}, "
-        f"got a {type(model).__name__} with model types {seen}"
-    )
 
 
 def is_a(module: nn.Module, pattern: str) -> bool:
@@ -39,62 +23,29 @@ def class_name(module: nn.Module, pattern: str) -> str:
     return [cls.__name__ for cls in type(module).__mro__ if fnmatchcase(cls.__name__, pattern)][-1]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One projection of a layer, in a family's table."""
-
-    role: str  # "self.query": reported, and a name that target_modules may use
-    block: str  # the layer's child it lies in
-    parent: str  # class-name pattern of the module that owns it
-    child: str  # its name there
-    branch: str = "text"  # "image": it reads the features that all layers of the stack read
-    group: str = ""  # projections of one group read one input and share one operator call
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a LayerNorm or an RMSNorm, of whatever model."""
+    return type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
 
 
-@dataclass
-class Projection:
-    """One projection found in a model."""
-
-    row: Row
-    path: str
-    parent: nn.Module
-    base: nn.Module
-
-    @property
-    def role(self) -> str:
-        return self.row.role
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(in_features, out_features) of the base."""
-        sizes = [getattr(self.base, name, None) for name in ("in_features", "out_features")]
-        if not all(isinstance(size, int) for size in sizes):
-            raise ValueError(
-                f"{self.path}: want a linear layer with in_features and out_features, got a "
-                f"{type(self.base).__name__}"
-            )
-        return sizes[0], sizes[1]  # type: ignore[return-value]
+def parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that owns the one at `path`, and its name there."""
+    parent, _, child = path.rpartition(".")
+    return model.get_submodule(parent), child
 
 
-def owners(layer: nn.Module, path: str, row: Row) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """(path, owner, projection) of all that `row` describes in the layer at `path`."""
-    block = getattr(layer, row.block, None)
-    if not isinstance(block, nn.Module):
-        return
-    for name, owner in block.named_modules():
-        base = getattr(owner, row.child, None)
-        if is_a(owner, row.parent) and isinstance(base, nn.Module):
-            yield ".".join(p for p in (path, row.block, name, row.child) if p), owner, base
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: where its parameters are, or an engine brings them to."""
+    for each in module.modules():
+        to = getattr(getattr(each, "_hf_hook", None), "execution_device", None)
+        if to is not None:
+            return torch.device(to)
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
-def shapes_by_role(sites: Iterable[Projection]) -> dict[str, dict[str, int]]:
-    """How many projections of a role there are, and their sizes."""
-    shapes: dict[str, dict[str, int]] = {}
-    for site in sites:
-        d_in, d_out = site.shape
-        entry = shapes.setdefault(site.role, {"count": 0, "in": d_in, "out": d_out})
-        entry["count"] += 1
-    return shapes
+def joined(*parts: str) -> str:
+    """A module's path."""
+    return ".".join(part for part in parts if part)
 
 
 class Named(Protocol):
@@ -136,3 +87,26 @@ def select_named(
 
 def _is_named(site: Named, name: str) -> bool:
     return name in (site.role, site.path) or site.path.endswith("." + name)
+
+
+def named_but_left(
+    model: nn.Module, config: AdapterConfig, sites: Sequence[Named], root: str
+) -> list[str]:
+    """Linears that the same names or expression match, and that are no place of the method."""
+    wanted, taken = config.target_modules, {site.path for site in sites}
+    if wanted is None:
+        return []
+
+    def matches(path: str) -> bool:
+        if isinstance(wanted, str):
+            return re.fullmatch(wanted, path) is not None
+        return any(path == name or path.endswith("." + name) for name in wanted)
+
+    return [
+        path
+        for path, module in model.named_modules()
+        if path.startswith(root)
+        and path not in taken
+        and (hasattr(module, "in_features") or hasattr(module, "nf"))
+        and matches(path)
+    ]

@@ -7,13 +7,14 @@ state dict.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from petal_kernels._runtime.autocast import autocast_off
 from petal_kernels.nn.experts import InstructionExperts, LowRankExperts
-from petal_kernels.nn.frozen_linear import MERGED_TRAINING, FrozenLinear
 from petal_kernels.nn.gated_adapter import GatedAdapter
 from petal_kernels.nn.mode_approximation import ModeApproximation
 from petal_kernels.nn.residual import CONTEXT_SCALE, RESIDUAL_SCALE, ScaleShift
@@ -22,52 +23,17 @@ from petal_kernels.nn.value_adapter import ValueAdapter
 from petal_kernels.ops.expert_dispatch.routing import Routing
 
 
-class PublishedLinear(FrozenLinear):
-    """y = base(x) + update(x), of factors that many such layers share."""
-
-    factors: ModeApproximation
-    dropout: nn.Module
-
-    def __init__(self, base: nn.Module, factors: ModeApproximation) -> None:
-        super().__init__(base)
-        self.enabled = True
-        self.merged = False
-        # References, not children: the factors are registered once, at the model's root.
-        self.__dict__["factors"] = factors
-        self.__dict__["dropout"] = nn.Dropout(factors.dropout).train(base.training)
-
-    def train(self, mode: bool = True) -> PublishedLinear:
-        super().train(mode)
-        self.dropout.train(mode)
-        return self
-
-    def update(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.merged and self.training:
-            raise RuntimeError(MERGED_TRAINING)
-        if self.merged or not self.enabled:
-            return super().forward(x)
-        return super().forward(x) + self.update(x)
-
-
-class PublishedModeLinear(PublishedLinear):
-    """y = base(x) + s (dropout(x U^T) M) V^T for one mode p of the shared factors."""
-
-    def __init__(self, base: nn.Module, factors: ModeApproximation, mode: int) -> None:
-        super().__init__(base, factors)
-        self.mode = mode
-
-    def update(self, x: Tensor) -> Tensor:
-        factors = self.factors
-        p = factors.modes[self.mode]
-        z = self.dropout(F.linear(x, factors.down.to(weight_dtype(x))))
-        if factors.core_kind == "cp":
-            w = z * (factors.core * p).to(z.dtype)
-        else:
-            w = z @ torch.einsum("abc,c->ab", factors.core, p).to(z.dtype)
-        return factors.scale * F.linear(w, factors.up.to(weight_dtype(w)))
+def published_mode(
+    factors: ModeApproximation, mode: int, x: Tensor, dropout: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """s (dropout(x U^T) M) V^T for one mode p of the shared factors."""
+    p = factors.modes[mode]
+    z = dropout(F.linear(x, factors.down.to(weight_dtype(x))))
+    if factors.core_kind == "cp":
+        w = z * (factors.core * p).to(z.dtype)
+    else:
+        w = z @ torch.einsum("abc,c->ab", factors.core, p).to(z.dtype)
+    return factors.scale * F.linear(w, factors.up.to(weight_dtype(w)))
 
 
 def weight_dtype(x: Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ T[a, k R + b], and for `inputs` T[b, k R + a].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from petal_kernels._runtime.autocast import autocast_off
 from petal_kernels.nn.frozen_linear import compute_dtype, weight_is_plain
 from petal_kernels.nn.mode_approximation import ModeApproximation
+from petal_kernels.nn.published import weight_dtype
 from petal_kernels.ops.lowrank_linear import lowrank_linear
 from petal_kernels.ops.mode_contract import mode_contract
 
@@ -102,6 +103,11 @@ def _folded(
         return (shared.scale * folded).to(dtype)
 
 
+def is_masked(shared: ModeApproximation, training: bool) -> bool:
+    """Whether dropout stands between the core and V."""
+    return training and shared.dropout > 0
+
+
 def masked_blocks(
     x: Tensor, base: nn.Module, shared: ModeApproximation, cores: Tensor, training: bool
 ) -> Tensor:
@@ -146,3 +152,33 @@ def _operand(t: Tensor, x: Tensor) -> Tensor:
     if t.dtype != torch.float32 or x.dtype == torch.float64:
         t = t.to(x.dtype)
     return t.to(x.device)
+
+
+def published_blocks(
+    factors: ModeApproximation, blocks: Blocks, x: Tensor, dropout: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The update in the published form: outputs, s [drop(x U^T [M_1 .. M_n])_k V^T for every k];
+    inputs, s drop([x_1 U^T .. x_n U^T] [M_1; ..; M_n]) V^T."""
+    dtype = weight_dtype(x)
+    down, up = factors.down.to(dtype), factors.up.to(dtype)
+    if blocks.form == "outputs":
+        z = F.linear(x, down)
+        w = dropout(z @ _table(factors, blocks).to(z.dtype))
+        pieces = [F.linear(piece, up) for piece in w.split(factors.r, dim=-1)]
+        return factors.scale * torch.cat(pieces, dim=-1)
+    z = torch.cat([F.linear(block, down) for block in x.split(factors.in_features, -1)], dim=-1)
+    return factors.scale * F.linear(dropout(z @ _table(factors, blocks).to(z.dtype)), up)
+
+
+def _table(factors: ModeApproximation, blocks: Blocks) -> Tensor:
+    """[M_1 .. M_n] ([R, n R]) for outputs, [M_1; ..; M_n] ([n R, R]) for inputs."""
+    core, inputs = factors.core, blocks.form == "inputs"
+    p = factors.modes[blocks.modes.start : blocks.modes.stop]
+    if factors.core_kind == "cp":
+        modes = torch.stack([torch.diag(core * each) for each in p], dim=-1)
+    else:
+        modes = torch.stack([torch.einsum("abc,c->ab", core, each) for each in p], dim=-1)
+    if blocks.mixed:
+        table = modes.reshape(modes.shape[0], -1)
+        return table.t() if inputs else table
+    return torch.cat(modes.unbind(-1), dim=0 if inputs else 1)

@@ -1,0 +1,255 @@
+"""Finding what a method adapts in a model: the family's stacks, their layers, the places in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from petal_kernels.hf.config import AdapterConfig
+from petal_kernels.hf.models import DECODER, FAMILIES, Block, Linear, Stack
+from petal_kernels.hf.walk import (
+    class_name,
+    is_a,
+    is_norm,
+    joined,
+    named_but_left,
+    select_named,
+)
+from petal_kernels.nn.routed_lora import linear_features
+
+# What a method adapts in the layers of a stack: roles and rows, in the order of its modes; None
+# where the stack is none of its own.
+Rows = Callable[[Stack], Sequence[tuple[str, Linear | Block]] | None]
+
+
+@dataclass
+class Place:
+    """One place that gets an adapter: on a linear or after a block."""
+
+    role: str  # reported, and a name that target_modules may use
+    row: Linear | Block
+    path: str
+    module: nn.Module  # the linear, or the module whose output is adapted
+    layer: Layer
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in, out) features of the linear."""
+        try:
+            return linear_features(self.module)
+        except ValueError:
+            raise ValueError(
+                f"{self.path}: want a linear layer with in_features and out_features, got a "
+                f"{type(self.module).__name__}"
+            ) from None
+
+
+@dataclass
+class Layer:
+    """One layer and its places, in the order of the method's rows."""
+
+    index: int  # among the layers of its kind, through all stacks of the model
+    path: str
+    module: nn.Module
+    row: Stack
+    places: list[Place] = field(default_factory=list)
+
+    def child(self, name: str) -> nn.Module:
+        """The module at that path in the layer; ValueError if there is none."""
+        try:
+            return self.module.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"{self.path}: want a child {name!r} in a {type(self.module).__name__}, got "
+                f"{[child for child, _ in self.module.named_children()]}"
+            ) from None
+
+
+@dataclass
+class Site:
+    """One stack: the module that runs the layers."""
+
+    row: Stack
+    path: str
+    module: nn.Module
+    layers: list[Layer] = field(default_factory=list)
+
+    @property
+    def places(self) -> list[Place]:
+        return [place for layer in self.layers for place in layer.places]
+
+
+@dataclass
+class Found:
+    """What was found in a model."""
+
+    model_type: str
+    path: str  # of the family's own root in the model
+    root: nn.Module
+    stacks: list[Site]
+    notes: list[str] = field(default_factory=list)  # what is left as it is, for the report
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [layer for stack in self.stacks for layer in stack.layers]
+
+    @property
+    def places(self) -> list[Place]:
+        return [place for stack in self.stacks for place in stack.places]
+
+    def at(self, kind: type) -> list[Place]:
+        """The places after blocks (Block) or on linears (Linear)."""
+        return [place for place in self.places if isinstance(place.row, kind)]
+
+    def width(self) -> int:
+        """Of the adapted layers' hidden states: their norms know it."""
+        layer = self.places[0].layer
+        for module in layer.module.modules():
+            weight = getattr(module, "weight", None)
+            if is_norm(module) and isinstance(weight, Tensor):
+                return int(weight.shape[0])
+        raise ValueError(
+            f"{layer.path}: want a norm in the layer, whose width is that of the hidden states"
+        )
+
+
+def find(model: nn.Module, config: AdapterConfig, rows: Rows, needs: Sequence[str] = ()) -> Found:
+    """The places of `model` that `config` adapts; ValueError if there are none. `needs` names the
+    stacks that the method cannot do without."""
+    families = {}
+    for name, every in FAMILIES.items():
+        own = [stack for stack in every if rows(stack) is not None]
+        if own and set(needs) <= {stack.name for stack in own}:
+            families[name] = own
+    generic = not needs and rows(DECODER) is not None
+    model_type, path, root = _family(model, families, generic)
+    stacks = families.get(model_type, [DECODER])
+    found = Found(model_type, path, root, _sites(root, path, stacks))
+    for name in needs:
+        _check_stack(model, found, next(stack for stack in stacks if stack.name == name))
+    for layer in found.layers:
+        layer.places = _places(layer, rows(layer.row) or ())
+    roles = [role for stack in stacks for role, _ in rows(stack) or ()]
+    classes = sorted({type(layer.module).__name__ for layer in found.layers})
+    where = (
+        f"{len(found.layers)} layers {classes} of a {model_type!r} model, a {type(model).__name__},"
+    )
+    candidates = found.places
+    chosen = {id(place) for place in select_named(candidates, config, roles, where)}
+    for layer in found.layers:
+        layer.places = [place for place in layer.places if id(place) in chosen]
+    found.notes += _left(model, config, found, candidates, families)
+    return found
+
+
+def _family(
+    model: nn.Module, families: dict[str, list[Stack]], generic: bool
+) -> tuple[str, str, nn.Module]:
+    """(model type, path, module) of the first module whose config names one of `families`, or that
+    holds decoder-only layers where these will do."""
+    seen = []
+    for path, module in model.named_modules():
+        model_type = getattr(getattr(module, "config", None), "model_type", None)
+        if model_type in families:
+            return str(model_type), path, module
+        known = model_type in FAMILIES
+        if generic and model_type is not None and not known and _sites(module, path, [DECODER]):
+            return str(model_type), path, module
+        if model_type is not None and model_type not in seen:
+            seen.append(model_type)
+    layers = sorted(
+        {type(each).__name__ for m in model.modules() if isinstance(m, nn.ModuleList) for each in m}
+    )
+    raise ValueError(
+        f"model: want a module whose config.model_type is one of {sorted(families)}"
+        f"{' or that has decoder-only layers' if generic else ''}, "
+        f"got a {type(model).__name__} with model types {seen} and layers {layers[:8]}"
+    )
+
+
+def _sites(root: nn.Module, path: str, stacks: Sequence[Stack]) -> list[Site]:
+    """The stacks under `root` with their layers, in the order of the model."""
+    sites: dict[int, Site] = {}
+    counts: dict[bool, int] = {}
+    parents: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in root.named_modules(prefix=path):
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                parents.update({id(layer): (name, module) for layer in child})
+        if id(module) not in parents:
+            continue
+        row = next((stack for stack in stacks if stack.has(module)), None)
+        if row is not None:
+            parent_path, parent = parents[id(module)]
+            site = sites.setdefault(id(parent), Site(row, parent_path, parent))
+            image = row.name == "vision"
+            site.layers.append(Layer(counts.get(image, 0), name, module, row))
+            counts[image] = counts.get(image, 0) + 1
+    return list(sites.values())
+
+
+def _check_stack(model: nn.Module, found: Found, row: Stack) -> None:
+    if not any(site.row.name == row.name for site in found.stacks):
+        raise ValueError(
+            f"model: want a module of class {row.runs!r} in a {found.model_type!r} model, got none "
+            f"in a {type(model).__name__}"
+        )
+
+
+def _places(layer: Layer, rows: Sequence[tuple[str, Linear | Block]]) -> list[Place]:
+    places = []
+    for role, row in rows:
+        path = row.path if isinstance(row, Linear) else row.output
+        if row.optional and not hasattr(layer.module, path.partition(".")[0]):
+            continue
+        module = layer.child(path)
+        places.append(Place(role, row, joined(layer.path, path), module, layer))
+    return places
+
+
+def _left(
+    model: nn.Module,
+    config: AdapterConfig,
+    found: Found,
+    every: Sequence[Place],
+    families: dict[str, list[Stack]],
+) -> list[str]:
+    """What is left as it is though a user may think otherwise: one line each."""
+    notes = []
+    named = named_but_left(model, config, every, found.path)
+    if named:
+        notes.append(
+            f"named by target_modules and not adapted ({config.method!r} does not adapt them): "
+            f"{len(named)} linears, {named[0]} first"
+        )
+    inside = {id(module) for module in found.root.modules()}
+    for path, module in model.named_modules():
+        model_type = getattr(getattr(module, "config", None), "model_type", None)
+        if model_type in families and id(module) not in inside:
+            notes.append(f"left as it is: {path}, a {type(module).__name__} beside {found.path}")
+            inside |= {id(child) for child in module.modules()}
+    for layer in found.layers:
+        crosses = [n for n, _ in layer.module.named_children() if "cross" in n.lower()]
+        if crosses and not layer.row.cross_block and layer.places:
+            notes.append(f"left as it is: the cross-attention of {layer.path} and its like")
+            break
+    return notes
+
+
+def counted(places: Sequence[Place]) -> dict[str, dict[str, int]]:
+    """How many places of a role there are, and the linears' sizes: a part of a signature."""
+    roles: dict[str, dict[str, int]] = {}
+    for place in places:
+        entry = roles.setdefault(place.role, {"count": 0})
+        entry["count"] += 1
+        if isinstance(place.row, Linear):
+            entry["in"], entry["out"] = place.shape
+    return roles
+
+
+def own_name(module: nn.Module, pattern: str) -> str:
+    """The class of a stack or a layer as its family calls it."""
+    return class_name(module, pattern or "*DecoderLayer")

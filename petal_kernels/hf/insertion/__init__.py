@@ -1,1 +1,0 @@
-"""VL-PET, VL-Adapter, routing functions, mixtures of experts: adapters in a layer's places."""

@@ -1,0 +1,190 @@
+"""What a method is: a description. The life cycle around it (`attachment.py`) is written once.
+
+A method says which rows of the table of models it adapts, what it trains, how a place runs, what a
+forward of a stack shares, and what merging leaves. One instance belongs to one attachment; it is a
+plain object that is copied and pickled with the model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from petal_kernels.hf import found
+from petal_kernels.hf.config import AdapterConfig
+from petal_kernels.hf.context import Call, given
+from petal_kernels.hf.found import Found, Layer, Place, Site, counted, own_name
+from petal_kernels.hf.models import Block, Linear, Stack
+from petal_kernels.hf.parts import LayerPart, Part, StackPart, running_call
+from petal_kernels.hf.report import Row
+from petal_kernels.hf.routing import Routings
+from petal_kernels.hf.tokens import Tokens
+from petal_kernels.hf.walk import device_of
+from petal_kernels.hf.wrappers import AdaptedLinear
+from petal_kernels.nn.experts import LowRankExperts
+from petal_kernels.nn.frozen_linear import why_not_readable
+from petal_kernels.nn.routed_lora import linear_features
+
+
+class Hand(Protocol):
+    """What installs and remembers, so that everything is taken back by detach."""
+
+    def take(self, module: nn.Module, part: Part) -> None:
+        """Lets `module` take part."""
+
+    def wrap(self, place: Place, wrapper: AdaptedLinear) -> None:
+        """Puts `wrapper` where the place's linear stands."""
+
+
+class Method(ABC):
+    """One method on one model: what is its own."""
+
+    needs: ClassVar[Sequence[str]] = ()  # stacks that it cannot do without
+    shares: ClassVar[bool] = True  # whether a stack's forward makes something for its layers
+    stack_starts: ClassVar[bool] = True  # whether the first stack's forward begins a new routing
+    blocks: ClassVar[Mapping[str, str]] = {}  # the `with` blocks it reads, and for what
+
+    def __init__(self, model: nn.Module, config: Any, *, published: bool) -> None:
+        self.config, self.published = config, published
+        self.found: Found = found.find(model, config, self.rows, self.needs)
+        self.refine(self.found)
+        self.routings = Routings()
+        self.biases: dict[str, nn.Module] = {}
+        self.adapter = self.build()
+
+    # -- what it adapts and trains ----------------------------------------------------------------
+
+    @abstractmethod
+    def rows(self, stack: Stack) -> Sequence[tuple[str, Linear | Block]] | None:
+        """Roles and rows that it adapts in the layers of a stack; None: none of its stacks."""
+
+    def refine(self, found: Found) -> None:
+        """Takes places out that the config cannot adapt."""
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """Everything trainable, to be registered once at the model's root."""
+
+    def trained(self) -> dict[str, nn.Module]:
+        """The base's modules that it trains whole, by path."""
+        return {}
+
+    def trained_biases(self) -> dict[str, nn.Module]:
+        """The linears whose biases it trains, by path; its `biases` then hold the copies."""
+        return {}
+
+    def width(self) -> int:
+        """Of the features that blocks give."""
+        return self.found.width()
+
+    def signature(self) -> dict[str, Any]:
+        """What the adapter needs of its base, as stored with it."""
+        layers: dict[str, int] = {}
+        for layer in self.found.layers:
+            name = own_name(layer.module, layer.row.layer)
+            layers[name] = layers.get(name, 0) + 1
+        places = counted(self.found.places)
+        return {"family": self.found.model_type, "layers": layers, "places": places}
+
+    # -- how it runs ------------------------------------------------------------------------------
+
+    def install(self, hand: Hand) -> None:
+        """Puts parts and wrappers into the model, in one walk: stack, layer, place."""
+        for number, stack in enumerate(self.found.stacks):
+            if self.shares and stack.places:
+                hand.take(stack.module, StackPart(self, number, stack))
+            for layer in stack.layers:
+                part = self.layer_part(layer, number)
+                if part is None:
+                    continue
+                for place in layer.places:
+                    self.install_place(place, part, hand)
+                self.install_layer(layer, part, hand)
+                hand.take(layer.module, part)
+
+    def layer_part(self, layer: Layer, stack: int) -> LayerPart | None:
+        """How a layer takes part; None where nothing of it is adapted."""
+        return LayerPart(self, layer.index, stack) if layer.places else None
+
+    @abstractmethod
+    def install_place(self, place: Place, layer: Any, hand: Hand) -> None:
+        """Puts the adapter of one place there."""
+
+    def install_layer(self, layer: Layer, part: Any, hand: Hand) -> None:
+        """What a layer has beside its places."""
+
+    def enter(self, stack: StackPart, module: nn.Module, args: Any, kwargs: Any) -> Call:
+        """What this forward of a stack depends on."""
+        says = given(self)
+        if not says.on:
+            return Call(says)
+        tokens = Tokens.entering(args, kwargs, says.domains, first=stack.number == 0)
+        if stack.number == 0 and self.stack_starts:
+            self.routings = Routings()
+        shared = None if self.published else self.share(stack, module, args, kwargs)
+        return Call(says, tokens, shared)
+
+    def share(self, stack: StackPart, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The products that the layers of a stack share in this forward."""
+        return None
+
+    def call_of(self, layer: LayerPart) -> Call:
+        """The call that a layer's run belongs to: its stack's, or one of its own outside of it."""
+        return running_call(self, layer.stack) or Call(given(self))
+
+    def before_reentrant(self, call: Call) -> None:
+        """A layer is about to run without gradients, to be run again: raises where that is wrong."""
+
+    def before_merge(self) -> None:
+        """Raises where nothing of the method can be merged."""
+
+    # -- what it says -----------------------------------------------------------------------------
+
+    def kept(self) -> dict[str, str]:
+        """What merging leaves as modules beside unfolded linears, and why."""
+        return {}
+
+    @abstractmethod
+    def place_row(self, place: Place) -> Row:
+        """The place's row of a report, without backend, with the parameters that are its own."""
+
+    def trains(self, place: Place) -> nn.Module | None:
+        """The adapter of a place, which several may share: it is counted once."""
+        return None
+
+    @abstractmethod
+    def sample(self, place: Place, wrapper: Any) -> tuple[Any, Callable[[], object]]:
+        """A call of the place's adapter as a layer would make it, on values that do not matter, and
+        a key that is equal where the call is."""
+
+    def shared_rows(self) -> list[Row]:
+        """The report's rows of what no single place owns."""
+        return []
+
+    def experts(self) -> Mapping[str, LowRankExperts]:
+        """The experts by the path of their place."""
+        return {}
+
+    def typical(self, like: nn.Module, width: int | None = None) -> Tensor:
+        """An input of a module, as training would give it: [8, 128, features]."""
+        floating = [p.dtype for p in like.parameters() if p.is_floating_point()]
+        floating += [p.dtype for p in self.found.root.parameters() if p.is_floating_point()]
+        width = linear_features(like)[0] if width is None else width
+        return torch.empty(8, 128, width, dtype=floating[0], device=device_of(like))
+
+    def kind(self, base: nn.Module) -> tuple[object, ...]:
+        """What of a linear decides how a call of it runs."""
+        parts = [p for p in base._parameters.values() if p is not None]
+        kinds = tuple((tuple(p.shape), p.dtype, p.device, p.requires_grad) for p in parts)
+        return (type(base), why_not_readable(base), kinds)
+
+    def expert_row(self, path: str, role: str, module: LowRankExperts) -> Row:
+        """The row of one mixture, without backend."""
+        shape = f"{module.in_features} -> {module.out_features}, {module.experts} x r {module.r}"
+        gate = f"{module.gate}, top {module.top_k}" if module.top_k else module.gate
+        count = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        return Row(path, role, f"{shape}, {gate}", "", "", count)

@@ -1,0 +1,195 @@
+"""Routing functions in low-rank bottlenecks: LoRA and adapters, plain or joined with vision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from petal_kernels.hf.config import RoutingConfig
+from petal_kernels.hf.context import Call
+from petal_kernels.hf.found import Found, Place
+from petal_kernels.hf.method import Hand
+from petal_kernels.hf.methods.insertion import BlocksMethod, block_rows, lora_rows, vision_of
+from petal_kernels.hf.models import Block, Linear, Stack
+from petal_kernels.hf.parts import LayerPart
+from petal_kernels.hf.walk import is_norm
+from petal_kernels.hf.wrappers import AdaptedLinear
+from petal_kernels.nn.gated_adapter import GatedAdapter
+from petal_kernels.nn.published import published_lora
+from petal_kernels.nn.routed_lora import RoutedLoRALinear
+
+
+class Routing(BlocksMethod):
+    """Routing functions, LoRA or adapters on one model."""
+
+    shares = False
+    blocks = {"vision": "routes"}  # noqa: RUF012 - as the base declares it
+    config: RoutingConfig
+
+    def rows(self, stack: Stack) -> Sequence[tuple[str, Linear | Block]] | None:
+        if stack.name == "vision":
+            return None
+        return lora_rows(stack) if self.config.kind == "lora" else block_rows(stack)
+
+    def refine(self, found: Found) -> None:
+        """With a route only the places whose input is as wide as the features that it joins: not
+        those that read an image's features themselves, of another width."""
+        if self.config.function == "none":
+            return
+        width = found.width()
+        for place in found.at(Linear):
+            reads = place.shape[0]
+            if reads == width:
+                continue
+            if self.config.target_modules is not None:
+                raise ValueError(
+                    f"target_modules: want places that read the layers' {width} wide hidden states "
+                    f"for the route {self.config.function!r}, got {place.path}, which reads {reads}"
+                )
+            place.layer.places.remove(place)
+
+    def name_of(self, place: Place) -> str:
+        shared = self.config.share and isinstance(place.row, Block)
+        return "shared" if shared else super().name_of(place)
+
+    def module_of(self, place: Place) -> nn.Module:
+        config, row = self.config, place.row
+        if isinstance(row, Linear):
+            return RoutedLoRALinear(
+                place.module,
+                config.r,
+                config.function,
+                parts=row.parts,
+                targets=row.targets,
+                groups=config.groups,
+                alpha=config.alpha,
+                dropout=config.dropout,
+                variant=config.variant,
+                own_base=False,
+                dtype=config.dtype,
+            )
+        return GatedAdapter(
+            self.features,
+            config.r,
+            activation=config.activation,
+            route=config.function,
+            add_input=config.residual,
+            variant=config.variant,
+            **self.storage(place),
+        )
+
+    def trained(self) -> dict[str, nn.Module]:
+        if not self.config.train_norms:
+            return {}
+        return {
+            path: module
+            for layer in self.found.layers
+            for path, module in layer.module.named_modules(prefix=layer.path)
+            if is_norm(module)
+        }
+
+    def trained_biases(self) -> dict[str, nn.Module]:
+        if not self.config.train_bias:
+            return {}
+        return {
+            place.path: place.module
+            for place in self.found.at(Linear)
+            if place.module._parameters.get("bias") is not None
+        }
+
+    def install_place(self, place: Place, layer: LayerPart, hand: Hand) -> None:
+        if isinstance(place.row, Block):
+            super().install_place(place, layer, hand)
+        else:
+            name, bias = self.name_of(place), self.biases.get(place.path)
+            hand.wrap(place, RoutedLinear(place.module, layer, place.role, name, bias))
+
+    def before_reentrant(self, call: Call) -> None:
+        if call.given.vision is not None and call.given.vision.requires_grad:
+            raise RuntimeError(
+                "vision: features that require grad need checkpointing with use_reentrant=False: "
+                "the reentrant form would backward through them once per layer"
+            )
+
+    def before_merge(self) -> None:
+        if self.config.function != "none":
+            raise ValueError(
+                f"merge: route {self.config.function!r} depends on the vision features of each "
+                "sample and cannot be folded into a weight"
+            )
+
+    def shape_of(self, module: Any) -> str:
+        if isinstance(module, RoutedLoRALinear):
+            return f"{module.in_features} -> {module.out_features}, r {module.r}, {module.route}"
+        return super().shape_of(module)
+
+    def sample(self, place: Place, wrapper: Any) -> tuple[Any, Any]:
+        if isinstance(place.row, Block):
+            return super().sample(place, wrapper)
+        lora = wrapper.used()
+        first = next(lora.parameters())
+        key = (lora.extra_repr(), first.dtype, lora.training, self.kind(wrapper.base))
+
+        def run() -> Tensor:
+            x = self.typical(wrapper.base)
+            update: Tensor = wrapper.update(x, None if lora.route == "none" else x)
+            return update
+
+        return key, run
+
+
+class RoutedLinear(AdaptedLinear):
+    """A linear with a routed low-rank update."""
+
+    def __init__(
+        self, base: nn.Module, layer: LayerPart, role: str, name: str, bias: nn.Module | None
+    ) -> None:
+        super().__init__(base, layer)
+        self.role, self.name = role, name
+        self.__dict__["bias_of"] = bias  # holds the trained bias
+
+    def adapted(self, x: Tensor) -> Tensor:
+        route = self.used().route
+        vision = None if route == "none" else vision_of(self.layer.call_now(), route, self.role)
+        return self.update(x, vision)
+
+    def update(self, x: Tensor, vision: Tensor | None) -> Tensor:
+        """The linear's output with its update, routed with `vision`."""
+        lora = self.used()
+        if self.layer.method.published:
+            y = self.base(x)
+            bias = self._trained_bias(y)
+            return published_lora(lora, y if bias is None else y + bias, x, vision)
+        projected = None if vision is None else lora.project(vision)
+        y = lora.adapted(self.base, x, projected)
+        bias = self._trained_bias(y)
+        return y if bias is None else y + bias
+
+    def _trained_bias(self, y: Tensor) -> Tensor | None:
+        """What the trained bias adds to the base's own."""
+        holder: nn.Module | None = self.__dict__["bias_of"]
+        if holder is None:
+            return None
+        trained, own = holder._parameters["bias"], self.base._parameters["bias"]
+        assert trained is not None
+        assert own is not None
+        return (trained - own.to(trained)).to(y.dtype)
+
+    def with_merged(self, x: Tensor) -> Tensor:
+        y = super().with_merged(x)
+        bias = self._trained_bias(y)
+        return y if bias is None else y + bias
+
+    def used(self) -> RoutedLoRALinear:
+        method: Any = self.layer.method
+        lora: RoutedLoRALinear = method.adapter.place(self.layer.index, self.name)
+        return lora
+
+    def delta(self, dtype: torch.dtype) -> Tensor:
+        """s B A: without a route or dropout it is the whole update."""
+        return self.used().delta(dtype)
+
+

@@ -1,1 +1,0 @@
-"""PETAL on models with a Q-Former: mode approximation, residual, batch context, experts."""

@@ -1,0 +1,137 @@
+"""Modules that are trained whole: a copy of their parameters is trained, the base's stay as they are.
+
+The base's own parameters are never written. So a forward inside `disabled()`, in this thread or
+another, and a checkpoint of the whole model see what came in, and `detach` has nothing to put back.
+The copies are registered with the adapter; the module runs with them in its place. Half-precision
+copies are kept in float32, which a GradScaler wants, and run under autocast.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from petal_kernels.hf.context import now
+from petal_kernels.hf.parts import Part, Run, own_class
+from petal_kernels.hf.walk import device_of
+
+_HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith(("_hooks", "_with_kwargs")))
+
+
+class Copies(nn.Module):
+    """The trained parameters, by the path of their module; registered with the adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paths: dict[str, str] = {}  # of the module -> name of its holder here
+        self._known: dict[int, tuple[nn.Module, str]] = {}  # base parameter -> holder, name
+
+    def hold(self, path: str, module: nn.Module, names: Sequence[str]) -> CopyPart:
+        """Copies parameters `names` of the module at `path`; parameters that several modules share
+        stay shared."""
+        holder = nn.Module()
+        shared: dict[str, tuple[nn.Module, str]] = {}
+        narrow = None
+        for name in names:
+            parameter = module._parameters[name]
+            assert parameter is not None
+            if id(parameter) in self._known:
+                shared[name] = self._known[id(parameter)]
+                continue
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"modules_to_save: want floating parameters to train {path!r} whole, got "
+                    f"{name} of {parameter.dtype}"
+                )
+            holder.register_parameter(name, _trained(parameter, module))
+            self._known[id(parameter)] = (holder, name)
+        if any(module._parameters[name].dtype == torch.float16 for name in names):  # type: ignore[union-attr]
+            narrow = torch.float16
+        for name, buffer in module._buffers.items():
+            copied = None if buffer is None else buffer.detach().clone()
+            lasting = name not in module._non_persistent_buffers_set
+            holder.register_buffer(name, copied, persistent=lasting)
+        if holder._parameters or holder._buffers:
+            self.paths[path] = path.replace(".", "-")
+            self.add_module(self.paths[path], holder)
+        return CopyPart(holder, shared, narrow)
+
+    def named(self) -> Iterator[tuple[str, nn.Module]]:
+        """The holders by the path of their module."""
+        for path, name in self.paths.items():
+            yield path, self._modules[name]  # type: ignore[misc]
+
+
+def _trained(parameter: nn.Parameter, module: nn.Module) -> nn.Parameter:
+    value = parameter.detach()
+    if value.is_meta and not device_of(module).type == "meta":
+        value = _offloaded(parameter, module)
+    dtype = torch.float32 if value.dtype == torch.float16 else value.dtype
+    return nn.Parameter(value.to(device_of(module), dtype, copy=True))
+
+
+def _offloaded(parameter: nn.Parameter, module: nn.Module) -> Tensor:
+    """The value of a parameter that accelerate keeps elsewhere."""
+    (name,) = (n for n, p in module._parameters.items() if p is parameter)
+    value: Tensor = module._hf_hook.weights_map[name]  # type: ignore[union-attr, index]
+    return value
+
+
+class CopyPart(Part):
+    """A module that runs with its trained parameters where the call is on."""
+
+    method: Any = None
+
+    def __init__(
+        self, holder: nn.Module, shared: dict[str, tuple[nn.Module, str]], narrow: Any
+    ) -> None:
+        self.holder, self.shared, self.narrow = holder, shared, narrow
+        self.twin: nn.Module | None = None
+
+    def parameter(self, name: str) -> nn.Parameter | None:
+        """The trained parameter of that name where the call is on."""
+        if name in self.shared:
+            holder, name = self.shared[name]
+        else:
+            holder = self.holder
+        value = holder._parameters.get(name)
+        return value if value is not None and now(self.method).on else None
+
+    def stand_in(self, module: nn.Module) -> nn.Module:
+        """The module with the trained parameters, sharing all else; without hooks, which run around
+        it."""
+        if self.twin is None:
+            twin: nn.Module = object.__new__(own_class(module))
+            values = {n: v for n, v in module.__dict__.items() if not n.startswith("_petal")}
+            values.pop("forward", None)
+            values |= {name: OrderedDict() for name in _HOOKS if name in values}
+            values["_buffers"] = self.holder._buffers
+            values["_parameters"] = self.holder._parameters
+            if self.shared or len(self.holder._parameters) < len(module._parameters):
+                values["_parameters"] = {**module._parameters, **self.holder._parameters}
+            twin.__dict__.update(values)
+            self.twin = twin
+        twin = self.twin
+        for name, (holder, key) in self.shared.items():
+            twin._parameters[name] = holder._parameters[key]
+        if twin.training is not module.training:
+            twin.training = module.training
+        return twin
+
+    def forward(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
+        if not now(self.method).on:
+            return run(*args, **kwargs)
+        twin = self.stand_in(module)
+        if self.narrow is None:
+            return twin.forward(*args, **kwargs)
+        with torch.autocast(device_of(module).type, dtype=self.narrow):
+            output = twin.forward(*args, **kwargs)
+        if isinstance(output, Tensor) and output.dtype == torch.float32:
+            return output.to(self.narrow)
+        return output
+
+
