@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +19,12 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from petal_kernels._runtime import device
 
 AUTO = "auto"
+NONE = "none"  # in an explanation: a backend was named and cannot run
 NAMES = ("cuda", "triton", "native", "torch")
 ENVIRONMENT_VARIABLE = "PETAL_BACKEND"
 
@@ -113,17 +116,34 @@ class Explanation:
     backend: str
     plan: str | None = None
     notes: tuple[str, ...] = field(default=())
+    requested: str = AUTO
+    refusal: str | None = None  # why the backend that was asked for by name cannot run
 
     @property
     def choice(self) -> str:
         """The chosen backend, and plan where the operator has several, in words."""
+        if self.refusal is not None:
+            return "cannot run"
         return f"runs on {self.backend}" + (f", plan {self.plan}" if self.plan else "")
+
+    @property
+    def why(self) -> str:
+        """Why not a backend that comes before the chosen one; empty where the first was chosen."""
+        if self.refusal is not None:
+            return self.refusal
+        if self.requested != AUTO:
+            return f"{self.backend}: asked for by name"
+        better = itertools.takewhile(lambda row: row[0] != self.backend, self.rows)
+        return "; ".join(
+            f"{name}: {', '.join(reasons) or 'can run, but is only taken by name here'}"
+            for name, reasons in better
+        )
 
     def __str__(self) -> str:
         lines = [f"{self.operator}: {self.choice}"]
         for name, reasons in self.rows:
             lines.append(f"  {name:<7} {'can run' if not reasons else 'no: ' + '; '.join(reasons)}")
-        lines.extend(f"  {note}" for note in self.notes)
+        lines.extend(f"  {note}" for note in (self.refusal, *self.notes) if note)
         return "\n".join(lines)
 
 
@@ -195,6 +215,29 @@ def select(operator: str, backends: Sequence[Backend], requested: str, *args: An
     raise RuntimeError(f"{operator}: no backend can run on these inputs")
 
 
+def explanation(
+    operator: str,
+    backends: Sequence[Backend],
+    requested: str,
+    choose: Callable[[], tuple[Backend, str | None]],
+    *args: Any,
+    notes: tuple[str, ...] = (),
+) -> Explanation:
+    """What ``choose``, the operator's own choice, says of a call whose ``reasons`` take ``args``.
+
+    A named backend that cannot run is told, not raised. The arguments may be fake tensors: nothing
+    but their kind is looked at, outside their mode, so that what is imported, loaded or asked of a
+    device for the first time here is real.
+    """
+    with _disable_current_modes():
+        rows = tuple((c.backend.name, c.reasons) for c in candidates(backends, *args))
+        try:
+            chosen, plan = choose()
+        except BackendUnavailable as error:
+            return Explanation(operator, rows, NONE, None, notes, requested, str(error))
+    return Explanation(operator, rows, chosen.name, plan, notes, requested)
+
+
 _explainers: dict[Callable[..., Any], Callable[..., Explanation]] = {}
 
 
@@ -208,11 +251,15 @@ def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     the others.
 
     Takes the operator's own arguments; nothing is computed. ``print()`` the result for a table.
-    Raises TypeError if ``operator`` is not one of this package's operators.
+    Raises TypeError if ``operator`` is not one of this package's operators, BackendUnavailable for
+    a named backend that cannot run.
     """
     # By identity: what is asked about may have no hash.
     explainer = next((e for known, e in _explainers.items() if known is operator), None)
     if explainer is None:
         known = ", ".join(sorted(f.__name__ for f in _explainers))
         raise TypeError(f"operator: want one of {known}, got {operator!r}")
-    return explainer(*args, **kwargs)
+    found = explainer(*args, **kwargs)
+    if found.refusal is not None:
+        raise BackendUnavailable(found.refusal)
+    return found

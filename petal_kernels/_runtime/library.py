@@ -13,16 +13,27 @@ from typing import Any
 
 import torch
 
+from petal_kernels._runtime.backends import Explanation
+
 NAMESPACE = "petal"
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
+# By overload: which backend would run it on these very arguments, see `define`.
+explainers: dict[Any, Callable[..., Explanation | None]] = {}
 
-def define(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+
+def define(
+    schema: str,
+    impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    explain: Callable[..., Explanation | None] | None = None,
+) -> Any:
     """Register ``petal::<schema>`` and return its overload, ready to call.
 
     ``impl`` runs on real tensors of any device; ``fake`` says shapes, dtypes and devices only and
-    serves meta tensors, fake tensors and ``torch.compile``.
+    serves meta tensors, fake tensors and ``torch.compile``; ``explain`` takes the same arguments,
+    fake or real, and says which backend ``impl`` would choose, or None where it would run none.
     """
     name = schema.split("(", 1)[0].strip()
 
@@ -36,4 +47,7 @@ def define(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> A
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, without_autocast, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if explain is not None:
+        explainers[overload] = explain
+    return overload

@@ -35,6 +35,7 @@ Source: see ``reference.py``.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +76,13 @@ def _ops() -> Any:
     return torch.ops.petal_cuda
 
 
+@functools.cache
+def _shared_bytes(dtype: torch.dtype, device: torch.device, experts: int, rank: int) -> int:
+    """What a block of the widest kernel needs. By kind, since a dry run's tensors are fake."""
+    like = torch.empty(0, dtype=dtype, device=device)
+    return int(_ops().expert_shared_bytes(like, experts, rank))
+
+
 def unsupported(call: Call) -> list[str]:
     """Every reason for not running on these tensors; an empty list says that they can."""
     first = call.first
@@ -88,7 +96,7 @@ def unsupported(call: Call) -> list[str]:
     if call.experts > MAX_EXPERTS:
         reasons.append(f"wants at most {MAX_EXPERTS} experts, got {call.experts}")
     if first.device.type == "cuda" and not reasons:
-        wanted = _ops().expert_shared_bytes(first, call.experts, call.rank)
+        wanted = _shared_bytes(first.dtype, first.device, call.experts, call.rank)
         properties = torch.cuda.get_device_properties(first.device)
         found = int(getattr(properties, "shared_memory_per_block_optin", wanted))
         if found < wanted:

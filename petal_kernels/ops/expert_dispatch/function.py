@@ -44,6 +44,20 @@ def select(call: Call, backend: str) -> rt.Backend:
     return rt.select(NAME, BACKENDS, backend, call)
 
 
+def explanation(call: Call, backend: str) -> rt.Explanation:
+    """What `select` says."""
+    s = call.settings
+    used = f"{s.top_k} of {call.experts}" if s.top_k else f"all {call.experts}"
+    return rt.explanation(
+        NAME,
+        BACKENDS,
+        backend,
+        lambda: (select(call, backend), s.plan),
+        call,
+        notes=(f"gate {s.gate}, {used} experts of rank {call.rank}",),
+    )
+
+
 def _empty_saved(call: Call, save: bool) -> list[Tensor]:
     """z, logits, chosen, order, offsets; (0,) for what is absent."""
     pairs, s = (call.rows, call.experts), call.settings
@@ -79,6 +93,12 @@ def _fwd(tensors: list[Any], *rest: Any) -> tuple[Tensor, ...]:
         for e, f, p in zip(_empty_saved(call, False), found, present, strict=True)
     ]
     return out.contiguous(), *kept
+
+
+def _explain(tensors: list[Any], *rest: Any) -> rt.Explanation | None:
+    *settings, _, backend = rest
+    call = _call(tensors, settings)
+    return explanation(call, backend) if call.rows else None
 
 
 def _fwd_fake(tensors: list[Any], *rest: Any) -> tuple[Tensor, ...]:
@@ -152,6 +172,7 @@ forward_op = define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd,
     _fwd_fake,
+    _explain,
 )
 _backward_op = define(
     f"{NAME}_bwd(Tensor dout, Tensor? dlogits, Tensor?[] tensors, Tensor?[] saved, {_SETTINGS}, "

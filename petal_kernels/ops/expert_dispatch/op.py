@@ -14,13 +14,12 @@ from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.ops.expert_dispatch import planner, routing
 from petal_kernels.ops.expert_dispatch.arguments import Call, Settings, Tensors, check
 from petal_kernels.ops.expert_dispatch.function import (
-    BACKENDS,
     NAME,
     ExpertDispatchFunction,
     PooledLogitsFunction,
     choice_op,
+    explanation,
     forward_op,
-    select,
 )
 
 
@@ -206,14 +205,7 @@ def _explain(
     given = _DEFAULTS | options
     checks.check_bool("return_routing", given.pop("return_routing"))
     call, name, _, _ = _prepare(x, down, up, down_bias, up_bias, **given)
-    rows = rt.candidates(BACKENDS, call)
-    chosen = select(call, name)
-    s = call.settings
-    used = f"{s.top_k} of {call.experts}" if s.top_k else f"all {call.experts}"
-    notes = (f"gate {s.gate}, {used} experts of rank {call.rank}",)
-    return rt.Explanation(
-        NAME, tuple((c.backend.name, c.reasons) for c in rows), chosen.name, s.plan, notes
-    )
+    return explanation(call, name)
 
 
 _DEFAULTS: dict[str, Any] = expert_dispatch.__kwdefaults__ or {}

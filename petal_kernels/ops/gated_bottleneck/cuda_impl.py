@@ -38,6 +38,7 @@ Source: see ``reference.py``.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +91,13 @@ def _ops() -> Any:
     return torch.ops.petal_cuda
 
 
+@functools.cache
+def _shared_bytes(dtype: torch.dtype, device: torch.device, rank: int, gate_rank: int) -> int:
+    """What a block of the widest kernel needs. By kind, since a dry run's tensors are fake."""
+    like = torch.empty(0, dtype=dtype, device=device)
+    return int(_ops().gated_shared_bytes(like, rank, gate_rank))
+
+
 def unsupported(call: Call) -> list[str]:
     """Every reason for not running on these tensors; an empty list says that they can."""
     first, t = call.first, call.tensors
@@ -104,7 +112,7 @@ def unsupported(call: Call) -> list[str]:
             reasons.append(f"wants a {name} of at most {MAX_RANK}, got {weight.shape[1]}")
     if first.device.type == "cuda" and not reasons:
         gate_rank = 0 if t.gate_up is None else t.gate_up.shape[1]
-        wanted = _ops().gated_shared_bytes(first, t.up.shape[1], gate_rank)
+        wanted = _shared_bytes(first.dtype, first.device, t.up.shape[1], gate_rank)
         properties = torch.cuda.get_device_properties(first.device)
         found = int(getattr(properties, "shared_memory_per_block_optin", wanted))
         if found < wanted:

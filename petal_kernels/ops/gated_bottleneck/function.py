@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import compress
 from typing import Any
 
@@ -34,6 +35,21 @@ def select(call: Any, backend: str) -> rt.Backend:
     if backend == rt.AUTO and bare and call.device.type == "cpu":
         backend = "torch" if device.native_16bit(call.first.dtype) else backend
     return rt.select(NAME, BACKENDS, backend, call)
+
+
+def explanation(call: Call, backend: str) -> rt.Explanation:
+    """What `select` says."""
+    s, right = call.settings, call.tensors.right
+    notes = [f"gate {s.gate}, route {s.route}"]
+    if s.route == "product":
+        notes.append(
+            "route as one r x r matrix per sample"
+            if right is None
+            else f"route through {right.shape[1]} vision token(s)"
+        )
+    return rt.explanation(
+        NAME, BACKENDS, backend, lambda: (select(call, backend), None), call, notes=tuple(notes)
+    )
 
 
 def flat_rows(t: Tensor | None) -> Tensor | None:
@@ -89,6 +105,12 @@ def _fwd(
     impl = select(call, backend).load()
     out, found = impl.forward(call, rng, keep)
     return out.contiguous(), *_kept(call, found, keep)
+
+
+def _explain(tensors: list[Any], _: Tensor | None, *rest: Any) -> rt.Explanation | None:
+    *settings, _, backend = rest
+    call = Call(Tensors(*tensors), Settings(*settings))
+    return explanation(call, backend) if call.first.shape[0] else None
 
 
 def _fwd_fake(
@@ -166,18 +188,33 @@ def _bwd_fake(
     return _gradients(dout, Tensors(*tensors), list(compress(Tensors._fields, rest[-2])))
 
 
+def _update_call(
+    base: Tensor, first: int, tensors: list[Any], settings: Sequence[Any]
+) -> tuple[Call, Tensor]:
+    """The call, whose base is the columns that are overwritten."""
+    t = Tensors(*tensors)
+    columns = base[:, first : first + t.up.shape[0]]
+    return Call(t._replace(base=columns), Settings(*settings)), columns
+
+
 def _update(
     base: Tensor, first: int, tensors: list[Any], rng: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *settings, keep, backend = rest
-    t = Tensors(*tensors)
-    columns = base[:, first : first + t.up.shape[0]]
-    call = Call(t._replace(base=columns), Settings(*settings))
+    call, columns = _update_call(base, first, tensors, settings)
     if base.shape[0] == 0:
         return tuple(_empty_saved(call, keep))  # type: ignore[return-value]
     impl = select(call, backend).load()
     _, found = impl.forward(call, rng, keep, columns)
     return tuple(_kept(call, found, keep))  # type: ignore[return-value]
+
+
+def _explain_update(
+    base: Tensor, first: int, tensors: list[Any], _: Tensor | None, *rest: Any
+) -> rt.Explanation | None:
+    *settings, _, backend = rest
+    call, _ = _update_call(base, first, tensors, settings)
+    return explanation(call, backend) if base.shape[0] else None
 
 
 def _update_fake(
@@ -193,6 +230,7 @@ forward_op = define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd,
     _fwd_fake,
+    _explain,
 )
 _backward_op = define(
     f"{NAME}_bwd(Tensor dout, Tensor?[] tensors, Tensor?[] saved, Tensor? rng, {_SETTINGS}, "
@@ -207,6 +245,7 @@ update_op = define(
     "bool keep, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _update,
     _update_fake,
+    _explain_update,
 )
 
 

@@ -20,13 +20,12 @@ from petal_kernels.ops.gated_bottleneck.arguments import (
     columns_to_update,
 )
 from petal_kernels.ops.gated_bottleneck.function import (
-    BACKENDS,
     NAME,
     GatedBottleneckFunction,
     UpdateFunction,
+    explanation,
     flat_rows,
     forward_op,
-    select,
     update_op,
 )
 
@@ -261,24 +260,7 @@ def _explain(
     call, _, name, _ = _prepare(
         x=x, down=down, up=up, down_bias=down_bias, up_bias=up_bias, **given
     )
-    rows = rt.candidates(BACKENDS, call)
-    chosen = select(call, name)
-    s = call.settings
-    notes = [f"gate {s.gate}, route {s.route}"]
-    if s.route == "product":
-        right = call.tensors.right
-        notes.append(
-            "route as one r x r matrix per sample"
-            if right is None
-            else f"route through {right.shape[1]} vision token(s)"
-        )
-    return rt.Explanation(
-        NAME,
-        tuple((c.backend.name, c.reasons) for c in rows),
-        chosen.name,
-        None,
-        tuple(notes),
-    )
+    return explanation(call, name)
 
 
 _DEFAULTS: dict[str, Any] = gated_bottleneck.__kwdefaults__ or {}

@@ -72,12 +72,26 @@ def _rows(t: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
-def _fwd(*args: Any) -> tuple[list[Tensor], Tensor]:
-    *tensors, rng, scale, dropout, dropout_at, keep, plan, backend = args
+def explanation(call: Call, inference: bool, plan: str, backend: str) -> rt.Explanation:
+    """What `choose` says, with the modelled cost of every plan."""
+    sizes = problem(call, inference)
+    return rt.explanation(
+        NAME,
+        BACKENDS,
+        backend,
+        lambda: choose(call, inference, plan, backend),
+        call,
+        plan,
+        notes=tuple(str(planner.estimate(each, sizes)) for each in planner.PLANS),
+    )
+
+
+def _asked(*args: Any) -> tuple[Call, bool, str, str] | None:
+    """What a forward asks of `choose`; None where there is nothing to compute."""
+    *tensors, _, scale, dropout, dropout_at, keep, plan, backend = args
     x, down, hidden, ups, weights, biases, base, core = tensors
-    first: Tensor = x if x is not None else hidden
-    if first.numel() == 0:
-        return _fwd_fake(*args)
+    if (x if x is not None else hidden).numel() == 0:
+        return None
     t = Tensors(
         None if x is None else _rows(x),
         down,
@@ -88,13 +102,26 @@ def _fwd(*args: Any) -> tuple[list[Tensor], Tensor]:
         [_rows(b) for b in base],
         core,
     )
-    call = Call(t, Settings(scale, dropout, dropout_at))
     inference = not keep and hidden is None
-    chosen, concrete = choose(call, inference, plan, backend)
-    ys, saved = chosen.load().forward(call, rng, concrete)
+    return Call(t, Settings(scale, dropout, dropout_at)), inference, plan, backend
+
+
+def _fwd(*args: Any) -> tuple[list[Tensor], Tensor]:
+    asked = _asked(*args)
+    if asked is None:
+        return _fwd_fake(*args)
+    x, _, hidden, *_, rng, _, _, _, keep, _, _ = args
+    chosen, concrete = choose(*asked)
+    ys, saved = chosen.load().forward(asked[0], rng, concrete)
+    first: Tensor = x if x is not None else hidden
     lead = first.shape[:-1]
     outputs = [y.contiguous().view(*lead, y.shape[1]) for y in ys]
     return outputs, saved.h if keep and hidden is None else first.new_empty(0)
+
+
+def _explain(*args: Any) -> rt.Explanation | None:
+    asked = _asked(*args)
+    return None if asked is None else explanation(*asked)
 
 
 def _fwd_fake(*args: Any) -> tuple[list[Tensor], Tensor]:
@@ -184,6 +211,7 @@ forward_op = define(
     "str plan, str backend) -> (Tensor[], Tensor)",
     _fwd,
     _fwd_fake,
+    _explain,
 )
 _backward_op = define(
     f"{NAME}_bwd(Tensor[] dys, Tensor? x, Tensor h, Tensor? down, Tensor[] ups, Tensor[] weights, "

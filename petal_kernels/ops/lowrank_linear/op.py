@@ -11,16 +11,13 @@ from torch import Tensor
 from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime import philox
 from petal_kernels._runtime.first_order import check_transforms
-from petal_kernels.ops.lowrank_linear import planner
 from petal_kernels.ops.lowrank_linear.arguments import check
 from petal_kernels.ops.lowrank_linear.function import (
-    BACKENDS,
     NAME,
     LowRankLinearFunction,
-    choose,
+    explanation,
     flatten,
     forward_op,
-    problem,
 )
 
 
@@ -130,16 +127,7 @@ def _explain(
     call = check(x, down, ups, weights, biases, **given)
     name = rt.default_backend() if backend is None else rt.check_name(backend)
     inference = not torch.is_grad_enabled()
-    chosen, concrete = choose(call, inference, plan, name)
-    rows = rt.candidates(BACKENDS, call, plan)
-    sizes = problem(call, inference)
-    return rt.Explanation(
-        NAME,
-        tuple((c.backend.name, c.reasons) for c in rows),
-        chosen.name,
-        concrete,
-        tuple(str(planner.estimate(each, sizes)) for each in planner.PLANS),
-    )
+    return explanation(call, inference, plan, name)
 
 
 _DEFAULTS: dict[str, Any] = lowrank_linear.__kwdefaults__ or {}

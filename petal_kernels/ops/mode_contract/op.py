@@ -40,6 +40,25 @@ def preferred(call: Call) -> str:
     return rt.AUTO
 
 
+def _explanation(call: Call, backend: str) -> rt.Explanation:
+    library = backend == rt.AUTO and preferred(call) == "torch"
+    note = "plan: the library's GEMM, measured faster than a fused loop on this device"
+    return rt.explanation(
+        _NAME,
+        BACKENDS,
+        backend,
+        lambda: (_select(call, backend), None),
+        call,
+        notes=(note,) if library else (),
+    )
+
+
+def _explain_raw(*args: Any) -> rt.Explanation | None:
+    *given, backend = args
+    call = Call(*given)
+    return None if 0 in call.shape else _explanation(call, backend)
+
+
 def _fwd(*args: Any) -> Tensor:
     *given, backend = args
     call = Call(*given)
@@ -107,6 +126,7 @@ _forward_op = define(
     "str backend) -> Tensor",
     _fwd,
     _fwd_fake,
+    _explain_raw,
 )
 _backward_op = define(
     "mode_contract_bwd(Tensor dout, Tensor core, Tensor modes, Tensor? up, float scale, "
@@ -204,18 +224,8 @@ def _explain(
     backend: str | None = None,
 ) -> rt.Explanation:
     call = check(core, modes, up, scale, dtype)
-    rows = rt.candidates(BACKENDS, call)
     name = rt.default_backend() if backend is None else rt.check_name(backend)
-    choice = _select(call, name)
-    notes = []
-    if name == rt.AUTO and preferred(call) == "torch":
-        notes.append("plan: the library's GEMM, measured faster than a fused loop on this device")
-    return rt.Explanation(
-        _NAME,
-        tuple((c.backend.name, c.reasons) for c in rows),
-        choice.name,
-        notes=tuple(notes),
-    )
+    return _explanation(call, name)
 
 
 rt.register_explainer(mode_contract, _explain)
