@@ -165,6 +165,10 @@ class Method(ABC):
         """The report's rows of what no single place owns."""
         return []
 
+    def shared_sample(self, row: Row) -> Callable[[], object] | None:
+        """A call of what such a row stands for, where it has one of its own."""
+        return None
+
     def experts(self) -> Mapping[str, LowRankExperts]:
         """The experts by the path of their place."""
         return {}

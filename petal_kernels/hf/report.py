@@ -72,6 +72,9 @@ class Report:
         return "\n".join(lines)
 
 
+_EAGER = "eager: the published form, one step at a time"
+
+
 def make_report(
     model: nn.Module,
     method: Method,
@@ -84,7 +87,7 @@ def make_report(
     known: dict[Any, tuple[str, str]] = {}
     for place in method.found.places:
         row = method.place_row(place)
-        backend, why = "eager", "eager: the published form, one step at a time"
+        backend, why = "eager", _EAGER
         if not method.published:
             key, sample = method.sample(place, wrappers.get(place.path))
             if key not in known:
@@ -97,7 +100,11 @@ def make_report(
             seen.add(id(module))
         rows.append(replace(row, backend=backend, why=why, trainable=count))
     for row in method.shared_rows():
-        rows.append(row)
+        sample = method.shared_sample(row)
+        backend, why = ("", "") if sample is None else ("eager", _EAGER)
+        if sample is not None and not method.published:
+            backend, why = choice_in_words(dry_run(sample))
+        rows.append(replace(row, backend=backend, why=why))
     copies = method.adapter._modules.get("modules_to_save")
     for path in named:
         count = sum(

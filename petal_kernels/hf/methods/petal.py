@@ -224,9 +224,16 @@ class Petal(ModesMethod):
     def shared_rows(self) -> list[Row]:
         rows = super().shared_rows()
         if self.embeddings is not None:
-            path, module, _ = self.embeddings
-            rows.append(self.expert_row(path, "instruction experts", self.adapter.experts, module))
+            rows.append(
+                self.expert_row(self.embeddings[0], "instruction experts", self.adapter.experts)
+            )
         return rows
+
+    def shared_sample(self, row: Row) -> Any:
+        if self.embeddings is None or row.module != self.embeddings[0]:
+            return None
+        experts, module = self.adapter.experts, self.embeddings[1]
+        return lambda: experts(self.typical(module, experts.in_features))
 
 
 def norm_width(block: nn.Module, path: str) -> int:
