@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from petal_kernels.hf import files
 from petal_kernels.hf.blocks import Blocks
 from petal_kernels.hf.config import AdapterConfig
-from petal_kernels.hf.found import Place
+from petal_kernels.hf.found import Found, Place
 from petal_kernels.hf.merging import Merged, MergeReport, merge
 from petal_kernels.hf.method import Method
 from petal_kernels.hf.parts import (
@@ -63,6 +63,11 @@ class Attachment(Blocks, Routed):
         self.adapter.train(model.training)
         self.adapter.__dict__[HANDLE] = self
         model.add_module(NAME, self.adapter)
+
+    @property
+    def found(self) -> Found:
+        """The places that are adapted."""
+        return self.method.found
 
     # -- installing (what a method's `install` calls) ---------------------------------------------
 

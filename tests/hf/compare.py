@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from petal_kernels._runtime import philox
 from petal_kernels.hf import Attachment, PetalConfig, attach
-from petal_kernels.hf.petal.layers import ModeGroup
+from petal_kernels.hf.methods.modes import ModeGroup, ModeLinear, group_of
 from petal_kernels.nn import frozen_linear
-from petal_kernels.nn.published import PublishedModeLinear
 from tests.hf import tiny
 
 OUTPUT_RATIO, GRADIENT_RATIO = 2.0, 3.0
@@ -104,7 +103,7 @@ class MaskRecorder:
         current: list[Tensor] = []
 
         def recording_compute(group: ModeGroup, *args: Any) -> Any:
-            key = (group.slot.index, group.name)
+            key = (group.layer.index, group.name)
             assert key not in self.states, "a group ran twice in one forward"
             self.states[key] = torch.tensor([1234 + 77 * len(self.states), len(self.states)])
             current[:] = [self.states[key]]
@@ -118,12 +117,9 @@ class MaskRecorder:
 
     def give_to(self, attachment: Attachment, p: float) -> None:
         streams: dict[tuple[int, str], int] = {}
-        wrappers = iter(attachment._wrapped)
-        for layer in attachment.found.layers:
-            for site in layer.sites:
-                _, _, wrapper = next(wrappers)
-                assert isinstance(wrapper, PublishedModeLinear)
-                key = (layer.index, site.row.group)
-                stream = streams.setdefault(key, 0)
-                streams[key] += 1
-                wrapper.__dict__["dropout"] = FixedMask(self.states[key], stream, p)
+        for place, _, _, wrapper in attachment._wrapped:
+            assert isinstance(wrapper, ModeLinear)
+            key = (place.layer.index, group_of(place.row))
+            stream = streams.setdefault(key, 0)
+            streams[key] += 1
+            wrapper.__dict__["drop"] = FixedMask(self.states[key], stream, p)

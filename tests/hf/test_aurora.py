@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import petal_kernels as pk
 from petal_kernels._runtime import philox
-from petal_kernels.hf.aurora import blocks, layers
-from petal_kernels.hf.aurora.layers import BlockLinear
-from petal_kernels.hf.aurora.published import PublishedBlocks
-from petal_kernels.hf.petal.layers import ModeGroup
+from petal_kernels.hf.context import THREAD
+from petal_kernels.hf.methods import modes as layers
+from petal_kernels.hf.methods import square_blocks as blocks
+from petal_kernels.hf.methods.aurora import BlockLinear
+from petal_kernels.hf.methods.modes import ModeGroup
 from petal_kernels.nn import frozen_linear, mode_approximation
-from petal_kernels.nn.published import PublishedModeLinear
 from tests.hf.tiny_blip import (
     SAME,
     TASKS,
@@ -88,29 +88,28 @@ def test_fused_equals_published_with_dropout(
 
         monkeypatch.setattr(cls, name, wrapper)
 
-    recording(BlockLinear, "forward", lambda linear: id(linear.base))
+    recording(BlockLinear, "adapted", lambda linear: id(linear.base))
     recording(ModeGroup, "_compute", lambda group: id(group.members[0].base))
     monkeypatch.setattr(philox, "draw", lambda device: current[0])
     config = config_of(dropout=p, **VARIANTS[variant])
     model, attachment = attached(task, config)
     got = step(model.train(), attachment, task)
     groups = {
-        id(member.base): (states[id(wrapper.group.members[0].base)], member.position)
-        for _, _, wrapper in attachment._wrapped
+        id(member.base): (states[id(wrapper.unit().members[0].base)], member.position)
+        for _, _, _, wrapper in attachment._wrapped
         if not isinstance(wrapper, BlockLinear)
-        for member in wrapper.group.members
+        for member in wrapper.unit().members
     }
-    keys = [id(wrapper.base) for _, _, wrapper in attachment._wrapped]
+    keys = [id(wrapper.base) for _, _, _, wrapper in attachment._wrapped]
 
     model, attachment = attached(task, config, "published")
-    for key, (_, _, wrapper) in zip(keys, attachment._wrapped, strict=True):
-        if isinstance(wrapper, PublishedBlocks):
+    for key, (_, _, _, wrapper) in zip(keys, attachment._wrapped, strict=True):
+        if isinstance(wrapper, BlockLinear):
             count = len(wrapper.blocks.modes) if wrapper.blocks.form == "outputs" else 1
             mask = FixedMask(states[key], 0, count, p)
         else:
-            assert isinstance(wrapper, PublishedModeLinear)
             mask = FixedMask(*groups[key], 1, p)
-        wrapper.__dict__["dropout"] = mask
+        wrapper.__dict__["drop"] = mask
     close(got, step(model.train(), attachment, task))
     assert not torch.allclose(dry, got[0], atol=1e-3)
 
@@ -144,7 +143,7 @@ def test_life(task: str, variant: str, implementation: str, tmp_path: Path) -> N
         assert torch.equal(forward(other, task)[0], trained)
 
     report = attachment.merge()
-    assert len(report.folded) == len(attachment.found.sites())
+    assert len(report.folded) == len(attachment.found.places)
     assert all("scale/shift" in name for name in report.kept)
     with torch.no_grad():
         merged = forward(model, task)[0]
@@ -252,9 +251,8 @@ def test_what_layers_share_ends_with_its_forward() -> None:
     model, attachment = attached("retrieval", config_of())
     inputs = batch("retrieval")
     seen: list[bool] = []
-    states = attachment._states
     model.vision_model.post_layernorm.register_forward_pre_hook(  # type: ignore[union-attr]
-        lambda *args: seen.append(all(state.factors is None for state in states))
+        lambda *args: seen.append(THREAD.running is None)
     )
     model(**inputs)
     with pytest.raises(RuntimeError):  # image features of another batch
@@ -263,7 +261,7 @@ def test_what_layers_share_ends_with_its_forward() -> None:
         )  # type: ignore[operator, union-attr]
     assert seen
     assert all(seen)
-    assert all(state.factors is None for state in states)
+    assert THREAD.running is None
 
 
 def test_linears_may_be_in_another_mode_than_their_stack() -> None:
@@ -274,7 +272,7 @@ def test_linears_may_be_in_another_mode_than_their_stack() -> None:
 
     def run(stack: bool, linears: bool) -> Tensor:
         vision.encoder.training = stack  # type: ignore[union-attr]
-        for _, _, wrapper in attachment._wrapped:
+        for _, _, _, wrapper in attachment._wrapped:
             wrapper.train(linears)
         torch.manual_seed(0)
         return vision(pixels).last_hidden_state.detach()  # type: ignore[operator, no-any-return]

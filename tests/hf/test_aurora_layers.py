@@ -42,8 +42,8 @@ def delta(shared: ModeApproximation, m: Tensor) -> Tensor:
 
 def modes_of(attachment: Any, layer: str) -> dict[str, range]:
     """By the projection's own name."""
-    sites = [site for site in attachment.found.sites() if layer in site.path]
-    return {site.path.rpartition(".")[2]: site.modes for site in sites}
+    sites = [site for site in attachment.found.places if layer in site.path]
+    return {site.path.rpartition(".")[2]: attachment.method.modes[site.path] for site in sites}
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def test_text_layer_is_auroras(variant: str, with_image: bool) -> None:
     model, attachment = attached("retrieval", config_of(variant=variant))
     layer = model.text_encoder.encoder.layer[1]  # type: ignore[union-attr, index]
     shared, pairs = attachment.adapter.shared, attachment.adapter.layers["1"]
-    first = attachment.found.stacks[1].modes.start + 6
+    first = attachment.method.modes[attachment.found.stacks[1].places[0].path].start + 6
     dw = [delta(shared, m) for m in matrices(shared, range(first, first + 6))]
 
     def attend(block: Any, x: Tensor, source: Tensor, updates: list[Tensor]) -> Tensor:
@@ -235,11 +235,14 @@ def test_initial_values_are_the_published_ones() -> None:
     attachment: Any = pk.attach(model, pk.AuroraConfig(r=8, variant="release"))
     shared = attachment.adapter.double().shared
     assert not shared.up.any()
-    for site in attachment.found.sites():
-        columns = {"self_attn": 4, "mlp": 8}.get(site.row.block, 1)
-        largest = float(shared.modes[site.modes.start : site.modes.stop].abs().max())
+    modes = attachment.method.modes
+    for site in attachment.found.places:
+        vision = site.layer.row.name == "vision"
+        columns = (4 if site.row.attention else 8) if vision else 1
+        own = modes[site.path]
+        largest = float(shared.modes[own.start : own.stop].abs().max())
         assert largest <= math.sqrt(6 / (8 + columns))
-    mlp = [m for s in attachment.found.sites() if s.row.block == "mlp" for m in s.modes]
+    mlp = [m for s in attachment.found.places if not s.row.attention for m in modes[s.path]]
     assert float(shared.modes[mlp].abs().max()) > 0.9 * math.sqrt(6 / (8 + 8))
     for p in attachment.adapter.layers.parameters():
         assert 0 < float(p.abs().max()) < 0.002
@@ -297,8 +300,8 @@ def test_a_base_that_is_not_plain_is_called() -> None:
 
     def run(hooked: bool, dropout: float) -> tuple[Tensor, dict[str, Tensor], Any]:
         model, attachment = attached("retrieval", config_of(dropout=dropout))
-        for site in attachment.found.sites()[::2] if hooked else []:
-            site.base.register_forward_hook(lambda *args: None)
+        for site in attachment.found.places[::2] if hooked else []:
+            site.module.register_forward_hook(lambda *args: None)
         torch.manual_seed(3)
         return *step(model.train(), attachment, "retrieval"), attachment
 
@@ -307,7 +310,7 @@ def test_a_base_that_is_not_plain_is_called() -> None:
         if dropout == 0.0:  # else text projections served one by one draw other masks
             close(got[:2], want[:2])
         attachment = got[2]
-        assert len(attachment.report().declined) == len(attachment.found.sites()[::2])
+        assert len(attachment.report().declined) == len(attachment.found.places[::2])
         report = attachment.merge()
         assert any("base has hooks" in why for why in report.kept.values())
         assert any(p.requires_grad for p in attachment.adapter.shared.parameters())

@@ -25,7 +25,7 @@ def test_the_whole_stack_compiles_without_a_graph_break(variant: str) -> None:
     config = pk.PetalConfig(r=4, variant=variant, dropout=0.0)  # type: ignore[arg-type]
     attachment = pk.attach(model, config)
     tiny.randomise(attachment.adapter)
-    stack = attachment.found.stack.train()
+    stack = attachment.found.stacks[0].module.train()
     hidden, image = torch.randn(2, 12, 32), torch.randn(2, 5, 40)
     kwargs = {"encoder_hidden_states": image, "query_length": 5}
     runs = []
@@ -42,7 +42,7 @@ def test_a_compiled_adapted_layer_with_dropout() -> None:
     model = tiny.instructblip()
     attachment = pk.attach(model, pk.PetalConfig(r=4, dropout=0.5))
     tiny.randomise(attachment.adapter)
-    layer = attachment.found.layers[1].layer.train()
+    layer = attachment.found.layers[1].module.train()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 12, 32)
     outs = []

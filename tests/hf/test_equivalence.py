@@ -124,7 +124,7 @@ def test_a_special_base_is_called_in_its_own_turn() -> None:
     logits = []
     for partitioned in (False, True):
         model, found = compare.build("instructblip", _config("paper"), "fused", torch.float64)
-        for _, _, wrapper in found._wrapped if partitioned else []:
+        for _, _, _, wrapper in found._wrapped if partitioned else []:
             weight = wrapper.base.weight
             weight.ds_id = 1  # type: ignore[union-attr, assignment]
             whole, empty = weight.data, torch.empty(0, dtype=torch.float64)
@@ -157,8 +157,7 @@ def test_image_features_that_change_on_the_way(in_place: bool) -> None:
     logits = []
     for form in ("fused", "published"):
         model, found = compare.build("instructblip", _config("paper"), form, torch.float64)
-        block = found.found.layers[2].cross_block
-        assert block is not None
+        block = found.found.layers[2].module.crossattention
         block.register_forward_pre_hook(change, with_kwargs=True)
         with torch.no_grad():
             logits.append(model(**batch).logits)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import petal_kernels as pk
 from petal_kernels.hf.config import AdapterConfig
-from petal_kernels.hf.insertion.tokens import Tokens
+from petal_kernels.hf.tokens import Tokens
 from tests.hf.tiny import QUERIES
 from tests.hf.tiny_experts import (
     EXPERTS,

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import petal_kernels as pk
-from petal_kernels.hf.stack import AdaptedLayer
+from petal_kernels.hf.context import THREAD, Call
+from petal_kernels.hf.parts import Adapted
 from petal_kernels.nn import FrozenLinear
 from tests.hf import compare, tiny
 
@@ -80,7 +81,7 @@ def test_the_whole_way(family: str, variant: str, tmp_path: Path) -> None:
         merged = model(**batch).logits
     assert compare.relative(merged, trained) <= 1e-5
     assert not torch.equal(merged, untouched)
-    assert len(report.folded) == len(attachment.found.sites())
+    assert len(report.folded) == len(attachment.found.places)
     assert any("scale/shift" in name for name in report.kept)
     assert any("batch context" in name for name in report.kept) == (variant == "release")
     attachment.unmerge()
@@ -103,7 +104,7 @@ def test_detach_gives_back_the_very_objects(form: str) -> None:
     before = _snapshot(model)
     attachment = pk.attach(model, pk.PetalConfig(r=4), implementation=form)
     assert sum(isinstance(m, FrozenLinear) for m in model.modules()) == 18
-    assert sum(isinstance(m, AdaptedLayer) for m in model.modules()) == 4
+    assert sum(isinstance(m, Adapted) for m in model.modules()) == 4
     attachment.detach()
     assert _snapshot(model) == before
     with pytest.raises(RuntimeError, match="detach: this attachment was detached"):
@@ -234,7 +235,7 @@ def test_nothing_of_a_forward_is_kept() -> None:
     model, batch = tiny.instructblip(), tiny.batch("instructblip")
     attachment = pk.attach(model, pk.PetalConfig(r=4))
     seen: list[weakref.ref[torch.Tensor]] = []
-    block = attachment.found.layers[0].self_block
+    block = attachment.found.layers[0].module.attention
     handle = block.register_forward_hook(lambda m, a, out: seen.append(weakref.ref(out)))
     with torch.no_grad():
         model(**batch)
@@ -249,21 +250,22 @@ def test_nothing_of_a_failed_forward_is_kept() -> None:
 
     model, batch = tiny.instructblip(), tiny.batch("instructblip")
     attachment = pk.attach(model, pk.PetalConfig(r=4))
-    handle = attachment.found.layers[2].self_block.register_forward_hook(fail)
+    handle = attachment.found.layers[2].module.attention.register_forward_hook(fail)
     with pytest.raises(KeyError, match="in the middle of a layer"):
         model(**batch)
     handle.remove()
-    assert attachment._state.factors is None
-    assert all(layer._petal_slot.call is None for layer in attachment._state.layers)
+    assert THREAD.running is None
+    assert THREAD.frame is None
 
 
 def test_a_group_is_computed_once_and_each_result_is_handed_out_once() -> None:
-    from petal_kernels.hf.petal.layers import LayerCall, ModeGroup
+    from petal_kernels.hf.context import Given
+    from petal_kernels.hf.methods.modes import ModeGroup, ModesFrame
 
     model = tiny.instructblip()
     pk.attach(model, pk.PetalConfig(r=4))
     layer = model.qformer.encoder.layer[0]  # type: ignore[union-attr, index]
-    attention, slot = layer.attention.attention, layer._petal_slot
+    attention, part = layer.attention.attention, layer._petal
     computed: list[int] = []
     compute = ModeGroup._compute
 
@@ -276,7 +278,7 @@ def test_a_group_is_computed_once_and_each_result_is_handed_out_once() -> None:
     try:
         want = [attention.query(x), attention.key(x), attention.value(x)]
         assert computed == [1, 1, 1]  # outside the layer nobody would fetch the others
-        slot.call = LayerCall(None)
+        THREAD.frame = ModesFrame(part, Call(Given()), None, None, None)
         got = [attention.query(x), attention.key(x), attention.value(x)]
         assert computed == [1, 1, 1, 3]
         attention.key(x)  # its result was handed out: computed anew
@@ -288,7 +290,7 @@ def test_a_group_is_computed_once_and_each_result_is_handed_out_once() -> None:
         assert computed == [1, 1, 1, 3, 3, 3, 3, 3]
     finally:
         ModeGroup._compute = compute  # type: ignore[method-assign]
-        slot.call = None
+        THREAD.frame = None
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -67,7 +67,7 @@ def test_layer_outputs(family: str, values: dict[str, object], form: str) -> Non
     image = torch.randn(3, 6, 40, generator=generator, dtype=torch.float64)
     with torch.no_grad():
         for site in attachment.found.layers:
-            got = site.layer(x, None, image, query_length=QUERIES)
-            want = _want(attachment, site.index, site.layer, (x, image))
+            got = site.module(x, None, image, query_length=QUERIES)
+            want = _want(attachment, site.index, site.module, (x, image))
             torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
             assert not torch.allclose(got[:, -1], x[:, -1])

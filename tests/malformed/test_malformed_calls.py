@@ -15,9 +15,6 @@ from torch import Tensor, nn
 import petal_kernels as pk
 from petal_kernels._runtime import checks
 from petal_kernels.hf.attachment import Attachment
-from petal_kernels.hf.aurora.attachment import AuroraAttachment
-from petal_kernels.hf.insertion.experts import ExpertAttachment
-from petal_kernels.hf.petal.attachment import PetalAttachment
 from tests.malformed import model_layer, modules, operators
 from tests.malformed.corruptions import Case, malformed
 from tests.malformed.refusal import failures
@@ -44,7 +41,7 @@ def public() -> Iterator[Any]:
     for value in (getattr(pk.memory, name) for name in pk.memory.__all__):
         if value not in RESULTS:
             yield value
-    attachments = (PetalAttachment, AuroraAttachment, ExpertAttachment, pk.memory.Profile)
+    attachments = (Attachment, pk.memory.Profile)
     for cls in [*(c for c in modules_ if isinstance(c, type)), *attachments]:
         for name in dir(cls):
             method = getattr(cls, name)

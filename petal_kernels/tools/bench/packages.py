@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petal_kernels.hf.insertion.layers import RoutedLinear
+from petal_kernels.hf.methods.routing import RoutedLinear
 from petal_kernels.tools.bench.layer_forms import GatedLayer, LoRALayer
 from petal_kernels.tools.bench.model_builders import Subject
 from petal_kernels.tools.bench.scenarios import Inputs, Provider
@@ -153,7 +153,7 @@ def peft_like(
     places = {}
     for path, module in fused.model.named_modules():
         if isinstance(module, RoutedLinear):
-            places[path] = module.slot.state.adapter.place(module.slot.index, module.name)
+            places[path] = module.used()
     ranks = {lora.r for lora in places.values()}
     subject = copy.deepcopy(base)
     rank = ranks.pop()

@@ -19,7 +19,6 @@ from torch import Tensor
 
 import petal_kernels as pk
 from petal_kernels.hf.config import AdapterConfig
-from petal_kernels.hf.insertion.attachment import InsertionAttachment
 from petal_kernels.tools.demo import backbones, tasks
 from petal_kernels.tools.demo.train import Batches, Cached, Form, Settings, Trainer
 
@@ -75,7 +74,7 @@ METHODS: dict[str, Method] = {
 
 def answer_logits(
     backbone: backbones.Backbone,
-    attachment: InsertionAttachment | None,
+    attachment: pk.Attachment | None,
     features: Tensor,
     questions: Tensor,
 ) -> Tensor:
@@ -92,7 +91,7 @@ def answer_logits(
     return logits
 
 
-def form_of(backbone: backbones.Backbone, attachment: InsertionAttachment | None = None) -> Form:
+def form_of(backbone: backbones.Backbone, attachment: pk.Attachment | None = None) -> Form:
     """A backbone with an adapter, or without one."""
     return Form(backbone, functools.partial(answer_logits, backbone, attachment))
 
@@ -110,7 +109,6 @@ def attached(
     torch.manual_seed(settings.seed)
     config = method.config(settings.rank)
     attachment = pk.attach(backbone, config, implementation=implementation)  # type: ignore[operator]
-    assert isinstance(attachment, InsertionAttachment)
     return Trainer(form_of(backbone, attachment), attachment, batches, settings)
 
 
