@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import petal_kernels as pk
-from petal_kernels.hf.petal.specs import FAMILIES, find
+from petal_kernels.hf.models import FAMILIES
 from tests.hf import tiny
 
 PAPER_TRAINABLE = 268_800
@@ -129,17 +129,15 @@ def test_report_says_which_base_is_called_and_why() -> None:
 def test_a_bare_qformer_is_adapted() -> None:
     model = tiny.instructblip().qformer
     attachment = pk.attach(model, pk.PetalConfig(r=4))  # type: ignore[arg-type]
-    assert len(attachment.found.sites()) == 18
-    whole = find(tiny.instructblip(), pk.PetalConfig(r=4))
-    assert [s.path for s in whole.sites()] == [
-        f"qformer.{s.path}" for s in attachment.found.sites()
-    ]
+    assert len(attachment.found.places) == 18
+    whole = pk.attach(tiny.instructblip(), pk.PetalConfig(r=4)).found
+    assert [p.path for p in whole.places] == [f"qformer.{p.path}" for p in attachment.found.places]
 
 
 def test_a_model_inside_another_module_is_found() -> None:
     wrapper = nn.ModuleDict({"inner": tiny.blip2()})
     attachment = pk.attach(wrapper, pk.PetalConfig(r=4))
-    assert attachment.found.path == "inner.qformer.encoder"
+    assert attachment.found.stacks[0].path == "inner.qformer.encoder"
     assert "petal" in dict(wrapper.named_children())
 
 
@@ -163,7 +161,7 @@ def test_no_matching_module() -> None:
 def test_a_known_model_without_its_stack() -> None:
     model = tiny.blip2()
     model.qformer = nn.Identity()
-    message = r"want exactly one module of class '\*QFormerEncoder' in a 'blip-2' model, got 0"
+    message = r"want a module of class '\*QFormerEncoder' in a 'blip-2' model, got none"
     with pytest.raises(ValueError, match=message):
         pk.attach(model, pk.PetalConfig(r=4))
 
