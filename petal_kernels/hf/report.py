@@ -91,10 +91,6 @@ def finish(
 
 
 def choice_in_words(found: Explanation) -> tuple[str, str]:
-    """The backend `auto` takes, and why not a preferred one."""
-    better = found.rows[: [name for name, _ in found.rows].index(found.backend)]
-    why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in better)
-    plan = f"plan {found.plan}" if found.plan else ""
-    return found.backend, "; ".join(
-        p for p in (f"{found.backend}: {plan}" if plan else "", why) if p
-    )
+    """The backend that is taken, and why not a preferred one."""
+    plan = f"{found.backend}: plan {found.plan}" if found.plan else ""
+    return found.backend, "; ".join(part for part in (plan, found.why) if part)
