@@ -327,11 +327,14 @@ def test_a_model_on_meta() -> None:
 
 
 def test_a_model_of_fake_tensors() -> None:
-    model, x = memory.fake_tensors(GatedAdapter(WIDTH, 300), rows(torch.float64))
+    lora = RoutedLoRALinear(linear(torch.float64), 2, dropout=0.1)
+    model, x = memory.fake_tensors(lora, rows(torch.float64))
     for call in (model, model.forward):
         (found,) = dry_run(call, x)
         assert found.backend == "torch"
         assert dry_run(call, rows(torch.float64))[0].backend == "torch"
+        with x.fake_mode:
+            assert dry_run(call, x)[0].backend == "torch"
 
 
 def test_what_a_choice_makes_for_the_first_time_is_real(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from petal_kernels._runtime import library
 from petal_kernels._runtime.backends import Explanation, default_backend
@@ -40,7 +40,7 @@ def dry_run(function: Callable[..., Any], *inputs: Any, **keywords: Any) -> list
     among it. Effects of the function's Python code stay: a module that keeps its last output keeps
     a fake one.
     """
-    mode = _mode_of(function, inputs, keywords) or FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     witness = _Witness(mode)
     with _without_autocast_cache(), mode, witness:
         given, named = tree_map(witness.fake, (inputs, keywords))
@@ -115,8 +115,10 @@ class _Witness(TorchDispatchMode):
         self.found: list[Explanation] = []
 
     def fake(self, value: Any) -> Any:
-        """The fake twin of a real tensor, one for all its uses; anything else as it is."""
-        if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
+        """The twin of a tensor in this mode, one for all its uses; anything else as it is."""
+        if not isinstance(value, Tensor):
+            return value
+        if isinstance(value, FakeTensor) and value.fake_mode is self.mode:
             return value
         return self.mode.from_tensor(value, static_shapes=True)
 
@@ -150,17 +152,6 @@ _CONSTANTS = (
     torch.ops.aten.lift_fresh.default,
     torch.ops.aten.lift_fresh_copy.default,
 )
-
-
-def _mode_of(*given: Any) -> FakeTensorMode | None:
-    """The mode of a model or of inputs that are fake already: two modes do not mix."""
-    for value in tree_leaves(given):
-        owner = getattr(value, "__self__", value)
-        parts = owner.parameters() if isinstance(owner, nn.Module) else (value,)
-        for part in parts:
-            if isinstance(part, FakeTensor):
-                return part.fake_mode
-    return None
 
 
 @contextlib.contextmanager
