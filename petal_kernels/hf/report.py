@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +91,7 @@ def make_report(
         if not method.published:
             key, sample = method.sample(place, wrappers.get(place.path))
             if key not in known:
-                known[key] = choice_in_words(dry_run(sample))
+                known[key] = _asked(sample, getattr(wrappers.get(place.path), "base", None))
             backend, why = known[key]
         count = row.trainable
         module = method.trains(place)
@@ -124,14 +124,21 @@ def make_report(
 
 def choice_in_words(found: Sequence[Explanation]) -> tuple[str, str]:
     """The backend that a call takes, and why not a preferred one; of several calls each once."""
-    backends = list(dict.fromkeys(each.backend for each in found))
-    whys = dict.fromkeys(why for each in found if (why := _why(each)))
+    backends = dict.fromkeys(each.backend for each in found)
+    whys = dict.fromkeys(
+        part
+        for each in found
+        for part in (f"{each.backend}: plan {each.plan}" if each.plan else "", each.why)
+        if part
+    )
     return " + ".join(backends) or "none", "; ".join(whys)
 
 
-def _why(found: Explanation) -> str:
-    names = [name for name, _ in found.rows]
-    better = found.rows[: names.index(found.backend)] if found.backend in names else found.rows
-    why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in better)
-    plan = f"{found.backend}: plan {found.plan}" if found.plan else ""
-    return "; ".join(part for part in (plan, why) if part)
+def _asked(sample: Callable[[], object], base: nn.Module | None) -> tuple[str, str]:
+    """What a dry run of a place says. A base of somebody else's may not run without values."""
+    try:
+        return choice_in_words(dry_run(sample))
+    except Exception as error:
+        if base is None or not why_not_readable(base):
+            raise
+        return "not known", f"a {type(base).__name__} does not run dry: {type(error).__name__}"

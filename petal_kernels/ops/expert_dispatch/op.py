@@ -13,6 +13,7 @@ from petal_kernels._runtime.first_order import check_transforms
 from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.ops.expert_dispatch import planner, routing
 from petal_kernels.ops.expert_dispatch.arguments import Call, Settings, Tensors, check
+from petal_kernels.ops.expert_dispatch.function import BACKENDS as BACKENDS
 from petal_kernels.ops.expert_dispatch.function import (
     NAME,
     ExpertDispatchFunction,

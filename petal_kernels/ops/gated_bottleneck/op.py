@@ -19,6 +19,7 @@ from petal_kernels.ops.gated_bottleneck.arguments import (
     check,
     columns_to_update,
 )
+from petal_kernels.ops.gated_bottleneck.function import BACKENDS as BACKENDS
 from petal_kernels.ops.gated_bottleneck.function import (
     NAME,
     GatedBottleneckFunction,

@@ -12,6 +12,7 @@ from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime import philox
 from petal_kernels._runtime.first_order import check_transforms
 from petal_kernels.ops.lowrank_linear.arguments import check
+from petal_kernels.ops.lowrank_linear.function import BACKENDS as BACKENDS
 from petal_kernels.ops.lowrank_linear.function import (
     NAME,
     LowRankLinearFunction,
@@ -105,13 +106,17 @@ def lowrank_linear(
         state = philox.draw(call.device) if rng is None else rng.contiguous()
     if torch.is_grad_enabled():
         flat = flatten(t)
-        if any(each is not None and each.requires_grad for each in flat):
+        if _any_trained(flat):
             ys: tuple[Tensor, ...] = LowRankLinearFunction.apply(
                 state, plan, name, len(t.ups), len(t.weights), *settings, *flat
             )
             return ys
     outputs, _ = forward_op(*t, state, *settings, False, plan, name)
     return tuple(outputs)
+
+
+def _any_trained(tensors: Sequence[Tensor | None]) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _explain(
@@ -126,7 +131,8 @@ def _explain(
     backend, plan = given.pop("backend"), given["plan"]
     call = check(x, down, ups, weights, biases, **given)
     name = rt.default_backend() if backend is None else rt.check_name(backend)
-    inference = not torch.is_grad_enabled()
+    trains = torch.is_grad_enabled() and _any_trained(flatten(call.tensors))
+    inference = not trains and call.tensors.hidden is None
     return explanation(call, inference, plan, name)
 
 
