@@ -22,6 +22,7 @@ from petal_kernels.hf.method import Method
 from petal_kernels.hf.parts import (
     Adapted,
     Both,
+    FrozenVectors,
     LayerPart,
     Part,
     PatchedForward,
@@ -37,6 +38,7 @@ from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.frozen_linear import FrozenLinear
 
 NAME = "petal"
+_ALL = "all."  # the prefix by which an attachment asks for its tensors, merged or not
 HANDLE = "_petal_attachment"  # on the adapter: the model's copy finds its own
 
 
@@ -49,6 +51,7 @@ class Attachment(Blocks, Routed):
         self.adapter = method.adapter
         self._wrapped: list[tuple[Place, nn.Module, str, AdaptedLinear]] = []
         self._taken: list[tuple[nn.Module, type, Any]] = []  # with its class and own `forward`
+        self._guards: set[int] = set()  # of those, modules that may be replaced: nothing is lost
         self._merged: Merged | None = None
         adapted = [place.module for place in method.found.places]
         self._named = extra_modules(model, self.config.modules_to_save, adapted)
@@ -60,8 +63,10 @@ class Attachment(Blocks, Routed):
         self._train_whole()
         method.install(self)
         self._bind_copies()
+        self._guard_embeddings()
         self.adapter.train(model.training)
         self.adapter.__dict__[HANDLE] = self
+        self.adapter._register_state_dict_hook(_leave_merged_out)
         model.add_module(NAME, self.adapter)
 
     @property
@@ -139,6 +144,17 @@ class Attachment(Blocks, Routed):
                 if layered and not isinstance(module, Adapted):
                     self.take(module, LayerPart(self.method, -1, -1))
 
+    def _guard_embeddings(self) -> None:
+        """Lets checkpointed models compile: see `FrozenVectors`."""
+        find = getattr(self.found.root, "get_input_embeddings", None)
+        try:
+            embeddings = None if find is None else find()
+        except (AttributeError, NotImplementedError):
+            return  # a model without words
+        if isinstance(embeddings, nn.Module) and not isinstance(embeddings, Adapted):
+            self.take(embeddings, FrozenVectors())
+            self._guards.add(id(embeddings))
+
     # -- parameters -------------------------------------------------------------------------------
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -154,7 +170,8 @@ class Attachment(Blocks, Routed):
 
     def state_dict(self) -> dict[str, Tensor]:
         """All stored tensors, shared ones once; the very storages, not copies."""
-        return {self._stored(name): value for name, value in self.adapter.state_dict().items()}
+        state = self.adapter.state_dict(prefix=_ALL)
+        return {self._stored(name.removeprefix(_ALL)): value for name, value in state.items()}
 
     def _stored(self, name: str) -> str:
         """A tensor's name in files, from that in the adapter."""
@@ -245,12 +262,36 @@ class Attachment(Blocks, Routed):
         self._merged.undo()
         self._merged = None
 
+    def merge_and_unload(self) -> nn.Module:
+        """The model with every update in its weights and nothing of the adapter left.
+
+        What `detach` gives is the model that came in. ValueError, and nothing changed, where the
+        method keeps modules that no weight can hold (`merge` lists them).
+        """
+        merged = self._merged is not None
+        if not merged:
+            self.merge()
+        assert self._merged is not None
+        if not self._merged.is_whole:
+            kept = list(self._merged.report.kept.items())
+            if not merged:
+                self.unmerge()
+            raise ValueError(
+                f"merge_and_unload: want a method whose updates all fold into weights, got "
+                f"{len(kept)} parts that stay (first: {kept[0][0]}, {kept[0][1]})"
+            )
+        self._merged = None  # its weights stay
+        return self.detach()
+
     def whole(self) -> list[str]:
         """The paths of what is trained whole, as it was named or as the method chose it."""
         return [*self.method.trained(), *self.method.trained_biases(), *self._named]
 
     def detach(self) -> nn.Module:
-        """Gives back the model as it came in: modules, classes, weights and requires_grad."""
+        """Gives back the model as it came in: modules, classes, weights and requires_grad.
+
+        A merged adapter is unmerged first; `merge_and_unload` gives the merged model.
+        """
         self._need_attached("detach")
         ours = {m: (adapted_class(own), adapted_class(own, Readable)) for m, own, _ in self._taken}
         changed = [module for module, classes in ours.items() if type(module) not in classes]
@@ -288,12 +329,28 @@ class Attachment(Blocks, Routed):
         """RuntimeError where a module that was adapted is no longer in the model."""
         there = {id(module) for module in self.model.modules()}
         gone = [place.path for place, _, _, wrapper in self._wrapped if id(wrapper) not in there]
-        gone += [own.__name__ for module, own, _ in self._taken if id(module) not in there]
+        gone += [
+            own.__name__
+            for module, own, _ in self._taken
+            if id(module) not in there and id(module) not in self._guards
+        ]
         if gone:
             raise RuntimeError(
                 f"{what}: {len(gone)} adapted modules were replaced since attach (first: "
                 f"{gone[0]}); detach and attach again after a new head or resized embeddings"
             )
+
+
+def _leave_merged_out(
+    adapter: nn.Module, state: dict[str, Any], prefix: str, metadata: Any
+) -> None:
+    """A checkpoint of a merged model is that of the merged weights: with the adapter beside them it
+    would be applied twice."""
+    handle = adapter.__dict__.get(HANDLE)
+    merged = None if handle is None else handle._merged
+    if merged is not None and merged.is_whole and not prefix.startswith(_ALL):
+        for name in [name for name in state if name.startswith(prefix)]:
+            del state[name]
 
 
 def extra_modules(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from petal_kernels._runtime.numerics import wide_dtype
-from petal_kernels.nn.frozen_linear import why_not_plain
+from petal_kernels.nn.frozen_linear import why_not_readable
 
 if TYPE_CHECKING:
     from petal_kernels.hf.method import Method
@@ -61,6 +61,7 @@ class Merged:
         base = wrapper.base
         weight = base._parameters["weight"]
         assert weight is not None
+        update = update if isinstance(base, nn.Linear) else update.t()  # transformers' Conv1D
         exact = weight.to(update.dtype) + update.to(weight.device)
         stored = nn.Parameter(exact.to(weight.dtype), requires_grad=False)
         base._parameters["weight"] = stored
@@ -78,6 +79,11 @@ class Merged:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
                 self.frozen.append(parameter)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of the adapter is left beside the folded weights."""
+        return not self.report.kept
 
     def undo(self) -> None:
         """RuntimeError where somebody wrote into a merged weight: that would be lost."""
@@ -129,7 +135,7 @@ def merge(method: Method, wrappers: Sequence[tuple[str, AdaptedLinear]]) -> Merg
     for path, wrapper in wrappers:
         units.setdefault(id(wrapper.unit()), []).append((path, wrapper))
     for members in units.values():
-        reason = next((why for _, w in members if (why := why_not_plain(w.base))), "")
+        reason = next((why for _, w in members if (why := why_not_readable(w.base))), "")
         deltas = []
         for _, wrapper in members:
             weight = wrapper.base._parameters.get("weight")

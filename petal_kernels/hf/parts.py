@@ -79,6 +79,19 @@ class Readable(Adapted):
         return super().__getattr__(name) if value is None else value  # type: ignore[misc]
 
 
+class FrozenVectors(Part):
+    """Frozen input embeddings. Enabling checkpointing makes transformers hook them, to call
+    `requires_grad_` on their output: the reentrant form needs it. A compiled graph, which must not
+    do that to a tensor of its own, leaves this hook out."""
+
+    def call(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            hooks = [getattr(hook, "__name__", "") for hook in module._forward_hooks.values()]
+            if hooks and all(name == "make_inputs_require_grads" for name in hooks):
+                return module.forward(*args, **kwargs)
+        return run(*args, **kwargs)
+
+
 class PatchedForward:
     """Stands for a `forward` that somebody put on the instance: runs it inside the part."""
 

@@ -58,7 +58,8 @@ class AdaptedLinear(FrozenLinear):
             return super().forward(x)
         # Plain, else nothing would be merged.
         weight = self.merged.to(self.base._parameters["weight"])  # type: ignore[arg-type]
-        return F.linear(x, weight, self.base._parameters.get("bias"))
+        matrix = weight if isinstance(self.base, nn.Linear) else weight.t()
+        return F.linear(x, matrix, self.base._parameters.get("bias"))
 
     # -- merging ----------------------------------------------------------------------------------
 
