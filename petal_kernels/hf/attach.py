@@ -7,7 +7,7 @@ import os
 
 from torch import nn
 
-from petal_kernels.hf import files
+from petal_kernels.hf import files, tensors
 from petal_kernels.hf.attachment import NAME, Attachment
 from petal_kernels.hf.config import AdapterConfig, AuroraConfig, ExpertConfig, PetalConfig
 from petal_kernels.nn.arguments import check_choice
@@ -60,7 +60,7 @@ def attach(
         attachment = _attach(model, config, implementation)
     except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
         # Not what the caller wrote, but what stands in the file.
-        raise ValueError(f"{saved.directory / files.CONFIG}: config: {error}") from error
+        raise ValueError(f"{saved.path}: config: {error}") from error
     try:
         saved.check_base(attachment.signature())
         attachment._load(saved)
@@ -76,6 +76,7 @@ def _attach(model: nn.Module, config: AdapterConfig, implementation: str) -> Att
     attachment = cls.__new__(cls)
     try:
         attachment.__init__(model, config, implementation)  # type: ignore[misc]
+        attachment._shapes = tensors.shapes_of(attachment.state_dict())
     except BaseException:
         if attachment.__dict__.get("_attached"):
             Attachment.detach(attachment)  # the method's own part may not be there yet

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petal_kernels.hf import files
+from petal_kernels.hf import files, tensors
 from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.merging import Merged, MergeReport
+from petal_kernels.hf.names import prefixes_of
 from petal_kernels.hf.report import Report
 from petal_kernels.nn.frozen_linear import FrozenLinear
 
@@ -51,6 +52,7 @@ class Attachment(ABC):
         self._merged: Merged | None = None
         self._attached = True
         self._on = True
+        self._shapes: dict[str, torch.Size] = {}  # of all that is stored, once it is all there
         model.requires_grad_(False)
         for module in self._extra.values():
             module.requires_grad_(True)
@@ -97,7 +99,7 @@ class Attachment(ABC):
         for path, module in self._extra.items():
             for name, parameter in module.named_parameters():
                 if parameter.requires_grad:
-                    yield f"{files.EXTRA}.{path}.{name}", parameter
+                    yield f"{tensors.EXTRA}.{path}.{name}", parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         for _, parameter in self.named_parameters():
@@ -108,7 +110,7 @@ class Attachment(ABC):
         state = dict(self.adapter.state_dict())
         for path, module in self._extra.items():
             for name, tensor in module.state_dict().items():
-                state[f"{files.EXTRA}.{path}.{name}"] = tensor
+                state[f"{tensors.EXTRA}.{path}.{name}"] = tensor
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -119,26 +121,31 @@ class Attachment(ABC):
             if not isinstance(value, Tensor) or value.is_meta:
                 got = "one on device meta" if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"state: want tensors with values, got {got} as {name!r}")
-        files.check_tensors("state_dict", state, self.state_dict())
-        self._copy_in(state)
+        own = self._loadable()
+        tensors.check_tensors("state_dict", state, own)
+        self._copy_in(own, state)
 
-    def _copy_in(self, state: dict[str, Tensor]) -> None:
+    def _loadable(self) -> dict[str, Tensor]:
+        state = self.state_dict()
+        tensors.check_loadable("load", state, self._shapes)
+        return state
+
+    def _copy_in(self, own: dict[str, Tensor], state: Mapping[str, Tensor]) -> None:
         self._need_attached("load")
         if self._merged is not None:
             raise RuntimeError("load: the adapter is merged; call unmerge() first")
-        with torch.no_grad():
-            for name, tensor in self.state_dict().items():
-                tensor.copy_(state[name])
+        tensors.copy_in("load", own, state)
 
     # -- files --------------------------------------------------------------------------------
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes adapter.safetensors and adapter_config.json into `directory`, as one step.
+        """Writes adapter.safetensors and petal_config.json into `directory`, as one step.
 
         Whatever interrupts it, the directory loads as the adapter that was there or as this one.
+        A model under `fully_shard` is gathered: then every process calls this.
         """
         self._need_attached("save")
-        files.write(directory, self.config, self.signature(), self.state_dict())
+        files.write(directory, self.config, self.signature(), self.state_dict(), self._shapes)
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Loads a saved adapter of the same configuration into this attachment."""
@@ -148,8 +155,8 @@ class Attachment(ABC):
         self._load(saved)
 
     def _load(self, saved: files.Saved) -> None:
-        saved.check_tensors(self.state_dict())
-        self._copy_in(saved.tensors)
+        own = self._loadable()
+        self._copy_in(own, saved.tensors_for(own, prefixes_of(self.model)))
 
     # -- switching, merging, detaching ----------------------------------------------------------
 
