@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from petal_kernels.hf import files, tensors
 from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.merging import Merged, MergeReport
-from petal_kernels.hf.names import prefixes_of
+from petal_kernels.hf.names import canonical, prefixes_of
 from petal_kernels.hf.report import Report
 from petal_kernels.nn.frozen_linear import FrozenLinear
 
@@ -241,6 +241,7 @@ def extra_modules(
             for path, module in model.named_modules()
             if path == name or path.endswith("." + name)
         }
+        matches = matches or _elsewhere(model, name)
         if not matches:
             raise ValueError(f"modules_to_save: want names of modules of the model, got {name!r}")
         extra.update(matches)
@@ -251,6 +252,14 @@ def extra_modules(
                 f"modules_to_save: want modules without adapted projections, got {path!r}"
             )
     return extra
+
+
+def _elsewhere(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The module of that name in a model with a head, or without one, or in wrappers."""
+    prefixes = prefixes_of(model)
+    root = canonical(name, prefixes)
+    found = model.named_modules()
+    return {path: module for path, module in found if root and canonical(path, prefixes) == root}
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Size, Tensor
@@ -84,7 +84,9 @@ def _full(what: str, name: str, tensor: Tensor) -> Tensor:
                 f"{what}: {name}: want the process group that it is sharded over, got none; call "
                 "it on every process, before destroy_process_group()"
             )
-        return tensor.full_tensor()
+        # Offloaded parameters are sent by the mesh's devices, too.
+        there = cast("DTensor", tensor.to(tensor.device_mesh.device_type))
+        return there.full_tensor()
     return tensor
 
 

@@ -86,6 +86,24 @@ def test_a_file_of_a_model_with_a_head_loads_on_its_base_model_and_back(tmp_path
     assert torch.equal(_encoder(wrapped.module), _encoder(headed))
 
 
+def test_the_names_in_a_files_config_are_found_elsewhere_too(tmp_path: Path) -> None:
+    names = ["model.encoder.layernorm_embedding"]
+    config = pk.RoutingConfig(r=3, modules_to_save=names)
+    attachment = pk.attach(write.build(write.CASES["vlpet"]), config)
+    tiny.randomise(attachment.adapter)
+    attachment.save(tmp_path)
+    other = pk.attach(write.build(write.CASES["vlpet"]).model, tmp_path)
+    want = {k.replace(".model.", "."): v for k, v in attachment.state_dict().items()}
+    got = other.state_dict()
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], value) for name, value in want.items())
+    for name in ("model", "module", "nothing", "model.encoder.nothing"):
+        with pytest.raises(ValueError, match=f"modules_to_save: want names .*'{name}'"):
+            pk.attach(
+                write.build(write.CASES["vlpet"]).model, pk.RoutingConfig(modules_to_save=[name])
+            )
+
+
 def test_a_file_with_what_the_base_model_lacks_is_refused() -> None:
     """The kind: a trained head that would be left out without a word."""
     model = write.build(write.CASES["routing_whole"]).model
@@ -126,3 +144,10 @@ def test_an_error_about_many_keys_is_short() -> None:
     assert len(str(error.value)) < 600
     assert names[0] in str(error.value)
     assert "and 999 more" in str(error.value)
+
+
+def test_a_key_too_many_is_an_error() -> None:
+    attachment = pk.attach(tiny_text.build("llama", torch.float32), pk.RoutingConfig(r=3))
+    state = {**attachment.state_dict(), "more": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"missing keys \[\], unexpected keys \['more'\]$"):
+        attachment.load_state_dict(state)
