@@ -122,12 +122,12 @@ def write(
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether this package wrote the json; where in doubt not."""
+    """Whether this package wrote the json, be it damaged since; where in doubt not."""
     try:
-        _read_config(path, path.read_bytes())
-    except (ValueError, OSError):
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError):
         return False
-    return True
+    return isinstance(values, dict) and {*_KEYS} <= {*values} and "peft_type" not in values
 
 
 def seal(values: dict[str, Any]) -> dict[str, Any]:

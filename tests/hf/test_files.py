@@ -301,6 +301,7 @@ def test_the_json_under_its_old_name_is_read_checked_and_replaced(
     data = path.read_bytes()
     path.write_bytes(data[:-1])
     _refused(attachment, saved, files.TENSORS, f"bytes as {files.OLD_CONFIG} says")
+    (saved / files.OLD_CONFIG).write_text(text.replace('"dropout": 0.1', '"dropout": 0.2'))
     attachment.save(saved)
     assert sorted(path.name for path in saved.iterdir()) == [files.TENSORS, files.CONFIG]
     attachment.load(saved)
