@@ -9,7 +9,7 @@ import warnings
 
 from torch import nn
 
-from petal_kernels.hf import files
+from petal_kernels.hf import files, tensors
 from petal_kernels.hf.attachment import HANDLE, NAME, Attachment
 from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.methods import method_of
@@ -79,6 +79,7 @@ def _attach(model: nn.Module, config: AdapterConfig, implementation: str) -> Att
     made = Attachment.__new__(Attachment)
     try:
         made.__init__(model, method, implementation)  # type: ignore[misc]
+        made._shapes = tensors.shapes_of(made.state_dict())
     except BaseException:
         if made.__dict__.get("_attached"):
             made.detach()
@@ -93,7 +94,7 @@ def _attach_saved(
         made = _attach(model, config, implementation)
     except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
         # Not what the caller wrote, but what stands in the file.
-        raise ValueError(f"{saved.directory / files.CONFIG}: config: {error}") from error
+        raise ValueError(f"{saved.path}: config: {error}") from error
     try:
         saved.check_base(made.signature())
         made._load(saved)

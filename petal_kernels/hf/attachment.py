@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petal_kernels.hf import files
+from petal_kernels.hf import files, tensors
 from petal_kernels.hf.blocks import Blocks
 from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.found import Found, Place
 from petal_kernels.hf.merging import Merged, MergeReport, merge
 from petal_kernels.hf.method import Method
+from petal_kernels.hf.names import canonical, prefixes_of
 from petal_kernels.hf.parts import (
     Adapted,
     Both,
@@ -58,6 +59,7 @@ class Attachment(Blocks, Routed):
         self._required = {
             name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)
         }
+        self._shapes: dict[str, torch.Size] = {}  # of all that is stored, once it is all there
         self._attached = True
         model.requires_grad_(False)
         self._train_whole()
@@ -128,12 +130,12 @@ class Attachment(Blocks, Routed):
         for path, bias in self.method.trained_biases().items():
             self.method.biases[path] = copies.hold(path, bias, ["bias"]).holder
         if copies.paths:
-            self.adapter.add_module(files.EXTRA, copies)
+            self.adapter.add_module(tensors.EXTRA, copies)
 
     def _bind_copies(self) -> None:
         """Layers that hold a trained copy bind their call too, where nothing else of them is
         adapted: their recompute must know whether the copy ran."""
-        copies = self.adapter._modules.get(files.EXTRA)
+        copies = self.adapter._modules.get(tensors.EXTRA)
         for path in copies.paths if isinstance(copies, Copies) else ():
             while path:
                 path = path.rpartition(".")[0]
@@ -176,12 +178,12 @@ class Attachment(Blocks, Routed):
     def _stored(self, name: str) -> str:
         """A tensor's name in files, from that in the adapter."""
         prefix, _, rest = name.partition(".")
-        copies = self.adapter._modules.get(files.EXTRA)
-        if prefix != files.EXTRA or not isinstance(copies, Copies):
+        copies = self.adapter._modules.get(tensors.EXTRA)
+        if prefix != tensors.EXTRA or not isinstance(copies, Copies):
             return name
         holder, _, rest = rest.partition(".")
         path = next(path for path, own in copies.paths.items() if own == holder)
-        return f"{files.EXTRA}.{path}.{rest}"
+        return f"{tensors.EXTRA}.{path}.{rest}"
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copies `state` in; ValueError on any missing, unexpected or mis-shaped tensor."""
@@ -191,17 +193,21 @@ class Attachment(Blocks, Routed):
             if not isinstance(value, Tensor) or value.is_meta:
                 got = "one on device meta" if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"state: want tensors with values, got {got} as {name!r}")
-        files.check_tensors("state_dict", state, self.state_dict())
-        self._copy_in(state)
+        own = self._loadable()
+        tensors.check_tensors("state_dict", state, own)
+        self._copy_in(own, state)
 
-    def _copy_in(self, state: Mapping[str, Tensor]) -> None:
+    def _loadable(self) -> dict[str, Tensor]:
+        state = self.state_dict()
+        tensors.check_loadable("load", state, self._shapes)
+        return state
+
+    def _copy_in(self, own: dict[str, Tensor], state: Mapping[str, Tensor]) -> None:
         self._need_attached("load")
         self._check_places("load")
         if self._merged is not None:
             raise RuntimeError("load: the adapter is merged; call unmerge() first")
-        with torch.no_grad():
-            for name, tensor in self.state_dict().items():
-                tensor.copy_(state[name])
+        tensors.copy_in("load", own, state)
 
     # -- files ------------------------------------------------------------------------------------
 
@@ -210,13 +216,14 @@ class Attachment(Blocks, Routed):
         return self.method.signature()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes the adapter and its config into `directory`, as one step.
+        """Writes adapter.safetensors and petal_config.json into `directory`, as one step.
 
         Whatever interrupts it, the directory loads as the adapter that was there or as this one.
+        A model under `fully_shard` is gathered: then every process calls this.
         """
         self._need_attached("save")
         self._check_places("save")
-        files.write(directory, self.config, self.signature(), self.state_dict())
+        files.write(directory, self.config, self.signature(), self.state_dict(), self._shapes)
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Loads a saved adapter of the same configuration into this attachment."""
@@ -226,8 +233,13 @@ class Attachment(Blocks, Routed):
         self._load(saved)
 
     def _load(self, saved: files.Saved) -> None:
-        saved.check_tensors(self.state_dict())
-        self._copy_in(saved.tensors)
+        own = self._loadable()
+        values = saved.tensors_for(own | self._aliases(own), prefixes_of(self.model))
+        self._copy_in(own, values)
+
+    def _aliases(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Other names of shared tensors, under which older files hold them once more."""
+        return {}
 
     # -- report, merge, detach --------------------------------------------------------------------
 
@@ -364,6 +376,7 @@ def extra_modules(
             for path, module in model.named_modules()
             if path == name or path.endswith("." + name)
         }
+        matches = matches or _elsewhere(model, name)
         if not matches:
             raise ValueError(f"modules_to_save: want names of modules of the model, got {name!r}")
         extra.update(matches)
@@ -374,3 +387,11 @@ def extra_modules(
                 f"modules_to_save: want modules without adapted projections, got {path!r}"
             )
     return extra
+
+
+def _elsewhere(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The module of that name in a model with a head, or without one, or in wrappers."""
+    prefixes = prefixes_of(model)
+    root = canonical(name, prefixes)
+    found = model.named_modules()
+    return {path: module for path, module in found if root and canonical(path, prefixes) == root}

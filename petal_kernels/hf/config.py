@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
 from petal_kernels._runtime.numerics import ACTIVATIONS
+from petal_kernels.hf.fields import check_pattern as _check_pattern
+from petal_kernels.hf.fields import is_finite as _is_finite
+from petal_kernels.hf.fields import is_number as _is_number
+from petal_kernels.hf.fields import is_size as _is_size
+from petal_kernels.hf.fields import names as _names
+from petal_kernels.hf.fields import one_of as _one_of
+from petal_kernels.hf.fields import plain as _plain
+from petal_kernels.hf.fields import want as _want
 from petal_kernels.nn import experts as moe
 from petal_kernels.nn.gated_adapter import GATES, INITS, ROUTES
 
@@ -49,19 +55,15 @@ class AdapterConfig:
     adapter_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, _plain(getattr(self, field.name)))
         _want(_is_size(self.r, 1), "r", "an integer >= 1", self.r)
         _one_of("variant", self.variant, VARIANTS)
         if isinstance(self.adapter_dtype, torch.dtype):
             self.adapter_dtype = str(self.adapter_dtype).removeprefix("torch.")
         _one_of("adapter_dtype", self.adapter_dtype, tuple(_DTYPES))
         if isinstance(self.target_modules, str):
-            try:
-                re.compile(self.target_modules)
-            except re.error as error:
-                raise ValueError(
-                    f"target_modules: want a regular expression or a list of names, got "
-                    f"{self.target_modules!r} ({error})"
-                ) from error
+            _check_pattern("target_modules", self.target_modules)
         else:
             self.target_modules = _names("target_modules", self.target_modules)
         self.modules_to_save = _names("modules_to_save", self.modules_to_save)
@@ -374,35 +376,3 @@ def _check_router(config: PetalConfig | ExpertConfig, gates: tuple[str, ...]) ->
         for name, default in (("top_k", None), ("router_input", "token"), ("router_noise", 0)):
             value = getattr(config, name)
             _want(value == default, name, f"{default!r} with gate={config.gate!r}", value)
-
-
-def _want(ok: bool, name: str, want: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"{name}: want {want}, got {got!r}")
-
-
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    # A string first: an array would compare element by element.
-    _want(isinstance(value, str) and value in choices, name, f"one of {choices}", value)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_size(value: object, least: int) -> bool:
-    return type(value) is int and value >= least
-
-
-def _is_finite(value: object) -> bool:
-    largest = sys.float_info.max  # an int may be beyond it
-    return _is_number(value) and -largest <= value <= largest  # type: ignore[operator]
-
-
-def _names(name: str, value: object) -> list[str] | None:
-    if value is None:
-        return None
-    ok = isinstance(value, (list, tuple, set, frozenset)) and len(value) > 0
-    ok = ok and all(isinstance(item, str) for item in value)  # type: ignore[attr-defined]
-    _want(ok, name, "None or a non-empty list of module names", value)
-    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)  # type: ignore[call-overload]

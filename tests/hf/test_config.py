@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,3 +107,69 @@ def test_dictionary_round_trip() -> None:
     assert pk.ExpertConfig.from_dict(experts.to_dict()) == experts
     with pytest.raises(ValueError, match=r"got unknown \['alpha'\]"):
         pk.PetalConfig.from_dict({"r": 8, "alpha": 1})
+
+
+def test_numpys_numbers_are_numbers_and_stored_as_pythons() -> None:
+    """The kind: values of a sweep, which are numpy's, and which json does not know."""
+    config = pk.PetalConfig(
+        r=np.int64(8),  # type: ignore[arg-type]
+        dropout=np.float32(0.25),  # type: ignore[arg-type]
+        scale=np.int32(2),  # type: ignore[arg-type]
+        scale_shift=np.bool_(False),  # type: ignore[arg-type]
+        experts=np.uint8(2),  # type: ignore[arg-type]
+        keep=np.float64(0.5),
+        variant=np.str_("release"),  # type: ignore[arg-type]
+        target_modules=[np.str_("query")],
+    )
+    want = pk.PetalConfig(
+        r=8,
+        dropout=0.25,
+        scale=2,
+        scale_shift=False,
+        experts=2,
+        keep=0.5,
+        variant="release",
+        target_modules=["query"],
+    )
+    assert json.dumps(config.to_dict()) == json.dumps(want.to_dict())
+    assert {type(v).__module__ for v in config.to_dict().values()} == {"builtins"}
+    assert type(config.target_modules[0]) is str  # type: ignore[index]
+    bools = {name: np.bool_(True) for name in ("share", "train_bias", "train_norms", "residual")}
+    routing = pk.RoutingConfig(alpha=np.float16(6), **bools)  # type: ignore[arg-type]
+    assert json.loads(json.dumps(routing.to_dict()))["alpha"] == 6.0
+    experts = pk.ExpertConfig(top_k=np.int16(2), router_noise=np.float32(0.5))  # type: ignore[arg-type]
+    assert pk.ExpertConfig.from_dict(json.loads(json.dumps(experts.to_dict()))) == experts
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"r": np.float64(8)}, "r: want an integer >= 1, got 8.0"),
+        ({"r": np.bool_(True)}, "r: want an integer >= 1, got True"),
+        ({"r": np.int64(0)}, "r: want an integer >= 1, got 0"),
+        ({"r": np.array([8])}, "r: want an integer >= 1, got array([8])"),
+        ({"scale": np.bool_(True)}, "scale: want a finite number, got True"),
+        ({"scale": np.float32("nan")}, "scale: want a finite number, got nan"),
+        ({"scale": np.complex64(1)}, "scale: want a finite number, got (1+0j)"),
+        ({"scale_shift": np.int64(1)}, "scale_shift: want a bool, got 1"),
+    ],
+    ids=str,
+)
+def test_numpys_numbers_of_another_kind_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        pk.PetalConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(", "[a", "a**", "(?P<x>", "a{99999999999999999999}", "(" * 5000]
+)
+def test_a_bad_pattern_is_named(pattern: str) -> None:
+    with pytest.raises(ValueError, match=r"^target_modules: want a regular expression"):
+        pk.RoutingConfig(target_modules=pattern)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dtype_may_be_torchs(dtype: torch.dtype) -> None:
+    config = pk.VLPetConfig(adapter_dtype=dtype)  # type: ignore[arg-type]
+    assert config.dtype is dtype
+    assert config.to_dict()["adapter_dtype"] == str(dtype).removeprefix("torch.")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import petal_kernels as pk
-from petal_kernels.hf import files
+from petal_kernels.hf import files, pair
 from tests.hf import tiny
 
 
@@ -94,7 +94,7 @@ def test_an_interrupted_save_leaves_the_old_adapter(
         raise KeyboardInterrupt
 
     want = {name: value.clone() for name, value in attachment.state_dict().items()}
-    monkeypatch.setattr(files.os, "fsync", interrupt)
+    monkeypatch.setattr(pair.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         attachment.save(saved)
     monkeypatch.undo()
@@ -269,3 +269,90 @@ def test_state_dict_round_trip_is_as_strict(attachment: pk.Attachment) -> None:
     del state["branches.text.up"]
     with pytest.raises(ValueError, match=r"state_dict: missing keys \['branches.text.up'\]"):
         attachment.load_state_dict(state)
+
+
+def _as_before(folder: Path) -> None:
+    """The json under the name that it had first."""
+    (folder / files.CONFIG).rename(folder / files.OLD_CONFIG)
+
+
+def _peft(folder: Path) -> bytes:
+    """What PEFT leaves in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}).encode()
+    (folder / files.OLD_CONFIG).write_bytes(content)
+    save_file(
+        {"base_model.model.x.lora_A.weight": torch.ones(2)}, folder / "adapter_model.safetensors"
+    )
+    return content
+
+
+def test_the_json_under_its_old_name_is_read_checked_and_replaced(
+    attachment: pk.Attachment, saved: Path
+) -> None:
+    _as_before(saved)
+    attachment.load(saved)
+    pk.attach(tiny.blip2(), saved)
+    text = (saved / files.OLD_CONFIG).read_text()
+    (saved / files.OLD_CONFIG).write_text(text.replace('"dropout": 0.1', '"dropout": 0.2'))
+    _refused(attachment, saved, files.OLD_CONFIG, "sha256", "damaged, or edited by hand")
+    (saved / files.OLD_CONFIG).write_text(text)
+    path = saved / files.TENSORS
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    _refused(attachment, saved, files.TENSORS, f"bytes as {files.OLD_CONFIG} says")
+    (saved / files.OLD_CONFIG).write_text(text.replace('"dropout": 0.1', '"dropout": 0.2'))
+    attachment.save(saved)
+    assert sorted(path.name for path in saved.iterdir()) == [files.TENSORS, files.CONFIG]
+    attachment.load(saved)
+
+
+def test_the_new_name_counts_where_both_are(attachment: pk.Attachment, saved: Path) -> None:
+    """As after a save that died before it removed the old one."""
+    (saved / files.OLD_CONFIG).write_bytes((saved / files.CONFIG).read_bytes())
+    _edit(saved, tensors={"bytes": 1, "sha256": "0" * 64})
+    _refused(attachment, saved, f"want 1 bytes as {files.CONFIG} says")
+
+
+@pytest.mark.parametrize("content", ["PEFT's", "nobody's", "damaged"])
+def test_a_json_of_the_old_name_that_may_be_anothers_is_left(
+    content: str, attachment: pk.Attachment, saved: Path
+) -> None:
+    path = saved / files.OLD_CONFIG
+    if content == "PEFT's":
+        want = _peft(saved)
+    else:
+        want = b'{"format_version": 1}' if content == "nobody's" else b'{"format_ver'
+        path.write_bytes(want)
+    attachment.load(saved)
+    attachment.save(saved)
+    attachment.load(saved)
+    assert path.read_bytes() == want
+
+
+@pytest.mark.parametrize("beside", ["alone", "our tensors"])
+def test_pefts_adapter_is_refused_as_that(
+    beside: str, attachment: pk.Attachment, saved: Path
+) -> None:
+    if beside == "alone":
+        (saved / files.TENSORS).unlink()
+    (saved / files.CONFIG).unlink()
+    _peft(saved)
+    _refused(attachment, saved, files.OLD_CONFIG, "got PEFT's (peft_type 'LORA')", "PeftModel")
+
+
+def test_a_models_own_folder_still_loads_with_an_adapter_in_it(tmp_path: Path) -> None:
+    """The kind: a file name that means something else to transformers."""
+    import transformers
+
+    from tests.hf import tiny_text
+
+    model = tiny_text.build("llama", torch.float32)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    attachment = pk.attach(model, pk.RoutingConfig(r=3))
+    tiny.randomise(attachment.adapter)
+    attachment.save(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is transformers.LlamaForCausalLM
+    loaded = pk.attach(again, tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in attachment.state_dict().items())

@@ -68,7 +68,7 @@ def test_the_whole_way(family: str, variant: str, tmp_path: Path) -> None:
     attachment.save(tmp_path / "adapter")
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
         "adapter.safetensors",
-        "adapter_config.json",
+        "petal_config.json",
     ]
     fresh = tiny.FAMILIES[family]()
     loaded = pk.attach(fresh, tmp_path / "adapter")

@@ -16,7 +16,7 @@ _ADAPTER = "petal_kernels/nn/gated_adapter.py"
 _LORA = "petal_kernels/nn/routed_lora.py"
 _MIXTURE = "petal_kernels/nn/experts.py"
 _BOUND = "petal_kernels/nn/mutual_information.py"
-_CONFIG = "petal_kernels/hf/config.py"
+_FIELDS = "petal_kernels/hf/fields.py"
 _ATTACHMENT = "petal_kernels/hf/attachment.py"
 _FILES = "petal_kernels/hf/files.py"
 _PROFILER = "petal_kernels/memory/profiler.py"
@@ -58,9 +58,9 @@ MUTANTS = [
     (_MIXTURE, '        self._check(h, None, mask, domain, "h")\n', ""),
     (_MIXTURE, '        check_range("domain", domain, 0, self.experts - 1)\n', ""),
     (_BOUND, '        check_range("labels", kept, 0, self.club.outputs - 1)\n', ""),
-    (_CONFIG, "_want(isinstance(value, str) and value in choices", "_want(value in choices"),
-    (_CONFIG, "-largest <= value <= largest", "abs(value) < float('inf')"),
-    (_CONFIG, "re.compile(self.target_modules)", "pass"),
+    (_FIELDS, "want(isinstance(value, str) and value in choices", "want(value in choices"),
+    (_FIELDS, "-largest <= value <= largest", "abs(value) < float('inf')"),
+    (_FIELDS, "re.compile(value)", "pass"),
     (_ATTACHMENT, "        if not isinstance(state, Mapping):", "        if False:"),
     (_FILES, "    if not isinstance(directory, (str, os.PathLike)):", "    if False:"),
     ("petal_kernels/memory/arguments.py", '    check_bool("backward", backward)\n', ""),

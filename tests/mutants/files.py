@@ -1,17 +1,24 @@
 """Faults in adapter files: what is read, what is refused, how a save becomes one step."""
 
-TESTS = ["tests/hf/test_files.py", "tests/hf/test_files_fuzz.py", "-m", "not slow"]
+TESTS = [
+    *("tests/hf/test_files.py", "tests/hf/test_files_fuzz.py", "tests/hf/test_names.py"),
+    "tests/hf/test_saves.py",
+    *("tests/hf/test_sharded.py", "-m", "not slow"),
+]
 
 _FILES = "petal_kernels/hf/files.py"
+_NAMES = "petal_kernels/hf/names.py"
+_PAIR = "petal_kernels/hf/pair.py"
+_TENSORS = "petal_kernels/hf/tensors.py"
 _ATTACH = "petal_kernels/hf/attach.py"
 
 MUTANTS = [
     (_FILES, "if hashlib.sha256(data).hexdigest() == digest:", "if True:"),
     (_FILES, "if values.get(_SEAL, want) != want:", "if False:"),
     (_FILES, "if values.get(_SEAL, want) != want:", "if values.get(_SEAL) != want:"),
-    (_FILES, "if got[name].shape != tensor.shape:", "if False:"),
-    (_FILES, "return got in FLOATING and torch.promote", "return torch.promote"),
-    (_FILES, "    if missing or unexpected:", "    if missing:"),
+    (_TENSORS, "if got[name].shape != tensor.shape:", "if False:"),
+    (_TENSORS, "return got in FLOATING and torch.promote", "return torch.promote"),
+    (_TENSORS, "    if missing or unexpected:", "    if missing:"),
     (_FILES, "if type(version) is not int or version != FORMAT_VERSION:", "if False:"),
     (_FILES, "    if unknown:", "    if False:"),
     (_FILES, "    if len(values) != len(pairs):", "    if False:"),
@@ -23,30 +30,58 @@ MUTANTS = [
         'if values["method"] not in METHODS:',
     ),
     (_FILES, "    if not path.is_file():", "    if False:"),
+    (_PAIR, "            if path.is_file():", "            if True:"),
+    (_FILES, 'if path.name == OLD_CONFIG and "peft_type" in values:', "if False:"),
+    (_FILES, "old if _is_ours(old) else None", "old"),
+    (_FILES, "old if _is_ours(old) else None", "None"),
     (_FILES, "except (SafetensorError, KeyError,", "except (KeyError,"),
     # The order of a save.
     (
-        _FILES,
-        "        os.replace(tensors_file, pending)",
+        _PAIR,
+        "        os.replace(tensors_file, waiting)",
         "        os.replace(tensors_file, folder / TENSORS)",
     ),
     (
         _FILES,
-        "for candidate in (path, _pending(folder, digest), path):",
+        "for candidate in (path, pair.pending(path.parent, digest), path):",
         "for candidate in (path,):",
     ),
-    (_FILES, "mark = uuid.uuid4().hex", "mark = os.getpid()"),
+    (_PAIR, "mark = uuid.uuid4().hex", "mark = os.getpid()"),
     (
-        _FILES,
+        _PAIR,
         "        return False\n    except OSError:",
         "        return True\n    except OSError:",
     ),
-    (_FILES, "            if _bytes(path) == text:\n                raise", "            raise"),
-    (_FILES, "        tensors_file.unlink(missing_ok=True)", "        pass"),
-    (_FILES, "            pending.unlink(missing_ok=True)", "            pass"),
-    (_FILES, "        if not config.is_file() or config.read_bytes() != text:", "        if True:"),
-    (_FILES, "if time.time() - path.stat().st_mtime > _STALE:", "if True:"),
-    (_FILES, "if time.time() - path.stat().st_mtime > _STALE:", "if False:"),
+    (
+        _FILES,
+        "            if pair.json_of(folder) == found:\n                raise",
+        "            raise",
+    ),
+    (_PAIR, "        tensors_file.unlink(missing_ok=True)", "        pass"),
+    (_PAIR, "            waiting.unlink(missing_ok=True)", "            pass"),
+    (_PAIR, "        if not _is_named(folder, digest):", "        if True:"),
+    (_PAIR, "for name in (CONFIG, OLD_CONFIG):", "for name in (CONFIG,):"),
+    (_PAIR, "for name in (CONFIG, OLD_CONFIG, CONFIG):", "for name in (CONFIG, OLD_CONFIG):"),
+    (_PAIR, "for name in (CONFIG, OLD_CONFIG, CONFIG):", "for name in (OLD_CONFIG, CONFIG):"),
+    (_PAIR, "if time.time() - path.stat().st_mtime > _STALE:", "if True:"),
+    (_PAIR, "if time.time() - path.stat().st_mtime > _STALE:", "if False:"),
+    # What an engine sharded, and where a module stands.
+    (_TENSORS, "if not tensor.numel() or (want is not None", "if (want is not None"),
+    (_TENSORS, "or (want is not None and tensor.shape != want):", ":"),
+    (_TENSORS, "        if tensor.is_meta:", "        if False:"),
+    (_TENSORS, "        if not torch.distributed.is_initialized():", "        if False:"),
+    (_TENSORS, "    if lost:", "    if False:"),
+    (
+        _TENSORS,
+        "(_part_of(whole[name], tensor) if _is_sharded(tensor) else whole[name])",
+        "(whole[name])",
+    ),
+    (_TENSORS, "    if len(str(names)) <= _SHOWN:", "    if True:"),
+    (_TENSORS, "name.removeprefix(head)", "name"),
+    (_NAMES, "if part not in WRAPPERS]", "]"),
+    (_NAMES, "sorted(prefixes, key=len, reverse=True)", "prefixes"),
+    (_NAMES, "if len(olds) == 1 and", "if"),
+    (_ATTACH, "        attachment._shapes = tensors.shapes_of(attachment.state_dict())\n", ""),
     # A model that is left as it was.
     (_ATTACH, '        if attachment.__dict__.get("_attached"):', "        if False:"),
     (_ATTACH, "        attachment.detach()\n        raise", "        raise"),
