@@ -41,6 +41,7 @@ from petal_kernels.hf.aurora.specs import (
     find,
 )
 from petal_kernels.hf.config import AuroraConfig
+from petal_kernels.hf.dropped_mask import DroppedMask
 from petal_kernels.hf.embeddings import guard_embeddings
 from petal_kernels.hf.merging import Merged
 from petal_kernels.hf.petal.layers import ModeGroup, ModeLinear, leave_stack
@@ -71,6 +72,7 @@ class AuroraAttachment(Attachment):
         super().__init__(model, config, adapter, implementation, bases)
         self._states: list[StackState] = []
         self._context = Context()
+        self._dropped = DroppedMask()
         for stack in self.found.stacks:
             self._install_stack(stack)
         self._hooks += guard_embeddings(model)
@@ -137,6 +139,7 @@ class AuroraAttachment(Attachment):
             modes=stack.modes,
             blocks=[blocks_of(site, self.config) for site in sites] if vision else (),
             reads_image=any(site.row.branch == "image" for site in sites),
+            dropped=self._dropped if any("cross." in s.row.role for s in sites) else None,
         )
         self._states.append(state)
         if sites:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from petal_kernels.hf.aurora.blocks import Blocks, contract_blocks, masked_blocks
+from petal_kernels.hf.dropped_mask import DroppedMask
 from petal_kernels.hf.petal.layers import (
     Factors,
     LayerCall,
@@ -70,9 +71,11 @@ class StackState(State):
         modes: slice,
         blocks: Sequence[Blocks] = (),
         reads_image: bool = False,
+        dropped: DroppedMask | None = None,
     ) -> None:
         super().__init__(adapter, published=published, context=False)
         self.modes, self.blocks, self.reads_image = modes, blocks, reads_image
+        self.dropped = dropped
 
 
 class StackFactors(Factors):
@@ -205,6 +208,8 @@ def enter_vision(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def enter_text(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a text stack: its products of this forward."""
     state: StackState = module.__dict__["_petal_state"]
+    if state.enabled and state.dropped is not None:
+        state.dropped.look(kwargs)
     if not _shares(state):
         return
     hidden = args[0] if args else kwargs["hidden_states"]

@@ -14,6 +14,7 @@ from petal_kernels._runtime import checks
 from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.hf.attachment import Attachment
 from petal_kernels.hf.config import AdapterConfig, RoutingConfig, VLAdapterConfig, VLPetConfig
+from petal_kernels.hf.dropped_mask import DroppedMask
 from petal_kernels.hf.embeddings import guard_embeddings
 from petal_kernels.hf.insertion.layers import (
     Insert,
@@ -41,6 +42,7 @@ from petal_kernels.hf.insertion.specs import (
 from petal_kernels.hf.merging import Merged, MergeReport
 from petal_kernels.hf.report import Report
 from petal_kernels.hf.stack import adapted_class
+from petal_kernels.hf.tokens import reader_of
 from petal_kernels.nn.arguments import check_values
 from petal_kernels.nn.frozen_linear import why_not_plain
 from petal_kernels.nn.gated_adapter import GatedAdapter
@@ -59,7 +61,11 @@ class InsertionAttachment(Attachment):
         linears = [i.module for i in self.found.at(Target)]
         trained = _trained(self.found, config)
         super().__init__(model, config, adapter, implementation, linears, trained)
-        self._state = State(adapter, published=implementation == "published")
+        published = implementation == "published"
+        self._state = State(adapter, published=published, reader=reader_of(config))
+        blip = self.found.model_type in ("blip", "blip_text_model")
+        if blip and any(".cross" in i.role for i in self.found.insertions):
+            self._state.dropped = DroppedMask()
         self._routed: list[tuple[Insertion, RoutedLinear]] = []
         self._modules: dict[str, nn.Module] = {}  # the adapters by the path of their place
         self._width = width_of(self.found)

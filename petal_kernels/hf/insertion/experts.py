@@ -16,8 +16,8 @@ from petal_kernels.hf.experts import RoutedAttachment, Routings
 from petal_kernels.hf.insertion.attachment import InsertionAttachment, device_of, parent_of
 from petal_kernels.hf.insertion.layers import AdaptedLinear, LayerSlot, adapt_output
 from petal_kernels.hf.insertion.specs import Insertion, Point, Target
-from petal_kernels.hf.insertion.tokens import Domains
 from petal_kernels.hf.merging import Merged, MergeReport
+from petal_kernels.hf.tokens import Domains
 from petal_kernels.nn.arguments import check_range, check_values
 from petal_kernels.nn.experts import ExpertAdapter, ExpertLoRALinear, LowRankExperts
 from petal_kernels.nn.frozen_linear import MERGED_TRAINING, why_not_plain
@@ -44,7 +44,9 @@ class _Place:
 
     def served(self, x: Tensor) -> dict[str, Tensor | None]:
         """What the experts need to know of the tokens in x."""
-        tokens, domain = self.slot.tokens(), None
+        tokens, mask, domain = self.slot.tokens(), None, None
+        if self.experts.router_input == "pooled":
+            mask = tokens.counted(x, self.encoded, self.part)
         if self.experts.gate == "domain":
             if tokens.domains is None:
                 raise ValueError(
@@ -52,7 +54,7 @@ class _Place:
                     "model inside `with attachment.domains(domain):`"
                 )
             domain = tokens.domains.of(x, self.encoded, self.part)
-        return {"mask": tokens.counted(x, self.encoded, self.part), "domain": domain}
+        return {"mask": mask, "domain": domain}
 
 
 class ExpertInsert(_Place):

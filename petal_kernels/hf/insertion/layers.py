@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petal_kernels.hf.dropped_mask import DroppedMask
 from petal_kernels.hf.experts import Routings
-from petal_kernels.hf.insertion.tokens import Domains, Tokens
+from petal_kernels.hf.tokens import Domains, Tokens, named
 from petal_kernels.nn.frozen_linear import MERGED_TRAINING, FrozenLinear, compute_dtype
 from petal_kernels.nn.gated_adapter import GatedAdapter
 from petal_kernels.nn.published import published_adapter, published_lora, published_value
@@ -55,8 +56,12 @@ class InsertionAdapter(nn.Module):
 class State:
     """Shared by all slots of one attachment."""
 
-    def __init__(self, adapter: InsertionAdapter, *, published: bool) -> None:
+    def __init__(
+        self, adapter: InsertionAdapter, *, published: bool, reader: str | None = None
+    ) -> None:
         self.adapter = adapter
+        self.reader = reader  # what takes one choice per sample, if anything does
+        self.dropped: DroppedMask | None = None  # where adapters stand in BLIP's cross-attention
         self.published = published
         self.enabled = True
         self.vision: Tensor | None = None  # inside `with attachment.vision(features):`
@@ -163,10 +168,9 @@ class Insert:
         if not state.enabled:
             return None
         vision = None if adapter.route == "none" else slot.vision(self.role)
-        mask = None
-        if adapter.gate == "small" and adapter.variant == "paper" and slot.call is not None:
-            mask = slot.call.tokens.mask
-            mask = mask if mask is not None and mask.shape == h.shape[:2] else None
+        mask = slot.tokens().counted(h, encoded=False) if adapter.gate == "small" else None
+        if adapter.variant == "release":
+            mask = None  # its mean is over the padding too
         if state.published:
             return published_adapter(adapter, h, x, vision=vision, mask=mask)
         projected = None if vision is None else adapter.project(vision)
@@ -316,7 +320,10 @@ def enter_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if not state.enabled:
         return
     first: bool = module.__dict__["_petal_first"]  # of the stacks that a forward runs
-    tokens = Tokens.entering(args, kwargs, state.domains, first=first)
+    kwargs = named(module, args, kwargs)
+    tokens = Tokens.entering((), kwargs, state.domains, first=first, reader=state.reader)
+    if state.dropped is not None:
+        state.dropped.look(kwargs)
     state.factors = Context(state.vision, tokens)
     if first:
         state.routings.clear()

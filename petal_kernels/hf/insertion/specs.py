@@ -20,7 +20,7 @@ from petal_kernels.hf.config import (
     VLAdapterConfig,
     VLPetConfig,
 )
-from petal_kernels.hf.insertion.tokens import Part
+from petal_kernels.hf.tokens import Part
 from petal_kernels.hf.walk import class_name, family_of, is_a, select_named
 from petal_kernels.nn.routed_lora import linear_features
 
@@ -230,6 +230,8 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "roberta": _bert_like("RobertaLayer"),
     "bert": _bert_like("BertLayer"),
     "llama": _decoder_only("LlamaDecoderLayer"),
+    "mistral": _decoder_only("MistralDecoderLayer"),
+    "gemma2": _decoder_only("Gemma2DecoderLayer"),
     "llava": _decoder_only("LlamaDecoderLayer"),
     "qwen2_5_vl": _decoder_only("Qwen2_5_VLDecoderLayer"),
     "paligemma": _decoder_only("GemmaDecoderLayer"),

@@ -40,6 +40,7 @@ from petal_kernels.hf.petal.specs import (
 )
 from petal_kernels.hf.report import Report
 from petal_kernels.hf.stack import adapted_class
+from petal_kernels.hf.tokens import reader_of
 from petal_kernels.nn.experts import LowRankExperts
 from petal_kernels.nn.frozen_linear import FrozenLinear
 from petal_kernels.nn.mode_approximation import ModeApproximation
@@ -99,7 +100,7 @@ class PetalAttachment(RoutedAttachment):
             self._install_experts(self.found.embeddings)
 
     def _install_experts(self, found: Embeddings) -> None:
-        self._state.embeddings = found.path
+        self._state.embeddings, self._state.reader = found.path, reader_of(self.config)
         self._mark(found.owner, "_petal_state", self._state)
         self._mark(found.module, "_petal_state", self._state)
         self._hooks += [

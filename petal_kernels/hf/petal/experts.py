@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from petal_kernels.hf.config import PetalConfig
 from petal_kernels.hf.petal.layers import State
 from petal_kernels.hf.petal.specs import Embeddings
+from petal_kernels.hf.tokens import Tokens, named
 from petal_kernels.nn.experts import InstructionExperts
 from petal_kernels.nn.published import published_instruction
 
@@ -37,19 +38,18 @@ def build_experts(found: Embeddings, config: PetalConfig) -> InstructionExperts:
 
 
 def enter_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the embeddings' owner: keeps the padding mask."""
+    """Forward pre-hook of the embeddings' owner: keeps what is known of its tokens."""
     state: State = module.__dict__["_petal_state"]
     if not state.enabled:
         return
-    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    state.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    state.tokens = Tokens.entering((), named(module, args, kwargs), None, reader=state.reader)
     state.routings.clear()
 
 
 def leave_model(module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of the owner, run after a failure too."""
     state: State = module.__dict__["_petal_state"]
-    state.mask = None
+    state.tokens = Tokens()
 
 
 def serve_embeddings(
@@ -64,7 +64,7 @@ def serve_embeddings(
     queries = 0 if embeds is None else embeds.shape[1]
     if experts.tokens == "text" and queries == output.shape[1]:
         return None  # there is no instruction
-    mask = state.mask if state.mask is not None and state.mask.shape == output.shape[:2] else None
+    mask = state.tokens.counted(output, encoded=False)
     if state.published:
         served, routing = published_instruction(experts, output, queries, mask)
     else:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from petal_kernels.hf.experts import Routings
 from petal_kernels.hf.stack import shrink, version_of
+from petal_kernels.hf.tokens import Tokens
 from petal_kernels.nn.experts import InstructionExperts
 from petal_kernels.nn.frozen_linear import (
     MERGED_TRAINING,
@@ -68,7 +69,8 @@ class State:
         self.layers: list[nn.Module] = []
         self.factors: Factors | None = None  # only while the stack's forward runs
         self.embeddings = ""  # the path of what the experts serve
-        self.mask: Tensor | None = None  # only while the embeddings' owner runs
+        self.tokens = Tokens()  # of the embeddings' owner, while it runs
+        self.reader: str | None = None  # what of the experts takes one choice per sample
         self.routings = Routings()
 
 
