@@ -174,16 +174,16 @@ class _Entry:
 
     def own(self) -> Tensor | None:
         """[B, L] of the hidden states."""
-        mask: Any = self.kwargs.get("attention_mask")
-        self._packed(mask)
-        if isinstance(mask, dict):  # one for each kind of layers
-            kinds = [mask["full_attention"]] if "full_attention" in mask else list(mask.values())
-            mask = kinds[0] if kinds else None
-        if mask is None:
+        given: Any = self.kwargs.get("attention_mask")
+        self._packed(given)
+        if isinstance(given, dict):  # one for each kind of layers
+            kinds = [given["full_attention"]] if "full_attention" in given else [*given.values()]
+            given = kinds[0] if kinds else None
+        if given is None:
             return None
         cache, length = self.kwargs.get("past_key_values"), self.length
         past = 0 if cache is None else cache.get_seq_length()
-        mask = self._checked("attention_mask", mask)
+        mask = self._checked("attention_mask", given)
         if mask.dim() == 2:
             if isinstance(past, Tensor):  # a column that is not there is padding, as in the model
                 return _columns(mask, past, length, 0)
@@ -228,7 +228,7 @@ class _Entry:
         stop by itself."""
         for doubt, met in self.doubts:
             if torch.compiler.is_compiling() or (doubt.is_cuda and (not wait or _capturing())):
-                torch._assert_async(~doubt, f"{self.reader}: {self._want(met)}")
+                torch._assert_async(~doubt, f"{self.reader}: want {self._want(met)}")
             elif type(doubt) is Tensor and not doubt.is_meta and bool(doubt):
                 self._say(self._want(met))
 
