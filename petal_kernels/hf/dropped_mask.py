@@ -72,7 +72,8 @@ def drops_mask() -> bool:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         torch.manual_seed(0)
         config.is_decoder = True  # which is what gives a layer its cross-attention
-        model: Any = transformers.BlipTextModel(config, add_pooling_layer=False).float().eval()
+        model: Any = transformers.BlipTextModel(config, add_pooling_layer=False)
+        model = model.float().eval()
         image, ids = torch.randn(1, 2, 4), torch.ones(1, 1, dtype=torch.long)
         outs = [
             model(

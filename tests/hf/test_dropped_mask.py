@@ -73,9 +73,9 @@ def test_no_cross_attention_adapted_nothing_said() -> None:
 
 def test_the_host_looks_a_limited_number_of_times() -> None:
     watch, x = DroppedMask(), torch.zeros(1, 1, 2, 3)
-    for _ in range(LOOKS + 3):
-        watch.look({"encoder_attention_mask": x, "encoder_hidden_states": x})
-    assert watch.looks == 0
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error")  # nothing is hidden, and then nobody looks
+        for _ in range(LOOKS + 3):
+            watch.look({"encoder_attention_mask": x, "encoder_hidden_states": x})
+        assert watch.looks == 0
         watch.look({"encoder_attention_mask": x - 1, "encoder_hidden_states": x})
