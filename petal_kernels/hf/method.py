@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from petal_kernels.hf import found
 from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.context import Call, given
+from petal_kernels.hf.dropped_mask import DroppedMask
 from petal_kernels.hf.found import Found, Layer, Place, Site, counted, own_name
 from petal_kernels.hf.models import Block, Linear, Stack
-from petal_kernels.hf.parts import LayerPart, Part, StackPart, running_call
+from petal_kernels.hf.parts import LayerPart, Part, StackPart, own_class, running_call
 from petal_kernels.hf.report import Row
 from petal_kernels.hf.routing import Routings
-from petal_kernels.hf.tokens import Tokens
+from petal_kernels.hf.tokens import Tokens, named, reader_of
 from petal_kernels.hf.walk import device_of
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.experts import LowRankExperts
@@ -52,6 +53,10 @@ class Method(ABC):
         self.config, self.published = config, published
         self.found: Found = found.find(model, config, self.rows, self.needs)
         self.refine(self.found)
+        self.reader = reader_of(config)  # what takes one choice per sample, if anything does
+        crosses = any("cross" in place.role for place in self.found.places)
+        blip = self.found.model_type in ("blip", "blip_text_model")
+        self.dropped = DroppedMask() if crosses and blip else None
         self.routings = Routings()
         self.biases: dict[str, nn.Module] = {}
         self.adapter = self.build()
@@ -95,7 +100,7 @@ class Method(ABC):
     def install(self, hand: Hand) -> None:
         """Puts parts and wrappers into the model, in one walk: stack, layer, place."""
         for number, stack in enumerate(self.found.stacks):
-            if self.shares and stack.places:
+            if (self.shares or self.dropped is not None) and stack.places:
                 hand.take(stack.module, StackPart(self, number, stack))
             for layer in stack.layers:
                 part = self.layer_part(layer, number)
@@ -122,13 +127,17 @@ class Method(ABC):
         says = given(self)
         if not says.on:
             return Call(says)
-        tokens = Tokens.entering(args, kwargs, says.domains, first=stack.number == 0)
-        if stack.number == 0 and self.stack_starts:
+        first = stack.number == 0
+        kwargs = named(own_class(module), args, kwargs)
+        tokens = Tokens.entering((), kwargs, says.domains, first=first, reader=self.reader)
+        if self.dropped is not None:
+            self.dropped.look(kwargs)
+        if first and self.stack_starts:
             self.routings = Routings()
-        shared = None if self.published else self.share(stack, module, args, kwargs)
+        shared = None if self.published else self.share(stack, module, kwargs)
         return Call(says, tokens, shared)
 
-    def share(self, stack: StackPart, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def share(self, stack: StackPart, module: nn.Module, kwargs: dict[str, Any]) -> Any:
         """The products that the layers of a stack share in this forward."""
         return None
 

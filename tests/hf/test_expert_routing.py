@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import petal_kernels as pk
 from petal_kernels.hf.config import AdapterConfig
-from petal_kernels.hf.tokens import Tokens
 from tests.hf.tiny import QUERIES
 from tests.hf.tiny_experts import (
     EXPERTS,
@@ -149,19 +148,6 @@ def test_rows_of_one_sample_are_neighbours() -> None:
         with torch.no_grad(), attachment.domains(given):
             outs.append(model(ids).logits)
     assert torch.equal(*outs)
-
-
-@pytest.mark.parametrize("additive", [False, True])
-def test_padding_is_read_off_a_causal_mask(additive: bool) -> None:
-    padding = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]).bool()
-    mask = torch.ones(4, 4).tril().bool() & padding[:, None, None]
-    if additive:
-        mask = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
-    tokens, x = Tokens.entering((), {"attention_mask": mask}, None), torch.zeros(2, 3, 5)
-    counted = tokens.counted(x, encoded=False)
-    assert counted is not None
-    assert torch.equal(counted, padding[:, 1:])  # one position lies in the cache
-    assert tokens.counted(x, encoded=True) is None
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")

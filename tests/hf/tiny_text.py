@@ -128,6 +128,24 @@ def llama() -> nn.Module:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_llama_like()))
 
 
+def mistral() -> nn.Module:
+    """Every layer sees a window that is shorter than the prompts."""
+    import transformers
+
+    return transformers.MistralForCausalLM(
+        transformers.MistralConfig(**_llama_like(), sliding_window=4)
+    )
+
+
+def gemma2() -> nn.Module:
+    """Layers with a window and without."""
+    import transformers
+
+    return transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**_llama_like(), head_dim=8, sliding_window=4)
+    )
+
+
 def llava() -> nn.Module:
     import transformers
 
@@ -209,7 +227,7 @@ def qwen2_5_vl() -> nn.Module:
 MODELS = {
     f.__name__: f
     for f in (
-        *(bart, t5, gpt2, roberta, bert, llama),
+        *(bart, t5, gpt2, roberta, bert, llama, mistral, gemma2),
         *(llava, paligemma, idefics3, smolvlm, qwen2_5_vl),
     )
 }

@@ -28,7 +28,8 @@ _RESIDUAL = "petal_kernels/nn/residual.py"
 _MODES = "petal_kernels/nn/mode_approximation.py"
 _ROUTINGS = "petal_kernels/hf/experts.py"
 _EXPERTS = "petal_kernels/hf/insertion/experts.py"
-_TOKENS = "petal_kernels/hf/insertion/tokens.py"
+_TOKENS = "petal_kernels/hf/tokens.py"
+_DROPPED = "petal_kernels/hf/dropped_mask.py"
 _EMBEDDINGS = "petal_kernels/hf/embeddings.py"
 _PLACED = "petal_kernels/hf/insertion/attachment.py"
 _INSTRUCTION = "petal_kernels/hf/petal/experts.py"
@@ -79,7 +80,7 @@ MUTANTS = [
         "        if x is not None:",
     ),
     (_INSERTION, "            training=self.layer.training,\n", ""),
-    (_INSERTION, "mask.shape == h.shape[:2]", "False"),
+    (_INSERTION, 'if adapter.gate == "small" else None', "if False else None"),
     (_INSERTION, "return call.middles[self.number]", "return call.middles[0]"),
     (
         _INSERTION,
@@ -122,8 +123,28 @@ MUTANTS = [
         "repeat(rows // samples, *[1] * (given.dim() - 1))",
     ),
     (_TOKENS, "0 < known <= self.past", "0 < known < self.past"),
-    (_TOKENS, "last = mask[:, 0, -1]", "last = mask[:, 0, 0]"),
-    (_TOKENS, "mask = self.encoded_mask if encoded else self.mask", "mask = self.mask"),
+    (_TOKENS, "self.encoded_mask if encoded else self.mask", "self.mask"),
+    (_TOKENS, "mask[:, past : past + length]", "mask[:, mask.shape[1] - length :]"),
+    (_TOKENS, "if mask.shape[1] < past + length:", "if False:"),
+    (_TOKENS, "start: int | Tensor = past.to(mask.device).clamp(max=last)", "start = last"),
+    (_TOKENS, "start = min(past, last)", "start = last"),
+    (_TOKENS, "start = min(past, last)", "start = past"),
+    (_TOKENS, "return _columns(mask, past, length, 0)", "return mask[:, -length:]"),
+    (_TOKENS, "        if queries > 1:\n", "        if False:\n"),
+    (_TOKENS, "        if seen.shape[1] > 1:\n", "        if False:\n"),
+    (_TOKENS, "torch.where(real, index, -1)", "index.expand_as(real)"),
+    (_TOKENS, "real[:, 1:] & (latest >= 0) & ~sees", "(latest >= 0) & ~sees"),
+    (_TOKENS, "real[:, 1:] & (latest >= 0) & ~sees", "real[:, 1:] & ~sees"),
+    (_TOKENS, "if mask is not None or not isinstance(positions", "if not isinstance(positions"),
+    (_TOKENS, "ends.numel() - 1 > self.rows", "ends.numel() > self.rows"),
+    (_TOKENS, "return past.clone()", "return past"),
+    (_TOKENS, "if length == 1 or torch", "if True or torch"),
+    (_TOKENS, "front + given.shape[1]", "given.shape[1]"),
+    (_TOKENS, 'part == "all" and length != self.length', "False"),
+    (_INSERTION, 'if adapter.variant == "release":', "if False:"),
+    (_DROPPED, "            self.looks = 0\n", ""),
+    (_DROPPED, "        self.looks -= 1\n", ""),
+    (_DROPPED, "if bool(hidden.any()):", "if True:"),
     (
         _INSERTION,
         "if self.call is not None and self.call is self.state.factors:",
@@ -136,7 +157,7 @@ MUTANTS = [
     (_TOKENS, "of_tokens[:, of_tokens.shape[1] - length :]", "of_tokens[:, :length]"),
     (_TOKENS, "if encoded and self.reads_image:", "if False:"),
     (_TOKENS, "behind_encoder=crosses and not first,", "behind_encoder=crosses,"),
-    (_TOKENS, "return _part(mask, x.shape[1], part)", 'return _part(mask, x.shape[1], "last")'),
+    (_TOKENS, "return _part(mask, length, part)", 'return _part(mask, length, "last")'),
     (_SPECS, 'if place.part != "all" and chunk:', "if False:"),
     (
         _PLACED,

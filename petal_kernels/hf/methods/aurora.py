@@ -210,19 +210,17 @@ class Aurora(ModesMethod):
         mixed = self.config.layout == "aurora_release" and not row.attention
         return Blocks(place.path, row.form, self.modes[place.path], mixed)
 
-    def share(self, stack: StackPart, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def share(self, stack: StackPart, module: nn.Module, kwargs: dict[str, Any]) -> Any:
         shared = self.adapter.shared
         if stack.site.row.name == "vision":
-            hidden = args[0] if args else kwargs["inputs_embeds"]
             masked = is_masked(shared, module.training)
             blocks = [self._blocks(place) for place in stack.site.places]
-            dtype = compute_dtype(hidden)
+            dtype = compute_dtype(kwargs["inputs_embeds"])
             return Products(masked, contract_blocks(shared, blocks, masked=masked, dtype=dtype))
-        hidden = args[0] if args else kwargs["hidden_states"]
         modes = [self.modes[place.path] for place in stack.site.places]
         every = slice(min(m.start for m in modes), max(m.stop for m in modes))
         factors = Factors()
-        self.contract(factors, "text", every, compute_dtype(hidden))
+        self.contract(factors, "text", every, compute_dtype(kwargs["hidden_states"]))
         factors.ups["image"], factors.first["image"] = factors.ups["text"], factors.first["text"]
         image, cache = kwargs.get("encoder_hidden_states"), kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:

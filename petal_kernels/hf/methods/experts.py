@@ -103,7 +103,9 @@ class Mixture:
     def serve(self, x: Tensor, base: Any) -> Tensor:
         """x (or, of a linear, base(x)) with what the experts add, and the routing kept."""
         experts, call = self.experts, self.layer.call_now()
-        domain = None
+        mask, domain = None, None
+        if experts.router_input == "pooled":
+            mask = call.tokens.counted(x, self.encoded, self.part)
         if experts.gate == "domain":
             if call.tokens.domains is None:
                 raise ValueError(
@@ -111,7 +113,6 @@ class Mixture:
                     "model inside `with attachment.domains(domain):`"
                 )
             domain = call.tokens.domains.of(x, self.encoded, self.part)
-        mask = call.tokens.counted(x, self.encoded, self.part)
         served: dict[str, Any] = {"mask": mask, "domain": domain}
         if self.layer.method.published:
             y = x if base is None else base(x)

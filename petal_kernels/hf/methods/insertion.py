@@ -197,10 +197,9 @@ class AfterBlock(Part):
         adapter, frame = self.adapter, self.layer.running()
         x = None if frame is None else frame.inputs.pop(self.role, None)
         vision = vision_of(call, adapter.route, self.role)
-        mask = None
-        if adapter.gate == "small" and adapter.variant == "paper":
-            mask = call.tokens.mask
-            mask = mask if mask is not None and mask.shape == h.shape[:2] else None
+        mask = call.tokens.counted(h, encoded=False) if adapter.gate == "small" else None
+        if adapter.variant == "release":
+            mask = None  # its mean is over the padding too
         if self.layer.method.published:
             return published_adapter(adapter, h, x, vision=vision, mask=mask)
         projected = None if vision is None else adapter.project(vision)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from petal_kernels.hf.config import PetalConfig
 from petal_kernels.hf.context import THREAD, Call, Frame, now
@@ -21,9 +21,10 @@ from petal_kernels.hf.methods.modes import (
     ModesMethod,
 )
 from petal_kernels.hf.models import Block, Linear, Stack
-from petal_kernels.hf.parts import Part, Run, StackPart
+from petal_kernels.hf.parts import Part, Run, StackPart, own_class
 from petal_kernels.hf.report import Row
 from petal_kernels.hf.routing import Routings
+from petal_kernels.hf.tokens import Tokens, named
 from petal_kernels.hf.walk import device_of, is_a, joined
 from petal_kernels.nn.experts import InstructionExperts, LowRankExperts
 from petal_kernels.nn.frozen_linear import compute_dtype
@@ -174,9 +175,8 @@ class Petal(ModesMethod):
             hand.take(owner, Instructed(self))
             hand.take(module, Served(self))
 
-    def share(self, stack: StackPart, module: nn.Module, args: Any, kwargs: Any) -> Factors:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        image = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
+    def share(self, stack: StackPart, module: nn.Module, kwargs: dict[str, Any]) -> Factors:
+        hidden, image = kwargs["hidden_states"], kwargs.get("encoder_hidden_states")
         shared = Factors()
         for branch in self.adapter.branches:
             self.contract(shared, branch, None, compute_dtype(hidden))
@@ -245,15 +245,18 @@ def norm_width(block: nn.Module, path: str) -> int:
 
 
 class Instructed(Part):
-    """The embeddings' owner: while it runs, its padding mask is known to them."""
+    """The embeddings' owner: while it runs, what its call says of their tokens is known to them."""
 
     def __init__(self, method: Petal) -> None:
         self.method = method
 
     def forward(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
-        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        frame = Frame(self, Call(now(self.method)), mask, None, THREAD.frame)  # type: ignore[arg-type]
+        says = now(self.method)
+        if not says.on:
+            return run(*args, **kwargs)
+        known = named(own_class(module), args, kwargs)
+        call = Call(says, Tokens.entering((), known, None, reader=self.method.reader))
+        frame = Frame(self, call, None, None, THREAD.frame)
         THREAD.frame = frame
         try:
             return run(*args, **kwargs)
@@ -275,8 +278,9 @@ class Served(Part):
         queries = 0 if embeds is None else embeds.shape[1]
         if experts.tokens == "text" and queries == output.shape[1]:
             return output  # there is no instruction
-        mask = THREAD.frame.shared if THREAD.frame is not None else None
-        mask = mask if mask is not None and mask.shape == output.shape[:2] else None
+        frame = THREAD.frame
+        tokens = frame.call.tokens if frame is not None else Tokens()
+        mask = tokens.counted(output, encoded=False)
         if self.method.published:
             served, routing = published_instruction(experts, output, queries, mask)
         else:

@@ -87,7 +87,7 @@ class VLPet(BlocksMethod):
             number = [p.path for p in self.found.at(Linear)].index(place.path)
             hand.wrap(place, ValueLinear(place.module, layer, number))
 
-    def share(self, stack: StackPart, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def share(self, stack: StackPart, module: nn.Module, kwargs: dict[str, Any]) -> Any:
         encoded = kwargs.get("encoder_hidden_states")
         if encoded is None or self.adapter.value is None:
             return None
