@@ -61,7 +61,7 @@ def _text_batch(family: str, size: int, seed: int, length: int) -> dict[str, Any
     embeds = torch.randn(shape, generator=generator, dtype=torch.float64)
     values |= {"inputs_embeds": embeds[:, :length], "use_cache": False}
     values["attention_mask"] = values["attention_mask"][:, :length]
-    values["labels"] = values["labels"][:, :length]
+    values["labels"] = values["labels"][:, :length].contiguous()
     return values
 
 
@@ -96,7 +96,10 @@ class Given:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A method on a family; `without` says which checks do not apply, and why."""
+    """A method on a family; `without` says which checks do not apply, and why.
+
+    A row `like` another runs by the same mechanism: checks that take long are marked slow there.
+    """
 
     name: str
     family: str
@@ -105,6 +108,7 @@ class Row:
     idle: tuple[str, ...] = ()  # parts of names: zero gradients, since nobody reads what they do
     beside: tuple[str, ...] = ()  # ends of paths: changed by what the report lists as the adapter's
     without: dict[str, str] = field(default_factory=dict)
+    like: str = ""
 
     @property
     def folds(self) -> bool:
@@ -163,7 +167,8 @@ def around(attachment: Any, given: Given) -> contextlib.AbstractContextManager[A
 
 
 _petal = partial(pk.PetalConfig, r=5, dropout=0.0)
-_experts = {"experts": EXPERTS, "expert_r": 4}
+_experts: dict[str, Any] = {"experts": EXPERTS, "expert_r": 4}
+_release: dict[str, Any] = {"variant": "release"}
 _aurora = partial(pk.AuroraConfig, r=5, dropout=0.0, scale=0.8)
 _vlpet = partial(pk.VLPetConfig, r=6, value_r=4, scale=0.7)
 _lora = partial(pk.RoutingConfig, r=4, alpha=6.0)
@@ -176,60 +181,78 @@ _CONTEXT = ("crossattention.output.LayerNorm",)  # gains the batch context
 
 ROWS = (
     Row("petal-paper-instructblip", "instructblip", partial(_petal, **_experts)),
-    Row("petal-release-instructblip", "instructblip", partial(_petal, variant="release", **_experts),
-        beside=_CONTEXT),
-    Row("petal-paper-blip2", "blip2", partial(_petal, modules_to_save=["language_projection"])),
-    Row("petal-release-blip2", "blip2", partial(_petal, variant="release"), beside=_CONTEXT),
-    Row("aurora-caption", "caption", _aurora),
+    Row("petal-release-instructblip", "instructblip", partial(_petal, **_release, **_experts),
+        beside=_CONTEXT, like="petal-paper-instructblip"),
+    Row("petal-paper-blip2", "blip2", partial(_petal, modules_to_save=["language_projection"]),
+        like="petal-paper-instructblip"),
+    Row("petal-release-blip2", "blip2", partial(_petal, **_release), beside=_CONTEXT),
+    Row("aurora-caption", "caption", _aurora, like="aurora-vqa"),
     Row("aurora-retrieval", "retrieval", partial(_aurora, context="batch"), "context"),
-    Row("aurora-vqa", "vqa", partial(_aurora, variant="release")),
-    *(Row(f"vlpet-bart-{g}", "bart", partial(_vlpet, gate=g))
-      for g in ("large", "middleX", "middleY", "small", "none")),
-    Row("vlpet-bart-release", "bart", partial(_vlpet, gate="middleX", variant="release")),
+    Row("aurora-vqa", "vqa", partial(_aurora, **_release)),
+    Row("vlpet-bart-large", "bart", _vlpet),
+    Row("vlpet-bart-small", "bart", partial(_vlpet, gate="small")),
+    *(Row(f"vlpet-bart-{g}", "bart", partial(_vlpet, gate=g), like="vlpet-bart-large")
+      for g in ("middleX", "middleY", "none")),
+    Row("vlpet-bart-release", "bart", partial(_vlpet, gate="middleX", **_release),
+        like="vlpet-bart-large"),
     Row("vlpet-t5", "t5", _vlpet),
     Row("vladapter-bart", "bart", partial(pk.VLAdapterConfig, r=6)),
-    Row("vladapter-t5", "t5", partial(pk.VLAdapterConfig, r=6)),
+    Row("vladapter-t5", "t5", partial(pk.VLAdapterConfig, r=6), like="vlpet-t5"),
     Row("lora-llama", "llama", _lora),
     Row("lora-llama-whole", "llama", partial(_lora, modules_to_save=["lm_head"])),
     Row("lora-gpt2", "gpt2", partial(_lora, train_bias=True)),
-    Row("lora-bert", "bert", partial(_lora, train_norms=True)),
-    Row("lora-bart", "bart", _lora),
-    Row("lora-qformer", "instructblip", _lora),
-    Row("lora-blip", "retrieval", _lora),
+    Row("lora-bert", "bert", partial(_lora, train_norms=True), like="adapter-roberta"),
+    Row("lora-bart", "bart", _lora, like="lora-llama"),
+    Row("lora-qformer", "instructblip", _lora, like="lora-llama"),
+    Row("lora-blip", "retrieval", _lora, like="lora-llama"),
     Row("adapter-llama", "llama", _adapter),
-    Row("adapter-t5", "t5", _adapter),
-    Row("adapter-gpt2", "gpt2", partial(_adapter, share=True)),
+    Row("adapter-t5", "t5", _adapter, like="adapter-llama"),
+    Row("adapter-gpt2", "gpt2", partial(_adapter, share=True), like="adapter-llama"),
     Row("adapter-roberta", "roberta", partial(_adapter, residual=False, train_norms=True)),
     _vision("route-lora-llama", "llama", partial(_lora, function="gram")),
-    _vision("route-lora-llava", "llava", partial(_lora, function="mul")),
-    _vision("route-lora-gpt2", "gpt2", partial(_lora, function="expand", groups="merged")),
-    _vision("route-lora-roberta", "roberta", partial(_lora, function="add")),
-    _vision("route-lora-qwen2_5_vl", "qwen2_5_vl", partial(_lora, function="gram_relu")),
-    _vision("route-lora-qformer", "instructblip", partial(_lora, function="gram")),
-    _vision("route-adapter-llava", "llava", partial(_adapter, function="add")),
+    _vision("route-lora-llava", "llava", partial(_lora, function="mul"), like="route-lora-llama"),
+    _vision("route-lora-gpt2", "gpt2", partial(_lora, function="expand", groups="merged"),
+            like="route-lora-llama"),
+    _vision("route-lora-roberta", "roberta", partial(_lora, function="add"),
+            like="route-lora-llama"),
+    _vision("route-lora-qwen2_5_vl", "qwen2_5_vl", partial(_lora, function="gram_relu"),
+            like="route-lora-llama"),
+    _vision("route-lora-qformer", "instructblip", partial(_lora, function="gram"),
+            like="route-adapter-qformer"),
+    _vision("route-adapter-llava", "llava", partial(_adapter, function="add"),
+            like="route-adapter-qformer"),
     _vision("route-adapter-qformer", "blip2", partial(_adapter, function="mul")),
-    _vision("route-adapter-blip", "caption", partial(_adapter, function="gram")),
+    _vision("route-adapter-blip", "caption", partial(_adapter, function="gram"),
+            like="route-adapter-qformer"),
     Row("experts-lora-llama", "llama", _mix),
     Row("experts-lora-pooled-roberta", "roberta", partial(_mix, router_input="pooled")),
-    Row("experts-lora-mean-bert", "bert", partial(_mix, gate="mean", shared_down=True)),
-    Row("experts-lora-topk-qformer", "blip2", partial(_mix, router_input="pooled", top_k=2)),
+    Row("experts-lora-mean-bert", "bert", partial(_mix, gate="mean", shared_down=True),
+        like="experts-lora-llama"),
+    Row("experts-lora-topk-qformer", "blip2", partial(_mix, router_input="pooled", top_k=2),
+        like="experts-lora-pooled-roberta"),
     _domains("experts-lora-domain-bart", "bart", partial(_mix, gate="domain")),
-    _domains("experts-lora-domain-vqa", "vqa", partial(_mix, gate="domain")),
-    Row("experts-adapter-topk-llama", "llama", partial(_mixed, top_k=2)),
-    Row("experts-adapter-pooled-t5", "t5", partial(_mixed, router_input="pooled")),
-    Row("experts-adapter-mean-llava", "llava", partial(_mixed, gate="mean")),
+    _domains("experts-lora-domain-vqa", "vqa", partial(_mix, gate="domain"),
+             like="experts-lora-domain-bart"),
+    Row("experts-adapter-topk-llama", "llama", partial(_mixed, top_k=2),
+        like="experts-lora-llama"),
+    Row("experts-adapter-pooled-t5", "t5", partial(_mixed, router_input="pooled"),
+        like="experts-lora-pooled-roberta"),
+    Row("experts-adapter-mean-llava", "llava", partial(_mixed, gate="mean"),
+        like="experts-lora-llama"),
     _domains("experts-adapter-domain-qformer", "instructblip", partial(_mixed, gate="domain"),
              idle=("layers.1.ffn.",)),
-    _domains("experts-adapter-domain-gpt2", "gpt2", partial(_mixed, gate="domain")),
+    _domains("experts-adapter-domain-gpt2", "gpt2", partial(_mixed, gate="domain"),
+             like="experts-lora-domain-bart"),
 )  # fmt: skip
 
 
-def every(check: str) -> pytest.MarkDecorator:
+def every(check: str, *, long: bool = False) -> pytest.MarkDecorator:
     """Parametrises a test over the rows; where the check does not apply, its reason is shown."""
     rows = []
     for row in ROWS:
         why = row.without.get(check)
         marks = [pytest.mark.skip(reason=f"{row.name}: {why}")] if why else []
+        marks += [pytest.mark.slow] if long and row.like else []
         rows.append(pytest.param(row, id=row.name, marks=marks))
     return pytest.mark.parametrize("row", rows)
 

@@ -21,7 +21,9 @@ REFUSED = "this model has|want a model whose|want 'none' for a"
 
 
 def test_names_are_one_rows() -> None:
+    whole = {row.name for row in ROWS if not row.like}
     assert len({row.name for row in ROWS}) == len(ROWS)
+    assert {row.like for row in ROWS if row.like} <= whole
 
 
 # -- values ---------------------------------------------------------------------------------------
@@ -263,7 +265,9 @@ def test_detach_gives_back_the_very_model(row: Row) -> None:
     _, attachment = attached(row, model=model)
     held = {n: t.data_ptr() for n, t in model.state_dict().items() if not n.startswith("petal.")}
     assert list(held) == keys
-    assert [(n, pointer) for n, pointer in held.items()] == [(n, p) for n, p, _ in before["tensors"]]
+    assert [(n, pointer) for n, pointer in held.items()] == [
+        (n, p) for n, p, _ in before["tensors"]
+    ]
     adapted = output(row, model, attachment)
     state = {name: t.clone() for name, t in attachment.state_dict().items()}
     step(row, model, attachment, row.given())

@@ -171,15 +171,13 @@ def _request(row: Row, model: nn.Module, attachment: Any, seed: int) -> Tensor:
         return read(model, given.batch)[0]
 
 
-@every("threads")
+@every("threads", long=True)
 @pytest.mark.usefixtures("_switching")
 def test_threads_read_their_own_state(row: Row) -> None:
     model, attachment = attached(row)
     wants = _answers(row, model, attachment)
     with ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        calls = [
-            pool.submit(_request, row, model, attachment, i % REQUESTS) for i in range(CALLS)
-        ]
+        calls = [pool.submit(_request, row, model, attachment, i % REQUESTS) for i in range(CALLS)]
         errors = [call.exception() for call in calls]
     assert [e for e in errors if e] == []
     wrong = sum(not bits(call.result(), wants[i % REQUESTS]) for i, call in enumerate(calls))
@@ -187,7 +185,7 @@ def test_threads_read_their_own_state(row: Row) -> None:
     assert bits(output(row, model, attachment), wants[0]), "left so for good"
 
 
-@every("threads")
+@every("threads", long=True)
 def test_tasks_read_their_own_state(row: Row) -> None:
     """asyncio lets blocks of several tasks interleave in one thread."""
     model, attachment = attached(row)
@@ -242,7 +240,7 @@ def test_a_reference_forward_between_forward_and_backward(row: Row) -> None:
 # -- the handle's methods inside disabled() --------------------------------------------------------
 
 
-@every("inside")
+@every("inside", long=True)
 def test_save_inside_disabled_writes_what_was_trained(row: Row, tmp_path: Path) -> None:
     model, attachment = attached(row)
     model.float()
@@ -253,13 +251,16 @@ def test_save_inside_disabled_writes_what_was_trained(row: Row, tmp_path: Path) 
     assert bits(output(row, other, loaded), output(row, model, attachment))
 
 
-@every("inside")
+@every("inside", long=True)
 def test_load_inside_disabled_stays(row: Row, tmp_path: Path) -> None:
     model, attachment = attached(row)
     want = output(row, model, attachment)
     state = {name: t.clone() for name, t in attachment.state_dict().items()}
     attachment.save(tmp_path / "a")
-    for load in (lambda: attachment.load(tmp_path / "a"), lambda: attachment.load_state_dict(state)):
+    for load in (
+        lambda: attachment.load(tmp_path / "a"),
+        lambda: attachment.load_state_dict(state),
+    ):
         methods.train(attachment, seed=4)
         with attachment.disabled():
             load()
@@ -267,7 +268,7 @@ def test_load_inside_disabled_stays(row: Row, tmp_path: Path) -> None:
         assert bits(output(row, model, attachment), want)
 
 
-@every("inside")
+@every("inside", long=True)
 def test_merge_inside_disabled_merges(row: Row) -> None:
     model, attachment = attached(row)
     want = output(row, model, attachment)
@@ -285,7 +286,7 @@ def test_merge_inside_disabled_merges(row: Row) -> None:
     assert step(row, model, attachment, row.given())["loss"] is not None
 
 
-@every("inside")
+@every("inside", long=True)
 def test_unmerge_inside_disabled_unmerges(row: Row) -> None:
     model, attachment = attached(row)
     want = output(row, model, attachment)
@@ -300,7 +301,7 @@ def test_unmerge_inside_disabled_unmerges(row: Row) -> None:
     assert bits(output(row, model, attachment), want)
 
 
-@every("inside")
+@every("inside", long=True)
 def test_detach_inside_disabled_gives_the_base(row: Row) -> None:
     model, attachment = attached(row)
     wanted = {n: p.requires_grad for n, p in fresh(row).named_parameters()}
