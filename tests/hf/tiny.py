@@ -80,10 +80,11 @@ def instructblip(seed: int = 0, layers: int = 4) -> nn.Module:
     return _ready(transformers.InstructBlipForConditionalGeneration(config), seed)
 
 
-def blip2(seed: int = 0) -> nn.Module:
+def blip2(seed: int = 0, layers: int = 4) -> nn.Module:
     import transformers
 
     vision, qformer = _configs()
+    qformer["num_hidden_layers"] = layers
     config = transformers.Blip2Config(
         vision_config=vision,
         qformer_config=qformer,
