@@ -19,7 +19,7 @@ import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from torch import Tensor
 from petal_kernels.hf.tokens import Domains, Tokens
 
 if TYPE_CHECKING:
-    from petal_kernels.hf.parts import LayerPart, StackPart
+    from petal_kernels.hf.parts import StackPart
 
 OFF = "off"
 
@@ -126,6 +126,12 @@ class Running:
         self.stack, self.call, self.outer = stack, call, outer
 
 
+class Bound(Protocol):
+    """Whose run a frame is: a part of a method."""
+
+    method: Any
+
+
 class Frame:
     """One run of one layer: what its parts see and leave for one another.
 
@@ -134,7 +140,7 @@ class Frame:
     """
 
     def __init__(
-        self, layer: LayerPart, call: Call, shared: Any, source: Tensor | None, outer: Frame | None
+        self, layer: Bound, call: Call, shared: Any, source: Tensor | None, outer: Frame | None
     ) -> None:
         self.layer, self.call, self.shared, self.source = layer, call, shared, source
         self.outer = outer

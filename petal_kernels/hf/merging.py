@@ -130,7 +130,9 @@ class Folded:
 def merge(method: Method, wrappers: Sequence[tuple[str, AdaptedLinear]]) -> Merged:
     """Folds what can be folded and returns the report with the way back."""
     merged = Merged()
-    kept, folded_from, kept_from = merged.report.kept, set(), set()
+    kept = merged.report.kept
+    folded_from: set[nn.Module] = set()
+    kept_from: set[nn.Module] = set()
     units: dict[int, list[tuple[str, AdaptedLinear]]] = {}
     for path, wrapper in wrappers:
         units.setdefault(id(wrapper.unit()), []).append((path, wrapper))

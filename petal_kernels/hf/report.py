@@ -11,10 +11,11 @@ from torch import nn
 from petal_kernels._runtime.backends import Explanation
 from petal_kernels._runtime.dry_run import dry_run
 from petal_kernels.hf.whole import Copies
-from petal_kernels.nn.frozen_linear import why_not_readable
+from petal_kernels.nn.frozen_linear import why_not_plain, why_not_readable
 
 if TYPE_CHECKING:
     from petal_kernels.hf.method import Method
+    from petal_kernels.hf.wrappers import AdaptedLinear
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ _EAGER = "eager: the published form, one step at a time"
 def make_report(
     model: nn.Module,
     method: Method,
-    wrappers: Mapping[str, nn.Module],
+    wrappers: Mapping[str, AdaptedLinear],
     named: Mapping[str, nn.Module],
     implementation: str,
 ) -> Report:
@@ -100,10 +101,10 @@ def make_report(
             seen.add(id(module))
         rows.append(replace(row, backend=backend, why=why, trainable=count))
     for row in method.shared_rows():
-        sample = method.shared_sample(row)
-        backend, why = ("", "") if sample is None else ("eager", _EAGER)
-        if sample is not None and not method.published:
-            backend, why = choice_in_words(dry_run(sample))
+        call = method.shared_sample(row)
+        backend, why = ("", "") if call is None else ("eager", _EAGER)
+        if call is not None and not method.published:
+            backend, why = choice_in_words(dry_run(call))
         rows.append(replace(row, backend=backend, why=why))
     copies = method.adapter._modules.get("modules_to_save")
     for path in named:
@@ -118,7 +119,7 @@ def make_report(
     base = sum(p.numel() for p in model.parameters() if id(p) not in own)
     trainable = sum(p.numel() for p in method.adapter.parameters() if p.requires_grad)
     stored = sum(p.numel() for p in method.adapter.parameters())
-    declined = {path: why for path, w in wrappers.items() if (why := why_not_readable(w.base))}
+    declined = {path: why for path, w in wrappers.items() if (why := why_not_plain(w.base))}
     return Report(rows, implementation, base, trainable, stored, declined, method.found.notes)
 
 

@@ -1,4 +1,4 @@
-"""Modules that are trained whole: a copy of their parameters is trained, the base's stay as they are.
+"""Modules that are trained whole: copies of their parameters are, the base's stay as they are.
 
 The base's own parameters are never written. So a forward inside `disabled()`, in this thread or
 another, and a checkpoint of the whole model see what came in, and `detach` has nothing to put back.
@@ -68,7 +68,7 @@ class Copies(nn.Module):
 
 def _trained(parameter: nn.Parameter, module: nn.Module) -> nn.Parameter:
     value = parameter.detach()
-    if value.is_meta and not device_of(module).type == "meta":
+    if value.is_meta and device_of(module).type != "meta":
         value = _offloaded(parameter, module)
     dtype = torch.float32 if value.dtype == torch.float16 else value.dtype
     return nn.Parameter(value.to(device_of(module), dtype, copy=True))
@@ -133,5 +133,3 @@ class CopyPart(Part):
         if isinstance(output, Tensor) and output.dtype == torch.float32:
             return output.to(self.narrow)
         return output
-
-

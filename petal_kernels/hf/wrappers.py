@@ -57,7 +57,7 @@ class AdaptedLinear(FrozenLinear):
         if self.merged is None:
             return super().forward(x)
         # Plain, else nothing would be merged.
-        weight = self.merged.to(self.base._parameters["weight"])  # type: ignore[arg-type]
+        weight = self.merged.to(self.base._parameters["weight"])
         matrix = weight if isinstance(self.base, nn.Linear) else weight.t()
         return F.linear(x, matrix, self.base._parameters.get("bias"))
 

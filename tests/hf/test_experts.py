@@ -265,7 +265,9 @@ def test_autocast_keeps_the_embeddings_wide() -> None:
     model = build("instructblip", torch.float32)
     attachment = pk.attach(model, petal(expert_init="identity"))
     seen: list[Tensor] = []
-    attachment.found.stacks[0].module.register_forward_pre_hook(lambda m, args: seen.append(args[0]))  # type: ignore[attr-defined]
+    attachment.found.stacks[0].module.register_forward_pre_hook(
+        lambda m, args: seen.append(args[0])
+    )  # type: ignore[attr-defined]
     with torch.autocast("cpu", torch.bfloat16):
         model(**batch("instructblip", dtype=torch.float32)).loss.backward()
     assert [x.dtype for x in seen] == [torch.float32]

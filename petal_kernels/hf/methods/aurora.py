@@ -252,7 +252,9 @@ class Aurora(ModesMethod):
         modes, form = len(self.modes[place.path]), place.row.form  # type: ignore[union-attr]
         blocks = f", {modes} blocks of {form}" if modes > 1 else ""
         count = modes * shared.r if shared.modes.requires_grad else 0
-        return Row(place.path, place.role, f"{d_in} -> {d_out}, r {shared.r}{blocks}", "", "", count)
+        return Row(
+            place.path, place.role, f"{d_in} -> {d_out}, r {shared.r}{blocks}", "", "", count
+        )
 
     def sample(self, place: Place, wrapper: Any) -> tuple[Any, Any]:
         if place.layer.row.name != "vision":

@@ -125,14 +125,6 @@ class InsertionMethod(Method):
         parts += [f"route {module.route}"] if module.route != "none" else []
         return ", ".join(parts)
 
-    def sample(self, place: Place, wrapper: Any) -> tuple[Any, Any]:
-        part: AfterBlock = self.parts[place.path]
-        adapter = part.adapter
-        norm = part.norm if part.norm is None else (type(part.norm), part.layer_module.training)
-        first = next(adapter.parameters())
-        key = (adapter.extra_repr(), first.dtype, first.device, adapter.training, norm)
-        return key, lambda: part.run_once(self.typical(place.layer.module, self.features))
-
 
 class InsertFrame(Frame):
     """One run of a layer: its blocks' inputs, and outputs that a norm will adapt."""
@@ -299,6 +291,14 @@ class BlocksMethod(InsertionMethod):
         meets = any(isinstance(p.row, Block) and self._meets(p) for p in layer.places)
         return LayerPart(self, layer.index, stack, InsertFrame if meets else None)
 
+    def sample(self, place: Place, wrapper: Any) -> tuple[Any, Any]:
+        part = self.parts[place.path]
+        adapter = part.adapter
+        norm = part.norm if part.norm is None else (type(part.norm), part.layer_module.training)
+        first = next(adapter.parameters())
+        key = (adapter.extra_repr(), first.dtype, first.device, adapter.training, norm)
+        return key, lambda: part.run_once(self.typical(place.layer.module, self.features))
+
     def _meets(self, place: Place) -> bool:
         """Whether the block and its norm, or its gate's input, meet in the layer's frame."""
         assert isinstance(place.row, Block)
@@ -343,5 +343,3 @@ def lora_rows(stack: Stack) -> list[tuple[str, Any]]:
 def block_rows(stack: Stack) -> list[tuple[str, Any]]:
     """All places after blocks."""
     return [(role_of(stack, row), row) for row in stack.blocks]
-
-

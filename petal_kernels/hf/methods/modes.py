@@ -238,7 +238,8 @@ class ModeLinear(AdaptedLinear):
     def adapted(self, x: Tensor) -> Tensor:
         group: ModeGroup = self.__dict__["group"]
         if not self.layer.method.published:
-            return group.run(self.position, x)
+            out: Tensor = group.run(self.position, x)
+            return out
         factors = self.layer.method.factors(group.branch)
         y: Tensor = self.base(x)
         return y + published_mode(factors, self.mode, x, self.drop)

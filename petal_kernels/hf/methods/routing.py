@@ -191,5 +191,3 @@ class RoutedLinear(AdaptedLinear):
     def delta(self, dtype: torch.dtype) -> Tensor:
         """s B A: without a route or dropout it is the whole update."""
         return self.used().delta(dtype)
-
-

@@ -145,5 +145,3 @@ class ValueLinear(AdaptedLinear):
 
     def delta(self, dtype: Any) -> str:
         return AN_ACTIVATION
-
-
