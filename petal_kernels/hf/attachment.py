@@ -260,7 +260,9 @@ class Attachment(Blocks, Routed):
         self._check_places("merge")
         if self._merged is not None:
             raise RuntimeError("merge: already merged")
-        self.method.before_merge()
+        why = self.method.why_not_merge()
+        if why:
+            raise ValueError(f"merge: {why}")
         self._merged = merge(
             self.method, [(place.path, wrapper) for place, _, _, wrapper in self._wrapped]
         )

@@ -1,10 +1,9 @@
-"""Finding what a method adapts in a model: the family's stacks, their layers, the places in them."""
+"""Finding what a method adapts in a model: the family's stacks, their layers, their places."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,7 +11,6 @@ from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.models import DECODER, FAMILIES, Block, Linear, Stack
 from petal_kernels.hf.walk import (
     class_name,
-    is_a,
     is_norm,
     joined,
     named_but_left,

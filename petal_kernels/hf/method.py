@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from petal_kernels.hf import found
-from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.context import Call, given
 from petal_kernels.hf.dropped_mask import DroppedMask
-from petal_kernels.hf.found import Found, Layer, Place, Site, counted, own_name
+from petal_kernels.hf.found import Found, Layer, Place, counted, own_name
 from petal_kernels.hf.models import Block, Linear, Stack
 from petal_kernels.hf.parts import LayerPart, Part, StackPart, own_class, running_call
 from petal_kernels.hf.report import Row
@@ -52,7 +51,8 @@ class Method(ABC):
     def __init__(self, model: nn.Module, config: Any, *, published: bool) -> None:
         self.config, self.published = config, published
         self.found: Found = found.find(model, config, self.rows, self.needs)
-        self.refine(self.found)
+        for layer in self.found.layers:
+            layer.places = [place for place in layer.places if self.keeps(place)]
         self.reader = reader_of(config)  # what takes one choice per sample, if anything does
         crosses = any("cross" in place.role for place in self.found.places)
         blip = self.found.model_type in ("blip", "blip_text_model")
@@ -67,8 +67,9 @@ class Method(ABC):
     def rows(self, stack: Stack) -> Sequence[tuple[str, Linear | Block]] | None:
         """Roles and rows that it adapts in the layers of a stack; None: none of its stacks."""
 
-    def refine(self, found: Found) -> None:
-        """Takes places out that the config cannot adapt."""
+    def keeps(self, place: Place) -> bool:
+        """Whether the config can adapt a place that was found; raises where it was named."""
+        return True
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -108,7 +109,7 @@ class Method(ABC):
                     continue
                 for place in layer.places:
                     self.install_place(place, part, hand)
-                self.install_layer(layer, part, hand)
+                part.install(layer, hand)
                 hand.take(layer.module, part)
 
     def layer_part(self, layer: Layer, stack: int) -> LayerPart | None:
@@ -118,9 +119,6 @@ class Method(ABC):
     @abstractmethod
     def install_place(self, place: Place, layer: Any, hand: Hand) -> None:
         """Puts the adapter of one place there."""
-
-    def install_layer(self, layer: Layer, part: Any, hand: Hand) -> None:
-        """What a layer has beside its places."""
 
     def enter(self, stack: StackPart, module: nn.Module, args: Any, kwargs: Any) -> Call:
         """What this forward of a stack depends on."""
@@ -145,11 +143,13 @@ class Method(ABC):
         """The call that a layer's run belongs to: its stack's, or one of its own outside of it."""
         return running_call(self, layer.stack) or Call(given(self))
 
-    def before_reentrant(self, call: Call) -> None:
-        """A layer is about to run without gradients, to be run again: raises where that is wrong."""
+    def why_not_reentrant(self, call: Call) -> str:
+        """Why a layer must not run without gradients to be run again; empty where it may."""
+        return ""
 
-    def before_merge(self) -> None:
-        """Raises where nothing of the method can be merged."""
+    def why_not_merge(self) -> str:
+        """Why nothing of the method can be merged; empty where something may be."""
+        return ""
 
     # -- what it says -----------------------------------------------------------------------------
 

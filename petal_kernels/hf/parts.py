@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from petal_kernels.hf.context import THREAD, Call, Frame, Running
 
 if TYPE_CHECKING:
-    from petal_kernels.hf.found import Site
-    from petal_kernels.hf.method import Method
+    from petal_kernels.hf.found import Layer, Site
+    from petal_kernels.hf.method import Hand, Method
 
 Run = Callable[..., Any]
 
@@ -160,7 +160,9 @@ class LayerPart(Part):
         source = _argument(kwargs.pop("petal_source"), args, kwargs)
         shared = call.shared
         if call.grad and not torch.is_grad_enabled():
-            self.method.before_reentrant(call)
+            why = self.method.why_not_reentrant(call)
+            if why:
+                raise RuntimeError(why)
             call.reentrant.add(self.index)
         elif self.index in call.reentrant:
             # A graph shared by the layers would be backwarded once per layer: the reentrant form
@@ -172,6 +174,9 @@ class LayerPart(Part):
             return self.finish(frame, run(*args, **kwargs))
         finally:
             THREAD.frame = frame.outer
+
+    def install(self, layer: Layer, hand: Hand) -> None:
+        """What the layer has beside its places."""
 
     def finish(self, frame: Any, output: Any) -> Any:
         """The layer's output."""

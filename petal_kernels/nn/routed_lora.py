@@ -131,22 +131,34 @@ class RoutedLoRALinear(nn.Module):
         """base(x) with the targets updated; `vision` from `project`, [B, L, D] x with a route."""
         return self.adapted(self.base, x, vision)
 
-    def adapted(self, base: nn.Module, x: Tensor, vision: Tensor | None = None) -> Tensor:
-        """The same on top of `base`. A plain frozen linear's output is nobody else's: it is updated
-        where it lies."""
+    def adapted(
+        self,
+        base: nn.Module,
+        x: Tensor,
+        vision: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """The same on top of `base`, with `bias` [out_features] in place of its own if that is
+        given. A plain frozen linear's output is nobody else's: it is updated where it lies."""
         check_module("base", base)
         self._check(x, vision)
+        self._check_bias(bias, base)
         weight = base._parameters.get("weight")
         dtype = compute_dtype(x)
         plain = weight is not None and weight.dtype == dtype and not why_not_readable(base)
         if not plain or x.dtype != dtype:
             check_input(x, base)
-            return self.update(base(x), x, vision)
+            y: Tensor = base(x)
+            own = base._parameters.get("bias")
+            if bias is not None and own is not None:
+                y = y + (bias - own.to(bias)).to(y.dtype)
+            return self.update(y, x, vision)
         assert weight is not None
         matrix = weight if isinstance(base, nn.Linear) else weight.t()
-        rows = F.linear(x.reshape(-1, x.shape[-1]), matrix, base._parameters.get("bias"))
+        added = base._parameters.get("bias") if bias is None else bias.to(dtype)
+        rows = F.linear(x.reshape(-1, x.shape[-1]), matrix, added)
         # No view in autograd's eyes: its way to write into one copies the whole gradient thrice.
-        y: Tensor = torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], rows.shape[-1]))
+        y = torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], rows.shape[-1]))
         return self.update(y, x, vision, own=True)
 
     def update(
@@ -191,6 +203,16 @@ class RoutedLoRALinear(nn.Module):
         if own:
             return y
         return pieces[0] if self.parts == 1 else torch.cat(pieces, dim=-1)
+
+    def _check_bias(self, bias: Tensor | None, base: nn.Module) -> None:
+        if bias is None:
+            return
+        checks.check_floating("bias", bias)
+        if tuple(bias.shape) != (self.out_features,):
+            raise ValueError(f"bias: want shape [{self.out_features}], got {list(bias.shape)}")
+        check_values("bias", bias, self.down)
+        if base._parameters.get("bias") is None:
+            raise ValueError("bias: want a base with a bias of its own, got one without")
 
     def _check(self, x: Tensor, vision: Tensor | None) -> None:
         check_values("x", check_rows("x", x, self.in_features), self.down)

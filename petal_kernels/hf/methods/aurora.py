@@ -186,6 +186,7 @@ class Aurora(ModesMethod):
     def layer_part(self, layer: Layer, stack: int) -> ModesLayer | None:
         part = ModesLayer(self, layer.index, stack)
         part.pairs = self._live(layer)
+        part.captures = bool(part.pairs)
         return part if layer.places or part.pairs else None
 
     def install_place(self, place: Place, layer: ModesLayer, hand: Hand) -> None:
@@ -193,10 +194,6 @@ class Aurora(ModesMethod):
             hand.wrap(place, BlockLinear(place.module, layer, self._blocks(place)))
         else:
             super().install_place(place, layer, hand)
-
-    def install_layer(self, layer: Layer, part: ModesLayer, hand: Hand) -> None:
-        if part.pairs:
-            self.capture(layer, part, hand)
 
     def install(self, hand: Hand) -> None:
         super().install(hand)

@@ -96,6 +96,7 @@ class ModesLayer(LayerPart):
         self.groups: dict[str, ModeGroup] = {}
         self.modes: dict[str, slice] = {}  # of this layer, by branch
         self.pairs: tuple[str, ...] = ()  # the blocks whose outputs are added
+        self.captures = True  # whether anything reads the blocks' outputs
 
     def ups(self, frame: ModesFrame | None, branch: str, dtype: torch.dtype) -> Sequence[Tensor]:
         """P_k of this layer's modes of `branch`, from the shared factors or contracted here."""
@@ -108,6 +109,13 @@ class ModesLayer(LayerPart):
         if branch not in local:
             local[branch] = self.method.factors(branch).contract(modes, dtype=dtype)
         return local[branch]
+
+    def install(self, layer: Layer, hand: Hand) -> None:
+        """Lets the layer see what its attention blocks give."""
+        for name, child in (("a", layer.row.self_block), ("c", layer.row.cross_block)):
+            block = getattr(layer.module, child, None) if self.captures else None
+            if isinstance(block, nn.Module):
+                hand.take(block, Capture(self, name))
 
     def finish(self, frame: ModesFrame, output: Any) -> Any:
         if not self.pairs or not frame.call.given.on:
@@ -164,7 +172,8 @@ class ModeGroup:
         self.members: list[ModeLinear] = []
 
     def run(self, position: int, x: Tensor) -> Tensor:
-        member, frame = self.members[position], self.layer.running()
+        member = self.members[position]
+        frame: ModesFrame | None = self.layer.running()
         if frame is None:  # called outside its layer: nobody would fetch the others
             return self._compute(None, x, [member])[0]
         if len(self.members) == 1:
@@ -173,8 +182,8 @@ class ModeGroup:
             # A special base is called in its own turn: what gathers, dequantises or watches it may
             # hang on the wrapper that is running, not on this one's.
             return self._compute(frame, x, [member], self._projected(frame, x))[0]
-        waiting = frame.waiting.get(self.name)
-        output = waiting.take(position, x) if waiting is not None else None
+        waiting: Waiting | None = frame.waiting.get(self.name)
+        output: Tensor | None = None if waiting is None else waiting.take(position, x)
         if output is None:
             frame.waiting[self.name] = Waiting(x, self._compute(frame, x, self.members))
             output = frame.waiting[self.name].take(position, x)
@@ -305,13 +314,6 @@ class ModesMethod(Method):
         if name not in layer.groups:
             layer.groups[name] = ModeGroup(layer, name, branch)
         hand.wrap(place, ModeLinear(place.module, layer.groups[name], modes.start))
-
-    def capture(self, layer: Layer, part: ModesLayer, hand: Hand) -> None:
-        """Lets the layer see what its attention blocks give."""
-        for name, child in (("a", layer.row.self_block), ("c", layer.row.cross_block)):
-            block = getattr(layer.module, child, None)
-            if isinstance(block, nn.Module):
-                hand.take(block, Capture(part, name))
 
     def contract(self, shared: Factors, branch: str, modes: slice | None, dtype: Any) -> None:
         """P_k of those modes, for all layers of a forward."""

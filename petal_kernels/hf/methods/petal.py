@@ -164,10 +164,6 @@ class Petal(ModesMethod):
         part.pairs = self._live(layer)
         return part
 
-    def install_layer(self, layer: Layer, part: ModesLayer, hand: Hand) -> None:
-        layer.child(layer.row.self_block)
-        self.capture(layer, part, hand)
-
     def install(self, hand: Hand) -> None:
         super().install(hand)
         if self.embeddings is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from petal_kernels.hf.config import RoutingConfig
 from petal_kernels.hf.context import Call
-from petal_kernels.hf.found import Found, Place
+from petal_kernels.hf.found import Place
 from petal_kernels.hf.method import Hand
 from petal_kernels.hf.methods.insertion import BlocksMethod, block_rows, lora_rows, vision_of
 from petal_kernels.hf.models import Block, Linear, Stack
@@ -34,22 +34,18 @@ class Routing(BlocksMethod):
             return None
         return lora_rows(stack) if self.config.kind == "lora" else block_rows(stack)
 
-    def refine(self, found: Found) -> None:
+    def keeps(self, place: Place) -> bool:
         """With a route only the places whose input is as wide as the features that it joins: not
         those that read an image's features themselves, of another width."""
-        if self.config.function == "none":
-            return
-        width = found.width()
-        for place in found.at(Linear):
-            reads = place.shape[0]
-            if reads == width:
-                continue
-            if self.config.target_modules is not None:
-                raise ValueError(
-                    f"target_modules: want places that read the layers' {width} wide hidden states "
-                    f"for the route {self.config.function!r}, got {place.path}, which reads {reads}"
-                )
-            place.layer.places.remove(place)
+        if self.config.function == "none" or isinstance(place.row, Block):
+            return True
+        width, reads = self.found.width(), place.shape[0]
+        if reads != width and self.config.target_modules is not None:
+            raise ValueError(
+                f"target_modules: want places that read the layers' {width} wide hidden states "
+                f"for the route {self.config.function!r}, got {place.path}, which reads {reads}"
+            )
+        return reads == width
 
     def name_of(self, place: Place) -> str:
         shared = self.config.share and isinstance(place.row, Block)
@@ -107,19 +103,21 @@ class Routing(BlocksMethod):
             name, bias = self.name_of(place), self.biases.get(place.path)
             hand.wrap(place, RoutedLinear(place.module, layer, place.role, name, bias))
 
-    def before_reentrant(self, call: Call) -> None:
-        if call.given.vision is not None and call.given.vision.requires_grad:
-            raise RuntimeError(
-                "vision: features that require grad need checkpointing with use_reentrant=False: "
-                "the reentrant form would backward through them once per layer"
-            )
+    def why_not_reentrant(self, call: Call) -> str:
+        if call.given.vision is None or not call.given.vision.requires_grad:
+            return ""
+        return (
+            "vision: features that require grad need checkpointing with use_reentrant=False: the "
+            "reentrant form would backward through them once per layer"
+        )
 
-    def before_merge(self) -> None:
-        if self.config.function != "none":
-            raise ValueError(
-                f"merge: route {self.config.function!r} depends on the vision features of each "
-                "sample and cannot be folded into a weight"
-            )
+    def why_not_merge(self) -> str:
+        if self.config.function == "none":
+            return ""
+        return (
+            f"route {self.config.function!r} depends on the vision features of each sample and "
+            "cannot be folded into a weight"
+        )
 
     def shape_of(self, module: Any) -> str:
         if isinstance(module, RoutedLoRALinear):
@@ -160,28 +158,23 @@ class RoutedLinear(AdaptedLinear):
         """The linear's output with its update, routed with `vision`."""
         lora = self.used()
         if self.layer.method.published:
-            y = self.base(x)
-            bias = self._trained_bias(y)
-            return published_lora(lora, y if bias is None else y + bias, x, vision)
+            return published_lora(lora, self.with_merged(x), x, vision)
+        holder: nn.Module | None = self.__dict__["bias_of"]
+        bias = None if holder is None else holder._parameters["bias"]
         projected = None if vision is None else lora.project(vision)
-        y = lora.adapted(self.base, x, projected)
-        bias = self._trained_bias(y)
-        return y if bias is None else y + bias
+        out: Tensor = lora.adapted(self.base, x, projected, bias)
+        return out
 
-    def _trained_bias(self, y: Tensor) -> Tensor | None:
-        """What the trained bias adds to the base's own."""
+    def with_merged(self, x: Tensor) -> Tensor:
+        """The linear alone, with its trained bias."""
+        y = super().with_merged(x)
         holder: nn.Module | None = self.__dict__["bias_of"]
         if holder is None:
-            return None
+            return y
         trained, own = holder._parameters["bias"], self.base._parameters["bias"]
         assert trained is not None
         assert own is not None
-        return (trained - own.to(trained)).to(y.dtype)
-
-    def with_merged(self, x: Tensor) -> Tensor:
-        y = super().with_merged(x)
-        bias = self._trained_bias(y)
-        return y if bias is None else y + bias
+        return y + (trained - own.to(trained)).to(y.dtype)
 
     def used(self) -> RoutedLoRALinear:
         method: Any = self.layer.method
