@@ -118,8 +118,7 @@ class Row:
     @property
     def plain(self) -> bool:
         """Ordinary LoRA or adapters, which share nothing between layers."""
-        config = self.config()
-        return isinstance(config, pk.RoutingConfig) and config.function == "none"
+        return isinstance(self.config(), pk.RoutingConfig) and not self.around
 
     def given(
         self,
@@ -246,15 +245,31 @@ ROWS = (
 )  # fmt: skip
 
 
-def every(check: str, *, long: bool = False) -> pytest.MarkDecorator:
-    """Parametrises a test over the rows; where the check does not apply, its reason is shown."""
+def every(check: str, *, quick: Callable[[Row], bool] = lambda row: True) -> pytest.MarkDecorator:
+    """Parametrises a test over the rows. Where the check does not apply, its reason is shown; where
+    it is not `quick`, it is marked slow."""
     rows = []
     for row in ROWS:
         why = row.without.get(check)
         marks = [pytest.mark.skip(reason=f"{row.name}: {why}")] if why else []
-        marks += [pytest.mark.slow] if long and row.like else []
+        marks += [] if quick(row) else [pytest.mark.slow]
         rows.append(pytest.param(row, id=row.name, marks=marks))
     return pytest.mark.parametrize("row", rows)
+
+
+def own(row: Row) -> bool:
+    """A row whose mechanism no other stands for."""
+    return not row.like
+
+
+def first(row: Row) -> bool:
+    """The first row of its method, kind and what stands around a call."""
+
+    def what(row: Row) -> tuple[Any, ...]:
+        config = row.config()
+        return type(config), getattr(config, "kind", ""), row.around, bool(config.modules_to_save)
+
+    return row.name == next(r.name for r in ROWS if what(r) == what(row))
 
 
 @functools.cache
@@ -329,8 +344,7 @@ def step(row: Row, model: nn.Module, attachment: Any, given: Given) -> Values:
 def output(row: Row, model: nn.Module, attachment: Any = None, seed: int = 0) -> Tensor:
     """In evaluation; of a base where there is no attachment."""
     given = row.given(seed, dtype=next(model.parameters()).dtype)
-    block = around(attachment, given) if attachment else contextlib.nullcontext()
-    with block:
+    with around(attachment, given) if attachment else contextlib.nullcontext():
         return read(model.eval(), given.batch)[0]
 
 
@@ -373,8 +387,8 @@ class Paths:
 def paths(row: Row) -> Paths:
     """From the report of an attachment."""
     base = dict(_base(row.family).named_modules())
-    _, attachment = attached(row)
-    places = dict.fromkeys(r.module for r in attachment.report().rows if r.module in base)
+    reported = attached(row)[1].report().rows
+    places = dict.fromkeys(r.module for r in reported if r.module in base)
     inside = [m[1] for m in (re.match(r"(.*?\.\d+)\.", path) for path in places) if m]
     layers = dict.fromkeys(inside)
     stacks = dict.fromkeys(layer.rsplit(".", 2)[0] for layer in layers)

@@ -20,13 +20,14 @@ ROOT = Path(__file__).resolve().parents[2]
 RANKS, LIMIT = 2, 120.0  # seconds
 
 
-def run(folder: Path) -> dict[str, list[str]]:
-    """What went wrong, by the row's name."""
+def run(folder: Path, names: list[str]) -> dict[str, list[str]]:
+    """What went wrong with these rows, by name."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "tests.hf.methods_parallel", str(folder)]
     processes = [
-        subprocess.Popen([*command, str(rank)], cwd=ROOT, env=environment) for rank in range(RANKS)
+        subprocess.Popen([*command, str(rank), *names], cwd=ROOT, env=environment)
+        for rank in range(RANKS)
     ]
     try:
         codes = [process.wait(LIMIT) for process in processes]
@@ -64,7 +65,7 @@ def _faults(row: Row, rank: int) -> list[str]:
     return differences({name: got[name] for name in want}, want)
 
 
-def main(folder: Path, rank: int) -> None:
+def main(folder: Path, rank: int, names: list[str]) -> None:
     """One of the processes."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), RANKS)
@@ -72,7 +73,7 @@ def main(folder: Path, rank: int) -> None:
         "gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=LIMIT / 2)
     )
     found = {}
-    for row in ROWS:
+    for row in (row for row in ROWS if row.name in names):
         try:
             found[row.name] = _faults(row, rank)
         except Exception:
@@ -82,4 +83,4 @@ def main(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

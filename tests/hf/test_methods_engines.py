@@ -6,13 +6,12 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter
 
 from tests.hf import methods_parallel
 from tests.hf.methods import (
@@ -25,7 +24,9 @@ from tests.hf.methods import (
     clear,
     differences,
     every,
+    first,
     fresh,
+    own,
     paths,
     read,
     step,
@@ -92,7 +93,7 @@ def _checkpointed(row: Row, reentrant: bool) -> tuple[nn.Module, Any]:
     return model, attachment
 
 
-@every("checkpointing")
+@every("checkpointing", quick=own)
 @pytest.mark.parametrize("reentrant", [False, True], ids=["nonreentrant", "reentrant"])
 def test_gradients_are_those_without_checkpointing(row: Row, reentrant: bool) -> None:
     """Whatever happens between the forward and its backward."""
@@ -109,10 +110,10 @@ def test_gradients_are_those_without_checkpointing(row: Row, reentrant: bool) ->
         if faults:
             wrong[meanwhile] = faults[:3]
             model, attachment = _checkpointed(row, reentrant)
-    assert wrong == {}
+    assert wrong == {}, wrong
 
 
-@every("checkpointing")
+@every("checkpointing", quick=own)
 @pytest.mark.parametrize("reentrant", [False, True], ids=["nonreentrant", "reentrant"])
 def test_a_disabled_forward_is_recomputed_disabled(row: Row, reentrant: bool) -> None:
     given = row.given(leaves="inputs")
@@ -123,7 +124,8 @@ def test_a_disabled_forward_is_recomputed_disabled(row: Row, reentrant: bool) ->
     with attachment.disabled():
         _, loss = read(model.train(), given.batch)
     loss.backward()
-    assert differences({n: leaf.grad for n, leaf in given.leaves().items()}, want, EXACT) == []
+    faults = differences({n: leaf.grad for n, leaf in given.leaves().items()}, want, EXACT)
+    assert faults == [], faults
     moved = [n for n, p in attachment.named_parameters() if p.grad is not None and p.grad.any()]
     assert moved == []
 
@@ -143,7 +145,7 @@ def _compile(model: nn.Module, names: tuple[str, ...]) -> None:
         model.get_submodule(name).compile(fullgraph=True, backend="aot_eager")
 
 
-@every("compile", long=True)
+@every("compile", quick=first)
 @pytest.mark.usefixtures("_dynamo")
 def test_a_compiled_layer(row: Row) -> None:
     want = step(row, *attached(row), row.given(leaves="all"))
@@ -179,16 +181,16 @@ def test_a_compiled_plain_stack_is_checkpointed(row: Row) -> None:
 
 @PLAIN
 @pytest.mark.usefixtures("_dynamo")
-def test_a_plain_stack_has_no_graph_for_each_length(row: Row) -> None:
+def test_a_plain_layer_has_no_graph_for_each_length(row: Row) -> None:
     counts = []
     for adapted in (False, True):
         model = fresh(row)
         if adapted:
             attached(row, model=model)
-        counter = CompileCounterWithBackend("aot_eager")
-        for name in paths(row).stacks:
+        counter = CompileCounter()
+        for name in paths(row).layers[:1]:
             model.get_submodule(name).compile(fullgraph=True, backend=counter)
-        for length in (4, 5, 6, 7, 8, 9):
+        for length in (5, 6, 7, 8, 9):
             read(model.train(), row.given(length=length).batch)
         counts.append(counter.frame_count)
         torch._dynamo.reset()
@@ -199,11 +201,18 @@ def test_a_plain_stack_has_no_graph_for_each_length(row: Row) -> None:
 
 
 @pytest.fixture(scope="module")
-def parallel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What went wrong in two processes, by row."""
-    return methods_parallel.run(Path(tmp_path_factory.mktemp("parallel")))
+def parallel(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[str]]:
+    """What went wrong in two processes, by row; of the rows that are asked for."""
+    names = [
+        item.callspec.params["row"].name  # type: ignore[attr-defined]
+        for item in request.session.items
+        if "parallel" in getattr(item, "fixturenames", ())
+    ]
+    return methods_parallel.run(tmp_path_factory.mktemp("parallel"), names)
 
 
-@every("parallel")
+@every("parallel", quick=own)
 def test_gradients_are_averaged_over_processes(row: Row, parallel: dict[str, list[str]]) -> None:
     assert parallel[row.name] == []

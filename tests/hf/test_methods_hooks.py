@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from tests.hf.methods import Row, Values, attached, differences, every, fresh, paths, read, step
+from tests.hf.methods import (
+    Row,
+    Values,
+    attached,
+    differences,
+    every,
+    fresh,
+    own,
+    paths,
+    read,
+    step,
+)
 
 Shapes = dict[str, list[tuple[int, ...]]]
 
@@ -82,7 +93,7 @@ def _unhooked(row: Row) -> Values:
     return step(row, *attached(row), row.given(leaves="all"))
 
 
-@every("hooks", long=True)
+@every("hooks", quick=own)
 @pytest.mark.parametrize("first", [True, False], ids=["before_attach", "after_attach"])
 @pytest.mark.parametrize("kind", ["places", "layers", "norms"])
 def test_hooks_see_and_change_what_they_did(row: Row, kind: str, first: bool) -> None:
@@ -94,7 +105,7 @@ def test_hooks_see_and_change_what_they_did(row: Row, kind: str, first: bool) ->
     assert differences(got, _unhooked(row), 1e-6) != []
 
 
-@every("hooks", long=True)
+@every("hooks", quick=own)
 def test_hooks_that_only_look_change_nothing(row: Row) -> None:
     found = paths(row)
     model, attachment = attached(row)

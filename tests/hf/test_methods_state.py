@@ -26,6 +26,7 @@ from tests.hf.methods import (
     every,
     fresh,
     output,
+    own,
     plain,
     read,
     step,
@@ -33,11 +34,6 @@ from tests.hf.methods import (
 )
 
 THREADS, CALLS, REQUESTS = 4, 96, 8
-
-
-def bits(got: Tensor, want: Tensor) -> bool:
-    """Equal bits; the name of what went wrong is the caller's."""
-    return torch.equal(got, want)
 
 
 # -- disabled() -----------------------------------------------------------------------------------
@@ -48,17 +44,17 @@ def test_disabled_is_the_base_bit_for_bit(row: Row) -> None:
     model, attachment = attached(row)
     want, base = output(row, model, attachment), plain(row)
     with attachment.disabled():
-        assert bits(output(row, model), base)
+        assert torch.equal(output(row, model), base)
         with attachment.disabled():
-            assert bits(output(row, model), base)
-        assert bits(output(row, model), base)
+            assert torch.equal(output(row, model), base)
+        assert torch.equal(output(row, model), base)
         given = row.given()
         with around(attachment, given):  # which says nothing to a base
-            assert bits(output(row, model), base)
-    assert bits(output(row, model, attachment), want)
+            assert torch.equal(output(row, model), base)
+    assert torch.equal(output(row, model, attachment), want)
     with pytest.raises(KeyError), attachment.disabled():
         raise KeyError
-    assert bits(output(row, model, attachment), want)
+    assert torch.equal(output(row, model, attachment), want)
 
 
 @every("disabled")
@@ -87,17 +83,18 @@ def test_blocks_that_interleave(row: Row) -> None:
     first, second = attachment.disabled(), attachment.disabled()
     first.__enter__()
     second.__enter__()
-    assert bits(output(row, model), base)
+    assert torch.equal(output(row, model), base)
     first.__exit__(None, None, None)
-    assert bits(output(row, model), base)
+    assert torch.equal(output(row, model), base)
     second.__exit__(None, None, None)
-    assert bits(output(row, model, attachment), want)
+    assert torch.equal(output(row, model, attachment), want)
 
 
 @every("around")
 def test_what_stands_around_a_call_nests_and_interleaves(row: Row) -> None:
     if not row.around:
-        return _needs_nothing(row)
+        _refuses_what_it_would_not_read(row)
+        return
     model, attachment = attached(row)
     here, there = row.given(0), row.given(2)
     there.batch = here.batch
@@ -115,16 +112,16 @@ def test_what_stands_around_a_call_nests_and_interleaves(row: Row) -> None:
     assert not torch.allclose(*wants)
     with around(attachment, here):
         with around(attachment, there):
-            assert bits(now(), wants[1])
-        assert bits(now(), wants[0])
+            assert torch.equal(now(), wants[1])
+        assert torch.equal(now(), wants[0])
         with attachment.disabled():
-            assert bits(now(), plain(row))
-        assert bits(now(), wants[0])
+            assert torch.equal(now(), plain(row))
+        assert torch.equal(now(), wants[0])
     first, second = around(attachment, here), around(attachment, there)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert bits(now(), wants[1])
+    assert torch.equal(now(), wants[1])
     second.__exit__(None, None, None)
     if row.around == "context":
         assert not torch.allclose(now(), wants[0])
@@ -133,8 +130,7 @@ def test_what_stands_around_a_call_nests_and_interleaves(row: Row) -> None:
             now()
 
 
-def _needs_nothing(row: Row) -> None:
-    """Such a row refuses what it would not read."""
+def _refuses_what_it_would_not_read(row: Row) -> None:
     _, attachment = attached(row)
     domain = torch.zeros(2, dtype=torch.long)
     with pytest.raises((ValueError, AttributeError)), attachment.domains(domain):
@@ -171,7 +167,7 @@ def _request(row: Row, model: nn.Module, attachment: Any, seed: int) -> Tensor:
         return read(model, given.batch)[0]
 
 
-@every("threads", long=True)
+@every("threads", quick=own)
 @pytest.mark.usefixtures("_switching")
 def test_threads_read_their_own_state(row: Row) -> None:
     model, attachment = attached(row)
@@ -180,12 +176,12 @@ def test_threads_read_their_own_state(row: Row) -> None:
         calls = [pool.submit(_request, row, model, attachment, i % REQUESTS) for i in range(CALLS)]
         errors = [call.exception() for call in calls]
     assert [e for e in errors if e] == []
-    wrong = sum(not bits(call.result(), wants[i % REQUESTS]) for i, call in enumerate(calls))
+    wrong = sum(not torch.equal(call.result(), wants[i % REQUESTS]) for i, call in enumerate(calls))
     assert wrong == 0, f"{wrong} wrong of {CALLS}"
-    assert bits(output(row, model, attachment), wants[0]), "left so for good"
+    assert torch.equal(output(row, model, attachment), wants[0]), "left so for good"
 
 
-@every("threads", long=True)
+@every("threads", quick=own)
 def test_tasks_read_their_own_state(row: Row) -> None:
     """asyncio lets blocks of several tasks interleave in one thread."""
     model, attachment = attached(row)
@@ -207,12 +203,12 @@ def test_tasks_read_their_own_state(row: Row) -> None:
         return await asyncio.gather(*(request(seed) for seed in range(REQUESTS)))
 
     got = asyncio.run(gather())
-    wrong = sum(not bits(a, b) for a, b in zip(got, wants, strict=True))
+    wrong = sum(not torch.equal(a, b) for a, b in zip(got, wants, strict=True))
     assert wrong == 0, f"{wrong} wrong of {REQUESTS}"
-    assert bits(output(row, model, attachment), wants[0]), "left so for good"
+    assert torch.equal(output(row, model, attachment), wants[0]), "left so for good"
 
 
-# -- a reference between a forward and its backward -------------------------------------------------
+# -- a reference between a forward and its backward -----------------------------------------------
 
 
 @every("reference")
@@ -240,7 +236,7 @@ def test_a_reference_forward_between_forward_and_backward(row: Row) -> None:
 # -- the handle's methods inside disabled() --------------------------------------------------------
 
 
-@every("inside", long=True)
+@every("inside", quick=own)
 def test_save_inside_disabled_writes_what_was_trained(row: Row, tmp_path: Path) -> None:
     model, attachment = attached(row)
     model.float()
@@ -248,10 +244,10 @@ def test_save_inside_disabled_writes_what_was_trained(row: Row, tmp_path: Path) 
         attachment.save(tmp_path / "a")
     other = fresh(row).float()
     loaded = pk.attach(other, tmp_path / "a")
-    assert bits(output(row, other, loaded), output(row, model, attachment))
+    assert torch.equal(output(row, other, loaded), output(row, model, attachment))
 
 
-@every("inside", long=True)
+@every("inside", quick=own)
 def test_load_inside_disabled_stays(row: Row, tmp_path: Path) -> None:
     model, attachment = attached(row)
     want = output(row, model, attachment)
@@ -264,11 +260,11 @@ def test_load_inside_disabled_stays(row: Row, tmp_path: Path) -> None:
         methods.train(attachment, seed=4)
         with attachment.disabled():
             load()
-            assert bits(output(row, model), plain(row))
-        assert bits(output(row, model, attachment), want)
+            assert torch.equal(output(row, model), plain(row))
+        assert torch.equal(output(row, model, attachment), want)
 
 
-@every("inside", long=True)
+@every("inside", quick=own)
 def test_merge_inside_disabled_merges(row: Row) -> None:
     model, attachment = attached(row)
     want = output(row, model, attachment)
@@ -278,15 +274,15 @@ def test_merge_inside_disabled_merges(row: Row) -> None:
         else:
             with pytest.raises(ValueError, match=r"merge: route .* depends on the vision"):
                 attachment.merge()
-        assert bits(output(row, model), plain(row))
+        assert torch.equal(output(row, model), plain(row))
     torch.testing.assert_close(output(row, model, attachment), want, rtol=1e-9, atol=1e-9)
     if row.folds:
         attachment.unmerge()
-    assert bits(output(row, model, attachment), want)
+    assert torch.equal(output(row, model, attachment), want)
     assert step(row, model, attachment, row.given())["loss"] is not None
 
 
-@every("inside", long=True)
+@every("inside", quick=own)
 def test_unmerge_inside_disabled_unmerges(row: Row) -> None:
     model, attachment = attached(row)
     want = output(row, model, attachment)
@@ -297,18 +293,18 @@ def test_unmerge_inside_disabled_unmerges(row: Row) -> None:
     attachment.merge()
     with attachment.disabled():
         attachment.unmerge()
-        assert bits(output(row, model), plain(row))
-    assert bits(output(row, model, attachment), want)
+        assert torch.equal(output(row, model), plain(row))
+    assert torch.equal(output(row, model, attachment), want)
 
 
-@every("inside", long=True)
+@every("inside", quick=own)
 def test_detach_inside_disabled_gives_the_base(row: Row) -> None:
     model, attachment = attached(row)
     wanted = {n: p.requires_grad for n, p in fresh(row).named_parameters()}
     with attachment.disabled():
         assert attachment.detach() is model
-        assert bits(output(row, model), plain(row))
-    assert bits(output(row, model), plain(row))
+        assert torch.equal(output(row, model), plain(row))
+    assert torch.equal(output(row, model), plain(row))
     assert {n: p.requires_grad for n, p in model.named_parameters()} == wanted
     again = pk.attach(model, row.config())
     model.to(torch.float64)
