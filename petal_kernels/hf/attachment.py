@@ -34,7 +34,7 @@ from petal_kernels.hf.parts import (
 from petal_kernels.hf.report import Report, make_report
 from petal_kernels.hf.routing import Routed
 from petal_kernels.hf.walk import parent_of
-from petal_kernels.hf.whole import Copies
+from petal_kernels.hf.whole import Copies, offloaded
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.frozen_linear import FrozenLinear
 
@@ -172,8 +172,14 @@ class Attachment(Blocks, Routed):
 
     def state_dict(self) -> dict[str, Tensor]:
         """All stored tensors, shared ones once; the very storages, not copies."""
-        state = self.adapter.state_dict(prefix=_ALL)
-        return {self._stored(name.removeprefix(_ALL)): value for name, value in state.items()}
+        state = {
+            name.removeprefix(_ALL): value
+            for name, value in self.adapter.state_dict(prefix=_ALL).items()
+        }
+        for name, value in state.items():
+            if value.is_meta:
+                state[name] = offloaded(value, *parent_of(self.adapter, name))
+        return {self._stored(name): value for name, value in state.items()}
 
     def _stored(self, name: str) -> str:
         """A tensor's name in files, from that in the adapter."""

@@ -69,16 +69,16 @@ class Copies(nn.Module):
 def _trained(parameter: nn.Parameter, module: nn.Module) -> nn.Parameter:
     value = parameter.detach()
     if value.is_meta and device_of(module).type != "meta":
-        value = _offloaded(parameter, module)
+        (name,) = (n for n, p in module._parameters.items() if p is parameter)
+        value = offloaded(value, module, name)
     dtype = torch.float32 if value.dtype == torch.float16 else value.dtype
     return nn.Parameter(value.to(device_of(module), dtype, copy=True))
 
 
-def _offloaded(parameter: nn.Parameter, module: nn.Module) -> Tensor:
-    """The value of a parameter that accelerate keeps elsewhere."""
-    (name,) = (n for n, p in module._parameters.items() if p is parameter)
-    value: Tensor = module._hf_hook.weights_map[name]  # type: ignore[union-attr, index]
-    return value
+def offloaded(empty: Tensor, module: nn.Module, name: str) -> Tensor:
+    """The value of a parameter that accelerate keeps elsewhere; as it is where nobody does."""
+    values: Any = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    return empty if values is None or name not in values else values[name]
 
 
 class CopyPart(Part):

@@ -360,6 +360,7 @@ class ExpertLoRALinear(LowRankExperts):
     base    anything called like a linear, with `in_features` and `out_features` (or Conv1D's
             `nx`, `nf`); a child unless `own_base` is False
     alpha   the update is scaled by alpha / r (default alpha = r)
+    device  of the update; that of the base by default
     """
 
     base: nn.Module
@@ -377,6 +378,7 @@ class ExpertLoRALinear(LowRankExperts):
         shared_down: bool = False,
         alpha: float | None = None,
         own_base: bool = True,
+        device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         in_features, out_features = linear_features(check_module("base", base))
@@ -394,7 +396,7 @@ class ExpertLoRALinear(LowRankExperts):
             router_noise=router_noise,
             shared_down=shared_down,
             bias=False,
-            device=next((p.device for p in base.parameters()), None),
+            device=next((p.device for p in base.parameters()), None) if device is None else device,
             dtype=dtype,
         )
         if own_base:

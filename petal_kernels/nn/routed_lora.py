@@ -42,6 +42,7 @@ class RoutedLoRALinear(nn.Module):
     targets   which of `parts` equal ranges of the outputs get an update
     alpha     the update is scaled by alpha / r (default alpha = r)
     dropout   on x and, independently, on the vision features
+    device    of the update; that of the base by default
 
     A is kaiming-uniform(a=sqrt 5), B zero: the update is zero at step 0.
     """
@@ -61,6 +62,7 @@ class RoutedLoRALinear(nn.Module):
         dropout: float = 0.0,
         variant: str = "paper",
         own_base: bool = True,
+        device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -69,7 +71,7 @@ class RoutedLoRALinear(nn.Module):
         check_choice("variant", variant, ("paper", "release"))
         philox.check_probability(dropout)
         checks.check_bool("own_base", own_base)
-        check_storage(None, dtype)
+        check_storage(device, dtype)
         self.in_features, self.out_features = linear_features(check_module("base", base))
         self.r, self.parts = check_size("r", r), check_size("parts", parts)
         if self.out_features % parts:
@@ -92,7 +94,7 @@ class RoutedLoRALinear(nn.Module):
             self.base = base
         else:
             self.__dict__["base"] = base
-        device = next((p.device for p in base.parameters()), None)
+        device = next((p.device for p in base.parameters()), None) if device is None else device
         kind = {"device": device, "dtype": dtype}
         n, width = len(self.targets), self.out_features // parts
         self.down = nn.Parameter(torch.empty(n * r, self.in_features, **kind))  # type: ignore[arg-type]
@@ -127,9 +129,12 @@ class RoutedLoRALinear(nn.Module):
         with autocast_off(x):
             return F.linear(x, self.down.to(device=x.device, dtype=dtype))
 
-    def forward(self, x: Tensor, vision: Tensor | None = None) -> Tensor:
-        """base(x) with the targets updated; `vision` from `project`, [B, L, D] x with a route."""
-        return self.adapted(self.base, x, vision)
+    def forward(
+        self, x: Tensor, vision: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """base(x) with the targets updated; `vision` from `project`, [B, L, D] x with a route;
+        `bias` [out_features] in place of the base's own."""
+        return self.adapted(self.base, x, vision, bias)
 
     def adapted(
         self,

@@ -15,6 +15,7 @@ from petal_kernels.hf.methods.insertion import InsertionMethod, block_rows, lora
 from petal_kernels.hf.models import Block, Linear, Stack
 from petal_kernels.hf.parts import LayerPart, Part, Run, running_call
 from petal_kernels.hf.report import Row
+from petal_kernels.hf.walk import device_of
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.experts import ExpertAdapter, ExpertLoRALinear, LowRankExperts
 from petal_kernels.nn.published import published_experts
@@ -43,7 +44,13 @@ class Experts(InsertionMethod):
         kind: dict[str, Any] = {name: getattr(config, name) for name in names}
         if isinstance(place.row, Linear):
             return ExpertLoRALinear(
-                place.module, config.experts, config.r, alpha=config.alpha, own_base=False, **kind
+                place.module,
+                config.experts,
+                config.r,
+                alpha=config.alpha,
+                own_base=False,
+                device=device_of(place.module),
+                **kind,
             )
         return ExpertAdapter(
             self.features,
@@ -117,10 +124,8 @@ class Mixture:
         if self.layer.method.published:
             y = x if base is None else base(x)
             out, routing = published_experts(experts, x, y, keep=1.0, mix=experts.scale, **served)
-        elif base is None:
-            out, routing = experts(x, **served)
         else:
-            out, routing = experts.adapted(base, x, **served)
+            out, routing = experts(x, **served)
         # A recompute, or a layer outside its stack, tells nothing of a forward.
         if running_call(self.layer.method, self.layer.stack) is call:
             self.layer.method.routings[self.path] = routing

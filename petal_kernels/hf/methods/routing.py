@@ -15,7 +15,7 @@ from petal_kernels.hf.method import Hand
 from petal_kernels.hf.methods.insertion import BlocksMethod, block_rows, lora_rows, vision_of
 from petal_kernels.hf.models import Block, Linear, Stack
 from petal_kernels.hf.parts import LayerPart
-from petal_kernels.hf.walk import is_norm
+from petal_kernels.hf.walk import device_of, is_norm
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.gated_adapter import GatedAdapter
 from petal_kernels.nn.published import published_lora
@@ -65,6 +65,7 @@ class Routing(BlocksMethod):
                 dropout=config.dropout,
                 variant=config.variant,
                 own_base=False,
+                device=device_of(place.module),
                 dtype=config.dtype,
             )
         return GatedAdapter(
@@ -162,7 +163,7 @@ class RoutedLinear(AdaptedLinear):
         holder: nn.Module | None = self.__dict__["bias_of"]
         bias = None if holder is None else holder._parameters["bias"]
         projected = None if vision is None else lora.project(vision)
-        out: Tensor = lora.adapted(self.base, x, projected, bias)
+        out: Tensor = lora(x, projected, bias)
         return out
 
     def with_merged(self, x: Tensor) -> Tensor:
