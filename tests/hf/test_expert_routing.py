@@ -171,7 +171,7 @@ def test_auxiliary_loss(family: str, config: AdapterConfig) -> None:
         torch.testing.assert_close(auxiliary, want)
         (0.0 * loss + auxiliary).backward()
         routers = {n: p.grad for n, p in attachment.named_parameters() if n.endswith("router")}
-        assert len(routers) == len(attachment._experts())
+        assert len(routers) == len(attachment.method.experts())
         assert all(bool(g.any()) for g in routers.values())
         return auxiliary.detach(), routers
 
@@ -209,7 +209,7 @@ def test_routings_end_with_the_next_forward() -> None:
     model, attachment = attached("bart", lora())
     model(**batch("bart"))
     first = attachment.routing()
-    assert set(first) == set(attachment._experts())
+    assert set(first) == set(attachment.method.experts())
     encoder: Any = model.model.encoder  # type: ignore[union-attr]
     encoder(batch("bart")["input_ids"])
     now = attachment.routing()

@@ -121,7 +121,7 @@ def test_life(family: str, config: AdapterConfig, tmp_path: Path) -> None:
 
     report = attachment.merge()
     torch.testing.assert_close(logits(model, attachment, family), trained)
-    places = set(attachment._experts())
+    places = set(attachment.method.experts())
     if isinstance(config, pk.ExpertConfig):
         folds = config.gate == "mean" and config.kind == "lora" and family != "gpt2"
         assert set(report.folded if folds else report.kept) == places

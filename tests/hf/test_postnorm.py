@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import petal_kernels as pk
 from petal_kernels._runtime import philox
 from petal_kernels.hf.config import AdapterConfig
+from petal_kernels.hf.methods.insertion import AfterBlock
 from tests.hf import tiny, tiny_text
 
 CONFIGS = {
@@ -37,7 +38,7 @@ def attached(config: AdapterConfig) -> tuple[Any, Any]:
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The modules whose output is adapted."""
-    return [m for m in model.modules() if "_petal_insert" in m.__dict__]
+    return [m for m in model.modules() if isinstance(m.__dict__.get("_petal"), AfterBlock)]
 
 
 def step(model: Any, attachment: Any, batches: int = 1) -> list[Tensor]:

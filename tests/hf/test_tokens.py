@@ -346,5 +346,5 @@ def test_arguments_by_name() -> None:
         def forward(self, hidden: Tensor, mask: Tensor | None = None, **more: Any) -> Tensor:
             return hidden
 
-    assert named(Stack(), (1, 2), {"other": 3}) == {"hidden": 1, "mask": 2, "other": 3}
-    assert named(Stack(), (), {"mask": 2}) == {"mask": 2}
+    assert named(Stack, (1, 2), {"other": 3}) == {"hidden": 1, "mask": 2, "other": 3}
+    assert named(Stack, (), {"mask": 2}) == {"mask": 2}

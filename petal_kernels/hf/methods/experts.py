@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from petal_kernels.hf.config import ExpertConfig
 from petal_kernels.hf.found import Place
 from petal_kernels.hf.method import Hand
-from petal_kernels.hf.methods.insertion import InsertionMethod, block_rows, lora_rows
+from petal_kernels.hf.methods.insertion import (
+    InsertionMethod,
+    block_rows,
+    check_whole,
+    lora_rows,
+)
 from petal_kernels.hf.models import Block, Linear, Stack
 from petal_kernels.hf.parts import LayerPart, Part, Run, running_call
 from petal_kernels.hf.report import Row
@@ -65,6 +70,7 @@ class Experts(InsertionMethod):
     def install_place(self, place: Place, layer: LayerPart, hand: Hand) -> None:
         mixture = Mixture(layer, place, self.name_of(place))
         if isinstance(place.row, Block):
+            check_whole(place)
             hand.take(place.module, ExpertBlock(mixture))
         else:
             hand.wrap(place, ExpertLinear(place.module, mixture))

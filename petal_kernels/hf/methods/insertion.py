@@ -309,13 +309,7 @@ class BlocksMethod(InsertionMethod):
     def install_place(self, place: Place, layer: LayerPart, hand: Hand) -> None:
         row = place.row
         assert isinstance(row, Block)
-        module: Any = place.layer.module
-        chunk = getattr(module, "chunk_size_feed_forward", None)
-        if row.part != "all" and chunk:
-            raise ValueError(
-                f"{place.layer.path}: want chunk_size_feed_forward = 0, since {place.role!r} must "
-                f"see its tokens at once, got {chunk}"
-            )
+        check_whole(place)
         raw = self.config.variant == "release" and row.raw
         reads = place.layer.child(row.raw if raw else row.reads)
         norm = place.layer.child(row.norm) if row.norm and not self.published else None
@@ -326,6 +320,16 @@ class BlocksMethod(InsertionMethod):
             hand.take(reads, Reads(block))
         if norm is not None:
             hand.take(norm, PostNorm(block))
+
+
+def check_whole(place: Place) -> None:
+    """ValueError where a block runs its tokens in pieces and must not."""
+    chunk: Any = getattr(place.layer.module, "chunk_size_feed_forward", None)
+    if place.row.part != "all" and chunk:
+        raise ValueError(
+            f"{place.layer.path}: want chunk_size_feed_forward = 0, since {place.role!r} must see "
+            f"its tokens at once, got {chunk}"
+        )
 
 
 def role_of(stack: Stack, row: Any) -> str:
