@@ -263,13 +263,9 @@ def own(row: Row) -> bool:
 
 
 def first(row: Row) -> bool:
-    """The first row of its method, kind and what stands around a call."""
-
-    def what(row: Row) -> tuple[Any, ...]:
-        config = row.config()
-        return type(config), getattr(config, "kind", ""), row.around, bool(config.modules_to_save)
-
-    return row.name == next(r.name for r in ROWS if what(r) == what(row))
+    """The first row of its method and of what stands around a call."""
+    alike = (r for r in ROWS if r.around == row.around and type(r.config()) is type(row.config()))
+    return row is next(alike)
 
 
 @functools.cache

@@ -14,7 +14,18 @@ from torch.utils._pytree import tree_map_only
 import petal_kernels as pk
 from petal_kernels._runtime import philox
 from tests.hf import methods
-from tests.hf.methods import ROWS, Row, attached, differences, every, fresh, output, plain, step
+from tests.hf.methods import (
+    ROWS,
+    Row,
+    attached,
+    differences,
+    every,
+    fresh,
+    output,
+    own,
+    plain,
+    step,
+)
 
 P = 0.5
 REFUSED = "this model has|want a model whose|want 'none' for a"
@@ -87,7 +98,7 @@ def test_dropout_stands_where_the_published_form_has_it(
     assert not dropped or not torch.allclose(got["out"], dry, atol=1e-3)  # type: ignore[arg-type]
 
 
-@every("dropout")
+@every("dropout", quick=own)
 def test_masks_follow_the_seed(row: Row) -> None:
     drops = []
     for form in ("fused", "published"):
@@ -212,6 +223,8 @@ def test_merge_changes_no_output_and_unmerge_no_bit(row: Row) -> None:
         report = attachment.merge()
         whole = [r.module for r in attachment.report().rows if r.role == "modules_to_save"]
         assert [path for path in whole if path not in report.kept] == []
+        names = ("modules_to_save", "train_norms", "train_bias")
+        assert bool(whole) == any(getattr(attachment.config, name, None) for name in names)
         assert report.folded or report.kept
         assert str(report)
         torch.testing.assert_close(output(row, model, attachment), want, rtol=1e-9, atol=1e-9)
