@@ -68,7 +68,7 @@ class Experts(InsertionMethod):
         )
 
     def install_place(self, place: Place, layer: LayerPart, hand: Hand) -> None:
-        mixture = Mixture(layer, place, self.name_of(place))
+        mixture = Mixture(layer, place, self.trains(place))
         if isinstance(place.row, Block):
             check_whole(place)
             hand.take(place.module, ExpertBlock(mixture))
@@ -101,17 +101,12 @@ class Experts(InsertionMethod):
 
 
 class Mixture:
-    """One place's experts, found by name so that a copied model finds its own."""
+    """One place's experts, and what they need to know of the tokens."""
 
-    def __init__(self, layer: LayerPart, place: Place, name: str) -> None:
-        self.layer, self.role, self.path, self.name = layer, place.role, place.path, name
+    def __init__(self, layer: LayerPart, place: Place, experts: Any) -> None:
+        self.layer, self.role, self.path, self.experts = layer, place.role, place.path, experts
         self.encoded = isinstance(place.row, Linear) and place.row.encoded
         self.part = place.row.part
-
-    @property
-    def experts(self) -> Any:
-        method: Any = self.layer.method
-        return method.adapter.place(self.layer.index, self.name)
 
     def serve(self, x: Tensor, base: Any) -> Tensor:
         """x (or, of a linear, base(x)) with what the experts add, and the routing kept."""
@@ -131,7 +126,7 @@ class Mixture:
             y = x if base is None else base(x)
             out, routing = published_experts(experts, x, y, keep=1.0, mix=experts.scale, **served)
         else:
-            out, routing = experts(x, **served)
+            out, routing = experts.forward(x, **served)  # an engine may have put its own there
         # A recompute, or a layer outside its stack, tells nothing of a forward.
         if running_call(self.layer.method, self.layer.stack) is call:
             self.layer.method.routings[self.path] = routing

@@ -149,21 +149,17 @@ class AfterBlock(Part):
     """An adapter on a block's output, as others' hooks leave it."""
 
     def __init__(
-        self, layer: LayerPart, place: Place, name: str, reads: nn.Module, norm: nn.Module | None
+        self,
+        layer: LayerPart,
+        place: Place,
+        adapter: GatedAdapter,
+        reads: nn.Module,
+        norm: nn.Module | None,
     ) -> None:
-        self.layer, self.role, self.name = layer, place.role, name
+        self.layer, self.role, self.adapter = layer, place.role, adapter
         self.layer_module, self.reads, self.norm = place.layer.module, reads, norm
-
-    @property
-    def adapter(self) -> GatedAdapter:
-        method: Any = self.layer.method
-        adapter: GatedAdapter = method.adapter.place(self.layer.index, self.name)
-        return adapter
-
-    @property
-    def reads_input(self) -> bool:
-        """Whether something needs X, the block's input."""
-        return self.norm is not None or self.adapter.gate in ("large", "middleX", "small")
+        # Whether something needs X, the block's input.
+        self.reads_input = norm is not None or adapter.gate in ("large", "middleX", "small")
 
     def forward(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
         if module is self.reads:
@@ -322,7 +318,8 @@ class BlocksMethod(InsertionMethod):
         raw = self.config.variant == "release" and row.raw
         reads = place.layer.child(row.raw if raw else row.reads)
         norm = place.layer.child(row.norm) if row.norm and not self.published else None
-        block = AfterBlock(layer, place, self.name_of(place), reads, norm)
+        adapter: Any = self.trains(place)
+        block = AfterBlock(layer, place, adapter, reads, norm)
         self.parts[place.path] = block
         hand.take(place.module, block)
         if reads is not place.module and block.reads_input:

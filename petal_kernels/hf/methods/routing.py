@@ -101,8 +101,9 @@ class Routing(BlocksMethod):
         if isinstance(place.row, Block):
             super().install_place(place, layer, hand)
         else:
-            name, bias = self.name_of(place), self.biases.get(place.path)
-            hand.wrap(place, RoutedLinear(place.module, layer, place.role, name, bias))
+            lora: Any = self.trains(place)
+            bias = self.biases.get(place.path)
+            hand.wrap(place, RoutedLinear(place.module, layer, place.role, lora, bias))
 
     def why_not_reentrant(self, call: Call) -> str:
         if call.given.vision is None or not call.given.vision.requires_grad:
@@ -144,16 +145,24 @@ class RoutedLinear(AdaptedLinear):
     """A linear with a routed low-rank update."""
 
     def __init__(
-        self, base: nn.Module, layer: LayerPart, role: str, name: str, bias: nn.Module | None
+        self,
+        base: nn.Module,
+        layer: LayerPart,
+        role: str,
+        lora: RoutedLoRALinear,
+        bias: nn.Module | None,
     ) -> None:
         super().__init__(base, layer)
-        self.role, self.name = role, name
+        self.role = role
+        # References, not children: both are registered at the model's root.
+        self.__dict__["lora"] = lora
         self.__dict__["bias_of"] = bias  # holds the trained bias
 
     def adapted(self, x: Tensor) -> Tensor:
         route = self.used().route
-        vision = None if route == "none" else vision_of(self.layer.call_now(), route, self.role)
-        return self.update(x, vision)
+        if route == "none":
+            return self.update(x, None)
+        return self.update(x, vision_of(self.layer.call_now(), route, self.role))
 
     def update(self, x: Tensor, vision: Tensor | None) -> Tensor:
         """The linear's output with its update, routed with `vision`."""
@@ -163,8 +172,8 @@ class RoutedLinear(AdaptedLinear):
         holder: nn.Module | None = self.__dict__["bias_of"]
         bias = None if holder is None else holder._parameters["bias"]
         projected = None if vision is None else lora.project(vision)
-        out: Tensor = lora(x, projected, bias)
-        return out
+        # `forward` of the instance: an engine that loads the weights puts its own there.
+        return lora.forward(x, projected, bias)
 
     def with_merged(self, x: Tensor) -> Tensor:
         """The linear alone, with its trained bias."""
@@ -178,8 +187,7 @@ class RoutedLinear(AdaptedLinear):
         return y + (trained - own.to(trained)).to(y.dtype)
 
     def used(self) -> RoutedLoRALinear:
-        method: Any = self.layer.method
-        lora: RoutedLoRALinear = method.adapter.place(self.layer.index, self.name)
+        lora: RoutedLoRALinear = self.__dict__["lora"]
         return lora
 
     def delta(self, dtype: torch.dtype) -> Tensor:
