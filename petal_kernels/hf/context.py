@@ -144,3 +144,4 @@ class Frame:
     ) -> None:
         self.layer, self.call, self.shared, self.source = layer, call, shared, source
         self.outer = outer
+        self.alone = False  # of a block outside its layer, whose norm will not be called

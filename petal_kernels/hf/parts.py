@@ -175,6 +175,17 @@ class LayerPart(Part):
         finally:
             THREAD.frame = frame.outer
 
+    def alone(self, run: Callable[[], Any]) -> Any:
+        """Runs a block that somebody called outside its layer: its parts have a frame all the
+        same."""
+        frame = (self.frame or Frame)(self, self.method.call_of(self), None, None, THREAD.frame)
+        frame.alone = True
+        THREAD.frame = frame
+        try:
+            return run()
+        finally:
+            THREAD.frame = frame.outer
+
     def install(self, layer: Layer, hand: Hand) -> None:
         """What the layer has beside its places."""
 

@@ -177,6 +177,8 @@ class AfterBlock(Part):
             frame.inputs[self.role] = args[0] if args else kwargs["hidden_states"]
 
     def call(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
+        if self.reads_input and self.layer.running() is None:
+            return self.layer.alone(lambda: self.call(module, run, args, kwargs))
         output, call = run(*args, **kwargs), self.layer.call_now()
         if not call.given.on:
             return output
@@ -195,8 +197,9 @@ class AfterBlock(Part):
         if self.layer.method.published:
             return published_adapter(adapter, h, x, vision=vision, mask=mask)
         projected = None if vision is None else adapter.project(vision)
-        if frame is not None and x is not None and self._norm_can_adapt(h, x):
-            frame.pending[self.role] = Pending(h, x, projected, mask)
+        waits = frame is not None and not frame.alone
+        if waits and x is not None and self._norm_can_adapt(h, x):
+            self.layer.running().pending[self.role] = Pending(h, x, projected, mask)
             # The layer's dropout and residual + H would be thrown away by the norm. Of an empty
             # tensor that broadcasts they cost nothing.
             return h.new_empty((0,) + (1,) * h.dim())
@@ -247,6 +250,11 @@ class Reads(Part):
 
     def __init__(self, block: AfterBlock) -> None:
         self.block = block
+
+    def call(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
+        if self.block.layer.running() is None:
+            return self.block.layer.alone(lambda: run(*args, **kwargs))
+        return run(*args, **kwargs)
 
     def forward(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
         self.block.keep_input(args, kwargs)
