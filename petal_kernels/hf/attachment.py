@@ -261,7 +261,7 @@ class Attachment(Blocks, Routed):
         self._need_attached("report")
         self._check_places("report")
         wrappers = {place.path: wrapper for place, _, _, wrapper in self._wrapped}
-        return make_report(self.model, self.method, wrappers, self._named, self.implementation)
+        return make_report(self.model, self.method, wrappers, self.whole(), self.implementation)
 
     def merge(self) -> MergeReport:
         """Folds every update into its base weight where that is exact; the originals are kept.
@@ -312,7 +312,7 @@ class Attachment(Blocks, Routed):
 
     def whole(self) -> list[str]:
         """The paths of what is trained whole, as it was named or as the method chose it."""
-        return [*self.method.trained(), *self.method.trained_biases(), *self._named]
+        return list(self.method.trained() | self.method.trained_biases() | self._named)
 
     def detach(self) -> nn.Module:
         """Gives back the model as it came in: modules, classes, weights and requires_grad.

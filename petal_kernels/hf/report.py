@@ -80,10 +80,10 @@ def make_report(
     model: nn.Module,
     method: Method,
     wrappers: Mapping[str, AdaptedLinear],
-    named: Mapping[str, nn.Module],
+    whole: Sequence[str],
     implementation: str,
 ) -> Report:
-    """The report of an attachment, as it would run now; `named` are modules_to_save."""
+    """The report of an attachment, as it would run now; `whole`: paths of what is trained whole."""
     rows, seen = [], set()
     known: dict[Any, tuple[str, str]] = {}
     for place in method.found.places:
@@ -107,13 +107,10 @@ def make_report(
             backend, why = choice_in_words(dry_run(call))
         rows.append(replace(row, backend=backend, why=why))
     copies = method.adapter._modules.get("modules_to_save")
-    for path in named:
-        count = sum(
-            p.numel()
-            for own, holder in (copies.named() if isinstance(copies, Copies) else ())
-            if own == path or own.startswith(path + ".")
-            for p in holder.parameters()
-        )
+    held = dict(copies.named()) if isinstance(copies, Copies) else {}
+    for path in whole:
+        inside = [own for own in held if own == path or own.startswith(path + ".")]
+        count = sum(p.numel() for own in inside for p in held.pop(own).parameters())
         rows.append(Row(path, "modules_to_save", "trained whole", "", "", count))
     own = {id(p) for p in method.adapter.parameters()}
     base = sum(p.numel() for p in model.parameters() if id(p) not in own)

@@ -173,7 +173,7 @@ class AfterBlock(Part):
     def keep_input(self, args: Any, kwargs: Any) -> None:
         """Remembers X until the block's output comes."""
         frame = self.layer.running()
-        if frame is not None and frame.call.given.on and self.reads_input:
+        if isinstance(frame, InsertFrame) and frame.call.given.on and self.reads_input:
             frame.inputs[self.role] = args[0] if args else kwargs["hidden_states"]
 
     def call(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
@@ -189,7 +189,7 @@ class AfterBlock(Part):
     def run(self, h: Tensor, call: Call) -> Tensor:
         """The adapted output of the block; an empty tensor where the norm will adapt it."""
         adapter, frame = self.adapter, self.layer.running()
-        x = None if frame is None else frame.inputs.pop(self.role, None)
+        x = frame.inputs.pop(self.role, None) if isinstance(frame, InsertFrame) else None
         vision = vision_of(call, adapter.route, self.role)
         mask = call.tokens.counted(h, encoded=False) if adapter.gate == "small" else None
         if adapter.variant == "release":
@@ -197,7 +197,7 @@ class AfterBlock(Part):
         if self.layer.method.published:
             return published_adapter(adapter, h, x, vision=vision, mask=mask)
         projected = None if vision is None else adapter.project(vision)
-        waits = frame is not None and not frame.alone
+        waits = isinstance(frame, InsertFrame) and not frame.alone
         if waits and x is not None and self._norm_can_adapt(h, x):
             self.layer.running().pending[self.role] = Pending(h, x, projected, mask)
             # The layer's dropout and residual + H would be thrown away by the norm. Of an empty
@@ -270,7 +270,8 @@ class PostNorm(Part):
 
     def call(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
         frame = self.block.layer.running()
-        pending = None if frame is None else frame.pending.pop(self.block.role, None)
+        meets = isinstance(frame, InsertFrame)
+        pending = frame.pending.pop(self.block.role, None) if meets else None
         return run(*args, **kwargs) if pending is None else self.block.finish(pending)
 
 
