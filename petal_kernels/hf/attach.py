@@ -10,8 +10,9 @@ import warnings
 from torch import nn
 
 from petal_kernels.hf import files, tensors
-from petal_kernels.hf.attachment import HANDLE, NAME, Attachment
+from petal_kernels.hf.attachment import NAME, Attachment
 from petal_kernels.hf.config import AdapterConfig
+from petal_kernels.hf.merging import HANDLE
 from petal_kernels.hf.methods import method_of
 from petal_kernels.nn.arguments import check_choice
 
@@ -122,18 +123,19 @@ def _check_free(model: nn.Module) -> None:
 def _check_holders(model: nn.Module) -> None:
     """ValueError where an engine holds the model already: it would not know the adapter's
     parameters. A warning where the model is a part of one that stays trainable."""
-    parents, holders = _parents(), [model]
-    while (holder := parents.get(id(holders[-1]))) is not None and holder not in holders:
-        holders.append(holder)
-    engine = next((m for m in (*model.modules(), *holders[1:]) if _is_engine(m)), None)
+    if _holders(model):
+        gc.collect()  # one that nobody has any more may wait for that
+    holders = _holders(model)
+    engine = next((m for m in (*model.modules(), *holders) if _is_engine(m)), None)
     if engine is not None:
         raise ValueError(
             f"model: want a model that is not wrapped yet, got one in a {type(engine).__name__}, "
             "which would not know the adapter's parameters; attach first, then wrap"
         )
-    if holders[-1] is model:
+    if not holders:
         return
-    own = {id(parameter) for parameter in model.parameters()}
+    meant = [model, *(m for m in holders[-1].modules() if HANDLE in m.__dict__)]
+    own = {id(parameter) for module in meant for parameter in module.parameters()}
     loose = [
         name
         for name, parameter in holders[-1].named_parameters()
@@ -152,11 +154,17 @@ def _is_engine(module: nn.Module) -> bool:
     return any(cls.__name__ in _ENGINES for cls in type(module).__mro__)
 
 
-def _parents() -> dict[int, nn.Module]:
-    """The module that holds another, by its id. Modules do not know: the collector does."""
-    parents: dict[int, nn.Module] = {}
+def _holders(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold this one, the nearest first. Modules do not know them: the collector
+    does."""
+    parents: dict[int, list[nn.Module]] = {}
     for each in gc.get_objects():
         if issubclass(type(each), nn.Module):
             for child in each.__dict__.get("_modules", {}).values():
-                parents.setdefault(id(child), each)
-    return parents
+                parents.setdefault(id(child), []).append(each)
+    found = {id(model): model}
+    nearest = [model]
+    while nearest:
+        nearest = [p for each in nearest for p in parents.get(id(each), ()) if id(p) not in found]
+        found.update((id(parent), parent) for parent in nearest)
+    return list(found.values())[1:]

@@ -17,7 +17,15 @@ from petal_kernels.hf import files, tensors
 from petal_kernels.hf.blocks import Blocks
 from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.found import Found, Place
-from petal_kernels.hf.merging import Merged, MergeReport, merge
+from petal_kernels.hf.merging import (
+    ALL,
+    HANDLE,
+    Merged,
+    MergeReport,
+    leave_merged_out,
+    merge,
+    need_no_merged,
+)
 from petal_kernels.hf.method import Method
 from petal_kernels.hf.names import canonical, prefixes_of
 from petal_kernels.hf.parts import (
@@ -39,8 +47,6 @@ from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.frozen_linear import FrozenLinear
 
 NAME = "petal"
-_ALL = "all."  # the prefix by which an attachment asks for its tensors, merged or not
-HANDLE = "_petal_attachment"  # on the adapter: the model's copy finds its own
 
 
 class Attachment(Blocks, Routed):
@@ -68,7 +74,8 @@ class Attachment(Blocks, Routed):
         self._guard_embeddings()
         self.adapter.train(model.training)
         self.adapter.__dict__[HANDLE] = self
-        self.adapter._register_state_dict_hook(_leave_merged_out)
+        self.adapter._register_state_dict_hook(leave_merged_out)
+        self.adapter.register_load_state_dict_pre_hook(need_no_merged)
         model.add_module(NAME, self.adapter)
 
     @property
@@ -173,8 +180,8 @@ class Attachment(Blocks, Routed):
     def state_dict(self) -> dict[str, Tensor]:
         """All stored tensors, shared ones once; the very storages, not copies."""
         state = {
-            name.removeprefix(_ALL): value
-            for name, value in self.adapter.state_dict(prefix=_ALL).items()
+            name.removeprefix(ALL): value
+            for name, value in self.adapter.state_dict(prefix=ALL).items()
         }
         for name, value in state.items():
             if value.is_meta:
@@ -359,18 +366,6 @@ class Attachment(Blocks, Routed):
                 f"{what}: {len(gone)} adapted modules were replaced since attach (first: "
                 f"{gone[0]}); detach and attach again after a new head or resized embeddings"
             )
-
-
-def _leave_merged_out(
-    adapter: nn.Module, state: dict[str, Any], prefix: str, metadata: Any
-) -> None:
-    """A checkpoint of a merged model is that of the merged weights: with the adapter beside them it
-    would be applied twice."""
-    handle = adapter.__dict__.get(HANDLE)
-    merged = None if handle is None else handle._merged
-    if merged is not None and merged.is_whole and not prefix.startswith(_ALL):
-        for name in [name for name in state if name.startswith(prefix)]:
-            del state[name]
 
 
 def extra_modules(

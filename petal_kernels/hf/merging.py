@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from petal_kernels.nn.frozen_linear import why_not_readable
 if TYPE_CHECKING:
     from petal_kernels.hf.method import Method
     from petal_kernels.hf.wrappers import AdaptedLinear
+
+HANDLE = "_petal_attachment"  # on the adapter: the model's copy finds its own
+ALL = "all."  # the prefix by which an attachment asks for its tensors, merged or not
 
 
 @dataclass
@@ -107,13 +110,21 @@ class Folded:
     def check(self) -> None:
         """Module methods reach the merged weight alone: values loaded into it must not be lost."""
         now = self.wrapper.base._parameters["weight"]
-        if now is not self.stored and now is not None and now._version == 0:
-            return  # moved or converted: the original follows
+        if now is not None and now is not self.stored and self._has_moved(now):
+            return
         if now is not self.stored or now._version != self.version:
             raise RuntimeError(
                 f"unmerge: the merged weight of {self.path} was written since merge; load weights "
                 "into the unmerged model"
             )
+
+    def _has_moved(self, now: Tensor) -> bool:
+        """Whether another object holds the same values, moved or converted: the original follows.
+        A shard or an empty tensor is not compared."""
+        stored = self.stored.detach()
+        if stored.is_meta or now.is_meta or type(now.data) is not Tensor:
+            return now._version == 0
+        return now.shape == stored.shape and torch.equal(now, stored.to(now))
 
     def undo(self) -> None:
         base, original = self.wrapper.base, self.wrapper.merged
@@ -158,6 +169,27 @@ def merge(method: Method, wrappers: Sequence[tuple[str, AdaptedLinear]]) -> Merg
         merged.freeze(module.parameters())
     kept.update(method.kept())
     return merged
+
+
+def leave_merged_out(adapter: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A checkpoint of a merged model is that of the merged weights: with the adapter beside them it
+    would be applied twice."""
+    if _is_merged(adapter) and not prefix.startswith(ALL):
+        for name in [name for name in state if name.startswith(prefix)]:
+            del state[name]
+
+
+def need_no_merged(adapter: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """And such a checkpoint is all that a merged model loads: the adapter stays."""
+    if _is_merged(adapter) and not any(name.startswith(prefix) for name in state):
+        own = adapter.state_dict(prefix=ALL, keep_vars=True)
+        state.update((prefix + name.removeprefix(ALL), value) for name, value in own.items())
+
+
+def _is_merged(adapter: nn.Module) -> bool:
+    handle = adapter.__dict__.get(HANDLE)
+    merged = None if handle is None else handle._merged
+    return merged is not None and merged.is_whole
 
 
 def _norm(t: Tensor) -> float:

@@ -104,7 +104,7 @@ def features(width: int) -> torch.Tensor:
 def _case(
     name: str, call: Callable[..., Any], valid: Callable[[], dict[str, Any]], **more: Any
 ) -> Case:
-    return Case(name=name, call=call, valid=valid, more=MORE, **more)
+    return Case(**{"name": name, "call": call, "valid": valid, "more": MORE} | more)
 
 
 def _configs() -> list[Case]:
@@ -197,6 +197,13 @@ def cases() -> list[Case]:
             elsewhere=ELSEWHERE["attach"],
             watched=lambda: built,
             signature_of=pk.attach,
+        ),
+        _case(
+            "attachment",
+            pk.attachment,
+            lambda: {"model": attached("routing").model},
+            more={"model": {"without an adapter": built}},
+            watched=lambda: attached("routing").model,
         ),
         *_attachments(),
         _case("use_backend", entered(pk.use_backend), lambda: {"name": "auto"}, names=("backend",)),

@@ -3,6 +3,7 @@ and what came, before anything runs."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import petal_kernels as pk
 from petal_kernels._runtime import checks
 from petal_kernels.hf.attachment import Attachment
+from petal_kernels.hf.method import Hand
 from tests.malformed import model_layer, modules, operators
 from tests.malformed.corruptions import Case, malformed
 from tests.malformed.refusal import failures
@@ -46,7 +48,8 @@ def public() -> Iterator[Any]:
         for name in dir(cls):
             method = getattr(cls, name)
             inherited = name != "forward" and hasattr(nn.Module, name)
-            if not name.startswith("_") and callable(method) and not inherited:
+            ours = cls is Attachment and hasattr(Hand, name)  # a method calls it, no user
+            if not name.startswith("_") and callable(method) and not inherited and not ours:
                 yield getattr(method, "__wrapped__", method)
 
 
@@ -55,6 +58,24 @@ def test_every_malformed_call_is_refused_by_name(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _all_refused(case, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("method", "block"),
+    [
+        (method, block)
+        for method, own in (("routing", "vision"), ("aurora", "context"), ("experts", "domains"))
+        for block in ("vision", "context", "domains")
+        if block != own
+    ],
+)
+def test_a_block_that_a_method_does_not_read_is_refused_by_name(method: str, block: str) -> None:
+    attachment = model_layer.attached(method)
+    message = f"{block}: want a method that reads it, got {attachment.config.method!r}, which has "
+    with pytest.raises(ValueError, match=re.escape(message + "the blocks ['disabled'")):
+        getattr(attachment, block)(torch.ones(2, 9))
+    with pytest.raises(TypeError, match="disabled"):
+        attachment.disabled(True)
 
 
 @pytest.mark.slow
