@@ -6,11 +6,13 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from petal_kernels._runtime.backends import Explanation
 from petal_kernels._runtime.dry_run import dry_run
 from petal_kernels.hf.context import given
+from petal_kernels.hf.parts import runs_twice
 from petal_kernels.hf.twins import NotDry
 from petal_kernels.hf.whole import Copies
 from petal_kernels.nn.frozen_linear import why_not_plain, why_not_readable
@@ -109,9 +111,11 @@ def make_report(
         backend, why = instead or _MERGED
         if not instead and getattr(wrapper, "merged", None) is None:
             key, sample = method.sample(place, wrapper, tokens)
-            if key not in known:
-                known[key] = _asked(sample, None if wrapper is None else wrapper.base)
-            backend, why = known[key]
+            twice = torch.is_grad_enabled() and runs_twice(place.layer.module)
+            if (key, twice) not in known:
+                base = None if wrapper is None else wrapper.base
+                known[key, twice] = _asked(sample, base, twice)
+            backend, why = known[key, twice]
         count = row.trainable
         module = method.trains(place)
         if module is not None:
@@ -152,10 +156,16 @@ def choice_in_words(found: Sequence[Explanation]) -> tuple[str, str]:
     return " + ".join(backends) or "none", "; ".join(whys)
 
 
-def _asked(sample: Callable[[], object], base: nn.Module | None) -> tuple[str, str]:
-    """What a dry run of a place says. A base of somebody else's may not run without values."""
+def _asked(sample: Callable[[], object], base: nn.Module | None, twice: bool) -> tuple[str, str]:
+    """What a dry run of a place says, `twice` where a layer runs without gradients first. A base of
+    somebody else's may not run without values."""
+    found: list[Explanation] = []
     try:
-        return choice_in_words([each for each in dry_run(sample) if each.operator != _ONCE])
+        if twice:
+            with torch.no_grad():
+                found += dry_run(sample)
+        found += dry_run(sample)
+        return choice_in_words([each for each in found if each.operator != _ONCE])
     except Exception as error:
         if base is None or not why_not_readable(base):
             raise

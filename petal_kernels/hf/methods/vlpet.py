@@ -109,9 +109,9 @@ class VLPet(BlocksMethod):
     def sample(self, place: Place, wrapper: Any, tokens: Rows) -> tuple[Any, Any]:
         if isinstance(place.row, Block):
             return super().sample(place, wrapper, tokens)
-        base = base_twin(wrapper.base)
-        key = signature(base, self.adapter.value, wrapper.training)
-        return key, lambda: twin_of(wrapper, base=base).adapted(self.typical(base, tokens))
+        base, adapter = base_twin(wrapper.base), twin_of(wrapper.used())
+        key = signature(base, adapter, wrapper.training)
+        return key, lambda: twin_of(wrapper, base=base).fused(adapter, self.typical(base, tokens))
 
 
 class Middles:
@@ -129,10 +129,13 @@ class ValueLinear(AdaptedLinear):
         self.number = number
 
     def adapted(self, x: Tensor) -> Tensor:
-        adapter = self.used()
-        values: Tensor = self.base(x)
         if self.layer.method.published:
-            return published_value(adapter, values, x, self.number)
+            return published_value(self.used(), self.base(x), x, self.number)
+        return self.fused(self.used(), x)
+
+    def fused(self, adapter: ValueAdapter, x: Tensor) -> Tensor:
+        """The values with what `adapter` adds."""
+        values: Tensor = self.base(x)
         out: Tensor = adapter(values, self._middle(adapter, x), self.number)
         return out
 
