@@ -256,12 +256,18 @@ class Attachment(Blocks, Routed):
 
     # -- report, merge, detach --------------------------------------------------------------------
 
-    def report(self) -> Report:
-        """A table of what was replaced, on which backend it runs and what it trains."""
+    def report(self, tokens: tuple[int, int] = (8, 128)) -> Report:
+        """A table of what was replaced, on which backend it runs and what it trains.
+
+        Backends are those of a call made here: in this grad mode, under this autocast and backend,
+        with `tokens` (samples, tokens of each) as input. Nothing runs, and hooks of the adapted
+        linears see nothing.
+        """
         self._need_attached("report")
         self._check_places("report")
         wrappers = {place.path: wrapper for place, _, _, wrapper in self._wrapped}
-        return make_report(self.model, self.method, wrappers, self.whole(), self.implementation)
+        whole, how = self.whole(), self.implementation
+        return make_report(self.model, self.method, wrappers, whole, how, tokens)
 
     def merge(self) -> MergeReport:
         """Folds every update into its base weight where that is exact; the originals are kept.

@@ -7,8 +7,9 @@ plain object that is copied and pickled with the model.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -20,13 +21,12 @@ from petal_kernels.hf.dropped_mask import DroppedMask
 from petal_kernels.hf.found import Found, Layer, Place, counted, own_name
 from petal_kernels.hf.models import Block, Linear, Stack
 from petal_kernels.hf.parts import LayerPart, Part, StackPart, own_class, running_call
-from petal_kernels.hf.report import Row
+from petal_kernels.hf.report import Row, Rows
 from petal_kernels.hf.routing import Routings
 from petal_kernels.hf.tokens import Tokens, named, reader_of
 from petal_kernels.hf.walk import device_of
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.experts import LowRankExperts
-from petal_kernels.nn.frozen_linear import why_not_readable
 from petal_kernels.nn.routed_lora import linear_features
 
 
@@ -166,7 +166,9 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def sample(self, place: Place, wrapper: Any) -> tuple[Any, Callable[[], object]]:
+    def sample(
+        self, place: Place, wrapper: Any, tokens: Rows
+    ) -> tuple[Hashable, Callable[[], object]]:
         """A call of the place's adapter as a layer would make it, on values that do not matter, and
         a key that is equal where the call is."""
 
@@ -174,7 +176,7 @@ class Method(ABC):
         """The report's rows of what no single place owns."""
         return []
 
-    def shared_sample(self, row: Row) -> Callable[[], object] | None:
+    def shared_sample(self, row: Row, tokens: Rows) -> Callable[[], object] | None:
         """A call of what such a row stands for, where it has one of its own."""
         return None
 
@@ -182,18 +184,18 @@ class Method(ABC):
         """The experts by the path of their place."""
         return {}
 
-    def typical(self, like: nn.Module, width: int | None = None) -> Tensor:
-        """An input of a module, as training would give it: [8, 128, features]."""
-        floating = [p.dtype for p in like.parameters() if p.is_floating_point()]
-        floating += [p.dtype for p in self.found.root.parameters() if p.is_floating_point()]
+    def typical(self, like: nn.Module, tokens: Rows, width: int | None = None) -> Tensor:
+        """An input of a module, as training would give it: [*tokens, features]."""
         width = linear_features(like)[0] if width is None else width
-        return torch.empty(8, 128, width, dtype=floating[0], device=device_of(like))
+        dtype, device = self.storage_of(like)
+        return torch.empty(*tokens, width, dtype=dtype, device=device)
 
-    def kind(self, base: nn.Module) -> tuple[object, ...]:
-        """What of a linear decides how a call of it runs."""
-        parts = [p for p in base._parameters.values() if p is not None]
-        kinds = tuple((tuple(p.shape), p.dtype, p.device, p.requires_grad) for p in parts)
-        return (type(base), why_not_readable(base), kinds)
+    def storage_of(self, like: nn.Module) -> tuple[torch.dtype, torch.device]:
+        """Dtype and device of a module's input: the dtype of its parameters, of the model's where
+        it has none that count."""
+        parameters = itertools.chain(like.parameters(), self.found.root.parameters())
+        dtype = next(p.dtype for p in parameters if p.is_floating_point())
+        return dtype, device_of(like)
 
     def expert_row(self, path: str, role: str, module: LowRankExperts) -> Row:
         """The row of one mixture, without backend."""

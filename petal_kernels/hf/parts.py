@@ -251,6 +251,11 @@ def _needs_grad_input(layer: Any, hidden: Any) -> bool:
     to differentiate unless an input requires grad."""
     if not isinstance(hidden, Tensor) or hidden.requires_grad or not torch.is_grad_enabled():
         return False
+    return runs_twice(layer)
+
+
+def runs_twice(layer: Any) -> bool:
+    """Whether reentrant checkpointing runs a layer without gradients before it runs it with."""
     if not _is_checkpointed(layer):
         return False
     function = getattr(layer, "_gradient_checkpointing_func", None)

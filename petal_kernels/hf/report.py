@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from petal_kernels._runtime.backends import Explanation
 from petal_kernels._runtime.dry_run import dry_run
+from petal_kernels.hf.context import given
+from petal_kernels.hf.parts import runs_twice
+from petal_kernels.hf.twins import NotDry
 from petal_kernels.hf.whole import Copies
 from petal_kernels.nn.frozen_linear import why_not_plain, why_not_readable
 
 if TYPE_CHECKING:
     from petal_kernels.hf.method import Method
     from petal_kernels.hf.wrappers import AdaptedLinear
+
+
+Rows = tuple[int, int]  # samples and tokens of an input
+SHARED_FACTORS = "shared factors"  # a role
+# Of an operator that a stack's forward calls once for all its places.
+_ONCE = "mode_contract"
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,7 @@ class Report:
     trainable: int
     stored: int
     declined: dict[str, str]
+    tokens: Rows = (8, 128)
     notes: list[str] = field(default_factory=list)  # what is left as it is
 
     @property
@@ -65,6 +76,8 @@ class Report:
         lines.insert(1, "-" * len(lines[0]))
         lines += [f"[{number}] {why}" for why, number in notes.items()]
         lines += [f"base called, not read: {path} ({why})" for path, why in self.declined.items()]
+        if any(row.why for row in self.rows):
+            lines.append("backends and plans: of inputs [{}, {}, features]".format(*self.tokens))
         lines += self.notes
         lines.append(
             f"{self.implementation}: {self.trainable:,} trainable parameters ({self.stored:,} "
@@ -73,7 +86,9 @@ class Report:
         return "\n".join(lines)
 
 
-_EAGER = "eager: the published form, one step at a time"
+_EAGER = ("eager", "eager: the published form, one step at a time")
+_OFF = ("off", "off: inside disabled() the model computes what it did before attach")
+_MERGED = ("merged", "merged: the update lies in the weight")
 
 
 def make_report(
@@ -82,18 +97,26 @@ def make_report(
     wrappers: Mapping[str, AdaptedLinear],
     whole: Sequence[str],
     implementation: str,
+    tokens: Rows,
 ) -> Report:
-    """The report of an attachment, as it would run now; `whole`: paths of what is trained whole."""
+    """The report of an attachment, as it would run here and now; `whole`: paths of what
+    is trained whole."""
+    sized = isinstance(tokens, (tuple, list)) and len(tokens) == 2
+    if not sized or not all(type(size) is int and size >= 0 for size in tokens):
+        raise ValueError(f"tokens: want (samples, tokens of each), got {tokens!r}")
     rows, seen = [], set()
-    known: dict[Any, tuple[str, str]] = {}
+    known: dict[Hashable, tuple[str, str]] = {}
+    instead = _instead(method)
     for place in method.found.places:
-        row = method.place_row(place)
-        backend, why = "eager", _EAGER
-        if not method.published:
-            key, sample = method.sample(place, wrappers.get(place.path))
-            if key not in known:
-                known[key] = _asked(sample, getattr(wrappers.get(place.path), "base", None))
-            backend, why = known[key]
+        row, wrapper = method.place_row(place), wrappers.get(place.path)
+        backend, why = instead or _MERGED
+        if not instead and getattr(wrapper, "merged", None) is None:
+            key, sample = method.sample(place, wrapper, tokens)
+            twice = torch.is_grad_enabled() and runs_twice(place.layer.module)
+            if (key, twice) not in known:
+                base = None if wrapper is None else wrapper.base
+                known[key, twice] = _asked(sample, base, twice)
+            backend, why = known[key, twice]
         count = row.trainable
         module = method.trains(place)
         if module is not None:
@@ -101,10 +124,8 @@ def make_report(
             seen.add(id(module))
         rows.append(replace(row, backend=backend, why=why, trainable=count))
     for row in method.shared_rows():
-        call = method.shared_sample(row)
-        backend, why = ("", "") if call is None else ("eager", _EAGER)
-        if call is not None and not method.published:
-            backend, why = choice_in_words(dry_run(call))
+        call = method.shared_sample(row, tokens)
+        backend, why = ("", "") if call is None else instead or choice_in_words(dry_run(call))
         rows.append(replace(row, backend=backend, why=why))
     copies = method.adapter._modules.get("modules_to_save")
     held = dict(copies.named()) if isinstance(copies, Copies) else {}
@@ -117,7 +138,8 @@ def make_report(
     trainable = sum(p.numel() for p in method.adapter.parameters() if p.requires_grad)
     stored = sum(p.numel() for p in method.adapter.parameters())
     declined = {path: why for path, w in wrappers.items() if (why := why_not_plain(w.base))}
-    return Report(rows, implementation, base, trainable, stored, declined, method.found.notes)
+    notes = method.found.notes
+    return Report(rows, implementation, base, trainable, stored, declined, tokens, notes)
 
 
 def choice_in_words(found: Sequence[Explanation]) -> tuple[str, str]:
@@ -132,11 +154,25 @@ def choice_in_words(found: Sequence[Explanation]) -> tuple[str, str]:
     return " + ".join(backends) or "none", "; ".join(whys)
 
 
-def _asked(sample: Callable[[], object], base: nn.Module | None) -> tuple[str, str]:
-    """What a dry run of a place says. A base of somebody else's may not run without values."""
+def _asked(sample: Callable[[], object], base: nn.Module | None, twice: bool) -> tuple[str, str]:
+    """What a dry run of a place says, `twice` where a layer runs without gradients first. A base of
+    somebody else's may not run without values."""
+    found: list[Explanation] = []
     try:
-        return choice_in_words(dry_run(sample))
+        if twice:
+            with torch.no_grad():
+                found += dry_run(sample)
+        found += dry_run(sample)
+        return choice_in_words([each for each in found if each.operator != _ONCE])
     except Exception as error:
         if base is None or not why_not_readable(base):
             raise
-        return "not known", f"a {type(base).__name__} does not run dry: {type(error).__name__}"
+        why = str(error) if isinstance(error, NotDry) else type(error).__name__
+        return "not known", f"not known: a {type(base).__name__} does not run dry ({why})"
+
+
+def _instead(method: Method) -> tuple[str, str] | None:
+    """What every place runs on where no operator does."""
+    if not given(method).on:
+        return _OFF
+    return _EAGER if method.published else None

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from petal_kernels.hf.context import now
 from petal_kernels.hf.parts import Part, Run, own_class
+from petal_kernels.hf.twins import HOOKS
 from petal_kernels.hf.walk import device_of
-
-_HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith(("_hooks", "_with_kwargs")))
 
 
 class Copies(nn.Module):
@@ -108,7 +107,7 @@ class CopyPart(Part):
             twin: nn.Module = object.__new__(own_class(module))
             values = {n: v for n, v in module.__dict__.items() if not n.startswith("_petal")}
             values.pop("forward", None)
-            values |= {name: OrderedDict() for name in _HOOKS if name in values}
+            values |= {name: OrderedDict() for name in HOOKS if name in values}
             values["_buffers"] = self.holder._buffers
             values["_parameters"] = self.holder._parameters
             if self.shared or len(self.holder._parameters) < len(module._parameters):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petal_kernels._runtime.dry_run import signature
 from petal_kernels.hf.config import AuroraConfig
 from petal_kernels.hf.context import now
 from petal_kernels.hf.found import Layer, Place, counted, own_name
@@ -42,7 +43,8 @@ from petal_kernels.hf.methods.square_blocks import (
 )
 from petal_kernels.hf.models import Block, Linear, Stack
 from petal_kernels.hf.parts import Part, Run, StackPart
-from petal_kernels.hf.report import Row
+from petal_kernels.hf.report import SHARED_FACTORS, Row, Rows
+from petal_kernels.hf.twins import base_twin, twin_of
 from petal_kernels.hf.walk import device_of
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.frozen_linear import compute_dtype, frozen_lowrank
@@ -253,11 +255,26 @@ class Aurora(ModesMethod):
             place.path, place.role, f"{d_in} -> {d_out}, r {shared.r}{blocks}", "", "", count
         )
 
-    def sample(self, place: Place, wrapper: Any) -> tuple[Any, Any]:
+    def sample(self, place: Place, wrapper: Any, tokens: Rows) -> tuple[Any, Any]:
         if place.layer.row.name != "vision":
-            return super().sample(place, wrapper)
-        key = (self._blocks(place).form, self.kind(wrapper.base), wrapper.training)
-        return key, lambda: wrapper.adapted(self.typical(wrapper.base))
+            return super().sample(place, wrapper, tokens)
+        base, blocks = base_twin(wrapper.base), self._blocks(place)
+        kind = (blocks.form, len(blocks.modes), blocks.mixed)
+        key = signature("vision", kind, base, self.adapter.shared, wrapper.training)
+        return key, lambda: twin_of(wrapper, base=base).adapted(self.typical(base, tokens))
+
+    def shared_sample(self, row: Row, tokens: Rows) -> Any:
+        if not row.role.startswith(SHARED_FACTORS):
+            return None
+
+        def share() -> None:
+            for number, site in enumerate(self.found.stacks):
+                if site.places:
+                    x = self.typical(site.layers[0].module, tokens, self.width())
+                    given = {"inputs_embeds": x, "hidden_states": x}
+                    self.share(StackPart(self, number, site), site.module, given)
+
+        return share
 
 
 class BlockLinear(AdaptedLinear):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petal_kernels._runtime.dry_run import signature
 from petal_kernels.hf.config import ExpertConfig
 from petal_kernels.hf.found import Place
 from petal_kernels.hf.method import Hand
@@ -19,7 +20,8 @@ from petal_kernels.hf.methods.insertion import (
 )
 from petal_kernels.hf.models import Block, Linear, Stack
 from petal_kernels.hf.parts import LayerPart, Part, Run, running_call
-from petal_kernels.hf.report import Row
+from petal_kernels.hf.report import Row, Rows
+from petal_kernels.hf.twins import base_twin, twin_of
 from petal_kernels.hf.walk import device_of
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.experts import ExpertAdapter, ExpertLoRALinear, LowRankExperts
@@ -84,14 +86,15 @@ class Experts(InsertionMethod):
     def place_row(self, place: Place) -> Row:
         return self.expert_row(place.path, place.role, self.trains(place))  # type: ignore[arg-type]
 
-    def sample(self, place: Place, wrapper: Any) -> tuple[Any, Any]:
-        experts: Any = self.trains(place)
-        first = experts.down
-        base = None if wrapper is None else self.kind(wrapper.base)
-        key = (experts.extra_repr(), first.dtype, first.device, experts.training, base)
+    def sample(self, place: Place, wrapper: Any, tokens: Rows) -> tuple[Any, Any]:
+        experts = twin_of(self.trains(place))  # type: ignore[arg-type]
+        like = place.layer.module
+        if wrapper is not None:
+            like = experts.__dict__["base"] = base_twin(wrapper.base)
+        key = signature(experts, self.storage_of(like))
 
         def run() -> object:
-            x = self.typical(place.module if wrapper else place.layer.module, experts.in_features)
+            x = self.typical(like, tokens, experts.in_features)
             domain = None
             if experts.gate == "domain":
                 domain = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)

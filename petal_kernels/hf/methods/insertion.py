@@ -13,13 +13,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from petal_kernels._runtime.dry_run import signature
 from petal_kernels.hf.context import Call, Frame
 from petal_kernels.hf.found import Layer, Place
 from petal_kernels.hf.method import Hand, Method
 from petal_kernels.hf.methods.embeddings import guard_embeddings
 from petal_kernels.hf.models import Block, Stack
 from petal_kernels.hf.parts import LayerPart, Part, Run, own_class
-from petal_kernels.hf.report import Row
+from petal_kernels.hf.report import Row, Rows
+from petal_kernels.hf.twins import twin_of
 from petal_kernels.hf.walk import device_of, is_norm
 from petal_kernels.hf.whole import CopyPart
 from petal_kernels.nn.frozen_linear import compute_dtype
@@ -214,12 +216,13 @@ class AfterBlock(Part):
         plain = own_class(norm) is nn.LayerNorm and not watched
         return plain and norm.weight is not None and norm.bias is not None
 
-    def finish(self, pending: Pending) -> Tensor:
+    def finish(self, pending: Pending, adapter: GatedAdapter | None = None) -> Tensor:
         """What the norm gives, with the adapter and the residual in the same call."""
+        adapter = self.adapter if adapter is None else adapter
         norm, copy = self.norm, None if self.norm is None else self.norm.__dict__.get("_petal_copy")
         if isinstance(copy, CopyPart):
             norm = copy.stand_in(self.norm)  # type: ignore[arg-type]
-        out: Tensor = self.adapter(
+        out: Tensor = adapter(
             pending.h,
             pending.x,
             vision=pending.vision,
@@ -232,13 +235,21 @@ class AfterBlock(Part):
         return out
 
     def run_once(self, x: Tensor) -> Tensor:
-        """The adapter alone on a typical input, as a layer would call it."""
-        adapter = self.adapter
-        vision = None if adapter.route == "none" else adapter.project(x)
-        if self._norm_can_adapt(x, x):
-            return self.finish(Pending(x, x, vision, None))
-        out: Tensor = adapter(x, x if self.reads_input else None, vision=vision)
+        """The adapter alone on a typical input of the block, as a layer would call it."""
+        adapter: GatedAdapter = twin_of(self.adapter)
+        h = x.to(compute_dtype(x))
+        vision = None if adapter.route == "none" else adapter.project(h)
+        if self._norm_can_adapt(h, x):
+            return self.finish(Pending(h, x, vision, None), adapter)
+        out: Tensor = adapter(h, x if self.reads_input else None, vision=vision)
         return out
+
+    def kind(self) -> tuple[Any, ...]:
+        """What decides how the adapter is called."""
+        norm, layer = self.norm, self.layer_module
+        copy = None if norm is None else norm.__dict__.get("_petal_copy")
+        held = copy.holder if isinstance(copy, CopyPart) else None
+        return self.adapter, norm, held, layer.training, getattr(layer, "dropout", None)
 
 
 class Reads(Part):
@@ -296,13 +307,11 @@ class BlocksMethod(InsertionMethod):
         meets = any(isinstance(p.row, Block) and self._meets(p) for p in layer.places)
         return LayerPart(self, layer.index, stack, InsertFrame if meets else None)
 
-    def sample(self, place: Place, wrapper: Any) -> tuple[Any, Any]:
-        part = self.parts[place.path]
-        adapter = part.adapter
-        norm = part.norm if part.norm is None else (type(part.norm), part.layer_module.training)
-        first = next(adapter.parameters())
-        key = (adapter.extra_repr(), first.dtype, first.device, adapter.training, norm)
-        return key, lambda: part.run_once(self.typical(place.layer.module, self.features))
+    def sample(self, place: Place, wrapper: Any, tokens: Rows) -> tuple[Any, Any]:
+        part, like = self.parts[place.path], place.layer.module
+        kind = (*part.kind(), self.storage_of(like))
+        key = signature(*kind, ignore=("_petal", "_petal_copy"))
+        return key, lambda: part.run_once(self.typical(like, tokens, self.features))
 
     def _meets(self, place: Place) -> bool:
         """Whether the block and its norm, or its gate's input, meet in the layer's frame."""

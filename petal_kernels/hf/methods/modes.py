@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from petal_kernels.hf.context import Frame
+from petal_kernels._runtime.dry_run import signature
+from petal_kernels.hf.context import Call, Frame, Given
 from petal_kernels.hf.found import Layer, Place
 from petal_kernels.hf.method import Hand, Method
 from petal_kernels.hf.parts import LayerPart, Part, Run
-from petal_kernels.hf.report import Row
+from petal_kernels.hf.report import SHARED_FACTORS, Row, Rows
+from petal_kernels.hf.twins import base_twin, twin_of
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.frozen_linear import compute_dtype, frozen_lowrank, weight_is_plain
 from petal_kernels.nn.mode_approximation import ModeApproximation
@@ -190,11 +192,16 @@ class ModeGroup:
             assert output is not None
         return output
 
-    def run_all(self, x: Tensor) -> tuple[Tensor, ...]:
-        """All members on one input, as the first one called in a layer does it."""
-        if all(weight_is_plain(each.base) for each in self.members):
-            return self._compute(None, x, self.members)
-        return self._compute(None, x, self.members[:1])
+    def run_twins(self, x: Tensor, twins: Sequence[ModeLinear]) -> object:
+        """What a layer's run calls for its members, or for one whose turn it is, in whose place
+        `twins` stand."""
+        method, shared = self.layer.method, Factors()
+        method.contract(shared, self.branch, self.layer.modes[self.branch], compute_dtype(x))
+        if self.branch == "image":
+            shared.project(x, method.factors(self.branch).down)
+        frame = ModesFrame(self.layer, Call(Given()), shared, None, None)
+        alone = len(twins) < len(self.members)
+        return self._compute(frame, x, twins, self._projected(frame, x) if alone else None)
 
     def _projected(self, frame: ModesFrame, x: Tensor) -> Tensor:
         hidden = self._shared_hidden(frame, x)
@@ -320,11 +327,16 @@ class ModesMethod(Method):
         shared.first[branch] = modes.start if modes is not None else 0
         shared.ups[branch] = self.factors(branch).contract(modes, dtype=dtype)
 
-    def sample(self, place: Place, wrapper: Any) -> tuple[Any, Any]:
+    def sample(self, place: Place, wrapper: Any, tokens: Rows) -> tuple[Any, Any]:
         group: ModeGroup = wrapper.__dict__["group"]
-        bases = tuple(self.kind(member.base) for member in group.members)
-        key = (group.branch, bases, wrapper.training)
-        return key, lambda: group.run_all(self.typical(wrapper.base))
+        together = all(weight_is_plain(member.base) for member in group.members)
+        members = group.members if together else [wrapper]
+        twins = [twin_of(m, base=base_twin(m.base)) for m in members]
+        factors = self.factors(group.branch)
+        key = signature(
+            group.branch, len(group.members), [t.base for t in twins], factors, wrapper.training
+        )
+        return key, lambda: group.run_twins(self.typical(wrapper.base, tokens), twins)
 
     def shared_rows(self) -> list[Row]:
         rows = []
@@ -333,7 +345,7 @@ class ModesMethod(Method):
             parts = (factors.down, factors.up, factors.core)
             count = sum(p.numel() for p in parts if p.requires_grad)
             shape = ", ".join("x".join(map(str, p.shape)) for p in parts)
-            role = f"shared factors ({factors.core_kind})"
+            role = f"{SHARED_FACTORS} ({factors.core_kind})"
             rows.append(Row(f"petal.branches.{name}", role, shape, "", "", count))
         for index, pairs in self.adapter.layers.items():
             count = sum(p.numel() for p in pairs.parameters() if p.requires_grad)

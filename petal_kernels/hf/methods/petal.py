@@ -22,9 +22,10 @@ from petal_kernels.hf.methods.modes import (
 )
 from petal_kernels.hf.models import Block, Linear, Stack
 from petal_kernels.hf.parts import Part, Run, StackPart, own_class
-from petal_kernels.hf.report import Row
+from petal_kernels.hf.report import SHARED_FACTORS, Row, Rows
 from petal_kernels.hf.routing import Routings
 from petal_kernels.hf.tokens import Tokens, named
+from petal_kernels.hf.twins import twin_of
 from petal_kernels.hf.walk import device_of, is_a, joined
 from petal_kernels.nn.experts import InstructionExperts, LowRankExperts
 from petal_kernels.nn.frozen_linear import compute_dtype
@@ -225,11 +226,20 @@ class Petal(ModesMethod):
             )
         return rows
 
-    def shared_sample(self, row: Row) -> Any:
+    def shared_sample(self, row: Row, tokens: Rows) -> Any:
+        if row.role.startswith(SHARED_FACTORS):
+            dtype, device = self.storage_of(self.found.layers[0].module)
+            branch = row.module.rpartition(".")[2]
+
+            def contract() -> None:
+                hidden = torch.empty(0, dtype=dtype, device=device)
+                self.contract(Factors(), branch, None, compute_dtype(hidden))
+
+            return contract
         if self.embeddings is None or row.module != self.embeddings[0]:
             return None
         experts, module = self.adapter.experts, self.embeddings[1]
-        return lambda: experts(self.typical(module, experts.in_features))
+        return lambda: twin_of(experts)(self.typical(module, tokens, experts.in_features))
 
 
 def norm_width(block: nn.Module, path: str) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petal_kernels._runtime.dry_run import signature
 from petal_kernels.hf.config import RoutingConfig
 from petal_kernels.hf.context import Call
 from petal_kernels.hf.found import Place
@@ -15,6 +16,8 @@ from petal_kernels.hf.method import Hand
 from petal_kernels.hf.methods.insertion import BlocksMethod, block_rows, lora_rows, vision_of
 from petal_kernels.hf.models import Block, Linear, Stack
 from petal_kernels.hf.parts import LayerPart
+from petal_kernels.hf.report import Rows
+from petal_kernels.hf.twins import base_twin, twin_of
 from petal_kernels.hf.walk import device_of, is_norm
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.gated_adapter import GatedAdapter
@@ -126,17 +129,15 @@ class Routing(BlocksMethod):
             return f"{module.in_features} -> {module.out_features}, r {module.r}, {module.route}"
         return super().shape_of(module)
 
-    def sample(self, place: Place, wrapper: Any) -> tuple[Any, Any]:
+    def sample(self, place: Place, wrapper: Any, tokens: Rows) -> tuple[Any, Any]:
         if isinstance(place.row, Block):
-            return super().sample(place, wrapper)
-        lora = wrapper.used()
-        first = next(lora.parameters())
-        key = (lora.extra_repr(), first.dtype, lora.training, self.kind(wrapper.base))
+            return super().sample(place, wrapper, tokens)
+        lora = twin_of(wrapper.used(), base=base_twin(wrapper.base))
+        key = signature(lora, wrapper.trained_bias())
 
-        def run() -> Tensor:
-            x = self.typical(wrapper.base)
-            update: Tensor = wrapper.update(x, None if lora.route == "none" else x)
-            return update
+        def run() -> object:
+            x = self.typical(lora.base, tokens)
+            return wrapper.fused(lora, x, None if lora.route == "none" else x)
 
         return key, run
 
@@ -169,11 +170,18 @@ class RoutedLinear(AdaptedLinear):
         lora = self.used()
         if self.layer.method.published:
             return published_lora(lora, self.with_merged(x), x, vision)
-        holder: nn.Module | None = self.__dict__["bias_of"]
-        bias = None if holder is None else holder._parameters["bias"]
+        return self.fused(lora, x, vision)
+
+    def fused(self, lora: RoutedLoRALinear, x: Tensor, vision: Tensor | None) -> Tensor:
+        """The same in one call of `lora`."""
         projected = None if vision is None else lora.project(vision)
         # `forward` of the instance: an engine that loads the weights puts its own there.
-        return lora.forward(x, projected, bias)
+        return lora.forward(x, projected, self.trained_bias())
+
+    def trained_bias(self) -> Tensor | None:
+        """The bias that is trained in place of the linear's own."""
+        holder: nn.Module | None = self.__dict__["bias_of"]
+        return None if holder is None else holder._parameters["bias"]
 
     def with_merged(self, x: Tensor) -> Tensor:
         """The linear alone, with its trained bias."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from petal_kernels._runtime.dry_run import signature
 from petal_kernels.hf.config import VLPetConfig
 from petal_kernels.hf.found import Place
 from petal_kernels.hf.method import Hand
@@ -19,7 +20,8 @@ from petal_kernels.hf.methods.insertion import (
 )
 from petal_kernels.hf.models import Block, Linear, Stack
 from petal_kernels.hf.parts import LayerPart, StackPart
-from petal_kernels.hf.report import Row
+from petal_kernels.hf.report import Row, Rows
+from petal_kernels.hf.twins import base_twin, twin_of
 from petal_kernels.hf.walk import device_of
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.gated_adapter import GatedAdapter
@@ -104,10 +106,12 @@ class VLPet(BlocksMethod):
         shape = f"{value.layers} x {value.in_features} -> {value.out_features}, r {value.r}"
         return [Row("petal.value", "value adapters", shape, "", "", count)]
 
-    def sample(self, place: Place, wrapper: Any) -> tuple[Any, Any]:
+    def sample(self, place: Place, wrapper: Any, tokens: Rows) -> tuple[Any, Any]:
         if isinstance(place.row, Block):
-            return super().sample(place, wrapper)
-        return self.kind(wrapper.base), lambda: wrapper.adapted(self.typical(wrapper.base))
+            return super().sample(place, wrapper, tokens)
+        base, adapter = base_twin(wrapper.base), twin_of(wrapper.used())
+        key = signature(base, adapter, wrapper.training)
+        return key, lambda: twin_of(wrapper, base=base).fused(adapter, self.typical(base, tokens))
 
 
 class Middles:
@@ -125,10 +129,13 @@ class ValueLinear(AdaptedLinear):
         self.number = number
 
     def adapted(self, x: Tensor) -> Tensor:
-        adapter = self.used()
-        values: Tensor = self.base(x)
         if self.layer.method.published:
-            return published_value(adapter, values, x, self.number)
+            return published_value(self.used(), self.base(x), x, self.number)
+        return self.fused(self.used(), x)
+
+    def fused(self, adapter: ValueAdapter, x: Tensor) -> Tensor:
+        """The values with what `adapter` adds."""
+        values: Tensor = self.base(x)
         out: Tensor = adapter(values, self._middle(adapter, x), self.number)
         return out
 
