@@ -240,7 +240,8 @@ def test_a_config_is_the_attachments_own(tmp_path: Path) -> None:
     """The kind: a config that its owner changes for the next run, and that is saved with this."""
     config = pk.RoutingConfig(r=3, target_modules=["q_proj"])
     attachment = pk.attach(tiny_text.build("llama"), config)
-    config.r, config.target_modules = 7, ["v_proj"]
+    config.r = 7
+    config.target_modules.append("v_proj")  # type: ignore[union-attr]
     assert attachment.config == pk.RoutingConfig(r=3, target_modules=["q_proj"])
     attachment.save(tmp_path)
     assert pk.attach(tiny_text.build("llama"), tmp_path).config.r == 3

@@ -73,10 +73,13 @@ def test_what_is_tied_is_trained_once_and_everywhere() -> None:
 def test_half_precision_is_trained_in_full() -> None:
     """The kind: trained parameters that a GradScaler refuses, outputs that change the dtype."""
     model: Any = tiny_text.build("llama", torch.float16)
-    attachment = pk.attach(model, pk.RoutingConfig(r=2, modules_to_save=["lm_head"]))
+    names = ["model.norm", "lm_head"]
+    attachment = pk.attach(model, pk.RoutingConfig(r=2, modules_to_save=names))
     assert {p.dtype for p in attachment.parameters()} == {torch.float32}
     logits = model(IDS).logits
     assert logits.dtype == torch.float16
+    hidden = torch.zeros(1, 2, tiny_text.WIDTH, dtype=torch.float16)
+    assert model.model.norm(hidden).dtype == torch.float16
     assert model.state_dict()["lm_head.weight"].dtype == torch.float16
     logits.float().square().sum().backward()
     grads = {n: p.grad for n, p in attachment.named_parameters() if "lm_head" in n}
