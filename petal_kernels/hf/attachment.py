@@ -41,7 +41,7 @@ from petal_kernels.hf.parts import (
 )
 from petal_kernels.hf.report import Report, make_report
 from petal_kernels.hf.routing import Routed
-from petal_kernels.hf.walk import parent_of
+from petal_kernels.hf.walk import is_a, parent_of
 from petal_kernels.hf.whole import Copies, offloaded
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.frozen_linear import FrozenLinear
@@ -147,9 +147,8 @@ class Attachment(Blocks, Routed):
             while path:
                 path = path.rpartition(".")[0]
                 module = self.model.get_submodule(path)
-                layered = hasattr(module, "gradient_checkpointing") and hasattr(
-                    module, "_gradient_checkpointing_func"
-                )
+                # Whether or not checkpointing is on yet.
+                layered = is_a(module, "GradientCheckpointingLayer")
                 if layered and not isinstance(module, Adapted):
                     self.take(module, LayerPart(self.method, -1, -1))
 

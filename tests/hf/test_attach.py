@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,8 @@ from torch import nn
 
 import petal_kernels as pk
 from petal_kernels.hf.models import FAMILIES
-from tests.hf import tiny
+from petal_kernels.hf.parts import Adapted
+from tests.hf import tiny, tiny_text
 
 PAPER_TRAINABLE = 268_800
 RELEASE_TRAINABLE, RELEASE_STORED = 783_744, 802_176
@@ -230,3 +234,67 @@ def test_the_table_covers_the_supported_families() -> None:
         transformers.Blip2QFormerConfig,
     ):
         assert config.model_type in FAMILIES
+
+
+def test_a_config_is_the_attachments_own(tmp_path: Path) -> None:
+    """The kind: a config that its owner changes for the next run, and that is saved with this."""
+    config = pk.RoutingConfig(r=3, target_modules=["q_proj"])
+    attachment = pk.attach(tiny_text.build("llama"), config)
+    config.r = 7
+    config.target_modules.append("v_proj")  # type: ignore[union-attr]
+    assert attachment.config == pk.RoutingConfig(r=3, target_modules=["q_proj"])
+    attachment.save(tmp_path)
+    assert pk.attach(tiny_text.build("llama"), tmp_path).config.r == 3
+
+
+class DistributedDataParallel(nn.Module):
+    """Found by its name, as the real one is, without a process group."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("which", ["the engine", "its model", "a part of its model", "a part"])
+def test_an_engine_that_holds_the_model_is_refused(which: str) -> None:
+    """The kind: parameters that an engine never reduces."""
+    model: Any = tiny_text.build("llama")
+    if which == "a part":
+        model.lm_head = DistributedDataParallel(model.lm_head)
+    held = [DistributedDataParallel(model)] if which != "a part" else []
+    given = {"the engine": held[0] if held else model, "a part of its model": model.model}
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="not wrapped yet, got one in a DistributedDataParallel"):
+        pk.attach(given.get(which, model), pk.RoutingConfig(r=3))
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert not any(isinstance(module, Adapted) for module in model.modules())
+
+
+def test_a_holder_that_stays_trainable_is_said() -> None:
+    model: Any = tiny_text.build("llama")
+    with pytest.warns(UserWarning, match=r"1 parameters of the Llama.*stay trainable, lm_head"):
+        pk.attach(model.model, pk.RoutingConfig(r=3))
+    model = tiny_text.build("llama").requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pk.attach(model.model, pk.RoutingConfig(r=3))
+
+
+def test_an_attach_that_fails_on_its_way_gives_the_model_back() -> None:
+    model: Any = tiny.blip2()
+    model.qformer.encoder.layer[2].chunk_size_feed_forward = 2
+    before = [(name, type(m), sorted(m.__dict__)) for name, m in model.named_modules()]
+    with pytest.raises(ValueError, match="want chunk_size_feed_forward = 0"):
+        pk.attach(model, pk.RoutingConfig(r=3, kind="adapter"))
+    assert before == [(name, type(m), sorted(m.__dict__)) for name, m in model.named_modules()]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_is_left_as_it_is_is_said() -> None:
+    """The kind: linears that a user named, and that nobody trains."""
+    model = tiny_text.build("llama")
+    with pytest.warns(UserWarning, match="attach: named by target_modules and not adapted"):
+        attachment = pk.attach(model, pk.RoutingConfig(r=3, target_modules=r".*self_attn\..*_proj"))
+    (note,) = attachment.report().notes
+    assert "4 linears, model.layers.0.self_attn.k_proj first" in note
+    assert note in str(attachment.report())

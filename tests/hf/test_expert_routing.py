@@ -54,6 +54,22 @@ def test_a_decoder_generates_and_reads_the_encoders_domains(family: str) -> None
         assert torch.equal(routing.chosen, torch.eye(3).bool()[:2])
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+@pytest.mark.parametrize("config", [lora(), adapter()], ids=["lora", "adapter"])
+def test_a_recompute_tells_nothing_of_a_forward(config: AdapterConfig) -> None:
+    """The kind: a backward that puts its own routing in the place of the last forward's."""
+    model: Any
+    model, attachment = attached("llama", config)
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    loss = model(**batch("llama")).loss
+    with torch.no_grad():
+        model(**batch("llama", seed=1))
+    before = attachment.routing()
+    loss.backward()
+    after = attachment.routing()
+    assert [path for path in before if after[path] is not before[path]] == []
+
+
 _POOLED: dict[str, Any] = {"router_input": "pooled"}
 
 

@@ -7,6 +7,7 @@ import pickle
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import petal_kernels as pk
 from petal_kernels.hf.context import THREAD, Call
 from petal_kernels.hf.parts import Adapted
 from petal_kernels.nn import FrozenLinear
-from tests.hf import compare, tiny
+from tests.hf import compare, tiny, tiny_text
 
 FAMILIES = tuple(tiny.FAMILIES)
 FORMS = ("fused", "published")
@@ -113,6 +114,69 @@ def test_detach_gives_back_the_very_objects(form: str) -> None:
     again = pk.attach(model, pk.PetalConfig(r=4), implementation=form)
     again.detach()
     assert _snapshot(model) == before
+
+
+@pytest.mark.parametrize("mode", [False, True])
+def test_an_adapter_begins_in_its_models_mode(mode: bool) -> None:
+    attachment = pk.attach(tiny.instructblip().train(mode), pk.PetalConfig(r=4))
+    assert {module.training for module in attachment.adapter.modules()} == {mode}
+
+
+def test_a_forward_of_the_instance_is_given_back() -> None:
+    """As accelerate puts one on a module: it runs inside the layer's part."""
+    calls: list[int] = []
+    outs = []
+    for patched in (False, True):
+        model, batch = tiny.instructblip(), tiny.batch("instructblip")
+        layer: Any = model.qformer.encoder.layer[0]  # type: ignore[union-attr, index]
+        own = layer.forward
+
+        def forward(*args: Any, own: Any = own, **kwargs: Any) -> Any:
+            calls.append(len(args))
+            return own(*args, **kwargs)
+
+        if patched:
+            layer.forward = forward
+        torch.manual_seed(0)
+        attachment = pk.attach(model, pk.PetalConfig(r=4))
+        tiny.randomise(attachment.adapter)
+        with torch.no_grad():
+            outs.append(model(**batch).logits)
+    assert torch.equal(*outs)
+    assert len(calls) == 1
+    attachment.detach()
+    assert layer.__dict__["forward"] is forward
+
+
+def test_modules_replaced_since_attach_are_named(tmp_path: Path) -> None:
+    """The kind: an adapter that trains and is saved while nothing runs it."""
+    model = tiny.instructblip()
+    attachment = pk.attach(model, pk.PetalConfig(r=4))
+    attention = model.qformer.encoder.layer[1].attention.attention  # type: ignore[union-attr, index]
+    attention.query = new = nn.Linear(32, 32)
+    calls: dict[str, Callable[[], object]] = {
+        "save": lambda: attachment.save(tmp_path),
+        "report": attachment.report,
+        "merge": attachment.merge,
+        "named_parameters": lambda: list(attachment.parameters()),
+    }
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match=rf"{name}: 1 .*\(first: qformer.*1\..*query\)"):
+            call()
+    attachment.detach()
+    assert attention.query is new
+    assert type(attention.key) is nn.Linear
+
+
+def test_embeddings_may_be_replaced() -> None:
+    """Nothing of an adapter is lost with frozen embeddings."""
+    model: Any = tiny_text.build("llama")
+    attachment = pk.attach(model, pk.RoutingConfig(r=3))
+    new = nn.Embedding(tiny_text.VOCABULARY + 3, tiny_text.WIDTH)
+    model.set_input_embeddings(new)
+    assert attachment.report().trainable == sum(p.numel() for p in attachment.parameters())
+    attachment.detach()
+    assert model.get_input_embeddings() is new
 
 
 def test_training_mode_follows_through_detach() -> None:
@@ -289,6 +353,10 @@ def test_a_group_is_computed_once_and_each_result_is_handed_out_once() -> None:
         x.add_(1.0)  # the same tensor with other values
         torch.testing.assert_close(attention.value(x), attention.value.base(x))  # V is still zero
         assert computed == [1, 1, 1, 3, 3, 3, 3, 3]
+        with torch.no_grad():
+            attention.query(x)
+        attention.key(x)  # the same tensor, with a graph
+        assert computed == [1, 1, 1, 3, 3, 3, 3, 3, 3, 3]
     finally:
         ModeGroup._compute = compute  # type: ignore[method-assign]
         THREAD.frame = None

@@ -7,8 +7,11 @@ import functools
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
+import petal_kernels as pk
+from tests.hf import tiny_text
 from tests.hf.methods import (
     Row,
     Values,
@@ -113,3 +116,15 @@ def test_hooks_that_only_look_change_nothing(row: Row) -> None:
     seen = _hook(model, tuple(names), change=False)
     assert differences(step(row, model, attachment, row.given(leaves="all")), _unhooked(row)) == []
     assert seen == _on_the_base(row)
+
+
+def test_hooks_of_frozen_embeddings_run() -> None:
+    """The kind: what is left out of a compiled graph, left out elsewhere too."""
+    model: Any = tiny_text.build("llama")
+    pk.attach(model, pk.RoutingConfig(r=2))
+    ids = torch.arange(5, 9)[None]
+    assert not model.get_input_embeddings()(ids).requires_grad
+    model.enable_input_require_grads()
+    assert model.get_input_embeddings()(ids).requires_grad
+    model.disable_input_require_grads()
+    assert not model.get_input_embeddings()(ids).requires_grad

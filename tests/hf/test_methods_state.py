@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -206,6 +207,39 @@ def test_tasks_read_their_own_state(row: Row) -> None:
     wrong = sum(not torch.equal(a, b) for a, b in zip(got, wants, strict=True))
     assert wrong == 0, f"{wrong} wrong of {REQUESTS}"
     assert torch.equal(output(row, model, attachment), wants[0]), "left so for good"
+
+
+def test_a_task_that_outlives_its_block_is_outside_of_it() -> None:
+    """A task keeps the context that it was made in, whose block ends meanwhile."""
+    row = methods.ROWS[0]
+    model, attachment = attached(row)
+    want = output(row, model, attachment)
+
+    async def made_inside() -> list[Tensor]:
+        async def call() -> list[Tensor]:
+            outs = [output(row, model, attachment)]
+            await asyncio.sleep(0)
+            return [*outs, output(row, model, attachment)]
+
+        with attachment.disabled():
+            task = asyncio.create_task(call())
+            await asyncio.sleep(0)
+        return await task
+
+    inside, outside = asyncio.run(made_inside())
+    assert torch.equal(inside, plain(row))
+    assert torch.equal(outside, want)
+
+
+def test_a_block_lets_go_of_what_it_was_given() -> None:
+    row = next(row for row in methods.ROWS if row.around == "vision")
+    model, attachment = attached(row)
+    features = torch.randn(2, 3, 32, dtype=torch.float64)
+    held = weakref.ref(features)
+    with attachment.vision(features), attachment.disabled():
+        output(row, model)
+    del features
+    assert held() is None
 
 
 # -- a reference between a forward and its backward -----------------------------------------------

@@ -1,168 +1,221 @@
-"""Faults in the modules and the model layer: hand-over of the factors, dtypes, merge, files."""
+"""Faults in the one mechanism of the model layer: what a call depends on, parts and frames, copies,
+merging, reports, and what attach checks and detach gives back."""
 
 TESTS = [
-    "tests/hf",
-    "tests/nn",
+    "tests/hf/test_lifecycle.py",
+    "tests/hf/test_attach.py",
+    "tests/hf/test_whole.py",
+    "tests/hf/test_merging.py",
+    "tests/hf/test_report.py",
+    "tests/hf/test_checkpointing.py",
+    "tests/hf/test_dropped_mask.py",
+    "tests/hf/test_expert_routing.py",
+    "tests/hf/test_methods.py",
+    "tests/hf/test_methods_hooks.py",
+    "tests/hf/test_methods_state.py",
+    "tests/hf/test_methods_engines.py",
+    "-m",
+    "not slow",
     "-k",
-    "not compile and not full_size and not saved_bytes",
+    "not processes",
 ]
 
-_LAYERS = "petal_kernels/hf/petal/layers.py"
-_ATTACH = "petal_kernels/hf/attachment.py"
-_PETAL = "petal_kernels/hf/petal/attachment.py"
-_STACK = "petal_kernels/hf/stack.py"
+_CONTEXT = "petal_kernels/hf/context.py"
+_PARTS = "petal_kernels/hf/parts.py"
+_METHOD = "petal_kernels/hf/method.py"
+_FOUND = "petal_kernels/hf/found.py"
+_ATTACHMENT = "petal_kernels/hf/attachment.py"
+_ATTACH = "petal_kernels/hf/attach.py"
+_WHOLE = "petal_kernels/hf/whole.py"
+_WRAPPERS = "petal_kernels/hf/wrappers.py"
 _MERGING = "petal_kernels/hf/merging.py"
-_INSERTION = "petal_kernels/hf/insertion/layers.py"
-_SPECS = "petal_kernels/hf/insertion/specs.py"
-_ADAPTER = "petal_kernels/nn/gated_adapter.py"
-_VALUE = "petal_kernels/nn/value_adapter.py"
-_LORA = "petal_kernels/nn/routed_lora.py"
-_WALK = "petal_kernels/hf/walk.py"
-_CONFIG = "petal_kernels/hf/config.py"
-_AURORA = "petal_kernels/hf/aurora/attachment.py"
-_BLOCKS = "petal_kernels/hf/aurora/blocks.py"
-_PLACES = "petal_kernels/hf/aurora/specs.py"
-_STACKS = "petal_kernels/hf/aurora/layers.py"
-_LINEAR = "petal_kernels/nn/frozen_linear.py"
-_RESIDUAL = "petal_kernels/nn/residual.py"
-_MODES = "petal_kernels/nn/mode_approximation.py"
-_ROUTINGS = "petal_kernels/hf/experts.py"
-_EXPERTS = "petal_kernels/hf/insertion/experts.py"
-_TOKENS = "petal_kernels/hf/tokens.py"
-_DROPPED = "petal_kernels/hf/dropped_mask.py"
-_EMBEDDINGS = "petal_kernels/hf/embeddings.py"
-_PLACED = "petal_kernels/hf/insertion/attachment.py"
-_INSTRUCTION = "petal_kernels/hf/petal/experts.py"
+_REPORT = "petal_kernels/hf/report.py"
+_FIELDS = "petal_kernels/hf/fields.py"
 
 MUTANTS = [
-    (_LAYERS, "                factors.reentrant.add(self.index)", "                pass"),
     (
-        _LAYERS,
-        "return self.hidden if self.version == version_of(x) else None",
-        "return self.hidden",
+        _CONTEXT,
+        "            _BLOCKS.set(tuple(b for b in _BLOCKS.get() if b is not block))",
+        "            _BLOCKS.set(_BLOCKS.get()[:-1])",
     ),
-    (_LAYERS, "return self.hidden if x is again else None", "return None"),
-    (_INSERTION, "x is call.source or x is self.slot.source", "x is call.source"),
-    (_LAYERS, "same = x is self.x and self.version == version_of(x)", "same = True"),
-    (_LAYERS, "same = x is self.x and self.version == version_of(x)", "same = x is self.x"),
-    (_LAYERS, "if not all(weight_is_plain(each.base) for each in self.members):", "if False:"),
-    (_STACK, "            slot.call, slot.source = previous", "            pass"),
-    (_STACK, "args = (args[0].detach().requires_grad_(), *args[1:])", "pass"),
-    (_LAYERS, "    state.factors = None", "    pass"),
-    (_LAYERS, "ups[member.mode - first]", "ups[0]"),
     (
-        _LAYERS,
-        "        if not state.enabled:\n            return Fro",
-        "        if 0:\n            return Fro",
+        _CONTEXT,
+        "            _BLOCKS.set(tuple(b for b in _BLOCKS.get() if b is not block))",
+        "            pass",
     ),
-    (_LAYERS, "y[:, queries:]], dim=1", "y[:, queries:] * 0], dim=1"),
-    (_PETAL, 'pairs["cross"].requires_grad_(live)', "pass"),
-    (_ATTACH, "for parameter, flag in self._required:", "for parameter, flag in []:"),
-    (_ATTACH, "            handle.remove()", "            pass"),
+    (
+        _CONTEXT,
+        "        block.open = False  # for whoever copied the context meanwhile",
+        "        pass",
+    ),
+    (
+        _CONTEXT,
+        "    blocks = THREAD.blocks if torch.compiler.is_compiling() else _BLOCKS.get()",
+        "    blocks = THREAD.blocks",
+    ),
+    (
+        _CONTEXT,
+        "    blocks = THREAD.blocks if torch.compiler.is_compiling() else _BLOCKS.get()",
+        "    blocks = _BLOCKS.get()",
+    ),
+    (_CONTEXT, "class _Thread(threading.local):", "class _Thread:"),
+    (_CONTEXT, "if b.owner is owner and b.open]", "if b.open]"),
+    (_CONTEXT, "on=all(b.kind != OFF for b in own)", "on=own[-1].kind != OFF"),
+    (_CONTEXT, "{b.kind: b.value for b in own if", "{b.kind: b.value for b in reversed(own) if"),
+    (_CONTEXT, "            return frame.call.given\n", "            return given(owner)\n"),
+    (_CONTEXT, "        self.grad = torch.is_grad_enabled()", "        self.grad = False"),
+    (
+        _PARTS,
+        "kwargs))\n        finally:\n            THREAD.frame = frame.outer",
+        "kwargs))\n        finally:\n            pass",
+    ),
+    (_PARTS, "            THREAD.running = before", "            pass"),
+    (
+        _PARTS,
+        '        call: Call = kwargs.pop("petal_call")',
+        '        kwargs.pop("petal_call")\n        call = self.method.call_of(self)',
+    ),
+    (
+        _PARTS,
+        "if plain and (torch.compiler.is_compiling() or not _is_checkpointed(module)):",
+        "if plain:",
+    ),
+    (_PARTS, "            call.reentrant.add(self.index)", "            pass"),
+    (
+        _PARTS,
+        "            # does not detach what a keyword holds.\n            shared = None",
+        "            # does not detach what a keyword holds.\n            pass",
+    ),
+    (_PARTS, "            if why:\n", "            if False:\n"),
+    (_PARTS, "args = (args[0].detach().requires_grad_(), *args[1:])", "pass"),
+    (
+        _PARTS,
+        "            if value is source:\n                return number",
+        "            if value is source:\n                return None",
+    ),
+    (_PARTS, '        if getattr(module, "_is_replica", False):', "        if False:"),
+    (
+        _PARTS,
+        "type(cls.__name__, (mixin, cls), names)",
+        'type("Adapted" + cls.__name__, (mixin, cls), names)',
+    ),
+    (
+        _PARTS,
+        "return _rebuild, (own_class(self), type(self).__mro__[1]), self.__dict__",
+        "return _rebuild, (own_class(self), Adapted), self.__dict__",
+    ),
+    (
+        _PARTS,
+        "return super().__getattr__(name) if value is None else value",
+        "return super().__getattr__(name)",
+    ),
+    (
+        _PARTS,
+        "        if torch.compiler.is_compiling():\n            hooks",
+        "        if True:\n            hooks",
+    ),
+    (_PARTS, "            if hooks and all(name ==", "            if hooks or all(name =="),
+    (
+        _METHOD,
+        "        says = given(self)\n        if not says.on:",
+        "        says = given(self)\n        if False:",
+    ),
+    (_METHOD, "            self.dropped.look(kwargs)", "            pass"),
+    (_METHOD, "if crosses and blip else None", "if blip else None"),
+    (_METHOD, "        first = stack.number == 0", "        first = True"),
+    (
+        _METHOD,
+        "return running_call(self, layer.stack) or Call(given(self))",
+        "return Call(given(self))",
+    ),
+    (_METHOD, "dtype=floating[0], device", "dtype=torch.float32, device"),
+    (_FOUND, "    found.notes += _left(model, config, found, candidates, families)\n", ""),
+    (_ATTACHMENT, "Both(part, before)", "Both(before, part)"),
+    (_ATTACHMENT, "            module.__class__ = own\n", "            pass\n"),
+    (_ATTACHMENT, 'if name.startswith("_petal")]', 'if name == "_petal"]'),
+    (_ATTACHMENT, "                del module.__dict__[name]", "                pass"),
+    (_ATTACHMENT, '                module.__dict__["forward"] = forward', "                pass"),
+    (
+        _ATTACHMENT,
+        '            module.__dict__["forward"] = PatchedForward(module, forward)',
+        "            pass",
+    ),
+    (
+        _ATTACHMENT,
+        "parameter.requires_grad_(self._required[name])",
+        "parameter.requires_grad_(True)",
+    ),
+    (_ATTACHMENT, "        model.requires_grad_(False)\n", ""),
+    (_ATTACHMENT, "        self.adapter.train(model.training)\n", ""),
+    (_ATTACHMENT, "            if parent._modules.get(child) is wrapper:", "            if True:"),
+    (_ATTACHMENT, "        if gone:\n", "        if False:\n"),
+    (
+        _ATTACHMENT,
+        "            if id(module) not in there and id(module) not in self._guards",
+        "            if id(module) not in there",
+    ),
+    (
+        _ATTACHMENT,
+        "    if merged is not None and merged.is_whole and not prefix",
+        "    if merged is None and not prefix",
+    ),
+    (
+        _ATTACHMENT,
+        "    if merged is not None and merged.is_whole and not prefix",
+        "    if merged is not None and not prefix",
+    ),
+    (_ATTACHMENT, "        if self._merged is not None:\n            self.unmerge()\n", ""),
+    (_ATTACHMENT, "        self._bind_copies()\n", ""),
+    (
+        _ATTACHMENT,
+        "any(id(p) in trained for p in module._parameters.values() if p is not None)",
+        "False",
+    ),
+    (_ATTACH, "    config = dataclasses.replace(config)\n", ""),
+    (_ATTACH, "    _check_holders(model)\n", ""),
+    (_ATTACH, "(*model.modules(), *holders[1:])", "model.modules()"),
+    (_ATTACH, "    if loose:\n", "    if False:\n"),
+    (_ATTACH, '        if made.__dict__.get("_attached"):\n            made.detach()\n', ""),
+    (_ATTACH, "    for note in made.method.found.notes:", "    for note in []:"),
+    (_WHOLE, "            if id(parameter) in self._known:", "            if False:"),
+    (
+        _WHOLE,
+        "        return value if value is not None and now(self.method).on else None",
+        "        return value",
+    ),
+    (_WHOLE, "dtype, copy=True))", "dtype))"),
+    (
+        _WHOLE,
+        "dtype = torch.float32 if value.dtype == torch.float16 else value.dtype",
+        "dtype = value.dtype",
+    ),
+    (
+        _WHOLE,
+        "        if not now(self.method).on:\n            return run",
+        "        if False:\n            return run",
+    ),
+    (_WHOLE, "            return output.to(self.narrow)", "            return output"),
+    (_WHOLE, "            twin.training = module.training", "            pass"),
+    (_WRAPPERS, "        if not now(self.layer.method).on:", "        if False:"),
+    (
+        _WRAPPERS,
+        "        if self.merged is None:\n            return super().forward(x)",
+        "        if True:\n            return super().forward(x)",
+    ),
+    (_WRAPPERS, "isinstance(self.base, nn.Linear) else weight.t()", "True else weight.t()"),
+    (_WRAPPERS, "        if self.training:\n", "        if False:\n"),
     (
         _MERGING,
         "exact = weight.to(update.dtype) + update",
         "exact = weight.to(update.dtype) - update",
     ),
-    (_MERGING, "for parameter in self.frozen:", "for parameter in []:"),
-    (_LINEAR, "part.dtype == dtype and not part.requires_grad", "part.dtype == dtype"),
-    (_LINEAR, "        self.base.training = mode", "        pass"),
-    (_LINEAR, "if type(base) is not nn.Linear:", "if not isinstance(base, nn.Module):"),
-    (_RESIDUAL, "(RESIDUAL_SCALE * self.shift)", "(self.shift)"),
-    (_RESIDUAL, "a[:, 0].mean(dim=0)", "a[:, 1].mean(dim=0)"),
-    (_MODES, "self.core.fill_(1.0)", "self.core.zero_()"),
-    (_MODES, "scale=self.scale, dtype=dtype", "dtype=dtype"),
-    (_INSERTION, "factors.reentrant.add(self.index)", "pass"),
-    (_INSERTION, "call.middles and (x is call.source or x is self.slot.source)", "call.middles"),
-    (
-        _INSERTION,
-        "        if x is not None and self._norm_can_adapt(h, x):",
-        "        if x is not None:",
-    ),
-    (_INSERTION, "            training=self.layer.training,\n", ""),
-    (_INSERTION, 'if adapter.gate == "small" else None', "if False else None"),
-    (_INSERTION, "return call.middles[self.number]", "return call.middles[0]"),
-    (
-        _INSERTION,
-        "    state.factors = Context(state.vision, tokens",
-        "    state.factors = Context(None, tokens",
-    ),
-    (_SPECS, 'config.variant == "release" and place.raw', "False"),
-    (
-        _ADAPTER,
-        "vision.repeat_interleave(want // have, dim=0)",
-        "vision.repeat(want // have, 1, 1)",
-    ),
-    (_ADAPTER, "bias.fill_(self._open_bias())", "bias.zero_()"),
-    (_VALUE, "rows = slice(layer * self.r, (layer + 1) * self.r)", "rows = slice(0, self.r)"),
-    (_LORA, "before, after = n * self.r,", "before, after = 0,"),
-    (_LORA, "delta[target] =", "delta[n] ="),
-    (_WALK, "re.fullmatch(wanted, site.path)", "re.search(wanted, site.path)"),
-    (_WALK, 'endswith("." + name)', "endswith(name)"),
-    (_CONFIG, '"aurora_release" if self.variant == "release" else "blocks"', '"blocks"'),
-    (
-        _AURORA,
-        'config.layout == "aurora_release" and site.row.block in MLP_BLOCKS',
-        'config.layout == "aurora_release"',
-    ),
-    (_PLACES, "site.modes = range(count, count + blocks)", "site.modes = range(blocks)"),
-    (_BLOCKS, "else table.permute(1, 2, 0)", "else table.transpose(0, 1)"),
-    (_BLOCKS, "turned = core.transpose(0, 1) if core.dim() == 3 else core", "turned = core"),
-    (_STACKS, "VisionFactors) and factors.masked == masked", "VisionFactors)"),
-    (_STACKS, "if cache is not None and cache.get_seq_length() > 0:", "if False:"),
-    (_STACKS, "call.a is None or call.c is None", "call.a is None"),
-    (_EMBEDDINGS, "        vectors = vectors.clone()", "        pass"),
-    (_ROUTINGS, "        return Routings, ()", "        return Routings, (dict(self),)"),
-    (_ROUTINGS, "if trains and not routing.logits.requires_grad:", "if False:"),
-    (_EXPERTS, "(lora.up.to(dtype) @ downs).mean(0)", "(lora.up.to(dtype) @ downs).sum(0)"),
-    (_EXPERTS, "isinstance(place, Target) and place.encoded", "False"),
-    (_EXPERTS, "            self._state.domains = before", "            pass"),
-    (
-        _TOKENS,
-        "repeat_interleave(rows // samples, dim=0)",
-        "repeat(rows // samples, *[1] * (given.dim() - 1))",
-    ),
-    (_TOKENS, "0 < known <= self.past", "0 < known < self.past"),
-    (_TOKENS, "self.encoded_mask if encoded else self.mask", "self.mask"),
-    (_TOKENS, "mask[:, past : past + length]", "mask[:, mask.shape[1] - length :]"),
-    (_TOKENS, "if mask.shape[1] < past + length:", "if False:"),
-    (_TOKENS, "start: int | Tensor = past.to(mask.device).clamp(max=last)", "start = last"),
-    (_TOKENS, "start = min(past, last)", "start = last"),
-    (_TOKENS, "start = min(past, last)", "start = past"),
-    (_TOKENS, "return _columns(mask, past, length, 0)", "return mask[:, -length:]"),
-    (_TOKENS, "        if queries > 1:\n", "        if False:\n"),
-    (_TOKENS, "        if seen.shape[1] > 1:\n", "        if False:\n"),
-    (_TOKENS, "torch.where(real, index, -1)", "index.expand_as(real)"),
-    (_TOKENS, "real[:, 1:] & (latest >= 0) & ~sees", "(latest >= 0) & ~sees"),
-    (_TOKENS, "real[:, 1:] & (latest >= 0) & ~sees", "real[:, 1:] & ~sees"),
-    (_TOKENS, "if mask is not None or not isinstance(positions", "if not isinstance(positions"),
-    (_TOKENS, "ends.numel() - 1 > self.rows", "ends.numel() > self.rows"),
-    (_TOKENS, "return past.clone()", "return past"),
-    (_TOKENS, "if length == 1 or torch", "if True or torch"),
-    (_TOKENS, "front + given.shape[1]", "given.shape[1]"),
-    (_TOKENS, 'part == "all" and length != self.length', "False"),
-    (_INSERTION, 'if adapter.variant == "release":', "if False:"),
-    (_DROPPED, "            self.looks = 0\n", ""),
-    (_DROPPED, "        self.looks -= 1\n", ""),
-    (_DROPPED, "if bool(hidden.any()):", "if True:"),
-    (
-        _INSERTION,
-        "if self.call is not None and self.call is self.state.factors:",
-        "if self.call is not None:",
-    ),
-    (_INSERTION, "    if first:\n", "    if True:\n"),
-    (_INSTRUCTION, "return served.to(output.dtype)", "return served"),
-    (_INSTRUCTION, "queries = 0 if embeds is None else embeds.shape[1]", "queries = 0"),
-    (_TOKENS, '    if part == "first":', '    if part == "none":'),
-    (_TOKENS, "of_tokens[:, of_tokens.shape[1] - length :]", "of_tokens[:, :length]"),
-    (_TOKENS, "if encoded and self.reads_image:", "if False:"),
-    (_TOKENS, "behind_encoder=crosses and not first,", "behind_encoder=crosses,"),
-    (_TOKENS, "return _part(mask, length, part)", 'return _part(mask, length, "last")'),
-    (_SPECS, 'if place.part != "all" and chunk:', "if False:"),
-    (
-        _PLACED,
-        'self._mark(stack, "_petal_first", number == 0)',
-        'self._mark(stack, "_petal_first", True)',
-    ),
-    (_SPECS, "if point or linear_features(insertion.module)[0] == width:", "if True:"),
+    (_MERGING, "        for parameter in self.frozen:", "        for parameter in []:"),
+    (_MERGING, "            each.check()\n", "            pass\n"),
+    (_MERGING, "    for module in folded_from - kept_from:", "    for module in folded_from:"),
+    (_MERGING, "        merged.freeze(module.parameters())", "        pass"),
+    (_MERGING, "            original.data = original.data.to(now)", "            pass"),
+    (_REPORT, "        lines += self.notes\n", ""),
+    (_REPORT, "            if key not in known:", "            if not known:"),
+    (_REPORT, "            count = 0 if id(module) in seen else count\n", ""),
+    (_FIELDS, "    found = [str(item) for item in value]", "    found = value"),
 ]
