@@ -179,6 +179,14 @@ def test_missing_and_unexpected_keys(attachment: pk.Attachment, saved: Path) -> 
     )
 
 
+def test_an_unexpected_key_alone(attachment: pk.Attachment, saved: Path) -> None:
+    """Kind: a tensor of a file passed over in silence, because nothing else is missing."""
+    tensors = load_file(saved / files.TENSORS)
+    tensors["branches.text.gate"] = tensors["branches.text.up"].clone()
+    _replace_tensors(saved, tensors)
+    _refused(attachment, saved, "missing keys [], unexpected keys ['branches.text.gate']")
+
+
 def test_a_pickle_with_a_safetensors_name(attachment: pk.Attachment, saved: Path) -> None:
     torch.save({"x": torch.ones(2)}, saved / files.TENSORS)
     _refused(attachment, saved, files.TENSORS, "got a pickle, which is refused")

@@ -4,6 +4,7 @@ TESTS = [
     "tests/tools/test_memory_advice.py",
     "tests/tools/test_memory_script.py",
     "tests/tools/test_memory_step.py",
+    "tests/tools/test_memory_command.py::test_exit_codes",
 ]
 
 _OPTIMIZER = "petal_kernels/memory/optimizer.py"
