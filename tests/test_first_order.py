@@ -231,6 +231,16 @@ def test_no_second_derivative_is_wrong(name: str, case: Any) -> None:
         assert any(found == "refused" for row in got for found in row)
 
 
+def test_gradients_that_nobody_differentiates_are_given() -> None:
+    """Kind: create_graph=True alone refused, where inputs are results of an earlier layer."""
+    scale = torch.ones((), requires_grad=True)
+    x, down, up = (scale * torch.randn(s) for s in ((5, 8), (4, 8), (8, 4)))
+    out = pk.gated_bottleneck(x, down, up).sum()
+    (want,) = torch.autograd.grad(out, scale, retain_graph=True)
+    (got,) = torch.autograd.grad(out, scale, create_graph=True)
+    assert torch.equal(got, want)
+
+
 def test_a_transform_of_something_else_passes_by() -> None:
     """What a transform does not see is computed as always."""
     x, down, up = torch.randn(5, 8), torch.randn(4, 8), torch.randn(8, 4)

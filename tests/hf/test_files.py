@@ -116,6 +116,43 @@ def test_truncated_config(attachment: pk.Attachment, saved: Path) -> None:
     _refused(attachment, saved, files.CONFIG, "not readable as json")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("{", '{"format_version": 1,', "a key stands there twice"),
+        ('"format_version": 1', '"format_version": NaN', "NaN is no json"),
+    ],
+    ids=["a key twice", "no number"],
+)
+def test_json_that_readers_disagree_about(
+    attachment: pk.Attachment, saved: Path, old: str, new: str, message: str
+) -> None:
+    path = saved / files.CONFIG
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    _refused(attachment, saved, files.CONFIG, message)
+
+
+def test_a_save_while_it_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kind: a reader's json of the save before, and its tensors of this one, called damaged."""
+    other = pk.attach(tiny.blip2(), saved)
+    with torch.no_grad():
+        for parameter in other.adapter.parameters():
+            parameter.add_(1.0)
+    read, saves = files._read_tensors, [other.save]
+
+    def late(folder: Path, record: Any) -> Any:
+        while saves:
+            saves.pop()(folder)
+        return read(folder, record)
+
+    monkeypatch.setattr(files, "_read_tensors", late)
+    got, want = pk.attach(tiny.blip2(), saved).state_dict(), other.state_dict()
+    assert not saves
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 def test_damaged_tensors(attachment: pk.Attachment, saved: Path) -> None:
     path = saved / files.TENSORS
     data = bytearray(path.read_bytes())
@@ -179,6 +216,14 @@ def test_missing_and_unexpected_keys(attachment: pk.Attachment, saved: Path) -> 
     )
 
 
+def test_an_unexpected_key_alone(attachment: pk.Attachment, saved: Path) -> None:
+    """Kind: a tensor of a file passed over in silence, because nothing else is missing."""
+    tensors = load_file(saved / files.TENSORS)
+    tensors["branches.text.gate"] = tensors["branches.text.up"].clone()
+    _replace_tensors(saved, tensors)
+    _refused(attachment, saved, "missing keys [], unexpected keys ['branches.text.gate']")
+
+
 def test_a_pickle_with_a_safetensors_name(attachment: pk.Attachment, saved: Path) -> None:
     torch.save({"x": torch.ones(2)}, saved / files.TENSORS)
     _refused(attachment, saved, files.TENSORS, "got a pickle, which is refused")
@@ -220,6 +265,7 @@ def test_a_newer_format(attachment: pk.Attachment, saved: Path) -> None:
             "'vladapter', 'vlpet'], got ",
         ),
         ({"base": None}, "missing ['base']"),
+        ({"more": 1}, "got unknown ['more']"),
         ({"variant": "release"}, "variant: want 'paper' as in config, got 'release'"),
         ({"config": {"rank": 4}}, "got unknown ['rank']"),
         ({"config": {"r": 0}}, "r: want an integer >= 1, got 0"),

@@ -23,6 +23,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,42 +63,61 @@ class Tree:
             "PETAL_BUILD_CUDA": "0",
             "PETAL_EMULATION_CACHE": str(emulation),
             "OMP_WAIT_POLICY": "PASSIVE",
+            # Triton may be imported before tests/conftest.py sees that no device is there.
+            "CUDA_VISIBLE_DEVICES": "",
+            "TRITON_INTERPRET": "1",
         }
-        libraries = [str(p.relative_to(ROOT)) for p in (ROOT / "petal_kernels").glob("*.so")]
-        libraries += [str(p.relative_to(ROOT)) for p in (ROOT / "petal_kernels/lib").glob("*")]
-        listed = git("ls-files", "-z", "-co", "--exclude-standard").split("\0")
-        for name in [*filter(None, listed), *libraries]:
-            if (ROOT / name).is_file():
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, root / name)
+        for name in filter(None, git("ls-files", "-z", "-co", "--exclude-standard").split("\0")):
+            self.copy(name)
+        self.copy_libraries()
         # Some tests ask git what is tracked.
         subprocess.run(["git", "init", "-q"], cwd=root, check=True)
         subprocess.run(["git", "add", "-A"], cwd=root, check=True)
-
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *command],
-            cwd=self.root,
+        self.server = subprocess.Popen(
+            [sys.executable, "-m", "tests.mutants.__fork__"],
+            cwd=root,
             env=self.environment,
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             text=True,
-            errors="replace",
-            check=False,
         )
+
+    def close(self) -> None:
+        """No more tests in this tree."""
+        assert self.server.stdin is not None
+        self.server.stdin.close()
+        self.server.wait()
+
+    def copy(self, name: str) -> None:
+        if (ROOT / name).is_file():
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, self.root / name)
+
+    def copy_libraries(self) -> None:
+        """What was compiled from the sources without a fault."""
+        package = ROOT / "petal_kernels"
+        for path in (*package.glob("*.so"), *package.glob("lib/*")):
+            self.copy(str(path.relative_to(ROOT)))
 
     def build(self) -> bool:
         """Compile the CPU library in place; a fault that does not compile counts as caught."""
-        return self.run("setup.py", "-q", "build_ext", "--inplace").returncode == 0
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        done = subprocess.run(
+            command, cwd=self.root, env=self.environment, capture_output=True, check=False
+        )
+        return done.returncode == 0
 
     def red(self, tests: list[str]) -> str | None:
         """The test that failed, "a crash", or None where all are green."""
-        done = self.run(
-            "-m", "pytest", "-q", "-x", "--tb=no", "-rfE", "-p", "no:cacheprovider", *tests
-        )
-        if done.returncode < 0:
+        options = ["-q", "-x", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        print(json.dumps([*options, *tests]), file=self.server.stdin, flush=True)
+        code, output = json.loads(self.server.stdout.readline())
+        if code < 0:
             return "a crash"
-        found = _FAILED.findall(done.stdout)
-        return (found[0] if found else "a crash") if done.returncode == 1 else None
+        found = _FAILED.findall(output)
+        return found[0] if code in (1, 2) and found else None  # 2: in collecting the tests
 
     def catch(self, family: ModuleType, fault: Fault, first: str | None) -> str | None:
         """Plant a fault and take it back; what caught it."""
@@ -113,12 +134,10 @@ class Tree:
                 if not self.build():
                     return "the compiler"
             elif not self.built_clean:
-                self.build()
+                self.copy_libraries()
                 self.built_clean = True
-            if first is not None and "::" in first:
-                caught = self.red([first])
-                if caught is not None:
-                    return caught
+            if first is not None and "::" in first and self.red([first]) is not None:
+                return first  # named also where it crashes
             return self.red(nearest_first(family.TESTS, file))
         finally:
             path.write_text(text)
@@ -185,15 +204,35 @@ class Run:
         CAUGHT_BY.write_text(json.dumps(kept, indent=1) + "\n")
 
 
-def green(tree: Tree, modules: dict[str, ModuleType]) -> bool:
+def green(trees: list[Tree], modules: dict[str, ModuleType]) -> bool:
     """Whether every family's tests pass where nothing is planted."""
-    for name, module in modules.items():
-        failed = tree.red(module.TESTS)
-        if failed is not None:
-            print(f"{name}: red before any fault is planted: {failed}", flush=True)
-            return False
-        print(f"{name}: green, {len(module.MUTANTS)} faults", flush=True)
-    return True
+    left: queue.SimpleQueue[str] = queue.SimpleQueue()
+    red: list[str] = []
+
+    def work(tree: Tree) -> None:
+        while not red:
+            try:
+                name = left.get_nowait()
+            except queue.Empty:
+                return
+            failed = tree.red(modules[name].TESTS)
+            if failed is not None:
+                red.append(name)
+                print(f"{name}: red before any fault is planted: {failed}", flush=True)
+            else:
+                print(f"{name}: green, {len(modules[name].MUTANTS)} faults", flush=True)
+
+    for name in modules:
+        left.put(name)
+    for_each(trees, work)
+    return not red
+
+
+def for_each(trees: list[Tree], work: Callable[[Tree], None]) -> None:
+    """Work in all trees at once."""
+    with ThreadPoolExecutor(len(trees)) as pool:
+        for done in [pool.submit(work, tree) for tree in trees]:
+            done.result()
 
 
 def main() -> int:
@@ -209,13 +248,13 @@ def main() -> int:
     run = Run(given.families or families())
     with tempfile.TemporaryDirectory(prefix="petal-mutants-") as folder:
         trees = [Tree(Path(folder) / f"{i}", Path(folder) / "emulation") for i in range(given.jobs)]
-        if not green(trees[0], run.modules):
-            return 2
-        threads = [threading.Thread(target=run.work, args=(tree,)) for tree in trees]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            if not green(trees, run.modules):
+                return 2
+            for_each(trees, run.work)
+        finally:
+            for tree in trees:
+                tree.close()
     if given.record is not None:
         given.record.write_text(json.dumps(record(run, time.monotonic() - start), indent=1) + "\n")
     total = sum(len(m.MUTANTS) for m in run.modules.values())

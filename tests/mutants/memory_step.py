@@ -4,6 +4,8 @@ TESTS = [
     "tests/tools/test_memory_advice.py",
     "tests/tools/test_memory_script.py",
     "tests/tools/test_memory_step.py",
+    "tests/tools/test_memory_command.py::test_exit_codes",
+    "tests/tools/test_memory_command.py::test_a_scripts_own_loss_is_taken",
 ]
 
 _OPTIMIZER = "petal_kernels/memory/optimizer.py"

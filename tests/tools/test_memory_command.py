@@ -308,6 +308,15 @@ def test_a_script_of_ones_own(
     assert {"svg", "table"} <= set(parser.seen)
 
 
+def test_a_scripts_own_loss_is_taken(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Kind: another loss than the script's, which keeps less."""
+    own, plain = (
+        run_json(capsys, "--script", f"{script}:{name}")["saved_bytes"]
+        for name in ("with_loss", "build")
+    )
+    assert own == plain + 4 * 16 * 4  # the square's operand
+
+
 def test_exit_codes(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = ["--script", f"{script}:with_loss"]
     assert app.main([*own, "--fail-above", "1"]) == 0

@@ -169,6 +169,20 @@ def test_what_has_no_bytes_is_no_record() -> None:
     assert memory.profile(network(), torch.randn(0, WIDTH)).saved == []
 
 
+def test_gradients_of_one_storage_are_counted_once() -> None:
+    """Kind: an engine's bucket counted once for each gradient that is a piece of it."""
+    model = network()
+    bucket = torch.zeros(NUMBERS)
+    pieces = bucket.split([p.numel() for p in model.parameters()])
+    for parameter, piece in zip(model.parameters(), pieces, strict=True):
+
+        def into(p: Tensor, piece: Tensor = piece) -> None:
+            p.grad = piece.view_as(p)
+
+        parameter.register_post_accumulate_grad_hook(into)
+    assert memory.profile(model, torch.randn(2, WIDTH)).sizes.gradients == bucket.nbytes
+
+
 def test_parameters_of_one_storage_have_gradients_of_their_own() -> None:
     """Views of one flat storage, as an engine lays parameters out."""
     flat = torch.randn(2, WIDTH, WIDTH)
