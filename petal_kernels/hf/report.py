@@ -134,12 +134,12 @@ def make_report(
         count = sum(p.numel() for own in inside for p in held.pop(own).parameters())
         rows.append(Row(path, "modules_to_save", "trained whole", "", "", count))
     own = {id(p) for p in method.adapter.parameters()}
-    base = sum(p.numel() for p in model.parameters() if id(p) not in own)
+    parameters = sum(p.numel() for p in model.parameters() if id(p) not in own)
     trainable = sum(p.numel() for p in method.adapter.parameters() if p.requires_grad)
     stored = sum(p.numel() for p in method.adapter.parameters())
     declined = {path: why for path, w in wrappers.items() if (why := why_not_plain(w.base))}
     notes = method.found.notes
-    return Report(rows, implementation, base, trainable, stored, declined, tokens, notes)
+    return Report(rows, implementation, parameters, trainable, stored, declined, tokens, notes)
 
 
 def choice_in_words(found: Sequence[Explanation]) -> tuple[str, str]:
