@@ -7,7 +7,7 @@ Nothing is patched but the instance. One module named `petal` on the model holds
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from petal_kernels.hf.merging import (
     need_no_merged,
 )
 from petal_kernels.hf.method import Method
-from petal_kernels.hf.names import canonical, prefixes_of
+from petal_kernels.hf.names import prefixes_of
 from petal_kernels.hf.parts import (
     Adapted,
     Both,
@@ -42,7 +42,7 @@ from petal_kernels.hf.parts import (
 from petal_kernels.hf.report import Report, make_report
 from petal_kernels.hf.routing import Routed
 from petal_kernels.hf.walk import is_a, parent_of
-from petal_kernels.hf.whole import Copies, offloaded
+from petal_kernels.hf.whole import Copies, extra_modules, offloaded
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.frozen_linear import FrozenLinear
 
@@ -371,35 +371,3 @@ class Attachment(Blocks, Routed):
                 f"{what}: {len(gone)} adapted modules were replaced since attach (first: "
                 f"{gone[0]}); detach and attach again after a new head or resized embeddings"
             )
-
-
-def extra_modules(
-    model: nn.Module, names: Sequence[str] | None, adapted: Sequence[nn.Module]
-) -> dict[str, nn.Module]:
-    """The modules that `modules_to_save` names, by path; none may hold an adapted one."""
-    extra: dict[str, nn.Module] = {}
-    for name in names or []:
-        matches = {
-            path: module
-            for path, module in model.named_modules()
-            if path == name or path.endswith("." + name)
-        }
-        matches = matches or _elsewhere(model, name)
-        if not matches:
-            raise ValueError(f"modules_to_save: want names of modules of the model, got {name!r}")
-        extra.update(matches)
-    taken = {id(module) for module in adapted}
-    for path, module in extra.items():
-        if any(id(child) in taken for child in module.modules()):
-            raise ValueError(
-                f"modules_to_save: want modules without adapted projections, got {path!r}"
-            )
-    return extra
-
-
-def _elsewhere(model: nn.Module, name: str) -> dict[str, nn.Module]:
-    """The module of that name in a model with a head, or without one, or in wrappers."""
-    prefixes = prefixes_of(model)
-    root = canonical(name, prefixes)
-    found = model.named_modules()
-    return {path: module for path, module in found if root and canonical(path, prefixes) == root}

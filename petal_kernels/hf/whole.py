@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from petal_kernels.hf.context import now
+from petal_kernels.hf.names import canonical, prefixes_of
 from petal_kernels.hf.parts import Part, Run, own_class
 from petal_kernels.hf.twins import HOOKS
 from petal_kernels.hf.walk import device_of
@@ -132,3 +133,35 @@ class CopyPart(Part):
         if isinstance(output, Tensor) and output.dtype == torch.float32:
             return output.to(self.narrow)
         return output
+
+
+def extra_modules(
+    model: nn.Module, names: Sequence[str] | None, adapted: Sequence[nn.Module]
+) -> dict[str, nn.Module]:
+    """The modules that `modules_to_save` names, by path; none may hold an adapted one."""
+    extra: dict[str, nn.Module] = {}
+    for name in names or []:
+        matches = {
+            path: module
+            for path, module in model.named_modules()
+            if path == name or path.endswith("." + name)
+        }
+        matches = matches or _elsewhere(model, name)
+        if not matches:
+            raise ValueError(f"modules_to_save: want names of modules of the model, got {name!r}")
+        extra.update(matches)
+    taken = {id(module) for module in adapted}
+    for path, module in extra.items():
+        if any(id(child) in taken for child in module.modules()):
+            raise ValueError(
+                f"modules_to_save: want modules without adapted projections, got {path!r}"
+            )
+    return extra
+
+
+def _elsewhere(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The module of that name in a model with a head, or without one, or in wrappers."""
+    prefixes = prefixes_of(model)
+    root = canonical(name, prefixes)
+    found = model.named_modules()
+    return {path: module for path, module in found if root and canonical(path, prefixes) == root}
