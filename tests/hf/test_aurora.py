@@ -248,7 +248,7 @@ def test_what_layers_share_is_made_once_per_forward(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_layers_share_ends_with_its_forward() -> None:
-    model, attachment = attached("retrieval", config_of())
+    model, _ = attached("retrieval", config_of())
     inputs = batch("retrieval")
     seen: list[bool] = []
     model.vision_model.post_layernorm.register_forward_pre_hook(  # type: ignore[union-attr]
