@@ -125,7 +125,7 @@ def test_a_merged_model_loads_its_own_checkpoint(assign: bool) -> None:
     assert all(torch.equal(value, kept[name]) for name, value in attachment.state_dict().items())
     assert parameters == [id(parameter) for parameter in attachment.adapter.parameters()]
     other, _ = built("llama")
-    with pytest.raises(RuntimeError, match="Missing key.*petal.layers.0.decoder_query.down"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*petal.layers.0.decoder_query.down"):
         other.load_state_dict(want)  # the update would be there twice
 
 
