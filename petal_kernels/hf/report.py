@@ -114,8 +114,7 @@ def make_report(
             key, sample = method.sample(place, wrapper, tokens)
             twice = torch.is_grad_enabled() and runs_twice(place.layer.module)
             if (key, twice) not in known:
-                base = None if wrapper is None else wrapper.base
-                known[key, twice] = _asked(sample, base, twice)
+                known[key, twice] = _asked(sample, getattr(wrapper, "base", None), twice)
             backend, why = known[key, twice]
         count = row.trainable
         module = method.trains(place)
