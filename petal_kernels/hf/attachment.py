@@ -285,6 +285,8 @@ class Attachment(Blocks, Routed):
             self.method, [(place.path, wrapper) for place, _, _, wrapper in self._wrapped]
         )
         self._merged.report.kept.update(dict.fromkeys(self.whole(), "trained whole"))
+        for each in self._merged.folded:
+            each.wrapper.__dict__["partly"] = not self._merged.is_whole
         return self._merged.report
 
     def unmerge(self) -> None:

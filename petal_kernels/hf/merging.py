@@ -134,7 +134,7 @@ class Folded:
         if (now.dtype, now.device) != (original.dtype, original.device):
             original.data = original.data.to(now)  # where `.to` brought the model meanwhile
         base._parameters["weight"] = original
-        self.wrapper.__dict__["merged"] = None
+        self.wrapper.__dict__.update(merged=None, partly=False)
 
 
 @torch.no_grad()

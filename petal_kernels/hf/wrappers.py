@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,13 @@ class AdaptedLinear(FrozenLinear):
 
     layer: LayerPart
     merged: nn.Parameter | None  # the weight without the update that now lies in it
+    partly: bool
 
     def __init__(self, base: nn.Module, layer: LayerPart) -> None:
         super().__init__(base)
         self.__dict__["layer"] = layer
         self.__dict__["merged"] = None
+        self.__dict__["partly"] = False  # merged, and other parts of the adapter stay beside it
 
     @property
     def in_features(self) -> int:
@@ -60,6 +63,23 @@ class AdaptedLinear(FrozenLinear):
         weight = self.merged.to(self.base._parameters["weight"])
         matrix = weight if isinstance(self.base, nn.Linear) else weight.t()
         return F.linear(x, matrix, self.base._parameters.get("bias"))
+
+    # A checkpoint that holds an adapter beside weights with its update would apply it twice.
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.partly and self.merged is not None:
+            destination[f"{prefix}weight"] = self.merged if keep_vars else self.merged.detach()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        state, prefix = args[:2]
+        if self.partly and f"{prefix}weight" in state:
+            args[-1].append(
+                f"{prefix}weight: want an unmerged model, since its adapter does not fold whole; "
+                "call unmerge() first"
+            )
+            return
+        super()._load_from_state_dict(*args, **kwargs)
 
     # -- merging ----------------------------------------------------------------------------------
 

@@ -175,3 +175,24 @@ def test_unmerge_of_a_copy_gives_the_copy_its_originals() -> None:
     assert not torch.equal(logits(model), want)
     attachment.unmerge()
     assert torch.equal(logits(model), want)
+
+
+def test_a_checkpoint_of_a_partly_merged_model_applies_nothing_twice() -> None:
+    """What stays beside the merged weights goes with the unmerged ones into a checkpoint."""
+    config = pk.RoutingConfig(r=3, modules_to_save=["lm_head"])
+    model, attachment = built("llama", config)
+    ids = tiny_text.batch("llama")["input_ids"]
+    with torch.no_grad():
+        want = model(ids).logits
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        attachment.merge()
+        held = model.state_dict()
+        assert all(torch.equal(held[name], value) for name, value in before.items())
+        other, _ = built("llama", config)
+        other.load_state_dict(held)
+        assert torch.equal(other(ids).logits, want)
+        with pytest.raises(RuntimeError, match=r"want an unmerged model"):
+            model.load_state_dict(held)
+        attachment.unmerge()
+        model.load_state_dict(held)
+        assert torch.equal(model(ids).logits, want)
