@@ -215,7 +215,6 @@ MUTANTS = [
     (_MERGING, "        merged.freeze(module.parameters())", "        pass"),
     (_MERGING, "            original.data = original.data.to(now)", "            pass"),
     (_REPORT, "        lines += self.notes\n", ""),
-    (_REPORT, "            if key not in known:", "            if not known:"),
     (_REPORT, "            count = 0 if id(module) in seen else count\n", ""),
     (_FIELDS, "    found = [str(item) for item in value]", "    found = value"),
 ]
