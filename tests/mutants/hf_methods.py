@@ -79,8 +79,16 @@ MUTANTS = [
     ),
     (_SQUARE, "else table.permute(1, 2, 0)", "else table.transpose(0, 1)"),
     (_SQUARE, "turned = core.transpose(0, 1) if core.dim() == 3 else core", "turned = core"),
-    (_INSERTION, "            return self.finish(Pending(x, x, vision, None))", "            pass"),
-    (_INSERTION, "adapter.training, norm)", "adapter.training)"),
+    (
+        _INSERTION,
+        "            return self.finish(Pending(h, x, vision, None), adapter)",
+        "            pass",
+    ),
+    (
+        _INSERTION,
+        "return self.adapter, norm, held, layer.training",
+        "return self.adapter, held, layer.training",
+    ),
     (_INSERTION, "and x is not None and self._norm_can_adapt(h, x):", "and x is not None:"),
     (_INSERTION, "watched = norm._forward_hooks or", "watched ="),
     (_INSERTION, "            training=self.layer_module.training,\n", ""),
