@@ -154,10 +154,11 @@ class LayerPart(Part):
                 "nn.DataParallel runs replicas of one module in threads, which adapted layers do "
                 "not support; use DistributedDataParallel"
             )
-        if "petal_call" not in kwargs:
+        if "petal_call" not in kwargs and self.frame is None:
             return run(*args, **kwargs)
-        call: Call = kwargs.pop("petal_call")
-        source = _argument(kwargs.pop("petal_source"), args, kwargs)
+        # Who calls `forward` by itself binds nothing: then it is a call of its own.
+        call: Call = kwargs.pop("petal_call", None) or self.method.call_of(self)
+        source = _argument(kwargs.pop("petal_source", None), args, kwargs)
         shared = call.shared
         if call.grad and not torch.is_grad_enabled():
             why = self.method.why_not_reentrant(call)

@@ -378,3 +378,15 @@ def test_use_after_detach_names_the_call() -> None:
     for name in ("save", "report", "merge"):
         with pytest.raises(RuntimeError, match=f"{name}: this attachment was detached"):
             getattr(attachment, name)(*(["x"] if name == "save" else []))
+
+
+def test_a_layer_whose_forward_is_called_by_itself_is_adapted_whole() -> None:
+    """Engines that cut a model into stages call `forward`: the residuals are part of it."""
+    model = tiny.instructblip()
+    attachment = pk.attach(model, pk.PetalConfig(r=4))
+    tiny.randomise(attachment.adapter)
+    layer = model.qformer.encoder.layer[0]  # type: ignore[union-attr, index]
+    x, image = torch.randn(2, 9, 32), torch.randn(2, 5, 40)
+    with torch.no_grad():
+        want = layer(x, None, image, query_length=5)
+        assert torch.equal(layer.forward(x, None, image, query_length=5), want)
