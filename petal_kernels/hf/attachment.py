@@ -135,7 +135,7 @@ class Attachment(Blocks, Routed):
                 module.__dict__["_petal_copy"] = part
                 self.take(module, part, Readable)
         for path, bias in self.method.trained_biases().items():
-            self.method.biases[path] = copies.hold(path, bias, ["bias"]).holder
+            self.method.biases[path] = copies.hold(path, bias, ["bias"], buffers=False).holder
         if copies.paths:
             self.adapter.add_module(tensors.EXTRA, copies)
 

@@ -30,12 +30,13 @@ class Copies(nn.Module):
         self.paths: dict[str, str] = {}  # of the module -> name of its holder here
         self._known: dict[int, tuple[nn.Module, str]] = {}  # base parameter -> holder, name
 
-    def hold(self, path: str, module: nn.Module, names: Sequence[str]) -> CopyPart:
-        """Copies parameters `names` of the module at `path`; parameters that several modules share
-        stay shared."""
+    def hold(
+        self, path: str, module: nn.Module, names: Sequence[str], *, buffers: bool = True
+    ) -> CopyPart:
+        """Copies parameters `names` of the module at `path`, and its buffers; parameters that
+        several modules share stay shared."""
         holder = nn.Module()
         shared: dict[str, tuple[nn.Module, str]] = {}
-        narrow = None
         for name in names:
             parameter = module._parameters[name]
             assert parameter is not None
@@ -49,16 +50,14 @@ class Copies(nn.Module):
                 )
             holder.register_parameter(name, _trained(parameter, module))
             self._known[id(parameter)] = (holder, name)
-        if any(module._parameters[name].dtype == torch.float16 for name in names):  # type: ignore[union-attr]
-            narrow = torch.float16
-        for name, buffer in module._buffers.items():
+        for name, buffer in module._buffers.items() if buffers else ():
             copied = None if buffer is None else buffer.detach().clone()
             lasting = name not in module._non_persistent_buffers_set
             holder.register_buffer(name, copied, persistent=lasting)
         if holder._parameters or holder._buffers:
             self.paths[path] = path.replace(".", "-")
             self.add_module(self.paths[path], holder)
-        return CopyPart(holder, shared, narrow)
+        return CopyPart(holder, shared)
 
     def named(self) -> Iterator[tuple[str, nn.Module]]:
         """The holders by the path of their module."""
@@ -86,10 +85,8 @@ class CopyPart(Part):
 
     method: Any = None
 
-    def __init__(
-        self, holder: nn.Module, shared: dict[str, tuple[nn.Module, str]], narrow: Any
-    ) -> None:
-        self.holder, self.shared, self.narrow = holder, shared, narrow
+    def __init__(self, holder: nn.Module, shared: dict[str, tuple[nn.Module, str]]) -> None:
+        self.holder, self.shared = holder, shared
         self.twin: nn.Module | None = None
 
     def parameter(self, name: str) -> nn.Parameter | None:
@@ -125,14 +122,24 @@ class CopyPart(Part):
     def forward(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
         if not now(self.method).on:
             return run(*args, **kwargs)
-        twin = self.stand_in(module)
-        if self.narrow is None:
+        twin, narrow = self.stand_in(module), self._narrow(module)
+        if narrow is None:
             return twin.forward(*args, **kwargs)
-        with torch.autocast(device_of(module).type, dtype=self.narrow):
+        with torch.autocast(device_of(module).type, dtype=narrow):
             output = twin.forward(*args, **kwargs)
         if isinstance(output, Tensor) and output.dtype == torch.float32:
-            return output.to(self.narrow)
+            return output.to(narrow)
         return output
+
+    def _narrow(self, module: nn.Module) -> torch.dtype | None:
+        """The base's dtype where the copies are wider than it now."""
+        held = [(name, self.holder, name) for name in self.holder._parameters]
+        held += [(name, holder, key) for name, (holder, key) in self.shared.items()]
+        for name, holder, key in held:
+            own, copied = module._parameters[name], holder._parameters[key]
+            if own is not None and copied is not None and own.dtype != copied.dtype:
+                return own.dtype
+        return None
 
 
 def extra_modules(

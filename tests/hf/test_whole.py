@@ -119,3 +119,19 @@ def test_a_recompute_runs_the_copy_that_its_forward_ran(checkpointed: bool) -> N
     (trained,) = (p for n, p in attachment.named_parameters() if "down_proj" in n)
     torch.testing.assert_close(trained.grad, want[0])
     tiny.randomise(attachment.adapter)
+
+
+@pytest.mark.parametrize(("first", "then"), [("float16", "bfloat16"), ("float32", "bfloat16")])
+def test_a_copy_follows_a_model_that_is_converted_later(first: str, then: str) -> None:
+    """Whether a copy runs under autocast depends on what the base is now."""
+    model: Any = tiny_text.build("llama", getattr(torch, first))
+    attachment = pk.attach(model, pk.RoutingConfig(r=3, modules_to_save=["lm_head", "norm"]))
+    model.to(getattr(torch, then))
+    ids = tiny_text.batch("llama")["input_ids"]
+    out = model(ids).logits
+    assert out.dtype == getattr(torch, then)
+    with attachment.disabled():
+        assert torch.equal(model(ids).logits, out)
+    out.float().sum().backward()
+    whole = [p for name, p in attachment.named_parameters() if "modules_to_save" in name]
+    assert all(p.grad is not None for p in whole)

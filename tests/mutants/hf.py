@@ -200,7 +200,7 @@ MUTANTS = [
         "        if not now(self.method).on:\n            return run",
         "        if False:\n            return run",
     ),
-    (_WHOLE, "            return output.to(self.narrow)", "            return output"),
+    (_WHOLE, "            return output.to(narrow)", "            return output"),
     (_WHOLE, "            twin.training = module.training", "            pass"),
     (_WRAPPERS, "        if not now(self.layer.method).on:", "        if False:"),
     (
