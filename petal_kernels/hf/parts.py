@@ -283,7 +283,7 @@ class Source:
         self.kept: bool | None = None  # whether the layer's hooks left it as it was
         source = getattr(shared, "source", None)
         if source is not None:
-            named = [*enumerate(args), *kwargs.items()]
+            named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
             self.key = next((key for key, value in named if value is source), None)
 
     def given(self, shared: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
