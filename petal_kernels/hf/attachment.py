@@ -37,6 +37,7 @@ from petal_kernels.hf.parts import (
     PatchedForward,
     Readable,
     adapted_class,
+    holds,
     own_class,
 )
 from petal_kernels.hf.report import Report, make_report
@@ -145,12 +146,12 @@ class Attachment(Blocks, Routed):
         copies = self.adapter._modules.get(tensors.EXTRA)
         for path in copies.paths if isinstance(copies, Copies) else ():
             while path:
-                path = path.rpartition(".")[0]
                 module = self.model.get_submodule(path)
                 # Whether or not checkpointing is on yet.
                 layered = is_a(module, "GradientCheckpointingLayer")
-                if layered and not isinstance(module, Adapted):
+                if layered and not holds(module.__dict__.get("_petal"), LayerPart):
                     self.take(module, LayerPart(self.method, -1, -1))
+                path = path.rpartition(".")[0]
 
     def _guard_embeddings(self) -> None:
         """Lets checkpointed models compile: see `FrozenVectors`."""

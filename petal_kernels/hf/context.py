@@ -74,8 +74,9 @@ def inside(owner: object, kind: str, value: Any = None) -> Iterator[None]:
     block = Block(owner, kind, value)
     compiling = torch.compiler.is_compiling()
     if not compiling:
-        _BLOCKS.set((*_BLOCKS.get(), block))
-    THREAD.blocks = (*THREAD.blocks, block)
+        # Without those that ended elsewhere: a generator collected in another thread.
+        _BLOCKS.set((*(b for b in _BLOCKS.get() if b.open), block))
+    THREAD.blocks = (*(b for b in THREAD.blocks if b.open), block)
     try:
         yield
     finally:

@@ -53,6 +53,13 @@ class Both(Part):
         return self.outer.forward(module, inner, args, kwargs)
 
 
+def holds(part: Part | None, kind: type[Part]) -> bool:
+    """Whether a part, or one of those that it joins, is of that kind."""
+    if isinstance(part, Both):
+        return holds(part.outer, kind) or holds(part.inner, kind)
+    return isinstance(part, kind)
+
+
 class Adapted:
     """Mixin put in front of a module's own class."""
 
@@ -77,6 +84,12 @@ class Readable(Adapted):
         part = self.__dict__.get("_petal_copy")
         value = None if part is None else part.parameter(name)
         return super().__getattr__(name) if value is None else value  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Tying again what is tied, as `tie_weights` does: the copy is no parameter of the base.
+        part = self.__dict__.get("_petal_copy")
+        if part is None or value is None or part.parameter(name) is not value:
+            super().__setattr__(name, value)
 
 
 class FrozenVectors(Part):
@@ -143,7 +156,7 @@ class LayerPart(Part):
             return run(*args, **kwargs)
         # Before the checkpoint wrapper binds the keywords: its recompute sees this call.
         call = self.method.call_of(self)
-        kwargs = {**kwargs, "petal_call": call, "petal_source": _where(call.shared, args, kwargs)}
+        kwargs = {**kwargs, "petal_call": call, "petal_source": Source(call.shared, args, kwargs)}
         if args and call.given.on and _needs_grad_input(module, args[0]):
             args = (args[0].detach().requires_grad_(), *args[1:])
         return run(*args, **kwargs)
@@ -158,8 +171,9 @@ class LayerPart(Part):
             return run(*args, **kwargs)
         # Who calls `forward` by itself binds nothing: then it is a call of its own.
         call: Call = kwargs.pop("petal_call", None) or self.method.call_of(self)
-        source = _argument(kwargs.pop("petal_source", None), args, kwargs)
         shared = call.shared
+        bound: Source = kwargs.pop("petal_source", None) or Source(shared, args, kwargs)
+        source = bound.given(shared, args, kwargs)
         if call.grad and not torch.is_grad_enabled():
             why = self.method.why_not_reentrant(call)
             if why:
@@ -263,24 +277,30 @@ def runs_twice(layer: Any) -> bool:
     return getattr(function, "keywords", {}).get("use_reentrant") is not False
 
 
-def _where(shared: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
-    """The argument that the shared products were computed from: its number or its name."""
-    source = getattr(shared, "source", None)
-    if source is not None:
-        for number, value in enumerate(args):
-            if value is source:
-                return number
-        for name, value in kwargs.items():
-            if value is source:
-                return name
-    return None
+class Source:
+    """Which argument of one layer call the shared products were computed from."""
 
+    def __init__(self, shared: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.key: int | str | None = None
+        self.kept: bool | None = None  # whether the layer's hooks left it as it was
+        source = getattr(shared, "source", None)
+        if source is not None:
+            named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+            self.key = next((key for key, value in named if value is source), None)
 
-def _argument(
-    key: int | str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
-    """A recompute may be given another object: saved-tensor hooks move inputs about."""
-    if key is None:
-        return None
-    found: Tensor = args[key] if isinstance(key, int) else kwargs[key]
-    return found
+    def given(self, shared: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """What a run of the layer was given for it; None where a hook has put another tensor there.
+
+        A recompute may be given another object all the same: saved-tensor hooks move inputs about.
+        """
+        if self.key is None:
+            return None
+        if isinstance(self.key, int):
+            found = args[self.key] if self.key < len(args) else None
+        else:
+            found = kwargs.get(self.key)
+        if torch.compiler.is_compiling():
+            return found
+        if self.kept is None:
+            self.kept = found is shared.source
+        return found if self.kept else None

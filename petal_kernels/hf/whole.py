@@ -50,8 +50,13 @@ class Copies(nn.Module):
                 )
             holder.register_parameter(name, _trained(parameter, module))
             self._known[id(parameter)] = (holder, name)
+        if not shared and {n for n, p in module._parameters.items() if p is not None} <= {*names}:
+            # A twin then has the holder's own dictionary, and nothing to write in a graph.
+            holder._parameters.update((n, None) for n in module._parameters if n not in names)
         for name, buffer in module._buffers.items() if buffers else ():
             copied = None if buffer is None else buffer.detach().clone()
+            if copied is not None and names and copied.dtype == torch.float16:
+                copied = copied.float()  # a norm's statistics beside its parameters
             lasting = name not in module._non_persistent_buffers_set
             holder.register_buffer(name, copied, persistent=lasting)
         if holder._parameters or holder._buffers:
@@ -88,14 +93,17 @@ class CopyPart(Part):
     def __init__(self, holder: nn.Module, shared: dict[str, tuple[nn.Module, str]]) -> None:
         self.holder, self.shared = holder, shared
         self.twin: nn.Module | None = None
+        self.seen: dict[str, Any] = {}  # the module's own attributes, as the twin has them
 
-    def parameter(self, name: str) -> nn.Parameter | None:
-        """The trained parameter of that name where the call is on."""
+    def parameter(self, name: str) -> Tensor | None:
+        """The trained parameter, or the buffer beside it, of that name where the call is on."""
         if name in self.shared:
             holder, name = self.shared[name]
         else:
             holder = self.holder
-        value = holder._parameters.get(name)
+        value: Tensor | None = holder._parameters.get(name)
+        if value is None:
+            value = holder._buffers.get(name)
         return value if value is not None and now(self.method).on else None
 
     def stand_in(self, module: nn.Module) -> nn.Module:
@@ -103,33 +111,24 @@ class CopyPart(Part):
         it."""
         if self.twin is None:
             twin: nn.Module = object.__new__(own_class(module))
-            values = {n: v for n, v in module.__dict__.items() if not n.startswith("_petal")}
-            values.pop("forward", None)
-            values |= {name: OrderedDict() for name in HOOKS if name in values}
-            values["_buffers"] = self.holder._buffers
-            values["_parameters"] = self.holder._parameters
-            if self.shared or len(self.holder._parameters) < len(module._parameters):
-                values["_parameters"] = {**module._parameters, **self.holder._parameters}
+            values = {n: v for n, v in module.__dict__.items() if _is_followed(n)}
             twin.__dict__.update(values)
-            self.twin = twin
+            twin.__dict__.update({name: OrderedDict() for name in HOOKS if name in module.__dict__})
+            twin._buffers = self.holder._buffers
+            whole = not self.shared and module._parameters.keys() <= self.holder._parameters.keys()
+            twin._parameters = self.holder._parameters if whole else {}
+            self.twin, self.seen = twin, values
         twin = self.twin
-        for name, (holder, key) in self.shared.items():
-            twin._parameters[name] = holder._parameters[key]
-        if twin.training is not module.training:
-            twin.training = module.training
+        for name, value in module.__dict__.items():
+            # What somebody set since, an epsilon or a flag; what the twin set itself it keeps.
+            if _is_followed(name) and self.seen.get(name, self) is not value:
+                self.seen[name] = twin.__dict__[name] = value
+        # Each time: `functional_call` and engines put others in their place.
+        apart = twin._parameters is not self.holder._parameters
+        for name, own in module._parameters.items() if apart else ():
+            holder, key = self.shared.get(name, (self.holder, name))
+            twin._parameters[name] = holder._parameters.get(key, own)
         return twin
-
-    def forward(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
-        if not now(self.method).on:
-            return run(*args, **kwargs)
-        twin, narrow = self.stand_in(module), self._narrow(module)
-        if narrow is None:
-            return twin.forward(*args, **kwargs)
-        with torch.autocast(device_of(module).type, dtype=narrow):
-            output = twin.forward(*args, **kwargs)
-        if isinstance(output, Tensor) and output.dtype == torch.float32:
-            return output.to(narrow)
-        return output
 
     def _narrow(self, module: nn.Module) -> torch.dtype | None:
         """The base's dtype where the copies are wider than it now."""
@@ -140,6 +139,27 @@ class CopyPart(Part):
             if own is not None and copied is not None and own.dtype != copied.dtype:
                 return own.dtype
         return None
+
+    def forward(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
+        if not now(self.method).on:
+            return run(*args, **kwargs)
+        replaced = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
+        # Somebody's own forward reads the copies from the module itself.
+        forward = run if replaced else self.stand_in(module).forward
+        narrow = self._narrow(module)
+        if narrow is None:
+            return forward(*args, **kwargs)
+        with torch.autocast(device_of(module).type, dtype=narrow):
+            output = forward(*args, **kwargs)
+        if isinstance(output, Tensor) and output.dtype == torch.float32:
+            return output.to(narrow)
+        return output
+
+
+def _is_followed(name: str) -> bool:
+    """Whether a twin has an attribute from its module."""
+    own = name in HOOKS or name in ("forward", "_parameters", "_buffers")
+    return not own and not name.startswith("_petal")
 
 
 def extra_modules(
