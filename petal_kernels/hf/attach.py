@@ -123,15 +123,12 @@ def _check_free(model: nn.Module) -> None:
 def _check_holders(model: nn.Module) -> None:
     """ValueError where an engine holds the model already: it would not know the adapter's
     parameters. A warning where the model is a part of one that stays trainable."""
-    if _holders(model):
-        gc.collect()  # one that nobody has any more may wait for that
+    if not _holders(model):
+        _check_wrapped(model, [])
+        return
+    gc.collect()  # one that nobody has any more may wait for that
     holders = _holders(model)
-    engine = next((m for m in (*model.modules(), *holders) if _is_engine(m)), None)
-    if engine is not None:
-        raise ValueError(
-            f"model: want a model that is not wrapped yet, got one in a {type(engine).__name__}, "
-            "which would not know the adapter's parameters; attach first, then wrap"
-        )
+    _check_wrapped(model, holders)
     if not holders:
         return
     meant = [model, *(m for m in holders[-1].modules() if HANDLE in m.__dict__)]
@@ -150,21 +147,51 @@ def _check_holders(model: nn.Module) -> None:
         )
 
 
+def _check_wrapped(model: nn.Module, holders: list[nn.Module]) -> None:
+    engine = next((m for m in (*model.modules(), *holders) if _is_engine(m)), None)
+    if engine is not None:
+        raise ValueError(
+            f"model: want a model that is not wrapped yet, got one in a {type(engine).__name__}, "
+            "which would not know the adapter's parameters; attach first, then wrap"
+        )
+
+
 def _is_engine(module: nn.Module) -> bool:
     return any(cls.__name__ in _ENGINES for cls in type(module).__mro__)
 
 
 def _holders(model: nn.Module) -> list[nn.Module]:
     """The modules that hold this one, the nearest first. Modules do not know them: the collector
-    does."""
-    parents: dict[int, list[nn.Module]] = {}
-    for each in gc.get_objects():
-        if issubclass(type(each), nn.Module):
-            for child in each.__dict__.get("_modules", {}).values():
-                parents.setdefault(id(child), []).append(each)
-    found = {id(model): model}
+    does. For a model that nothing holds it is asked once."""
+    found: list[nn.Module] = []
     nearest = [model]
     while nearest:
-        nearest = [p for each in nearest for p in parents.get(id(each), ()) if id(p) not in found]
-        found.update((id(parent), parent) for parent in nearest)
-    return list(found.values())[1:]
+        known = {id(module) for module in (model, *found)}
+        nearest = [p for each in nearest for p in _parents(each) if id(p) not in known]
+        found += nearest
+    return found
+
+
+def _parents(module: nn.Module) -> list[nn.Module]:
+    """The modules whose child `module` is."""
+
+    def owners(value: object) -> list[object]:
+        return [each for each in gc.get_referrers(value) if each is not value]
+
+    children = [
+        each
+        for each in owners(module)
+        if type(each) is dict
+        and all(child is None or isinstance(child, nn.Module) for child in each.values())
+    ]
+    parents: list[nn.Module] = []
+    for held in children:
+        for owner in owners(held):
+            # Python keeps attributes in a dictionary of their own, or in the object itself.
+            holders = owners(owner) if type(owner) is dict else [owner]
+            parents += [
+                each
+                for each in holders
+                if isinstance(each, nn.Module) and each.__dict__.get("_modules") is held
+            ]
+    return parents
