@@ -74,8 +74,8 @@ MUTANTS = [
     (_PARTS, "            THREAD.running = before", "            pass"),
     (
         _PARTS,
-        '        call: Call = kwargs.pop("petal_call")',
-        '        kwargs.pop("petal_call")\n        call = self.method.call_of(self)',
+        '        call: Call = kwargs.pop("petal_call", None) or self.method.call_of(self)',
+        '        kwargs.pop("petal_call", None)\n        call = self.method.call_of(self)',
     ),
     (
         _PARTS,
@@ -92,8 +92,8 @@ MUTANTS = [
     (_PARTS, "args = (args[0].detach().requires_grad_(), *args[1:])", "pass"),
     (
         _PARTS,
-        "            if value is source:\n                return number",
-        "            if value is source:\n                return None",
+        "next((key for key, value in named if value is source), None)",
+        "None",
     ),
     (_PARTS, '        if getattr(module, "_is_replica", False):', "        if False:"),
     (
@@ -201,7 +201,11 @@ MUTANTS = [
         "        if False:\n            return run",
     ),
     (_WHOLE, "            return output.to(narrow)", "            return output"),
-    (_WHOLE, "            twin.training = module.training", "            pass"),
+    (
+        _WHOLE,
+        "            if _is_followed(name) and self.seen",
+        "            if False and self.seen",
+    ),
     (_WRAPPERS, "        if not now(self.layer.method).on:", "        if False:"),
     (
         _WRAPPERS,

@@ -10,8 +10,8 @@ scheduler nor the collector has touched; the limits are one and a half times wha
 from __future__ import annotations
 
 import copy
-import importlib
 import gc
+import importlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
