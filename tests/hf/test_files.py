@@ -142,10 +142,10 @@ def test_a_save_while_it_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -
             parameter.add_(1.0)
     read, saves = files._read_tensors, [other.save]
 
-    def late(folder: Path, record: Any) -> Any:
+    def late(config: Path, record: Any) -> Any:
         while saves:
-            saves.pop()(folder)
-        return read(folder, record)
+            saves.pop()(config.parent)
+        return read(config, record)
 
     monkeypatch.setattr(files, "_read_tensors", late)
     got, want = pk.attach(tiny.blip2(), saved).state_dict(), other.state_dict()
