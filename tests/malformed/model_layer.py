@@ -26,6 +26,7 @@ ELSEWHERE = {"load": ("directory: string",), "attach": ("config: string",), "mem
 _CONFIG = ("*: one", "scale: negative", "alpha: *", "target_modules: string", "keep: *")
 _ROWS = ("features: half", "features: rank-1", "features: size+1@-[23]")
 LEGAL: dict[str, tuple[str, ...]] = {
+    "report": ("tokens: first zero",),  # a call without rows
     "PetalConfig": ("use_cross_residual: bool", "experts: zero", "mix: negative"),
     "VLPetConfig": ("value_r: zero",),
     "save": ("directory: string",),
@@ -125,6 +126,7 @@ def _attachments() -> list[Case]:
         ("save", of["routing"].save, lambda: {"directory": folder()}, "routing"),
         ("load", of["routing"].load, lambda: {"directory": folder()}, "routing"),
         ("load_state_dict", of["routing"].load_state_dict, lambda: {"state": state}, "routing"),
+        ("report", of["routing"].report, lambda: {"tokens": (2, 4)}, "routing"),
         ("vision", entered(of["routing"].vision), lambda: {"features": features(width)}, "routing"),
         (
             "context",
