@@ -68,6 +68,11 @@ def built(row: Row, r: int, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     return model, pk.attach(model, dataclasses.replace(row.config(), r=r))
 
 
+def _places(report: Any) -> dict[str, ReportRow]:
+    """By path, without what is trained whole there beside (a linear's bias)."""
+    return {each.module: each for each in report.rows if each.role != "modules_to_save"}
+
+
 def check(row: Row, model: nn.Module, attachment: Any, dtype: torch.dtype) -> int:
     """Of one call made here; the number of places that ran an operator."""
     given, refused = row.given(dtype=dtype), False
@@ -92,7 +97,7 @@ def check(row: Row, model: nn.Module, attachment: Any, dtype: torch.dtype) -> in
             # Of PETAL's experts the input comes from their embeddings' forward.
             size = tokens if len(tokens) == 2 else (2, 9)
             if size not in reports:
-                reports[size] = {each.module: each for each in attachment.report(size).rows}
+                reports[size] = _places(attachment.report(size))
             told = reports[size][path]
             assert told.backend == backends(place), (path, told.why)
             for each in place.used:
@@ -176,7 +181,7 @@ def test_a_checkpointed_layer_runs_twice(name: str, reentrant: bool) -> None:
     for path, place in ran.items():
         (tokens,) = place.tokens
         with setting(model, True, "auto", False):
-            told = {each.module: each for each in attachment.report(tokens).rows}[path]  # type: ignore[arg-type]
+            told = _places(attachment.report(tokens))[path]
         assert told.backend == backends(place), (path, told.why)
     both = any(backends(place) == "torch + native" for place in ran.values())
     assert both == (reentrant and name.startswith("petal"))
@@ -280,7 +285,7 @@ def test_a_base_that_reads_values_is_not_known_and_its_neighbours_are(row: Row) 
     model.get_submodule(linears[-1]).__class__ = Reading
     attachment = pk.attach(model, row.config())
     report = attachment.report()
-    told = {each.module: each for each in report.rows}[linears[-1]]
+    told = _places(report)[linears[-1]]
     assert told.backend == "not known"
     assert "not known: a Reading does not run dry (" in told.why
     assert [each.module for each in report.rows if each.backend == "not known"] == [told.module]
