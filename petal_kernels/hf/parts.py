@@ -77,18 +77,17 @@ class Adapted:
 
 
 class Readable(Adapted):
-    """The same for a module whose parameters others may read: while its trained copy runs in its
-    place they read the copy's."""
+    """The same for a module that is trained whole: where the call is on, its own forward and others
+    read the copy's parameters and buffers from it."""
 
     def __getattr__(self, name: str) -> Any:
         part = self.__dict__.get("_petal_copy")
-        value = None if part is None else part.parameter(name)
+        value = None if part is None else part.value(name)
         return super().__getattr__(name) if value is None else value  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Tying again what is tied, as `tie_weights` does: the copy is no parameter of the base.
         part = self.__dict__.get("_petal_copy")
-        if part is None or value is None or part.parameter(name) is not value:
+        if part is None or not part.takes(name, value):
             super().__setattr__(name, value)
 
 

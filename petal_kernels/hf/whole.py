@@ -8,7 +8,6 @@ copies are kept in float32, which a GradScaler wants, and run under autocast.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 
 from petal_kernels.hf.context import now
 from petal_kernels.hf.names import canonical, prefixes_of
-from petal_kernels.hf.parts import Part, Run, own_class
-from petal_kernels.hf.twins import HOOKS
+from petal_kernels.hf.parts import Part, Run
 from petal_kernels.hf.walk import device_of
 
 
@@ -50,9 +48,6 @@ class Copies(nn.Module):
                 )
             holder.register_parameter(name, _trained(parameter, module))
             self._known[id(parameter)] = (holder, name)
-        if not shared and {n for n, p in module._parameters.items() if p is not None} <= {*names}:
-            # A twin then has the holder's own dictionary, and nothing to write in a graph.
-            holder._parameters.update((n, None) for n in module._parameters if n not in names)
         for name, buffer in module._buffers.items() if buffers else ():
             copied = None if buffer is None else buffer.detach().clone()
             if copied is not None and names and copied.dtype == torch.float16:
@@ -86,80 +81,55 @@ def offloaded(empty: Tensor, module: nn.Module, name: str) -> Tensor:
 
 
 class CopyPart(Part):
-    """A module that runs with its trained parameters where the call is on."""
+    """A module that runs with its trained parameters where the call is on: its own forward reads
+    them from itself (`parts.Readable`)."""
 
     method: Any = None
 
     def __init__(self, holder: nn.Module, shared: dict[str, tuple[nn.Module, str]]) -> None:
         self.holder, self.shared = holder, shared
-        self.twin: nn.Module | None = None
-        self.seen: dict[str, Any] = {}  # the module's own attributes, as the twin has them
 
-    def parameter(self, name: str) -> Tensor | None:
+    def held(self, name: str) -> tuple[nn.Module, str]:
+        """Which holder has the trained value of that name, and by what name."""
+        return self.shared.get(name, (self.holder, name))
+
+    def value(self, name: str) -> Tensor | None:
         """The trained parameter, or the buffer beside it, of that name where the call is on."""
-        if name in self.shared:
-            holder, name = self.shared[name]
-        else:
-            holder = self.holder
-        value: Tensor | None = holder._parameters.get(name)
+        holder, key = self.held(name)
+        value: Tensor | None = holder._parameters.get(key)
         if value is None:
-            value = holder._buffers.get(name)
+            value = holder._buffers.get(key)
         return value if value is not None and now(self.method).on else None
 
-    def stand_in(self, module: nn.Module) -> nn.Module:
-        """The module with the trained parameters, sharing all else; without hooks, which run around
-        it."""
-        if self.twin is None:
-            twin: nn.Module = object.__new__(own_class(module))
-            values = {n: v for n, v in module.__dict__.items() if _is_followed(n)}
-            twin.__dict__.update(values)
-            twin.__dict__.update({name: OrderedDict() for name in HOOKS if name in module.__dict__})
-            twin._buffers = self.holder._buffers
-            whole = not self.shared and module._parameters.keys() <= self.holder._parameters.keys()
-            twin._parameters = self.holder._parameters if whole else {}
-            self.twin, self.seen = twin, values
-        twin = self.twin
-        for name, value in module.__dict__.items():
-            # What somebody set since, an epsilon or a flag; what the twin set itself it keeps.
-            if _is_followed(name) and self.seen.get(name, self) is not value:
-                self.seen[name] = twin.__dict__[name] = value
-        # Each time: `functional_call` and engines put others in their place.
-        apart = twin._parameters is not self.holder._parameters
-        for name, own in module._parameters.items() if apart else ():
-            holder, key = self.shared.get(name, (self.holder, name))
-            twin._parameters[name] = holder._parameters.get(key, own)
-        return twin
+    def takes(self, name: str, value: Any) -> bool:
+        """Whether what is assigned to the module belongs to the copy: what the copy has already, as
+        `tie_weights` assigns it, and statistics that a forward replaces."""
+        current = self.value(name)
+        if current is None or value is None:
+            return False
+        if current is not value and name in self.holder._buffers:
+            self.holder._buffers[name] = value
+            return True
+        return current is value
 
     def _narrow(self, module: nn.Module) -> torch.dtype | None:
         """The base's dtype where the copies are wider than it now."""
-        held = [(name, self.holder, name) for name in self.holder._parameters]
-        held += [(name, holder, key) for name, (holder, key) in self.shared.items()]
-        for name, holder, key in held:
-            own, copied = module._parameters[name], holder._parameters[key]
+        for name, own in module._parameters.items():
+            holder, key = self.held(name)
+            copied = holder._parameters.get(key)
             if own is not None and copied is not None and own.dtype != copied.dtype:
                 return own.dtype
         return None
 
     def forward(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
-        if not now(self.method).on:
-            return run(*args, **kwargs)
-        replaced = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
-        # Somebody's own forward reads the copies from the module itself.
-        forward = run if replaced else self.stand_in(module).forward
-        narrow = self._narrow(module)
+        narrow = self._narrow(module) if now(self.method).on else None
         if narrow is None:
-            return forward(*args, **kwargs)
+            return run(*args, **kwargs)
         with torch.autocast(device_of(module).type, dtype=narrow):
-            output = forward(*args, **kwargs)
+            output = run(*args, **kwargs)
         if isinstance(output, Tensor) and output.dtype == torch.float32:
             return output.to(narrow)
         return output
-
-
-def _is_followed(name: str) -> bool:
-    """Whether a twin has an attribute from its module."""
-    own = name in HOOKS or name in ("forward", "_parameters", "_buffers")
-    return not own and not name.startswith("_petal")
 
 
 def extra_modules(

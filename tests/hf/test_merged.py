@@ -196,3 +196,26 @@ def test_a_checkpoint_of_a_partly_merged_model_applies_nothing_twice() -> None:
         attachment.unmerge()
         model.load_state_dict(held)
         assert torch.equal(model(ids).logits, want)
+
+
+def test_merge_freezes_what_is_folded_whole() -> None:
+    """The kind: a parameter whose gradient misses what lies in a weight, and one that is frozen
+    although a module still runs with it."""
+    model: Any = tiny_text.build("llama").eval()
+    attachment = pk.attach(model, pk.RoutingConfig(r=3))
+    trained = [name for name, _ in attachment.named_parameters()]
+    attachment.merge()
+    assert list(attachment.named_parameters()) == []
+    attachment.unmerge()
+    assert [name for name, _ in attachment.named_parameters()] == trained
+
+    model = tiny.blip2()
+    attention = model.qformer.encoder.layer[1].attention.attention
+    attention.key.register_forward_hook(lambda module, args, output: None)
+    attachment = pk.attach(model, pk.PetalConfig(r=4))
+    report = attachment.merge()
+    path = "qformer.encoder.layer.1.attention.attention"
+    assert [report.kept[f"{path}.{name}"] for name in ("query", "key", "value")] != []
+    names = [name for name, _ in attachment.named_parameters()]
+    assert any(name.startswith("branches.text.") for name in names)
+    assert not any(name.startswith("branches.image.") for name in names)

@@ -103,6 +103,35 @@ def test_a_trained_module_follows_the_models_mode() -> None:
     assert torch.equal(again, evaluated)
 
 
+class _Counting(nn.Linear):
+    """Keeps a statistic that each forward replaces."""
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__(like.in_features, like.out_features, bias=False)
+        self.register_buffer("seen", torch.zeros(()))
+        self.seen: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.seen + 1
+        return super().forward(x)
+
+
+def test_statistics_that_a_forward_replaces_are_the_copys() -> None:
+    model: Any = tiny_text.build("llama", torch.float32)
+    head = model.lm_head = _Counting(model.lm_head)
+    attachment = pk.attach(model, pk.RoutingConfig(r=2, modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        for _ in range(3):
+            model(IDS)
+        assert head.seen == 3
+        assert model.state_dict()["lm_head.seen"] == 0
+        assert attachment.state_dict()["modules_to_save.lm_head.seen"] == 3
+        with attachment.disabled():
+            model(IDS)
+            assert head.seen == 1
+    assert attachment.detach().lm_head.seen == 1
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_recompute_runs_the_copy_that_its_forward_ran(checkpointed: bool) -> None:
     """In a layer where nothing but the copy is adapted; the backward is inside `disabled()`."""

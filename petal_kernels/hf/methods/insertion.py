@@ -175,18 +175,20 @@ class AfterBlock(Part):
             frame.inputs[self.role] = args[0] if args else kwargs["hidden_states"]
 
     def call(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
-        if self.reads_input and self.layer.running() is None:
+        frame = self.layer.running()
+        if self.reads_input and frame is None:
             return self.layer.alone(lambda: self.call(module, run, args, kwargs))
-        output, call = run(*args, **kwargs), self.layer.call_now()
+        output = run(*args, **kwargs)
+        call: Call = self.layer.call_now() if frame is None else frame.call
         if not call.given.on:
             return output
         h: Tensor = output[0] if isinstance(output, tuple) else output
-        adapted = self.run(h, call)
+        adapted = self.run(h, call, frame)
         return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
 
-    def run(self, h: Tensor, call: Call) -> Tensor:
+    def run(self, h: Tensor, call: Call, frame: Any) -> Tensor:
         """The adapted output of the block; an empty tensor where the norm will adapt it."""
-        adapter, frame = self.adapter, self.layer.running()
+        adapter = self.adapter
         x = frame.inputs.pop(self.role, None) if isinstance(frame, InsertFrame) else None
         vision = vision_of(call, adapter.route, self.role)
         mask = call.tokens.counted(h, encoded=False) if adapter.gate == "small" else None
@@ -197,7 +199,7 @@ class AfterBlock(Part):
         projected = None if vision is None else adapter.project(vision)
         waits = isinstance(frame, InsertFrame) and not frame.alone
         if waits and x is not None and self._norm_can_adapt(h, x):
-            self.layer.running().pending[self.role] = Pending(h, x, projected, mask)
+            frame.pending[self.role] = Pending(h, x, projected, mask)
             # The layer's dropout and residual + H would be thrown away by the norm. Of an empty
             # tensor that broadcasts they cost nothing.
             return h.new_empty((0,) + (1,) * h.dim())
@@ -214,14 +216,11 @@ class AfterBlock(Part):
         watched = watched or torch_module._global_forward_hooks
         watched = watched or torch_module._global_forward_pre_hooks
         plain = own_class(norm) is nn.LayerNorm and not watched
-        return plain and norm.weight is not None and norm.bias is not None
+        return plain and None not in norm._parameters.values()
 
     def finish(self, pending: Pending, adapter: GatedAdapter | None = None) -> Tensor:
         """What the norm gives, with the adapter and the residual in the same call."""
         adapter = self.adapter if adapter is None else adapter
-        norm, copy = self.norm, None if self.norm is None else self.norm.__dict__.get("_petal_copy")
-        if isinstance(copy, CopyPart):
-            norm = copy.stand_in(self.norm)  # type: ignore[arg-type]
         out: Tensor = adapter(
             pending.h,
             pending.x,
@@ -229,7 +228,7 @@ class AfterBlock(Part):
             mask=pending.mask,
             dropout=float(self.layer_module.dropout),  # type: ignore[arg-type]
             residual=pending.x,
-            norm=norm,
+            norm=self.norm,
             training=self.layer_module.training,
         )
         return out

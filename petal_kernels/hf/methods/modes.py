@@ -171,6 +171,7 @@ class ModeGroup:
 
     def __init__(self, layer: ModesLayer, name: str, branch: str) -> None:
         self.layer, self.name, self.branch = layer, name, branch
+        self.factors = layer.method.factors(branch)
         self.members: list[ModeLinear] = []
 
     def run(self, position: int, x: Tensor) -> Tensor:
@@ -198,7 +199,7 @@ class ModeGroup:
         method, shared = self.layer.method, Factors()
         method.contract(shared, self.branch, self.layer.modes[self.branch], compute_dtype(x))
         if self.branch == "image":
-            shared.project(x, method.factors(self.branch).down)
+            shared.project(x, self.factors.down)
         frame = ModesFrame(self.layer, Call(Given()), shared, None, None)
         alone = len(twins) < len(self.members)
         return self._compute(frame, x, twins, self._projected(frame, x) if alone else None)
@@ -209,8 +210,8 @@ class ModeGroup:
             return hidden
         known = frame.projected.get(self.name)
         if known is None or not known.matches(x):
-            down = self.layer.method.factors(self.branch).down
-            known = frame.projected[self.name] = Projected(x, shrink(x, down))
+            hidden = shrink(x, self.factors.down)
+            known = frame.projected[self.name] = Projected(x, hidden)
         return known.hidden
 
     def _shared_hidden(self, frame: ModesFrame | None, x: Tensor) -> Tensor | None:
@@ -225,7 +226,7 @@ class ModeGroup:
         members: Sequence[ModeLinear],
         hidden: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        factors = self.layer.method.factors(self.branch)
+        factors = self.factors
         ups = self.layer.ups(frame, self.branch, compute_dtype(x))
         first = self.layer.modes[self.branch].start
         return frozen_lowrank(
@@ -256,9 +257,8 @@ class ModeLinear(AdaptedLinear):
         if not self.layer.method.published:
             out: Tensor = group.run(self.position, x)
             return out
-        factors = self.layer.method.factors(group.branch)
         y: Tensor = self.base(x)
-        return y + published_mode(factors, self.mode, x, self.drop)
+        return y + published_mode(group.factors, self.mode, x, self.drop)
 
     def drop(self, z: Tensor) -> Tensor:
         """The published form's dropout."""
@@ -269,11 +269,11 @@ class ModeLinear(AdaptedLinear):
         return self if self.layer.method.published else self.__dict__["group"]
 
     def used(self) -> nn.Module:
-        return self.layer.method.factors(self.__dict__["group"].branch)
+        return self.__dict__["group"].factors  # type: ignore[no-any-return]
 
     def delta(self, dtype: torch.dtype) -> Tensor:
         """s V M^T U."""
-        factors = self.layer.method.factors(self.__dict__["group"].branch)
+        factors: ModeApproximation = self.__dict__["group"].factors
         (up,) = factors.contract([self.mode], dtype=dtype)
         return up @ factors.down.to(dtype)
 
@@ -332,7 +332,7 @@ class ModesMethod(Method):
         together = all(weight_is_plain(member.base) for member in group.members)
         members = group.members if together else [wrapper]
         twins = [twin_of(m, base=base_twin(m.base)) for m in members]
-        factors = self.factors(group.branch)
+        factors = group.factors
         key = signature(
             group.branch, len(group.members), [t.base for t in twins], factors, wrapper.training
         )
