@@ -115,6 +115,19 @@ def test_a_sample_routes_alone_as_in_a_padded_batch(family: str, side: str) -> N
             same({path: logits[1:] for path, logits in routed(attachment).items()}, want)
 
 
+def test_padding_that_sees_nothing_does_not_part_a_row() -> None:
+    model, attachment = attached("llama", lora(**POOLED))
+    ids, mask = (given.flip(1) for given in padded())
+    sees = (
+        torch.ones(7, 7).tril().bool() & mask.bool()[:, None, None] & mask.bool()[:, None, :, None]
+    )
+    with torch.no_grad():
+        model(ids, attention_mask=mask, use_cache=False)
+        want = routed(attachment)
+        model(ids, attention_mask=sees, use_cache=False)
+    same(routed(attachment), want)
+
+
 @pytest.mark.parametrize("family", ["bart", "t5", "bert"])
 def test_a_mask_given_by_position_is_read(family: str) -> None:
     config = adapter(**POOLED) if family == "bert" else pk.VLPetConfig(r=4, gate="small")
@@ -199,6 +212,24 @@ def test_domains_behind_a_static_cache(family: str) -> None:
         with attachment.domains(domain, generated=2):
             outs.append(generated(model, ids, mask, cache))
     torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_last_token_has_its_domain_in_every_layer(family: str) -> None:
+    """Each layer appends to a static cache whose length only the device knows."""
+    import transformers
+
+    model, attachment = attached(family, lora(gate="domain"))
+    ids, domain = padded()[0], padded()[0] % tiny_experts.EXPERTS
+    cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        with attachment.domains(domain):
+            want = model(ids, use_cache=False).logits[:, -1:]
+        with attachment.domains(domain[:, :-1]):
+            model(ids[:, :-1], past_key_values=cache)
+        with attachment.domains(domain, generated=int(domain[0, -1] + 1) % tiny_experts.EXPERTS):
+            got = model(ids[:, -1:], past_key_values=cache).logits
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_domains_behind_a_length_that_the_device_knows() -> None:
