@@ -177,10 +177,6 @@ class SavedTensors:
     ) -> Saved:
         (first, tensor), rest = keepers[0], [ticket for ticket, _ in keepers[1:]]
         block = timeline.block(key)
-        if block is None and first.operation == graph.COMPILED:
-            # Compiled code allocates out of the timeline's sight.
-            timeline.add(tensor, "saved for backward", "")
-            block = timeline.block(key)
         timeline.categorise(key, "saved for backward")
         source = None if block is None else block.copy_of
         module = first.module

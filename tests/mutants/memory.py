@@ -51,7 +51,6 @@ MUTANTS = [
     (_SAVED, "elif not _is_number(value):", "else:"),
     (_SAVED, "elif size:", "else:"),
     (_SAVED, "        frame.tickets_of_profile = tickets", "        del tickets"),
-    (_SAVED, "first.operation == graph.COMPILED", "False"),
     (_GRAPH, "if type(node).__name__ == REENTRANT and name in _GENERATORS", "if False"),
     (_GRAPH, "return list(value.values())", "return []"),
     (_REST, "        self._open += [b for b in self._returned if b.died is None]\n", ""),
