@@ -216,7 +216,8 @@ class AfterBlock(Part):
         watched = watched or torch_module._global_forward_hooks
         watched = watched or torch_module._global_forward_pre_hooks
         plain = own_class(norm) is nn.LayerNorm and not watched
-        return plain and None not in norm._parameters.values()
+        own = norm._parameters
+        return plain and own["weight"] is not None and own["bias"] is not None
 
     def finish(self, pending: Pending, adapter: GatedAdapter | None = None) -> Tensor:
         """What the norm gives, with the adapter and the residual in the same call."""
