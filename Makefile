@@ -13,7 +13,7 @@ KERNEL_SECONDS ?= 30
 # Tests run in two processes; threads that wait do not spin on the other's core.
 JOBS ?= 2
 PARALLEL = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
-SOURCES := setup.py pyproject.toml .ci/requirements.txt $(wildcard csrc/*) $(wildcard csrc/common/*)
+SOURCES := setup.py pyproject.toml .ci/requirements.txt $(shell find csrc -type f)
 
 .PHONY: demo test test-all lint fuzz bench readme-tables gpu mutants cross-compile clean
 

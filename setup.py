@@ -113,7 +113,7 @@ class Tools:
         if os.environ.get("PETAL_BUILD_CPU") == "0":
             self.reasons["cpu"] = off
         cuda = common or no_torch or (None if self.nvcc else "nvcc was not found")
-        if cuda is None and not list(SOURCES.glob("*_cuda.cpp")):
+        if cuda is None and not list(SOURCES.glob("*/cuda/*.cpp")):
             cuda = "there are no CUDA sources"
         wish = os.environ.get("PETAL_BUILD_CUDA")
         if wish == "1" and cuda is not None:
@@ -139,6 +139,11 @@ class NinjaFile:
         self.lines.append(f"build {str(out).replace(' ', '$ ')}: {rule} {names}\n  flags = {flags}")
         return out
 
+    def object(self, source: Path, variant: str = "") -> Path:
+        """Where a source's object goes: operators have files of the same names."""
+        parts = [*source.relative_to(SOURCES).with_suffix("").parts, variant]
+        return self.build / f"{'.'.join(filter(None, parts))}.o"
+
     def product(self, path: Path) -> None:
         self.products.append(path)
 
@@ -162,17 +167,17 @@ def _isas() -> list[str]:
 def add_cpu(n: NinjaFile, tools: Tools) -> None:
     """Kernels once per instruction set, the host side once, one library."""
     assert tools.torch is not None
-    n.rule("cxx", f"{tools.cxx} {CXX_FLAGS} $flags -MMD -MF $out.d -c $in -o $out")
+    n.rule("cxx", f"{tools.cxx} {CXX_FLAGS} -I{SOURCES} $flags -MMD -MF $out.d -c $in -o $out")
     built = " ".join(f"-DPETAL_BUILT_{isa.upper()}" for isa in _isas())
     host = f"{_torch_flags(tools.torch)} {built}"
-    objects = [
-        n.edge("cxx", n.build / f"{source.stem}.o", [source], host)
-        for source in sorted((*SOURCES.glob("*_cpu.cpp"), *SOURCES.glob("common/cpu_*.cpp")))
-    ]
-    for kernel in sorted(SOURCES.glob("*_cpu_kernel.h")):
+    objects = []
+    for source in sorted(SOURCES.glob("*/cpu/*.cpp")):
+        if source.name != "kernel.cpp":
+            objects.append(n.edge("cxx", n.object(source), [source], host))
+            continue
         for isa in _isas():
-            out = n.build / f"{kernel.stem}.{isa}.o"
-            objects.append(n.edge("cxx", out, [kernel], f"{ISAS[isa]} -DPETAL_ISA={isa} -x c++"))
+            flags = f"{ISAS[isa]} -DPETAL_ISA={isa}"
+            objects.append(n.edge("cxx", n.object(source, isa), [source], flags))
     n.rule(
         "link_cpu",
         f"{tools.cxx} -shared -o $out $in -L{tools.torch / 'lib'} "
@@ -193,15 +198,15 @@ def add_cuda(n: NinjaFile, tools: Tools) -> None:
     archs = cuda_archs()
     codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
     codes.append(f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    common = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden"
+    common = f"-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -I{SOURCES}"
     n.rule("nvcc", f"{tools.nvcc} {common} $flags -MD -MF $out.d -c $in -o $out")
     objects = [
-        n.edge("nvcc", n.build / f"{s.stem}.cu.o", [s], " ".join(codes))
-        for s in sorted(SOURCES.glob("*.cu"))
+        n.edge("nvcc", n.object(s), [s], " ".join(codes))
+        for s in sorted(SOURCES.glob("*/cuda/*.cu"))
     ]
     objects += [
-        n.edge("nvcc", n.build / f"{s.stem}.o", [s], f"-DUSE_CUDA {_torch_flags(tools.torch)}")
-        for s in sorted(SOURCES.glob("*_cuda.cpp"))
+        n.edge("nvcc", n.object(s), [s], f"-DUSE_CUDA {_torch_flags(tools.torch)}")
+        for s in sorted(SOURCES.glob("*/cuda/*.cpp"))
     ]
     stub = n.build / "stub"
     stub.mkdir(parents=True, exist_ok=True)

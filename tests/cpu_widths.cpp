@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "cpu_widths_experts.h"
-#include "gated_bottleneck_cpu.h"
-#include "lowrank_linear_cpu.h"
+#include "gated_bottleneck/cpu/params.h"
+#include "lowrank_linear/cpu/params.h"
 
 namespace {
 

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "common/cpu_isa.h"
+#include "common/cpu/isa.h"
 
 using namespace petal;
 using Floats = std::vector<float>;

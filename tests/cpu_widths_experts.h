@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "cpu_widths.h"
-#include "expert_dispatch_cpu.h"
+#include "expert_dispatch/cpu/params.h"
 
 namespace {
 

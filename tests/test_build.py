@@ -231,10 +231,10 @@ def test_vectors_of_every_width_compute_the_same(tmp_path: Path) -> None:
     flags = ["-O1", "-std=c++17", "-w", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
     objects = []
     for operator in ("lowrank_linear", "gated_bottleneck", "expert_dispatch"):
-        kernel = ROOT / "csrc" / f"{operator}_cpu_kernel.h"
+        kernel = ROOT / "csrc" / operator / "cpu" / "kernel.cpp"
         for isa, width in (("generic", 4), ("avx2", 8), ("avx512", 16)):
             objects.append(str(tmp_path / f"{operator}-{isa}.o"))
-            special = [f"-DPETAL_ISA={isa}", f"-DPETAL_VL={width}", "-x", "c++", "-c", str(kernel)]
+            special = [f"-DPETAL_ISA={isa}", f"-DPETAL_VL={width}", "-c", str(kernel)]
             subprocess.run([compiler, *flags, *special, "-o", objects[-1]], check=True)
     program = str(tmp_path / "widths")
     main = str(ROOT / "tests" / "cpu_widths.cpp")

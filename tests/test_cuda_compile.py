@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
-SOURCES = sorted(p.name for p in CSRC.glob("*.cu"))
+SOURCES = sorted(str(p.relative_to(CSRC)) for p in CSRC.glob("*/cuda/*.cu"))
 ARCHS = ("sm_80", "sm_90", "sm_100")
 
 # Kernels without a product of tiles: elementwise or second stages.
@@ -42,11 +42,12 @@ pytestmark = pytest.mark.skipif(nvcc() is None, reason="nvcc was not found")
 
 
 def compile_and_check(source: str, arch: str, folder: Path) -> None:
-    cubin = folder / f"{source}.{arch}.cubin"
+    cubin = folder / f"{Path(source).stem}.{arch}.cubin"
     command = [
         str(nvcc()),
         "-std=c++17",
         "-O3",
+        f"-I{CSRC}",
         f"-arch={arch}",
         "-Xptxas",
         "-v",
@@ -88,7 +89,7 @@ def compile_and_check(source: str, arch: str, folder: Path) -> None:
 
 
 def test_one_file_compiles(tmp_path: Path) -> None:
-    compile_and_check("lowrank_linear_bwd.cu", "sm_90", tmp_path)
+    compile_and_check("lowrank_linear/cuda/backward.cu", "sm_90", tmp_path)
 
 
 @pytest.mark.slow

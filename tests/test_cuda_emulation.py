@@ -1,4 +1,4 @@
-"""The CUDA kernels, executed: csrc/*.cu compiled as C++ against tests/emulation.
+"""The CUDA kernels, executed: csrc/*/cuda compiled as C++ against tests/emulation.
 
 cuda_impl calls them on CPU tensors, as it would call the device's on CUDA tensors. Here: errors
 against fp64 next to plain torch's. Indexing, masks, memory and order: test_cuda_emulation_exact.py.

@@ -41,7 +41,12 @@ def compiler() -> str | None:
 
 
 def kernels() -> list[Path]:
-    return sorted(CSRC.glob("*.cu"))
+    return sorted(CSRC.glob("*/cuda/*.cu"))
+
+
+def registrations() -> list[Path]:
+    """The host side, which includes torch."""
+    return sorted(CSRC.glob("*/cuda/*.cpp"))
 
 
 def _torch_flags() -> list[str]:
@@ -77,8 +82,10 @@ def _object(source: Path, flags: list[str]) -> Path:
 
 
 def _link(name: str, sources: list[Path], flags: tuple[str, ...], link: list[str]) -> Path:
+    registered = registrations()
+
     def build(source: Path) -> Path:
-        extra = _torch_flags() if source.name.endswith("_cuda.cpp") else []
+        extra = _torch_flags() if source in registered else []
         return _object(source, [*COMMON, *flags, *extra])
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -97,7 +104,7 @@ def library() -> tuple[Path, ctypes.CDLL]:
     """Kernels and registrations (``torch.ops.petal_cuda_emulated``, CPU tensors) and the probes."""
     sources = [
         *kernels(),
-        *sorted(CSRC.glob("*_cuda.cpp")),
+        *registrations(),
         HERE / "cuda_emulation.cpp",
         HERE / "probes.cpp",
     ]

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "driver.h"
-#include "lowrank_linear.h"
-#include "mode_contract.h"
+#include "lowrank_linear/cuda/params.h"
+#include "mode_contract/cuda/params.h"
 
 using namespace petal;
 

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "driver.h"
-#include "expert_dispatch.h"
+#include "expert_dispatch/cuda/params.h"
 
 using namespace petal;
 

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "driver.h"
-#include "gated_bottleneck.h"
+#include "gated_bottleneck/cuda/params.h"
 
 using namespace petal;
 

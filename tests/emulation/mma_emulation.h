@@ -1,4 +1,4 @@
-// The warp instructions of csrc/common/mma.cuh for the emulation: every lane deposits its
+// The warp instructions of csrc/common/cuda/mma.cuh for the emulation: every lane deposits its
 // registers, then computes its own outputs.
 #pragma once
 

@@ -2,9 +2,9 @@
 // generator, and the emulation's own alarms (kernels with a planted fault).
 #include "cuda_emulation.h"
 
-#include "common/mma.cuh"
+#include "common/cuda/mma.cuh"
+#include "common/cuda/vec.cuh"
 #include "common/philox.h"
-#include "common/vec.cuh"
 
 #define PETAL_PROBE extern "C" __attribute__((visibility("default")))
 

@@ -11,22 +11,25 @@ TESTS = [
 ]
 
 _COMMON = "csrc/common"
-_FWD = "csrc/lowrank_linear_fwd.cu"
-_BWD = "csrc/lowrank_linear_bwd.cu"
-_MODE_FWD = "csrc/mode_contract_fwd.cu"
-_MODE_BWD = "csrc/mode_contract_bwd.cu"
+_FWD = "csrc/lowrank_linear/cuda/forward.cu"
+_BWD = "csrc/lowrank_linear/cuda/backward.cu"
+_HOST = "csrc/lowrank_linear/cuda/call.cpp"
+_MODE_FWD = "csrc/mode_contract/cuda/forward.cu"
+_MODE_BWD = "csrc/mode_contract/cuda/backward.cu"
 _LINEAR = "petal_kernels/ops/lowrank_linear/cuda_impl.py"
-_GATED_DEVICE = "csrc/gated_bottleneck_device.h"
-_GATED_FWD = "csrc/gated_bottleneck_fwd.cu"
-_GATED_ROWS = "csrc/gated_bottleneck_bwd.cu"
-_GATED_TN = "csrc/gated_bottleneck_tn.cu"
+_GATED_BLOCK = "csrc/gated_bottleneck/cuda/block.cuh"
+_GATED_FWD = "csrc/gated_bottleneck/cuda/forward.cu"
+_GATED_ROWS = "csrc/gated_bottleneck/cuda/backward.cu"
+_GATED_WEIGHTS = "csrc/gated_bottleneck/cuda/weights.cu"
+_GATED_HOST = "csrc/gated_bottleneck/cuda/call.cpp"
 _GATED = "petal_kernels/ops/gated_bottleneck/cuda_impl.py"
-_SORT = "csrc/expert_dispatch_sort.cu"
-_EXPERT_DEVICE = "csrc/expert_dispatch_device.h"
-_EXPERT_GATES = "csrc/expert_dispatch_gates.h"
-_EXPERT_FWD = "csrc/expert_dispatch_fwd.cu"
-_EXPERT_ROWS = "csrc/expert_dispatch_bwd.cu"
-_EXPERT_TN = "csrc/expert_dispatch_tn.cu"
+_SORT = "csrc/expert_dispatch/cuda/sort.cu"
+_EXPERT_BLOCK = "csrc/expert_dispatch/cuda/block.cuh"
+_EXPERT_GATES = "csrc/expert_dispatch/cuda/gates.cuh"
+_EXPERT_FWD = "csrc/expert_dispatch/cuda/forward.cu"
+_EXPERT_ROWS = "csrc/expert_dispatch/cuda/backward.cu"
+_EXPERT_WEIGHTS = "csrc/expert_dispatch/cuda/weights.cu"
+_EXPERT_HOST = "csrc/expert_dispatch/cuda/call.cpp"
 _EXPERTS = "petal_kernels/ops/expert_dispatch/cuda_impl.py"
 
 MUTANTS = [
@@ -42,10 +45,10 @@ MUTANTS = [
         "const float hidden_scale = p.mask_x ? e.dropout.scale : 1.0f;",
         "const float hidden_scale = 1.0f;",
     ),
-    ("csrc/lowrank_linear_cuda.cpp", "job.stream = static_cast<uint32_t>(j);", "job.stream = 0;"),
+    (_HOST, "job.stream = static_cast<uint32_t>(j);", "job.stream = 0;"),
     (f"{_COMMON}/philox.h", "round < 7", "round < 6"),
     (
-        f"{_COMMON}/tile.cuh",
+        f"{_COMMON}/cuda/tile.cuh",
         "mask.keep8(stream, row0 + r, col0 + c)",
         "mask.keep8(stream, row0 + r, c)",
     ),
@@ -72,34 +75,38 @@ MUTANTS = [
         "float* const partial = p.partial + (0 * columns +",
     ),
     (
-        f"{_COMMON}/reduce.cuh",
+        f"{_COMMON}/cuda/reduce.cuh",
         "for (int64_t s = 0; s < splits; ++s) sum +=",
         "for (int64_t s = 0; s < splits; ++s) sum =",
     ),
     (
-        f"{_COMMON}/tile.cuh",
+        f"{_COMMON}/cuda/tile.cuh",
         "const int valid = row0 + r < rows ?",
         "const int valid = row0 + r <= rows ?",
     ),
     (
-        f"{_COMMON}/vec.cuh",
+        f"{_COMMON}/cuda/vec.cuh",
         "void store8(T* p, const float (&v)[8], int valid, bool vec) {\n  if (vec && valid == 8) {",
         "void store8(T* p, const float (&v)[8], int valid, bool vec) {\n  if (vec) {",
     ),
     # barriers and fragments
-    (f"{_COMMON}/pipeline.cuh", "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();"),
     (
-        f"{_COMMON}/pipeline.cuh",
+        f"{_COMMON}/cuda/pipeline.cuh",
+        "cp_async_wait<kStages - 2>();",
+        "cp_async_wait<kStages - 1>();",
+    ),
+    (
+        f"{_COMMON}/cuda/pipeline.cuh",
         "    __syncthreads();  // the tile is there for all",
         "    // the tile is there for all",
     ),
     (
-        f"{_COMMON}/tile.cuh",
+        f"{_COMMON}/cuda/tile.cuh",
         "mma_16816<T>(acc[m][n + 1], fa[m], fb[2], fb[3]);",
         "mma_16816<T>(acc[m][n + 1], fa[m], fb[0], fb[1]);",
     ),
     (
-        f"{_COMMON}/tile.cuh",
+        f"{_COMMON}/cuda/tile.cuh",
         "a + (depth + even) * LDA + row + m * 16 + odd",
         "a + (depth + low) * LDA + row + m * 16 + high",
     ),
@@ -109,7 +116,7 @@ MUTANTS = [
         "const T* const core = static_cast<const T*>(p.core.data) + slab * rank * p.core.stride;",
         "const T* const core = static_cast<const T*>(p.core.data) + slab * p.core.stride;",
     ),
-    (f"{_COMMON}/parts.cuh", "? v[j] - hi : 0.0f;", "? 0.0f : 0.0f;"),
+    (f"{_COMMON}/cuda/parts.cuh", "? v[j] - hi : 0.0f;", "? 0.0f : 0.0f;"),
     (_MODE_BWD, "+ mode % kB * kPartLd<T>;", "+ mode % kB;"),
     (
         _MODE_BWD,
@@ -120,11 +127,11 @@ MUTANTS = [
     (_LINEAR, "core.to(dtype).transpose(1, 2)", "core.to(dtype)"),
     (_LINEAR, "masks.append(_MASK_BIG if at_input else _NO_MASK)", "masks.append(_NO_MASK)"),
     # gated_bottleneck
-    (_GATED_DEVICE, "at<T>(left, row / length, c)", "at<T>(left, 0, c)"),
-    (_GATED_DEVICE, "mask.keep8(0, at_.row, at_.col)", "mask.keep8(0, at_.local_row, at_.col)"),
-    (_GATED_DEVICE, "g.dgate[j] *= gate[j] * (1.0f - gate[j]);", "g.dgate[j] *= gate[j];"),
+    (_GATED_BLOCK, "at<T>(left, row / length, c)", "at<T>(left, 0, c)"),
+    (_GATED_BLOCK, "mask.keep8(0, at_.row, at_.col)", "mask.keep8(0, at_.local_row, at_.col)"),
+    (_GATED_BLOCK, "g.dgate[j] *= gate[j] * (1.0f - gate[j]);", "g.dgate[j] *= gate[j];"),
     (
-        _GATED_DEVICE,
+        _GATED_BLOCK,
         "row.mean_g - g.xhat[j] * row.mean_gx",
         "row.mean_g + g.xhat[j] * row.mean_gx",
     ),
@@ -146,10 +153,14 @@ MUTANTS = [
         "__syncthreads();  // before the weights and vectors of the next tile",
         "// before the weights and vectors of the next tile",
     ),
-    (_GATED_TN, "const int piece0 = blockIdx.y * kMine;", "const int piece0 = 0;"),
-    (_GATED_TN, "first = split * p.rows_per_split,", "first = split * (p.rows_per_split - 1),"),
-    (_GATED_TN, "t < kThreads; t += kGroups", "t < kThreads / 2; t += kGroups"),
-    ("csrc/gated_bottleneck_cuda.cpp", "grad.stride(sum || down ? 0 : 1)", "grad.stride(0)"),
+    (_GATED_WEIGHTS, "const int piece0 = blockIdx.y * kMine;", "const int piece0 = 0;"),
+    (
+        _GATED_WEIGHTS,
+        "first = split * p.rows_per_split,",
+        "first = split * (p.rows_per_split - 1),",
+    ),
+    (_GATED_WEIGHTS, "t < kThreads; t += kGroups", "t < kThreads / 2; t += kGroups"),
+    (_GATED_HOST, "grad.stride(sum || down ? 0 : 1)", "grad.stride(0)"),
     (_GATED, "rows(Work(dz=work.dz, dx=work.dx), False, False, True)", "pass"),
     # expert_dispatch
     (_SORT, "(1u << threadIdx.x % kWarp) - 1u;", "(1u << threadIdx.x % kWarp);"),
@@ -159,15 +170,15 @@ MUTANTS = [
     (_EXPERT_GATES, "l > m || (l != l && m == m)", "l >= m || (l != l && m == m)"),
     (_EXPERT_GATES, "|| (l != l && m == m)", ""),
     (_EXPERT_GATES, "p.renormalize ? chosen : all, chosen", "chosen, chosen"),
-    (_EXPERT_DEVICE, "(63 - (end - 1) / rank)", "(63 - first / rank)"),
-    (_EXPERT_DEVICE, "operand);\n                   __syncthreads();", "operand);"),
+    (_EXPERT_BLOCK, "(63 - (end - 1) / rank)", "(63 - first / rank)"),
+    (_EXPERT_BLOCK, "operand);\n                   __syncthreads();", "operand);"),
     (_EXPERT_FWD, "? g[e] * activate(", "? activate("),
     (_EXPERT_FWD, "m.gates[row * f.experts + e]", "m.gates[e]"),
     (_EXPERT_ROWS, "e = first + i / kRows;", "e = i / kRows;"),
     (_EXPERT_ROWS, "d[e] = g[e] * (d[e] - inner);", "d[e] = g[e] * d[e];"),
     (_EXPERT_ROWS, "if (!f.renormalize) {", "if (false) {"),
     (_EXPERT_ROWS, "d[e] += p.dlogits[first + e];", "d[e] += 0.0f;"),
-    (_EXPERT_TN, "  if (end > first + share) end = first + share;\n", ""),
-    ("csrc/expert_dispatch_cuda.cpp", "add ? splits * experts : splits;", "splits;"),
+    (_EXPERT_WEIGHTS, "  if (end > first + share) end = first + share;\n", ""),
+    (_EXPERT_HOST, "add ? splits * experts : splits;", "splits;"),
     (_EXPERTS, "per_sample.sum(1) if", "per_sample.mean(1) if"),
 ]

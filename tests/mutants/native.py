@@ -1,22 +1,22 @@
 """Faults in the C++ CPU kernels."""
 
-LOWRANK = "csrc/lowrank_linear_cpu_kernel.h"
-HOST = "csrc/lowrank_linear_cpu.cpp"
-MODES = "csrc/mode_contract_cpu_kernel.h"
-GATED = "csrc/gated_bottleneck_cpu_kernel.h"
-GATED_BACKWARD = "csrc/gated_bottleneck_cpu_backward.h"
-GATED_PARTS = "csrc/gated_bottleneck_cpu_parts.h"
-GATED_ROUTE = "csrc/gated_bottleneck_cpu_route.h"
-GATED_HOST = "csrc/gated_bottleneck_cpu.cpp"
-EXPERTS = "csrc/expert_dispatch_cpu_kernel.h"
-EXPERTS_BACKWARD = "csrc/expert_dispatch_cpu_backward.h"
-EXPERTS_PARTS = "csrc/expert_dispatch_cpu_parts.h"
-EXPERTS_SUMS = "csrc/expert_dispatch_cpu_sums.h"
-EXPERTS_HOST = "csrc/expert_dispatch_cpu.cpp"
-GEMM = "csrc/common/cpu_gemm.h"
-MATH = "csrc/common/cpu_math.h"
-DROPOUT = "csrc/common/cpu_dropout.h"
-BLOCK = "csrc/common/cpu_block.h"
+LOWRANK = "csrc/lowrank_linear/cpu/kernel.cpp"
+HOST = "csrc/lowrank_linear/cpu/call.cpp"
+MODES = "csrc/mode_contract/cpu/kernel.cpp"
+GATED = "csrc/gated_bottleneck/cpu/kernel.cpp"
+GATED_BACKWARD = "csrc/gated_bottleneck/cpu/backward.h"
+GATED_PARTS = "csrc/gated_bottleneck/cpu/parts.h"
+GATED_ROUTE = "csrc/gated_bottleneck/cpu/route.h"
+GATED_HOST = "csrc/gated_bottleneck/cpu/call.cpp"
+EXPERTS = "csrc/expert_dispatch/cpu/kernel.cpp"
+EXPERTS_BACKWARD = "csrc/expert_dispatch/cpu/backward.h"
+EXPERTS_PARTS = "csrc/expert_dispatch/cpu/parts.h"
+EXPERTS_SUMS = "csrc/expert_dispatch/cpu/sums.h"
+EXPERTS_HOST = "csrc/expert_dispatch/cpu/call.cpp"
+GEMM = "csrc/common/cpu/gemm.h"
+MATH = "csrc/common/cpu/activation.h"
+DROPOUT = "csrc/common/cpu/dropout.h"
+BLOCK = "csrc/common/cpu/block.h"
 
 REBUILD = True
 TESTS = [
@@ -171,12 +171,12 @@ MUTANTS = [
     (EXPERTS_SUMS, "w.order ? w.order[slot + i] : slot + i", "slot + i"),
     # an infinite number in a vector's padding
     (
-        "csrc/gated_bottleneck_cpu_kernel.h",
+        GATED,
         "if (large) clear_padding({b.gate, kNR, 0}, rows, a.O % kNR);",
         "",
     ),
     (
-        "csrc/gated_bottleneck_cpu_backward.h",
+        GATED_BACKWARD,
         "    clear_padding(wide(a, b.dy), s.rows, a.O);\n",
         "",
     ),

@@ -1,7 +1,7 @@
 """``expert_dispatch`` on CUDA: CUDA C++ kernels.
 
-Kernels: ``csrc/expert_dispatch_sort.cu`` (sort, invert), ``_fwd.cu`` (fwd), ``_bwd.cu`` (rows),
-``_tn.cu`` (weights, sums, fold).
+Kernels, in ``csrc/expert_dispatch/cuda``: ``sort.cu`` (sort, invert), ``forward.cu`` (fwd),
+``backward.cu`` (rows), ``weights.cu`` (weights, sums, fold).
 
 Maths (N tokens, E experts, r rank of each, D input width, O output width, S slots = (token, expert)
 pairs that were chosen; T = x.dtype):

@@ -1,4 +1,4 @@
-"""``expert_dispatch`` on the C++ CPU kernels (``csrc/expert_dispatch_cpu_kernel.h``).
+"""``expert_dispatch`` on the C++ CPU kernels (``csrc/expert_dispatch/cpu``).
 
 The headers of the kernels write out in which order a block of rows goes through the maths of
 ``reference.py``.

@@ -1,7 +1,7 @@
 """``gated_bottleneck`` on CUDA: CUDA C++ kernels, the library's products for routes by a matrix.
 
-Kernels: ``csrc/gated_bottleneck_fwd.cu`` (fwd, pool), ``_bwd.cu`` (rows), ``_tn.cu`` (weights,
-fold).
+Kernels, in ``csrc/gated_bottleneck/cuda``: ``forward.cu`` (fwd, pool), ``backward.cu`` (rows),
+``weights.cu`` (weights, fold).
 
 Maths (N rows, D input width, r rank, O output width, Dg and rg of the gate; T = x.dtype):
 

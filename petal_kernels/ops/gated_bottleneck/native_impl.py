@@ -1,4 +1,4 @@
-"""``gated_bottleneck`` on the C++ CPU kernels (``csrc/gated_bottleneck_cpu_kernel.h``).
+"""``gated_bottleneck`` on the C++ CPU kernels (``csrc/gated_bottleneck/cpu``).
 
 The headers of the kernels write out in which order a block of rows goes through the maths of
 ``reference.py``. Everything N x O (Y, G, the logits, u and their gradients) exists for one block at

@@ -1,4 +1,4 @@
-"""``lowrank_linear`` on the C++ CPU kernels (``csrc/lowrank_linear_cpu_kernel.h``).
+"""``lowrank_linear`` on the C++ CPU kernels (``csrc/lowrank_linear/cpu``).
 
 Blocks of rows stay in cache while everything is done to them: the shrink, the masks, the update
 and, in plan ``extend``, the base product in the same accumulators, so that y is written once. The

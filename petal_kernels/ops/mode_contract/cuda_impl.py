@@ -1,4 +1,4 @@
-"""``mode_contract`` on CUDA: the CUDA C++ kernels of ``csrc/mode_contract_{fwd,bwd}.cu``.
+"""``mode_contract`` on CUDA: the CUDA C++ kernels of ``csrc/mode_contract/cuda``.
 
 Maths (K modes, R rank, O rows of V): ``PT[k, a, o] = s sum_b V[o, b] M_k[a, b]`` with
 ``M_k[a, b] = sum_c C[a, b, c] p_k[c]`` (Tucker) or ``diag(lambda * p_k)`` (CP); without V, ``s M``.

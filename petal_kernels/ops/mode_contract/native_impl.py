@@ -1,4 +1,4 @@
-"""``mode_contract`` on the C++ CPU kernels (``csrc/mode_contract_cpu_kernel.h``).
+"""``mode_contract`` on the C++ CPU kernels (``csrc/mode_contract/cpu``).
 
 A task owns slabs C[a, :, :] of the core for all modes: it contracts the slab with every p_k and
 folds V at once, so that M is never stored; backward recomputes it. Everything accumulates in fp32
