@@ -48,7 +48,7 @@ Results lowrank(const LowrankKernels& kernel, Site site) {
   }
   float* scratch = aligned(1 << 20);
   for (int64_t row = 0; row < kRows; row += a.block) {
-    kernel.forward(a, CpuType::kFloat32, row, std::min(a.block, kRows - row), scratch);
+    kernel.forward(a, DType::kFloat32, row, std::min(a.block, kRows - row), scratch);
   }
   Floats ddown((kWidth + ops.panel) * kRank * 2);
   a.hidden = h.data(), a.hidden_row = kRank, a.h = nullptr;
@@ -62,7 +62,7 @@ Results lowrank(const LowrankKernels& kernel, Site site) {
     outs[k].dup = dup[k].data();
     if (site == Site::kMode) outs[k].dcore = dcore[k].data();
   }
-  kernel.backward(a, CpuType::kFloat32, 0, 0, kRows, scratch);
+  kernel.backward(a, DType::kFloat32, 0, 0, kRows, scratch);
   const auto sum = [&](const Floats& partials, int64_t cols) {
     return reduced(ops, partials, 1, kRank, cols);
   };
@@ -103,7 +103,7 @@ constexpr Example kExamples[] = {
 class Gated {
  public:
   Gated(const GatedKernels& kernel, const Example& e) : kernel_(kernel), ops_(kernel.operands), e_(e) {
-    a_.type = CpuType::kFloat32;
+    a_.type = DType::kFloat32;
     a_.N = kN, a_.D = e.D, a_.O = e.O, a_.Dg = e.Dg, a_.V = e.V, a_.R = kRank;
     a_.Rg = e.gate == Gate::kLarge ? 13 : 0;
     a_.L = e.route != Route::kNone || e.gate == Gate::kSmall ? kL : kN;

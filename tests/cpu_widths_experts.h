@@ -1,6 +1,5 @@
 // What cpu_widths.cpp runs of expert_dispatch.
-#ifndef PETAL_CPU_WIDTHS_EXPERTS_H
-#define PETAL_CPU_WIDTHS_EXPERTS_H
+#pragma once
 
 #include <algorithm>
 #include <cmath>
@@ -21,9 +20,9 @@ struct Mixture {
 };
 constexpr Mixture kMixtures[] = {
     {ExpertGate::kSoftmax, false, true, Activation::kGelu, 75, 75, 5, 5, 0},
-    {ExpertGate::kTopk, false, false, Activation::kSilu, 40, 83, 6, 1, 2},
-    {ExpertGate::kTopk, true, true, Activation::kGeluTanh, 75, 75, 7, 7, 2},
-    {ExpertGate::kTopk, true, false, Activation::kIdentity, 83, 40, 3, 1, 1},
+    {ExpertGate::kTopK, false, false, Activation::kSilu, 40, 83, 6, 1, 2},
+    {ExpertGate::kTopK, true, true, Activation::kGeluTanh, 75, 75, 7, 7, 2},
+    {ExpertGate::kTopK, true, false, Activation::kIdentity, 83, 40, 3, 1, 1},
 };
 
 // Operands and results of one mixture on one table of kernels; results are NaN until written.
@@ -33,7 +32,7 @@ class Experts {
       : kernel_(kernel), ops_(kernel.operands), m_(m), groups_(m.sorted ? m.E : 1),
         per_(m.sorted ? 1 : m.E), downs_(m.sorted ? m.downs : 1),
         width_(m.sorted ? kRank : m.downs * kRank), slots_(m.sorted ? kRows * m.top_k : kRows) {
-    a_.type = CpuType::kFloat32;
+    a_.type = DType::kFloat32;
     a_.N = kRows, a_.D = m.D, a_.R = kRank, a_.O = m.O, a_.E = m.E, a_.downs = m.downs;
     a_.top_k = m.top_k, a_.L = 1, a_.block = 4 * ops_.tile_rows;
     a_.blocks = (kRows + a_.block - 1) / a_.block;
@@ -157,5 +156,3 @@ class Experts {
 };
 
 }  // namespace
-
-#endif

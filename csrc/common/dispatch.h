@@ -1,14 +1,12 @@
-// Plain C++ seen by launchers (.cu) and registrations (.cpp): the dtype switch, tensor views and
-// dropout of a kernel call.
+// Plain C++ seen by launchers (.cu) and the host side (.cpp): tensor views and dropout of a CUDA
+// kernel's call, divisions that round up.
 #pragma once
 
 #include <cstdint>
 
+#include "enums.h"
+
 namespace petal {
-
-enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
-
-enum class Activation : int32_t { kIdentity = 0, kRelu, kGelu, kGeluTanh, kSilu };
 
 template <typename T>
 struct TypeTag {

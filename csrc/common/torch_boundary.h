@@ -1,9 +1,6 @@
-// Between torch's stable ABI and the launchers: views of tensors, the device guard and stream,
-// error texts. No kernel and no CUDA header here.
+// What the host side takes of torch, through its stable ABI only: tensors, checks, registration.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -13,28 +10,7 @@
 #include <optional>
 #include <vector>
 
-#include "dispatch.h"
-#include "philox.h"
-
-// The emulation (tests/emulation) registers the same functions for CPU tensors under a name of its
-// own.
-#if defined(PETAL_EMULATION)
-#define PETAL_CUDA_LIBRARY petal_cuda_emulated
-#define PETAL_CUDA_KEY CPU
-#else
-#define PETAL_CUDA_LIBRARY petal_cuda
-#define PETAL_CUDA_KEY CUDA
-#endif
-#define PETAL_LIBRARY_FRAGMENT(name, m) \
-  STABLE_TORCH_LIBRARY_FRAGMENT(name, m)  // expands the two names above first
-#define PETAL_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
-
-#if !defined(PETAL_EMULATION) && !defined(USE_CUDA)
-// shim.h declares it only under USE_CUDA; the symbol is part of the stable ABI and libtorch_cuda
-// defines it.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                             void** ret_stream);
-#endif
+#include "enums.h"
 
 namespace petal {
 
@@ -43,65 +19,12 @@ using torch::stable::Tensor;
 
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, ": want float32, float16 or bfloat16");
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: STD_TORCH_CHECK(false, name, ": want float32, float16 or bfloat16");
   }
-}
-
-// A 2-D tensor with unit column stride, of the given size.
-inline MatrixView matrix(const Tensor& tensor, int64_t rows, int64_t cols, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2, name, ": want 2 dimensions, got ", tensor.dim());
-  STD_TORCH_CHECK(tensor.size(0) == rows && tensor.size(1) == cols, name, ": want [", rows, ", ",
-                  cols, "], got [", tensor.size(0), ", ", tensor.size(1), "]");
-  STD_TORCH_CHECK(cols <= 1 || tensor.stride(1) == 1, name,
-                  ": want unit stride in the last dimension, got ", tensor.stride(1));
-  MatrixView view;
-  view.data = tensor.data_ptr();
-  view.stride = tensor.stride(0);
-  view.vec = can_vectorise(view.data, view.stride, static_cast<int64_t>(tensor.element_size()));
-  return view;
-}
-
-inline Dropout dropout_of(const std::optional<Tensor>& rng, double p) {
-  Dropout dropout;
-  if (!rng.has_value() || p <= 0.0) return dropout;
-  STD_TORCH_CHECK(p < 1.0, "dropout: want 0 <= dropout < 1, got ", p);
-  STD_TORCH_CHECK(rng->dim() == 1 && rng->size(0) == 2 && rng->scalar_type() == ScalarType::Long &&
-                      rng->is_contiguous(),
-                  "rng: want a contiguous int64 tensor of two elements");
-  dropout.rng = static_cast<const int64_t*>(rng->data_ptr());
-  dropout.threshold = dropout_threshold(p);
-  dropout.scale = dropout_scale(dropout.threshold);
-  return dropout;
-}
-
-// The tensor's device is current and its stream is ours while this lives.
-class Device {
- public:
-#if defined(PETAL_EMULATION)
-  explicit Device(const Tensor&) {}
-  void* stream() const { return nullptr; }
-#else
-  explicit Device(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_) == 0,
-                    "no current CUDA stream on device ", tensor.get_device_index());
-  }
-  void* stream() const { return stream_; }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
-#endif
-};
-
-inline void check_launch(const char* error, const char* name) {
-  STD_TORCH_CHECK(error == nullptr, name, ": ", error == nullptr ? "" : error);
+  return DType::kFloat32;
 }
 
 }  // namespace petal

@@ -106,7 +106,7 @@ void gated(const Config& c) {
   expect(label + " z", z, hidden);
   const auto routed = [&](int64_t r, int64_t k) {
     const int64_t b = r / c.length;
-    if (c.route == Route::kOuter) {
+    if (c.route == Route::kProduct) {
       double sum = 0;
       for (int64_t j = 0; j < c.rank; ++j)
         sum += z.get(r, j) > 0 ? z.get(r, j) * left.get(b, j) : 0;
@@ -131,7 +131,7 @@ void gated(const Config& c) {
     return gate_input.get(r, o) + 2 * gate * keep(r, o) * y.get(r, o);
   });
 
-  if (c.route == Route::kOuter) return;  // backward's product is the library's
+  if (c.route == Route::kProduct) return;  // backward's product is the library's
   // Backward, of a random dout: dY = 2 G keep dout; every logit's gradient multiplies zeros.
   Matrix dout(t, rows, c.outs, c.pad), sums(f32, rows, kRowSums), totals(f32, c.samples, 1);
   Matrix kept_a(t, rows, c.rank, c.pad), kept_ag(t, rows, rg, c.pad), dz(t, rows, c.rank, c.pad);
@@ -241,8 +241,8 @@ int main() {
     gated({dtype, 3, 23, 5, 37, 0, 3, 0, Gate::kMiddleX, Route::kNone, true, true});
     gated({dtype, 1, 35, 5, 37, 3, 3, 0, Gate::kMiddleY, Route::kNone, false, false});
     gated({dtype, 5, 7, 8, 40, 8, 4, 0, Gate::kSmall, Route::kMul, true, false});
-    gated({dtype, 5, 7, 8, 40, 3, 6, 0, Gate::kSmall, Route::kOuter, true, true});
-    gated({dtype, 2, 17, 5, 37, 0, 70, 3, Gate::kLarge, Route::kOuter, false, false});
+    gated({dtype, 5, 7, 8, 40, 3, 6, 0, Gate::kSmall, Route::kProduct, true, true});
+    gated({dtype, 2, 17, 5, 37, 0, 70, 3, Gate::kLarge, Route::kProduct, false, false});
     gated({dtype, 1, 33, 3, 37, 0, 3, 140, Gate::kLarge, Route::kNone, false, false});
   }
   std::printf(failures == 0 ? "every kernel is right\n" : "%d checks failed\n", failures);

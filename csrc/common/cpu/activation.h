@@ -1,8 +1,7 @@
 // exp, sigmoid, erf and the activations on vectors, within about two units in the last place.
 //
 // NaN stays NaN and infinities give the limits: every clamp is a comparison that is false for NaN.
-#ifndef PETAL_CPU_MATH_H
-#define PETAL_CPU_MATH_H
+#pragma once
 
 #include "isa.h"
 #include "simd.h"
@@ -126,5 +125,3 @@ inline void multiply_derivative(float* dst, const float* src, int64_t n, Activat
 
 }  // namespace PETAL_ISA
 }  // namespace petal
-
-#endif

@@ -1,7 +1,6 @@
 // What the CPU kernels of several operators share beyond plain products: scratch pieces, tiles to and
 // from storage, packing of weights, reduction of partial sums.
-#ifndef PETAL_CPU_BLOCK_H
-#define PETAL_CPU_BLOCK_H
+#pragma once
 
 #include "gemm.h"
 #include "isa.h"
@@ -159,21 +158,21 @@ void reduce_of(void* dst, int64_t sr, int64_t sc, const float* partials, int64_t
 
 #define PETAL_BY_TYPE(type, call)                     \
   switch (type) {                                     \
-    case CpuType::kFloat32: { typedef float T; call; } break;  \
-    case CpuType::kFloat16: { typedef fp16_t T; call; } break; \
-    case CpuType::kBFloat16: { typedef bf16_t T; call; } break; \
+    case DType::kFloat32: { typedef float T; call; } break;  \
+    case DType::kFloat16: { typedef fp16_t T; call; } break; \
+    case DType::kBFloat16: { typedef bf16_t T; call; } break; \
   }
 
-void pack(float* dst, const void* src, CpuType type, int64_t sk, int64_t sc, int64_t K, int64_t cols,
+void pack(float* dst, const void* src, DType type, int64_t sk, int64_t sc, int64_t K, int64_t cols,
           int64_t j0, int64_t j1) {
   PETAL_BY_TYPE(type, pack_of<T>(dst, src, sk, sc, K, cols, j0, j1));
 }
-void reduce(void* dst, CpuType type, int64_t sr, int64_t sc, const float* partials, int64_t splits,
+void reduce(void* dst, DType type, int64_t sr, int64_t sc, const float* partials, int64_t splits,
             int64_t R, int64_t cols, int64_t j) {
   PETAL_BY_TYPE(type, reduce_of<T>(dst, sr, sc, partials, splits, R, cols, j));
 }
 
-inline void round_to(CpuType type, float* p, int64_t n) { PETAL_BY_TYPE(type, round_rows<T>(p, n)); }
+inline void round_to(DType type, float* p, int64_t n) { PETAL_BY_TYPE(type, round_rows<T>(p, n)); }
 
 template <typename T>
 PETAL_INLINE T* from_row(const CpuRows& rows, int64_t row) {
@@ -210,5 +209,3 @@ inline void project(const Block& c, bool add, const Product& m, int64_t rows, in
 }  // namespace
 }  // namespace PETAL_ISA
 }  // namespace petal
-
-#endif

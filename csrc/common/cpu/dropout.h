@@ -3,8 +3,7 @@
 // A vector holds the counters of kVL neighbouring column groups of one row; the result is one byte
 // per group, bit j for column 8 * group + j. The scalar form in philox.h is not used: an inline
 // function shared by objects of several instruction sets may be taken from the wrong one.
-#ifndef PETAL_CPU_DROPOUT_H
-#define PETAL_CPU_DROPOUT_H
+#pragma once
 
 #include "isa.h"
 #include "simd.h"
@@ -122,5 +121,3 @@ inline void mask_panels(float* p, int64_t height, int64_t rows, int64_t cols, co
 
 }  // namespace PETAL_ISA
 }  // namespace petal
-
-#endif

@@ -8,8 +8,7 @@
 // A sum over the contraction is made of runs of kRun terms, in index order for every element, so a
 // result does not depend on how rows are dealt to threads. Rounding grows with the length of a chain
 // of additions: of K terms in one chain like K, in runs like sqrt(K (kRun + K / kRun)).
-#ifndef PETAL_CPU_GEMM_H
-#define PETAL_CPU_GEMM_H
+#pragma once
 
 #include "simd.h"
 
@@ -311,5 +310,3 @@ inline void pack_panel(float* dst, const T* src, int64_t sk, int64_t sc, int64_t
 
 }  // namespace PETAL_ISA
 }  // namespace petal
-
-#endif

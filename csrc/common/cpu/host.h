@@ -1,41 +1,21 @@
 // Host side of the CPU kernels: tensors to raw pointers, tasks to threads, scratch memory, and the
-// instruction set. Only torch's stable ABI is used.
-#ifndef PETAL_CPU_TORCH_H
-#define PETAL_CPU_TORCH_H
+// instruction set.
+#pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <optional>
-#include <vector>
 
+#include "common/torch_boundary.h"
 #include "isa.h"
 
 namespace petal {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // The instruction set in use: the best one that was built and that this CPU has, or a lesser one
 // asked for by name.
 Isa current_isa();
 
-inline CpuType cpu_type(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return CpuType::kFloat32;
-    case ScalarType::Half: return CpuType::kFloat16;
-    case ScalarType::BFloat16: return CpuType::kBFloat16;
-    default: STD_TORCH_CHECK(false, name, ": want float32, float16 or bfloat16");
-  }
-  return CpuType::kFloat32;
-}
-
-inline size_t type_bytes(CpuType type) { return type == CpuType::kFloat32 ? 4 : 2; }
+inline size_t type_bytes(DType type) { return type == DType::kFloat32 ? 4 : 2; }
 
 // The row stride of a matrix whose columns are adjacent.
 inline int64_t row_stride(const Tensor& t, const char* name) {
@@ -118,5 +98,3 @@ void run_tasks(int64_t tasks, bool parallel, const Worker& worker) {
 }
 
 }  // namespace petal
-
-#endif

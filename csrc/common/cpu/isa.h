@@ -2,15 +2,11 @@
 //
 // Each <op>/cpu/kernel.cpp is compiled once per instruction set (PETAL_ISA names it) and hands out a
 // table of function pointers; PETAL_BUILT_<ISA> says which objects the library holds.
-#ifndef PETAL_CPU_ISA_H
-#define PETAL_CPU_ISA_H
+#pragma once
 
-#include <stdint.h>
+#include "common/enums.h"
 
 namespace petal {
-
-// Storage types of activations; parameters may also be fp32 beside 16-bit activations.
-enum class CpuType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // A row tensor [N, width] in the activations' dtype; ld in elements.
 struct CpuRows {
@@ -26,17 +22,15 @@ struct CpuDropout {
   float scale;
 };
 
-enum class Activation : int32_t { kIdentity = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
-
 // What every table of kernels begins with: the tile's shape and the handling of operands.
 struct CpuOperands {
   int64_t panel;      // columns of a packed panel
   int64_t tile_rows;  // rows of a register tile
   // Panels [j0, j1) of the right operand B[K, cols], element (k, c) at src[k * sk + c * sc].
-  void (*pack)(float* dst, const void* src, CpuType, int64_t sk, int64_t sc, int64_t K, int64_t cols,
+  void (*pack)(float* dst, const void* src, DType, int64_t sk, int64_t sc, int64_t K, int64_t cols,
                int64_t j0, int64_t j1);
   // Sum of `splits` partials of panel j, in order, rounded to element (r, c) at dst[r * sr + c * sc].
-  void (*reduce)(void* dst, CpuType, int64_t sr, int64_t sc, const float* partials, int64_t splits,
+  void (*reduce)(void* dst, DType, int64_t sr, int64_t sc, const float* partials, int64_t splits,
                  int64_t R, int64_t cols, int64_t j);
 };
 
@@ -54,5 +48,3 @@ enum class Isa : int32_t { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
   }
 
 }  // namespace petal
-
-#endif

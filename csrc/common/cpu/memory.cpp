@@ -13,7 +13,7 @@ namespace {
 // 4 KiB at a time costs more than the arithmetic that fills it.
 void expect_whole_write(Tensor out) {
   void* data = out.mutable_data_ptr();
-  const int64_t bytes = out.numel() * type_bytes(cpu_type(out, "out"));
+  const int64_t bytes = out.numel() * type_bytes(dtype_of(out, "out"));
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;

@@ -1,20 +1,18 @@
 // Host side: weights to packed panels, partial sums to gradients, on all threads.
-#ifndef PETAL_CPU_PACK_H
-#define PETAL_CPU_PACK_H
+#pragma once
 
 #include <algorithm>
 #include <utility>
 
+#include "common/dispatch.h"
 #include "host.h"
 
 namespace petal {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // A matrix [rows, cols] anywhere in memory, strides in elements.
 struct Matrix {
   void* data;
-  CpuType type;
+  DType type;
   int64_t rows, cols, row_stride, col_stride;
   Matrix transposed() const { return {data, type, cols, rows, col_stride, row_stride}; }
 };
@@ -23,13 +21,13 @@ struct Matrix {
 inline Matrix matrix(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2, name, ": want a matrix, got ", t.dim(), " dimensions");
   void* data = const_cast<void*>(t.const_data_ptr());
-  return {data, cpu_type(t, name), t.size(0), t.size(1), t.stride(0), t.stride(1)};
+  return {data, dtype_of(t, name), t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }
 
 // t[k] of a tensor of three dimensions.
 inline Matrix slice(const Tensor& t, int64_t k, const char* name) {
   STD_TORCH_CHECK(t.dim() == 3, name, ": want three dimensions, got ", t.dim());
-  const CpuType type = cpu_type(t, name);
+  const DType type = dtype_of(t, name);
   char* data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
   data += k * t.stride(0) * static_cast<int64_t>(type_bytes(type));
   return {data, type, t.size(1), t.size(2), t.stride(1), t.stride(2)};
@@ -136,5 +134,3 @@ class Gradients {
 };
 
 }  // namespace petal
-
-#endif

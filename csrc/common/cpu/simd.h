@@ -5,8 +5,7 @@
 // instruction set (PETAL_ISA): the objects are linked into one library, and an inline function that
 // two of them shared by name could be taken from the wrong one by the linker. For the same reason
 // no C++ standard header is included here.
-#ifndef PETAL_CPU_SIMD_H
-#define PETAL_CPU_SIMD_H
+#pragma once
 
 #include <stdint.h>
 #include <string.h>
@@ -179,5 +178,3 @@ PETAL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace PETAL_ISA
 }  // namespace petal
-
-#endif

@@ -6,8 +6,7 @@
 //   dx = keep dout + dl W;  per group: dx += dz A      over dout's panels
 // dz, s and dl, r and E wide, go to memory in fp32 for the weight gradients. Traffic: dout, z and
 // logits read once, dx, dz and s written once.
-#ifndef PETAL_EXPERT_DISPATCH_CPU_BACKWARD_H
-#define PETAL_EXPERT_DISPATCH_CPU_BACKWARD_H
+#pragma once
 
 #include "parts.h"
 
@@ -185,5 +184,3 @@ void backward(const ExpertArgs& a, int64_t block, float* scratch) {
 }  // namespace
 }  // namespace PETAL_ISA
 }  // namespace petal
-
-#endif

@@ -62,7 +62,7 @@ void forward(Optionals tensors, int64_t activation, int64_t gate, int64_t top_k,
   ExpertArgs& a = c.a;
   a.out = c.rows(results[kOut], "out", a.O);
   if (tensors[kRouter]) a.logits = floats(results[kLogits], "logits");
-  if (a.gate == ExpertGate::kTopk) {
+  if (a.gate == ExpertGate::kTopK) {
     a.chosen = whole<uint8_t>(results[kChoice], ScalarType::Bool, "chosen");
   }
   c.pack_forward();
@@ -102,7 +102,7 @@ class Sums {
   void add(const ExpertSum& sum, std::vector<Target> targets) {
     items_.push_back({sum, std::move(targets)});
   }
-  void run(const ExpertKernels& kernel, CpuType type, bool parallel) const {
+  void run(const ExpertKernels& kernel, DType type, bool parallel) const {
     struct Job {
       const Item* item;
       int64_t begin, end;

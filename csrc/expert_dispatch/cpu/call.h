@@ -1,7 +1,6 @@
 // Host side of expert_dispatch on the CPU: one call's checked arguments and the operands to be
 // packed for it.
-#ifndef PETAL_EXPERT_DISPATCH_CPU_CALL_H
-#define PETAL_EXPERT_DISPATCH_CPU_CALL_H
+#pragma once
 
 #include "common/cpu/pack.h"
 #include "params.h"
@@ -26,7 +25,7 @@ constexpr int64_t kSerialWork = 1 << 20;  // multiply-adds below which threads d
 constexpr int64_t kSlack = 16;  // floats that vectors may reach beyond a row
 
 float* floats(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(cpu_type(t, name) == CpuType::kFloat32 && t.is_contiguous(), name,
+  STD_TORCH_CHECK(dtype_of(t, name) == DType::kFloat32 && t.is_contiguous(), name,
                   ": want contiguous float32");
   return static_cast<float*>(const_cast<void*>(t.const_data_ptr()));
 }
@@ -44,7 +43,7 @@ Matrix piece(const Tensor& t, const char* name, int64_t first, int64_t n) {
   STD_TORCH_CHECK(t.is_contiguous() && t.numel() >= first + n, name, ": want ", first + n,
                   " elements, contiguous");
   char* data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
-  const CpuType type = cpu_type(t, name);
+  const DType type = dtype_of(t, name);
   return {data + first * static_cast<int64_t>(type_bytes(type)), type, 1, n, 0, 1};
 }
 
@@ -67,7 +66,7 @@ struct Call {
       : tensors(given) {
     STD_TORCH_CHECK(given.size() == kNames && given[kUp] && given[kDown], "tensors: want ",
                     static_cast<int>(kNames), ", among them down and up");
-    a.type = cpu_type(like, "x"), a.N = like.size(0);
+    a.type = dtype_of(like, "x"), a.N = like.size(0);
     a.E = given[kUp]->size(0), a.O = given[kUp]->size(1), a.R = given[kUp]->size(2);
     a.downs = given[kDown]->size(0), a.D = given[kDown]->size(2);
     a.top_k = top_k, a.L = tokens_per_gate;
@@ -116,7 +115,7 @@ struct Call {
   CpuRows rows(const Tensor& t, const char* name, int64_t width) const {
     STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == a.N && t.size(1) == width, name, ": want [", a.N,
                     ", ", width, "]");
-    STD_TORCH_CHECK(cpu_type(t, name) == a.type, name, ": its dtype differs from the activations'");
+    STD_TORCH_CHECK(dtype_of(t, name) == a.type, name, ": its dtype differs from the activations'");
     return {const_cast<void*>(t.const_data_ptr()), row_stride(t, name)};
   }
   // A of a group: [z_width, D].
@@ -173,5 +172,3 @@ struct Call {
 
 }  // namespace
 }  // namespace petal
-
-#endif

@@ -12,9 +12,6 @@
 // Traffic: x and base read once, out and z written once (sorted z twice). fp32 accumulation in
 // index order; z, g and g act(z) are rounded to storage, out is rounded once.
 // Backward: backward.h; weight gradients: sums.h.
-#ifndef PETAL_EXPERT_DISPATCH_CPU_KERNEL_H
-#define PETAL_EXPERT_DISPATCH_CPU_KERNEL_H
-
 #include "backward.h"
 #include "sums.h"
 
@@ -50,7 +47,7 @@ void route(const ExpertArgs& a, const ForwardBlock& b, Span s) {
       if (a.router_bias) logits[e] += a.router_bias[e];
       if (a.noise) logits[e] += a.noise[(s.row0 + i) * a.E + e];
     }
-    if (a.gate == ExpertGate::kTopk) choose(a.chosen + (s.row0 + i) * a.E, logits, a.E, a.top_k);
+    if (a.gate == ExpertGate::kTopK) choose(a.chosen + (s.row0 + i) * a.E, logits, a.E, a.top_k);
   }
 }
 
@@ -169,5 +166,3 @@ const ExpertKernels& expert_kernels() {
 
 }  // namespace PETAL_ISA
 }  // namespace petal
-
-#endif

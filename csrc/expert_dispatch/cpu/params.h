@@ -4,17 +4,14 @@
 // A group is what one product covers: stationary, all rows of a block and all experts side by side;
 // sorted, one expert and the rows that chose it. Weights are packed fp32 panels
 // [ceil(cols / kNR)][K][kNR] of the right operand named beside them, one per group.
-#ifndef PETAL_EXPERT_DISPATCH_CPU_H
-#define PETAL_EXPERT_DISPATCH_CPU_H
+#pragma once
 
 #include "common/cpu/isa.h"
 
 namespace petal {
 
-enum class ExpertGate : int32_t { kMean = 0, kSoftmax = 1, kTopk = 2, kGiven = 3 };
-
 struct ExpertArgs {
-  CpuType type;
+  DType type;
   int64_t N, D, R, O, E;
   int64_t downs;  // E, or 1: every expert reads one z
   int64_t top_k;  // at most so many experts are chosen by a row
@@ -81,11 +78,9 @@ struct ExpertKernels {
   void (*forward)(const ExpertArgs&, int64_t block, float* scratch);
   void (*backward)(const ExpertArgs&, int64_t block, float* scratch);
   // Panels [j0, j1) into the scratch's beginning: [panel][cols][kNR].
-  void (*sum)(const ExpertSum&, CpuType, int64_t j0, int64_t j1, float* scratch);
+  void (*sum)(const ExpertSum&, DType, int64_t j0, int64_t j1, float* scratch);
 };
 
 PETAL_DECLARE_PER_ISA(const ExpertKernels& expert_kernels())
 
 }  // namespace petal
-
-#endif

@@ -3,8 +3,7 @@
 // them.
 //
 // Wide blocks are fp32 panels [width / kNR][block][kNR]; r-wide ones are rows of floats.
-#ifndef PETAL_EXPERT_DISPATCH_CPU_PARTS_H
-#define PETAL_EXPERT_DISPATCH_CPU_PARTS_H
+#pragma once
 
 #include "common/cpu/block.h"
 #include "common/cpu/activation.h"
@@ -109,7 +108,7 @@ void softmax(float* g, const float* logits, const uint8_t* chosen, int64_t exper
 
 // The choice of a row, or null: every expert.
 PETAL_INLINE const uint8_t* choice_of(const ExpertArgs& a, int64_t row) {
-  if (a.gate == ExpertGate::kTopk) return a.chosen + row * a.E;
+  if (a.gate == ExpertGate::kTopK) return a.chosen + row * a.E;
   return a.picked ? a.picked + row / a.L * a.E : nullptr;
 }
 
@@ -220,5 +219,3 @@ PETAL_INLINE vf rounded(vf v) {
 }  // namespace
 }  // namespace PETAL_ISA
 }  // namespace petal
-
-#endif

@@ -4,8 +4,7 @@
 // there are no partial results and no bit depends on how strips are cut. 128 slots at a time: B's
 // strip becomes fp32 panels, every tile's sum starts from zero and is added to what is there.
 // Traffic: A read once per strip, B once per slot.
-#ifndef PETAL_EXPERT_DISPATCH_CPU_SUMS_H
-#define PETAL_EXPERT_DISPATCH_CPU_SUMS_H
+#pragma once
 
 #include "common/cpu/block.h"
 #include "params.h"
@@ -44,7 +43,7 @@ void add_columns(float* out, const ExpertSum& w, int64_t j0, int64_t j1) {
   }
 }
 
-void add_up(const ExpertSum& w, CpuType type, int64_t j0, int64_t j1, float* scratch) {
+void add_up(const ExpertSum& w, DType type, int64_t j0, int64_t j1, float* scratch) {
   if (!w.rows.p) return add_columns(scratch, w, j0, j1);
   float* strip = scratch + (j1 - j0) * w.cols * kNR;
   const int64_t col = j0 * kNR, cols = least(w.width, j1 * kNR) - col;
@@ -70,5 +69,3 @@ void add_up(const ExpertSum& w, CpuType type, int64_t j0, int64_t j1, float* scr
 }  // namespace
 }  // namespace PETAL_ISA
 }  // namespace petal
-
-#endif

@@ -1,7 +1,7 @@
 // expert_dispatch on CUDA: checks, parameter structs and registration of petal_cuda::expert_*.
 // Kernels: {sort,forward,backward,weights}.cu. These functions write into tensors their caller has
 // allocated; they are called by ops/expert_dispatch/cuda_impl.py only.
-#include "common/torch_boundary.h"
+#include "common/cuda/host.h"
 #include "params.h"
 
 namespace petal {

@@ -11,8 +11,6 @@ namespace petal {
 
 constexpr int kMaxExpertRank = 256, kMaxExperts = 64;
 
-enum class ExpertGate : int32_t { kMean = 0, kSoftmax, kTopK, kGiven };
-
 struct ExpertParams {
   DType dtype;
   int64_t rows, width, outs;

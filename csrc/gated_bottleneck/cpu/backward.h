@@ -9,8 +9,7 @@
 // zg and dout are read once (x and gate_input a second time, from the next cache), every row
 // gradient is written once. Weight and vector gradients are fp32 partials per split of the rows;
 // the splits depend on N and the samples alone, so the bits do not depend on the number of threads.
-#ifndef PETAL_GATED_BOTTLENECK_CPU_BACKWARD_H
-#define PETAL_GATED_BOTTLENECK_CPU_BACKWARD_H
+#pragma once
 
 #include "route.h"
 
@@ -281,5 +280,3 @@ void backward(const GatedArgs& a, int64_t split, int64_t row0, int64_t row1, flo
 }  // namespace
 }  // namespace PETAL_ISA
 }  // namespace petal
-
-#endif

@@ -58,7 +58,7 @@ int64_t block_rows(const GatedArgs& a, const CpuOperands& operands, int64_t wide
 }
 
 float* floats(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(cpu_type(t, name) == CpuType::kFloat32 && t.is_contiguous(), name,
+  STD_TORCH_CHECK(dtype_of(t, name) == DType::kFloat32 && t.is_contiguous(), name,
                   ": want contiguous float32");
   return static_cast<float*>(const_cast<void*>(t.const_data_ptr()));
 }
@@ -77,7 +77,7 @@ struct Call {
       : tensors(given) {
     STD_TORCH_CHECK(given.size() == kNames && derived.size() == kDerived && given[kUp],
                     "tensors: want ", static_cast<int>(kNames), ", among them up");
-    a.type = cpu_type(like, "x"), a.N = like.size(0);
+    a.type = dtype_of(like, "x"), a.N = like.size(0);
     a.O = given[kUp]->size(0), a.R = given[kUp]->size(1);
     a.D = given[kDown] ? given[kDown]->size(1) : a.O;
     a.Dg = given[kGateDown] ? given[kGateDown]->size(1) : a.O;
@@ -116,7 +116,7 @@ struct Call {
   CpuRows rows(const Tensor& t, const char* name, int64_t width) const {
     STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == a.N && t.size(1) == width, name, ": want [", a.N,
                     ", ", width, "]");
-    STD_TORCH_CHECK(cpu_type(t, name) == a.type, name, ": its dtype differs from the activations'");
+    STD_TORCH_CHECK(dtype_of(t, name) == a.type, name, ": its dtype differs from the activations'");
     return {const_cast<void*>(t.const_data_ptr()), row_stride(t, name)};
   }
   void rows(CpuRows& to, Name name, int64_t width) const {
@@ -126,7 +126,7 @@ struct Call {
     if (!t) return;
     STD_TORCH_CHECK(t->dim() == 1 && t->size(0) >= begin + width, name, ": want [", begin + width,
                     "]");
-    const CpuType type = cpu_type(*t, name);
+    const DType type = dtype_of(*t, name);
     char* data = static_cast<char*>(const_cast<void*>(t->const_data_ptr()));
     data += begin * t->stride(0) * static_cast<int64_t>(type_bytes(type));
     packer.add(to, {data, type, 1, width, 0, t->stride(0)});
@@ -139,7 +139,7 @@ struct Call {
     if (!t) return nullptr;
     STD_TORCH_CHECK(t->dim() == 3 && t->size(0) * a.L == a.N && t->size(1) == a.V &&
                         t->size(2) == a.R && t->is_contiguous() &&
-                        cpu_type(*t, kNameOf[name]) == a.type,
+                        dtype_of(*t, kNameOf[name]) == a.type,
                     kNameOf[name], ": want [B, V, R], contiguous, in the activations' dtype");
     return t->const_data_ptr();
   }
@@ -201,8 +201,8 @@ void add_gradients(Gradients& gradients, GatedArgs& a, const Tensors& grads) {
     if (t.numel() == 0) return;
     const int64_t width = t.size(t.dim() - 1);
     char* data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
-    data += row * width * static_cast<int64_t>(type_bytes(cpu_type(t, kNameOf[name])));
-    gradients.add(partials, {data, cpu_type(t, kNameOf[name]), 1, width, 0, 1});
+    data += row * width * static_cast<int64_t>(type_bytes(dtype_of(t, kNameOf[name])));
+    gradients.add(partials, {data, dtype_of(t, kNameOf[name]), 1, width, 0, 1});
   };
   matrix_of(&a.ddown, kDown, false);
   matrix_of(&a.dup_t, kUp, true);

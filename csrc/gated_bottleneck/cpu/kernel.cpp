@@ -13,9 +13,6 @@
 // Traffic: every row tensor is read once (gate_input serves gate and residual), out and z, zg are
 // written once. fp32 accumulation in index order; z and zg are rounded to storage, out is rounded
 // once. Backward: backward.h.
-#ifndef PETAL_GATED_BOTTLENECK_CPU_KERNEL_H
-#define PETAL_GATED_BOTTLENECK_CPU_KERNEL_H
-
 #include "backward.h"
 
 namespace petal {
@@ -203,5 +200,3 @@ const GatedKernels& gated_kernels() {
 
 }  // namespace PETAL_ISA
 }  // namespace petal
-
-#endif

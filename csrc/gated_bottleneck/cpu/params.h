@@ -2,18 +2,14 @@
 // are packed fp32 panels [ceil(cols / kNR)][K][kNR] of the right operand named beside them, vectors
 // fp32 padded with zeros to whole panels. A null pointer is an argument that is not there or a
 // result that is not wanted.
-#ifndef PETAL_GATED_BOTTLENECK_CPU_H
-#define PETAL_GATED_BOTTLENECK_CPU_H
+#pragma once
 
 #include "common/cpu/isa.h"
 
 namespace petal {
 
-enum class Route : int32_t { kNone = 0, kAdd = 1, kMul = 2, kProduct = 3 };
-enum class Gate : int32_t { kNone = 0, kLarge = 1, kMiddleX = 2, kMiddleY = 3, kSmall = 4 };
-
 struct GatedArgs {
-  CpuType type;
+  DType type;
   int64_t N, D, R, O, Dg, Rg, V;
   int64_t L;      // rows of a sample, N where nothing is per sample
   int64_t block;  // rows of a block
@@ -71,5 +67,3 @@ struct GatedKernels {
 PETAL_DECLARE_PER_ISA(const GatedKernels& gated_kernels())
 
 }  // namespace petal
-
-#endif

@@ -3,8 +3,7 @@
 //
 // Wide blocks are fp32 panels [width / kNR][block][kNR]; r-wide ones are rows of padded(r) floats.
 // Padding columns are zero wherever they enter a sum.
-#ifndef PETAL_GATED_BOTTLENECK_CPU_PARTS_H
-#define PETAL_GATED_BOTTLENECK_CPU_PARTS_H
+#pragma once
 
 #include "common/cpu/block.h"
 #include "common/cpu/dropout.h"
@@ -248,5 +247,3 @@ struct Masked {
 }  // namespace
 }  // namespace PETAL_ISA
 }  // namespace petal
-
-#endif

@@ -2,8 +2,7 @@
 //   add  q = z + left     mul  q = z * left     product  q = (f(z) left^T) right   (right: or 1)
 // A product with one vision token is a dot product and a scaled vector; others are register-tiled
 // with the sample's matrices packed when its first row is met.
-#ifndef PETAL_GATED_BOTTLENECK_CPU_ROUTE_H
-#define PETAL_GATED_BOTTLENECK_CPU_ROUTE_H
+#pragma once
 
 #include "parts.h"
 
@@ -175,5 +174,3 @@ void route_backward(float* dq_rows, Middle& m, const GatedArgs& a, Span span) {
 }  // namespace
 }  // namespace PETAL_ISA
 }  // namespace petal
-
-#endif

@@ -3,7 +3,7 @@
 // they are called by ops/gated_bottleneck/cuda_impl.py only.
 #include <string>
 
-#include "common/torch_boundary.h"
+#include "common/cuda/host.h"
 #include "params.h"
 
 namespace petal {
@@ -171,7 +171,7 @@ GatedParams params_of(const Call& call, DType dtype, int64_t rows) {
     STD_TORCH_CHECK(rank <= kMaxGatedRank, "gated_bottleneck: want ranks of at most ",
                     kMaxGatedRank, ", got ", rank);
   if (p.route != Route::kNone) p.left = needed(t[kLeft], dtype, samples, p.down.rank, "left");
-  if (p.route == Route::kOuter) p.right = needed(t[kRight], dtype, samples, p.down.rank, "right");
+  if (p.route == Route::kProduct) p.right = needed(t[kRight], dtype, samples, p.down.rank, "right");
   if (row_gate || p.adds_gate_input)
     p.gate_input = view(t[kGateInput], dtype, rows, p.outs, "gate_input");
   p.h = view(codes[kAddInput] != 0 ? t[kX] : t[kBase], dtype, rows, p.outs, "base");

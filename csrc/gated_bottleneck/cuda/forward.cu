@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   unsigned char* const scratch = fixed + Shape::kFixedBytes;
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kRows;
 
-  const bool outer = p.route == Route::kOuter;
+  const bool outer = p.route == Route::kProduct;
   const Activation f = p.route_relu ? Activation::kRelu : Activation::kIdentity;
   form_hidden<T, RANK>(a, scratch, p.down, outer ? f : p.activation,
                        outer ? Route::kNone : p.route, p.left, MatrixView{}, row0, p.rows,

@@ -11,11 +11,6 @@ namespace petal {
 
 constexpr int kMaxGatedRank = 256;
 
-// kOuter: a product through one vision token, q = (f(z) . left) right, formed by forward's kernel.
-// The library forms every other product, here kNone.
-enum class Route : int32_t { kNone = 0, kAdd, kMul, kOuter };
-enum class Gate : int32_t { kNone = 0, kLarge, kMiddleX, kMiddleY, kSmall };
-
 // The vectors over the output columns, loaded for a tile at a time.
 enum Column { kUpBias, kGateColumn, kNormWeight, kNormBias, kInputWeight, kSeenWeight, kColumns };
 
@@ -33,9 +28,11 @@ struct GatedParams {
   int64_t rows, length, outs;
   Bottleneck down, gate;  // gate.rank is 0 unless the gate is large
   Activation activation;
+  // kProduct: through one vision token, q = (f(z) . left) right, formed by forward's kernel. The
+  // library forms every other product, here kNone.
   Route route;
-  bool route_relu;         // outer: f is relu, else the identity
-  MatrixView left, right;  // [B, r]; right: outer
+  bool route_relu;         // product: f is relu, else the identity
+  MatrixView left, right;  // [B, r]; right: product
   Gate kind;
   bool gate_linear;      // middleY: 1 + w in place of 1 + sigmoid(w)
   bool sees_output;      // middleX, small: Y in place of H; then fold = U^T w_h, fp32 [r]

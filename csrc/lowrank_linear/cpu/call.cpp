@@ -41,10 +41,10 @@ bool worth_threads(const LowrankArgs& a) {
   return a.N * a.R * wide > kSerialWork;
 }
 
-void check_rows(const Tensor& t, const char* name, int64_t rows, int64_t cols, CpuType type) {
+void check_rows(const Tensor& t, const char* name, int64_t rows, int64_t cols, DType type) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, ": want [", rows,
                   ", ", cols, "]");
-  STD_TORCH_CHECK(cpu_type(t, name) == type, name, ": its dtype differs from the activations'");
+  STD_TORCH_CHECK(dtype_of(t, name) == type, name, ": its dtype differs from the activations'");
 }
 
 // What forward and backward have in common; `bottleneck` is [N, R], or x where there is none yet.
@@ -69,7 +69,7 @@ void forward(Optional x, Optional down, Optional hidden, Tensors ups, Tensors we
              int64_t threshold, double keep_scale, int64_t site, Tensors ys, Optional h) {
   const LowrankKernels& kernel = kernels();
   STD_TORCH_CHECK(hidden || (x && down), "x: want x and down, or hidden");
-  const CpuType type = cpu_type(hidden ? *hidden : *x, "x");
+  const DType type = dtype_of(hidden ? *hidden : *x, "x");
   std::vector<LowrankOutput> outs;
   LowrankArgs a = arguments(hidden ? *hidden : *x, ups, outs, scale, site,
                             cpu_dropout(rng, threshold, keep_scale));
@@ -90,7 +90,7 @@ void forward(Optional x, Optional down, Optional hidden, Tensors ups, Tensors we
     if (!biases.empty() && biases[k]) {
       const Tensor& b = *biases[k];
       void* data = const_cast<void*>(b.const_data_ptr());
-      packer.add(&o.bias, {data, cpu_type(b, "biases"), 1, o.width, 0, b.stride(0)});
+      packer.add(&o.bias, {data, dtype_of(b, "biases"), 1, o.width, 0, b.stride(0)});
     }
     if (!base.empty()) {
       check_rows(base[k], "base", a.N, o.width, type);
@@ -102,7 +102,7 @@ void forward(Optional x, Optional down, Optional hidden, Tensors ups, Tensors we
   }
   if (h) a.h = h->mutable_data_ptr();
   const bool parallel = worth_threads(a);
-  a.block = block_rows(a, kernel.operands, !weights.empty() || type != CpuType::kFloat32);
+  a.block = block_rows(a, kernel.operands, !weights.empty() || type != DType::kFloat32);
   Scratch packed(packer.floats(kernel.operands.panel));
   packer.run(packed.data(), kernel.operands, parallel);
   run_tasks(ceil_div(a.N, a.block), parallel, [&](const auto& next) {
@@ -122,7 +122,7 @@ void backward(Tensors dys, Optional x, Tensor h, Optional down, Tensors ups, Ten
               int64_t site, bool dx_has_base, Optional dx, Optional dh, Optional ddown, Tensors dups,
               Optional dcore) {
   const LowrankKernels& kernel = kernels();
-  const CpuType type = cpu_type(h, "h");
+  const DType type = dtype_of(h, "h");
   std::vector<LowrankOutput> outs;
   LowrankArgs a =
       arguments(h, ups, outs, scale, site, cpu_dropout(rng, threshold, keep_scale));

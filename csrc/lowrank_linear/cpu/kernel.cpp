@@ -13,9 +13,6 @@
 // once. fp32 accumulation in index order; results are rounded to storage once. The weight gradients
 // are fp32 partials, one per split of the rows; the splits depend on N alone, so the bits do not
 // depend on the number of threads.
-#ifndef PETAL_LOWRANK_LINEAR_CPU_KERNEL_H
-#define PETAL_LOWRANK_LINEAR_CPU_KERNEL_H
-
 #include "common/cpu/block.h"
 #include "common/cpu/dropout.h"
 #include "params.h"
@@ -295,18 +292,18 @@ void backward_of(const LowrankArgs& a, int64_t split, int64_t row0, int64_t row1
 
 // ---- the table
 
-int64_t forward_scratch(const LowrankArgs& a, CpuType type) {
+int64_t forward_scratch(const LowrankArgs& a, DType type) {
   PETAL_BY_TYPE(type, return forward_scratch_of<T>(a));
   return 0;
 }
-int64_t backward_scratch(const LowrankArgs& a, CpuType type) {
+int64_t backward_scratch(const LowrankArgs& a, DType type) {
   PETAL_BY_TYPE(type, return backward_scratch_of<T>(a));
   return 0;
 }
-void forward(const LowrankArgs& a, CpuType type, int64_t row0, int64_t rows, float* scratch) {
+void forward(const LowrankArgs& a, DType type, int64_t row0, int64_t rows, float* scratch) {
   PETAL_BY_TYPE(type, forward_of<T>(a, row0, rows, scratch));
 }
-void backward(const LowrankArgs& a, CpuType type, int64_t split, int64_t row0, int64_t row1, float* scratch) {
+void backward(const LowrankArgs& a, DType type, int64_t split, int64_t row0, int64_t row1, float* scratch) {
   PETAL_BY_TYPE(type, backward_of<T>(a, split, row0, row1, scratch));
 }
 }  // namespace
@@ -319,5 +316,3 @@ const LowrankKernels& lowrank_kernels() {
 
 }  // namespace PETAL_ISA
 }  // namespace petal
-
-#endif

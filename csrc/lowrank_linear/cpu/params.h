@@ -1,7 +1,6 @@
 // What the host side of lowrank_linear hands to its CPU kernels. Strides are in elements, weights are
 // packed fp32 panels [ceil(cols / kNR)][K][kNR] of the right operand named beside them.
-#ifndef PETAL_LOWRANK_LINEAR_CPU_H
-#define PETAL_LOWRANK_LINEAR_CPU_H
+#pragma once
 
 #include "common/cpu/isa.h"
 
@@ -48,15 +47,13 @@ struct LowrankArgs {
 struct LowrankKernels {
   CpuOperands operands;
   // Floats of scratch for one call of forward / backward.
-  int64_t (*forward_scratch)(const LowrankArgs&, CpuType);
-  int64_t (*backward_scratch)(const LowrankArgs&, CpuType);
-  void (*forward)(const LowrankArgs&, CpuType, int64_t row0, int64_t rows, float* scratch);
+  int64_t (*forward_scratch)(const LowrankArgs&, DType);
+  int64_t (*backward_scratch)(const LowrankArgs&, DType);
+  void (*forward)(const LowrankArgs&, DType, int64_t row0, int64_t rows, float* scratch);
   // Rows [row0, row1) of split `split`, block after block.
-  void (*backward)(const LowrankArgs&, CpuType, int64_t split, int64_t row0, int64_t row1, float* scratch);
+  void (*backward)(const LowrankArgs&, DType, int64_t split, int64_t row0, int64_t row1, float* scratch);
 };
 
 PETAL_DECLARE_PER_ISA(const LowrankKernels& lowrank_kernels())
 
 }  // namespace petal
-
-#endif

@@ -1,7 +1,7 @@
 // lowrank_linear on CUDA: checks, parameter structs and registration of petal_cuda::lowrank_*.
 // Kernels: {forward,backward}.cu. These functions write into tensors their caller has allocated;
 // they are called by ops/lowrank_linear/cuda_impl.py only.
-#include "common/torch_boundary.h"
+#include "common/cuda/host.h"
 #include "params.h"
 
 namespace petal {

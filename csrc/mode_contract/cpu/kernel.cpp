@@ -9,9 +9,6 @@
 // Traffic: the core, p and V are read once per task (V and p packed once per call), PT is written or
 // dPT read once. M is never stored. fp32 accumulation, results rounded once; dp and dV are partials
 // per range of slabs that R alone fixes, summed in order.
-#ifndef PETAL_MODE_CONTRACT_CPU_KERNEL_H
-#define PETAL_MODE_CONTRACT_CPU_KERNEL_H
-
 #include "common/cpu/block.h"
 #include "params.h"
 
@@ -235,5 +232,3 @@ const ModeKernels& mode_kernels() {
 
 }  // namespace PETAL_ISA
 }  // namespace petal
-
-#endif

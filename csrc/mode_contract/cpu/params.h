@@ -1,7 +1,6 @@
 // What the host side of mode_contract hands to its CPU kernels. Packed operands are fp32 panels
 // [ceil(cols / kNR)][depth][kNR].
-#ifndef PETAL_MODE_CONTRACT_CPU_H
-#define PETAL_MODE_CONTRACT_CPU_H
+#pragma once
 
 #include "common/cpu/isa.h"
 
@@ -10,14 +9,14 @@ namespace petal {
 struct ModeArgs {
   int64_t K, R, O;        // O: rows of up, or R without it
   bool diagonal;          // core is lambda [R], else C [R, R, R]
-  CpuType in;             // dtype of core
+  DType in;             // dtype of core
   const void* core;       // contiguous
   const float* modes_t;   // p^T [R, K]: element (c, k)
   const float* modes;     // p [K, R]; backward only
   const float* up_t;      // V^T [R, O], or null
   const float* up;        // V [O, R]; backward only, or null
   float scale;
-  CpuType out_type;
+  DType out_type;
   void* out;              // forward: PT [K, R, O] or M [K, R, R], contiguous
   const void* dout;       // backward: the same shape, contiguous
   void* dcore;            // contiguous, in `in`, or null
@@ -36,5 +35,3 @@ struct ModeKernels {
 PETAL_DECLARE_PER_ISA(const ModeKernels& mode_kernels())
 
 }  // namespace petal
-
-#endif

@@ -1,7 +1,7 @@
 // mode_contract on CUDA: checks, parameter structs and registration of petal_cuda::mode_contract_*.
 // Kernels: {forward,backward}.cu. These functions write into tensors their caller has allocated;
 // they are called by ops/mode_contract/cuda_impl.py only.
-#include "common/torch_boundary.h"
+#include "common/cuda/host.h"
 #include "params.h"
 
 namespace petal {

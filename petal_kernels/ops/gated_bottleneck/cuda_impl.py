@@ -58,7 +58,7 @@ ROWS_PER_SPLIT = 256
 MAX_SPLITS = 8  # with a dozen column tiles about a block per multiprocessor; partials grow with it
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_ROUTES = ("none", "add", "mul", "outer")  # as the kernels see them
+_ROUTES = ("none", "add", "mul", "product")
 _ROW_GATES = ("middleX", "small")
 _SUMS = ("up_bias", "gate_up_bias", "gate_weight", "norm_weight", "norm_bias")
 _COLUMNS = frozenset(("up", "gate_up", *_SUMS))  # want dY formed again
@@ -151,7 +151,7 @@ def _arguments(t: Tensors, s: Settings, dtype: torch.dtype) -> Tensors:
 
 def _numbers(s: Settings, outer: bool = False) -> tuple[list[int], list[float]]:
     """The settings in the kernels' order. A product by the library is no route to them."""
-    route = s.route if s.route != "product" else "outer" if outer else "none"
+    route = s.route if s.route != "product" or outer else "none"
     codes = [
         ACTIVATIONS.index(s.activation),
         _ROUTES.index(route),

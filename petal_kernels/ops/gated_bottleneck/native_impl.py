@@ -35,7 +35,7 @@ from petal_kernels._runtime.numerics import ACTIVATIONS
 from petal_kernels.ops.gated_bottleneck.arguments import GATES, Call, Saved, Tensors
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_KINDS = ("none", "add", "mul", "product")
+_ROUTES = ("none", "add", "mul", "product")
 _LARGE = 4 << 20  # bytes
 
 
@@ -94,7 +94,7 @@ def _arguments(call: Call, rng: Tensor | None) -> list[Any]:
         _derived(call),
         rng,
         ACTIVATIONS.index(s.activation),
-        _KINDS.index(s.route),
+        _ROUTES.index(s.route),
         s.route_relu,
         GATES.index(s.gate),
         s.gate_sees_output and call.has_logits,
