@@ -17,7 +17,8 @@ py::dict build_facts() {
 py::dict cpu_capability() {
   py::dict out;
 #if defined(__x86_64__)
-  out["avx2"] = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  out["avx2"] = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                __builtin_cpu_supports("f16c");
   out["avx512"] = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #else
@@ -31,6 +32,7 @@ py::dict cpu_capability() {
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Build facts and CPU capability.";
-  m.def("build_facts", &build_facts, "Compiler, flags, instruction sets, CUDA architectures, commit.");
+  m.def("build_facts", &build_facts,
+        "Compiler, flags, instruction sets, CUDA architectures, commit.");
   m.def("cpu_capability", &cpu_capability, "Instruction sets of this CPU, asked at run time.");
 }

@@ -75,10 +75,17 @@ Results lowrank(const LowrankKernels& kernel, Site site) {
   return all;
 }
 
-// What a call of gated_bottleneck has: H is x or a base, X the gate's input (kXAgain: the residual).
+// What a call of gated_bottleneck has: H is x or a base, X the gate's input (kXAgain: the
+// residual).
 enum Has : int {
-  kHIsX = 1, kBase = 2, kXAgain = 4, kResidual = 8, kNorm = 16, kRight = 32,
-  kRelu = 64, kLogitSeesY = 128
+  kHIsX = 1,
+  kBase = 2,
+  kXAgain = 4,
+  kResidual = 8,
+  kNorm = 16,
+  kRight = 32,
+  kRelu = 64,
+  kLogitSeesY = 128
 };
 
 // One call: three samples of 37 rows, rank 21, gate's rank 13.
@@ -92,8 +99,10 @@ struct Example {
 constexpr Example kExamples[] = {
     {Gate::kLarge, Route::kNone, Activation::kGeluTanh, 75, 75, 75, 0, kHIsX | kXAgain | kNorm},
     {Gate::kLarge, Route::kProduct, Activation::kIdentity, 40, 83, 52, 1, kRight | kNorm},
-    {Gate::kSmall, Route::kMul, Activation::kSilu, 75, 75, 75, 1, kHIsX | kLogitSeesY | kResidual | kNorm},
-    {Gate::kMiddleX, Route::kProduct, Activation::kGelu, 75, 70, 70, 9, kBase | kRight | kRelu | kResidual},
+    {Gate::kSmall, Route::kMul, Activation::kSilu, 75, 75, 75, 1,
+     kHIsX | kLogitSeesY | kResidual | kNorm},
+    {Gate::kMiddleX, Route::kProduct, Activation::kGelu, 75, 70, 70, 9,
+     kBase | kRight | kRelu | kResidual},
     {Gate::kMiddleY, Route::kProduct, Activation::kRelu, 33, 70, 0, 21, kBase | kNorm},
     {Gate::kNone, Route::kAdd, Activation::kGeluTanh, 75, 75, 0, 1, kHIsX},
 };
@@ -102,7 +111,8 @@ constexpr Example kExamples[] = {
 // they are written.
 class Gated {
  public:
-  Gated(const GatedKernels& kernel, const Example& e) : kernel_(kernel), ops_(kernel.operands), e_(e) {
+  Gated(const GatedKernels& kernel, const Example& e)
+      : kernel_(kernel), ops_(kernel.operands), e_(e) {
     a_.type = DType::kFloat32;
     a_.N = kN, a_.D = e.D, a_.O = e.O, a_.Dg = e.Dg, a_.V = e.V, a_.R = kRank;
     a_.Rg = e.gate == Gate::kLarge ? 13 : 0;
@@ -128,11 +138,13 @@ class Gated {
     gradients();
     scratch = aligned(kernel_.backward_scratch(a_));
     for (int64_t split = 0; split < kSplits; ++split) {
-      kernel_.backward(a_, split, split * kSplitRows, std::min(kN, (split + 1) * kSplitRows), scratch);
+      kernel_.backward(a_, split, split * kSplitRows, std::min(kN, (split + 1) * kSplitRows),
+                       scratch);
     }
     Results all;
     for (const Floats* f : results_) all.push_back(*f);
-    for (const Partial& p : partials_) all.push_back(reduced(ops_, *p.data, kSplits, p.rows, p.cols));
+    for (const Partial& p : partials_)
+      all.push_back(reduced(ops_, *p.data, kSplits, p.rows, p.cols));
     return all;
   }
 
@@ -214,7 +226,8 @@ class Gated {
     }
     if (a_.channel) a_.dchannel = partial(1, e_.O);
     if (has_logits()) {
-      a_.dweight_x = partial(1, e_.O), a_.dweight_h = partial(1, e_.O), a_.dlogit_bias = partial(1, 1);
+      a_.dweight_x = partial(1, e_.O), a_.dweight_h = partial(1, e_.O),
+      a_.dlogit_bias = partial(1, 1);
     }
     if (has(kNorm)) a_.dnorm_weight = partial(1, e_.O), a_.dnorm_bias = partial(1, e_.O);
   }

@@ -27,14 +27,16 @@ Floats numbers(int64_t n, unsigned seed) {
 
 struct Packed {
   float* data;
-  Packed(const CpuOperands& k, const Floats& src, int64_t sk, int64_t sc, int64_t depth, int64_t cols) {
+  Packed(const CpuOperands& k, const Floats& src, int64_t sk, int64_t sc, int64_t depth,
+         int64_t cols) {
     const int64_t panels = (cols + k.panel - 1) / k.panel;
     data = aligned(panels * k.panel * depth);
     k.pack(data, src.data(), DType::kFloat32, sk, sc, depth, cols, 0, panels);
   }
 };
 
-Floats reduced(const CpuOperands& k, const Floats& partials, int64_t splits, int64_t rows, int64_t cols) {
+Floats reduced(const CpuOperands& k, const Floats& partials, int64_t splits, int64_t rows,
+               int64_t cols) {
   Floats out(rows * cols);
   for (int64_t j = 0; j * k.panel < cols; ++j) {
     k.reduce(out.data(), DType::kFloat32, cols, 1, partials.data(), splits, rows, cols, j);

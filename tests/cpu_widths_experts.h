@@ -29,9 +29,14 @@ constexpr Mixture kMixtures[] = {
 class Experts {
  public:
   Experts(const ExpertKernels& kernel, const Mixture& m)
-      : kernel_(kernel), ops_(kernel.operands), m_(m), groups_(m.sorted ? m.E : 1),
-        per_(m.sorted ? 1 : m.E), downs_(m.sorted ? m.downs : 1),
-        width_(m.sorted ? kRank : m.downs * kRank), slots_(m.sorted ? kRows * m.top_k : kRows) {
+      : kernel_(kernel),
+        ops_(kernel.operands),
+        m_(m),
+        groups_(m.sorted ? m.E : 1),
+        per_(m.sorted ? 1 : m.E),
+        downs_(m.sorted ? m.downs : 1),
+        width_(m.sorted ? kRank : m.downs * kRank),
+        slots_(m.sorted ? kRows * m.top_k : kRows) {
     a_.type = DType::kFloat32;
     a_.N = kRows, a_.D = m.D, a_.R = kRank, a_.O = m.O, a_.E = m.E, a_.downs = m.downs;
     a_.top_k = m.top_k, a_.L = 1, a_.block = 4 * ops_.tile_rows;

@@ -41,8 +41,6 @@ struct Dropout {
   float scale = 1.0f;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace petal

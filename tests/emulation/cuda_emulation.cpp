@@ -205,13 +205,9 @@ bool run_block() {
 
 }  // namespace
 
-Settings& settings() {
-  return the_settings;
-}
+Settings& settings() { return the_settings; }
 
-unsigned char* dynamic_shared() {
-  return machine.shared;
-}
+unsigned char* dynamic_shared() { return machine.shared; }
 
 void block_barrier() {
   machine.current->state = State::kAtBlockBarrier;
@@ -245,9 +241,7 @@ void async_copy(void* shared, const void* global, int bytes) {
   self.copies.push_back({shared, global, bytes, self.group});
 }
 
-void async_commit() {
-  ++machine.current->group;
-}
+void async_commit() { ++machine.current->group; }
 
 void async_wait(int pending) {
   Fiber& self = *machine.current;

@@ -91,9 +91,7 @@ inline unsigned __ballot_sync(unsigned, bool hit) {
   for (unsigned lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(scratch[lane]) << lane;
   return bits;
 }
-inline int __popc(unsigned bits) {
-  return __builtin_popcount(bits);
-}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 1 };

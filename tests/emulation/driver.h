@@ -21,9 +21,7 @@ namespace petal {
 
 inline int failures = 0;
 
-inline size_t size_of(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : 2;
-}
+inline size_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // A [rows, cols] matrix in a block of exactly (rows - 1) * stride + cols elements.
 struct Matrix {

@@ -29,9 +29,7 @@ VectorView vector(const Matrix& m) {
   return v;
 }
 
-float* floats(const Matrix& m) {
-  return reinterpret_cast<float*>(m.memory.get());
-}
+float* floats(const Matrix& m) { return reinterpret_cast<float*>(m.memory.get()); }
 
 // out = 3 H + 2 sum over the chosen of relu(x A^T + a) B^T + b.
 void experts(const Config& c) {
@@ -198,13 +196,35 @@ void experts(const Config& c) {
   ExpertFoldParams fold = {};
   fold.jobs = 3;
   fold.job[0] = {up_partial.data(), splits, e_all * c.outs * r, c.outs * r, c.outs, r,
-                 dup.memory.get(), t, c.outs * r, r, 1, 2.0f, c.experts};
+                 dup.memory.get(),  t,      c.outs * r,         r,          1,      2.0f,
+                 c.experts};
   const int64_t each = c.width * r;
-  fold.job[1] = {down_partial.data(), c.shared ? splits * e_all : splits,
-                 c.shared ? each : e_all * each, each, c.width, r, ddown.memory.get(), f32, each, 1,
-                 c.width, 1.0f, static_cast<int32_t>(downs)};
-  fold.job[2] = {sum_partial.data(), splits, e_all * c.outs, c.outs, 1, c.outs,
-                 dup_bias.memory.get(), f32, c.outs, 0, 1, 2.0f, c.experts};
+  fold.job[1] = {down_partial.data(),
+                 c.shared ? splits * e_all : splits,
+                 c.shared ? each : e_all * each,
+                 each,
+                 c.width,
+                 r,
+                 ddown.memory.get(),
+                 f32,
+                 each,
+                 1,
+                 c.width,
+                 1.0f,
+                 static_cast<int32_t>(downs)};
+  fold.job[2] = {sum_partial.data(),
+                 splits,
+                 e_all * c.outs,
+                 c.outs,
+                 1,
+                 c.outs,
+                 dup_bias.memory.get(),
+                 f32,
+                 c.outs,
+                 0,
+                 1,
+                 2.0f,
+                 c.experts};
   check(launch_expert_fold(fold, nullptr));
   const auto over_rows = [&](const std::function<double(int64_t)>& term) {
     double sum = 0;
@@ -221,9 +241,8 @@ void experts(const Config& c) {
   expect(label + " ddown", ddown, [&](int64_t k, int64_t d) {
     double sum = 0;
     for (int64_t from = k; from < inner; from += downs * r)
-      sum += over_rows([&](int64_t i) {
-        return static_cast<double>(x.get(i, d)) * through.get(i, from);
-      });
+      sum += over_rows(
+          [&](int64_t i) { return static_cast<double>(x.get(i, d)) * through.get(i, from); });
     return sum;
   });
 }

@@ -31,9 +31,7 @@ VectorView vector(const Matrix& m) {
   return v;
 }
 
-float* floats(const Matrix& m) {
-  return reinterpret_cast<float*>(m.memory.get());
-}
+float* floats(const Matrix& m) { return reinterpret_cast<float*>(m.memory.get()); }
 
 // Y = H + relu(route(z)) U^T + b; the logits of every gate are 0: G is 1/2, 3/2 or 1.
 void gated(const Config& c) {
@@ -205,12 +203,18 @@ void gated(const Config& c) {
   GatedFoldParams fold_all = {};
   fold_all.splits = splits;
   fold_all.jobs = 3;
-  fold_all.job[0] = {partial_up.data(), c.outs * c.rank, c.outs, c.rank, dup.memory.get(), t,
-                     c.rank, 1};
-  fold_all.job[1] = {partial_sums.data() + kSumUpBias * c.outs, c.outs * kColumnSums, 1, c.outs,
-                     dup_bias.memory.get(), f32, 0, 1};
-  fold_all.job[2] = {partial_down.data(), c.width * c.rank, c.width, c.rank, ddown.memory.get(),
-                     f32, 1, c.width};
+  fold_all.job[0] = {
+      partial_up.data(), c.outs * c.rank, c.outs, c.rank, dup.memory.get(), t, c.rank, 1};
+  fold_all.job[1] = {partial_sums.data() + kSumUpBias * c.outs,
+                     c.outs * kColumnSums,
+                     1,
+                     c.outs,
+                     dup_bias.memory.get(),
+                     f32,
+                     0,
+                     1};
+  fold_all.job[2] = {
+      partial_down.data(), c.width * c.rank, c.width, c.rank, ddown.memory.get(), f32, 1, c.width};
   check(launch_gated_fold(fold_all, nullptr));
   const auto over_rows = [&](const std::function<double(int64_t)>& term) {
     double sum = 0;
@@ -223,9 +227,7 @@ void gated(const Config& c) {
   expect(label + " dup_bias", dup_bias,
          [&](int64_t, int64_t o) { return over_rows([&](int64_t r) { return dy(r, o); }); });
   expect(label + " ddown", ddown, [&](int64_t k, int64_t d) {
-    return over_rows([&](int64_t r) {
-      return static_cast<double>(x.get(r, d)) * dz.get(r, k);
-    });
+    return over_rows([&](int64_t r) { return static_cast<double>(x.get(r, d)) * dz.get(r, k); });
   });
 }
 

@@ -12,9 +12,7 @@ namespace petal {
 inline void cp_async_16(void* shared, const void* global, int bytes) {
   ::petal_emulation::async_copy(shared, global, bytes);
 }
-inline void cp_async_commit() {
-  ::petal_emulation::async_commit();
-}
+inline void cp_async_commit() { ::petal_emulation::async_commit(); }
 template <int PENDING>
 inline void cp_async_wait() {
   ::petal_emulation::async_wait(PENDING);
@@ -42,12 +40,8 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* p) {
   }
 }
 
-inline float to_float_emulated(__half v) {
-  return __half2float(v);
-}
-inline float to_float_emulated(__nv_bfloat16 v) {
-  return __bfloat162float(v);
-}
+inline float to_float_emulated(__half v) { return __half2float(v); }
+inline float to_float_emulated(__nv_bfloat16 v) { return __bfloat162float(v); }
 template <typename T>
 inline float element_from_bits(uint32_t bits) {
   const uint16_t half = static_cast<uint16_t>(bits);

@@ -171,7 +171,7 @@ MUTANTS = [
     (_EXPERT_GATES, "|| (l != l && m == m)", ""),
     (_EXPERT_GATES, "p.renormalize ? chosen : all, chosen", "chosen, chosen"),
     (_EXPERT_BLOCK, "(63 - (end - 1) / rank)", "(63 - first / rank)"),
-    (_EXPERT_BLOCK, "operand);\n                   __syncthreads();", "operand);"),
+    (_EXPERT_BLOCK, "operand);\n          __syncthreads();", "operand);"),
     (_EXPERT_FWD, "? g[e] * activate(", "? activate("),
     (_EXPERT_FWD, "m.gates[row * f.experts + e]", "m.gates[e]"),
     (_EXPERT_ROWS, "e = first + i / kRows;", "e = i / kRows;"),

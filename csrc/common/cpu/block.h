@@ -1,5 +1,5 @@
-// What the CPU kernels of several operators share beyond plain products: scratch pieces, tiles to and
-// from storage, packing of weights, reduction of partial sums.
+// What the CPU kernels of several operators share beyond plain products: scratch pieces, tiles to
+// and from storage, packing of weights, reduction of partial sums.
 #pragma once
 
 #include "gemm.h"
@@ -82,7 +82,8 @@ PETAL_INLINE void emit(Tile<M>& t, const Output<T>& o, int64_t i, int64_t j) {
   const int64_t col = j * kNR, n = o.cols - col;
   T* out = o.out + i * o.ld + col;
   const T* base = o.base ? o.base + i * o.base_ld + col : nullptr;
-  const vf bias0 = o.bias ? load(o.bias + col) : vf{}, bias1 = o.bias ? load(o.bias + col + kVL) : vf{};
+  const vf bias0 = o.bias ? load(o.bias + col) : vf{},
+           bias1 = o.bias ? load(o.bias + col + kVL) : vf{};
   if (n >= kNR) {
     if (base) {
       each(t, [=](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
@@ -130,8 +131,8 @@ PETAL_INLINE void prefetch_rows(const T* p, int64_t ld, int64_t rows) {
 }
 
 template <typename T>
-void pack_of(float* dst, const void* src, int64_t sk, int64_t sc, int64_t K, int64_t cols, int64_t j0,
-             int64_t j1) {
+void pack_of(float* dst, const void* src, int64_t sk, int64_t sc, int64_t K, int64_t cols,
+             int64_t j0, int64_t j1) {
   for (int64_t j = j0; j < j1; ++j) {
     pack_panel(dst + j * K * kNR, static_cast<const T*>(src), sk, sc, K, cols, j);
   }
@@ -156,11 +157,20 @@ void reduce_of(void* dst, int64_t sr, int64_t sc, const float* partials, int64_t
   }
 }
 
-#define PETAL_BY_TYPE(type, call)                     \
-  switch (type) {                                     \
-    case DType::kFloat32: { typedef float T; call; } break;  \
-    case DType::kFloat16: { typedef fp16_t T; call; } break; \
-    case DType::kBFloat16: { typedef bf16_t T; call; } break; \
+#define PETAL_BY_TYPE(type, call) \
+  switch (type) {                 \
+    case DType::kFloat32: {       \
+      typedef float T;            \
+      call;                       \
+    } break;                      \
+    case DType::kFloat16: {       \
+      typedef fp16_t T;           \
+      call;                       \
+    } break;                      \
+    case DType::kBFloat16: {      \
+      typedef bf16_t T;           \
+      call;                       \
+    } break;                      \
   }
 
 void pack(float* dst, const void* src, DType type, int64_t sk, int64_t sc, int64_t K, int64_t cols,

@@ -77,8 +77,8 @@ PETAL_INLINE vf multipliers(const uint8_t* bits, int64_t col, float kept) {
 }
 
 // The bytes of columns [col, col + 8 * kVL) of `rows` rows from row0 on, kVL bytes each.
-inline void draw_bits(uint8_t* bits, const CpuDropout& d, uint32_t stream, int64_t row0, int64_t rows,
-                      int64_t col) {
+inline void draw_bits(uint8_t* bits, const CpuDropout& d, uint32_t stream, int64_t row0,
+                      int64_t rows, int64_t col) {
   for (int64_t i = 0; i < rows; ++i) {
     *reinterpret_cast<vb_mem*>(bits + i * kVL) = keep_bits(d, stream, row0 + i, col / 8);
   }

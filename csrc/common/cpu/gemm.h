@@ -6,8 +6,8 @@
 //   row-major [rows][ld]                     fp32 row blocks taken in place, and the r-wide middle
 //   columns   element (i, k) at [k][i]       the transposed operand of the weight gradients
 // A sum over the contraction is made of runs of kRun terms, in index order for every element, so a
-// result does not depend on how rows are dealt to threads. Rounding grows with the length of a chain
-// of additions: of K terms in one chain like K, in runs like sqrt(K (kRun + K / kRun)).
+// result does not depend on how rows are dealt to threads. Rounding grows with the length of a
+// chain of additions: of K terms in one chain like K, in runs like sqrt(K (kRun + K / kRun)).
 #pragma once
 
 #include "simd.h"
@@ -47,7 +47,9 @@ PETAL_INLINE void clear_impl(Tile<M>& t, Indices<I...>) {
   ((t.v[I][0] = vf{}, t.v[I][1] = vf{}), ...);
 }
 template <int M>
-PETAL_INLINE void clear(Tile<M>& t) { clear_impl(t, typename MakeIndices<M>::type()); }
+PETAL_INLINE void clear(Tile<M>& t) {
+  clear_impl(t, typename MakeIndices<M>::type());
+}
 
 template <bool kColumns, int M, int... I>
 PETAL_INLINE void mac_impl(Tile<M>& t, const float* a, int64_t ld, const float* b, int64_t K,
@@ -56,12 +58,14 @@ PETAL_INLINE void mac_impl(Tile<M>& t, const float* a, int64_t ld, const float* 
     const vf b0 = load(b), b1 = load(b + kVL);
     b += kNR;
     ((t.v[I][0] += splat(a[kColumns ? I : I * ld]) * b0,
-      t.v[I][1] += splat(a[kColumns ? I : I * ld]) * b1), ...);
+      t.v[I][1] += splat(a[kColumns ? I : I * ld]) * b1),
+     ...);
     a += kColumns ? ld : 1;
   }
 }
 
-// t += A[0:M, 0:K] B[0:K, 0:kNR], element (i, k) of A at a[i * ld + k], or a[k * ld + i] (kColumns).
+// t += A[0:M, 0:K] B[0:K, 0:kNR], element (i, k) of A at a[i * ld + k], or (kColumns) at
+// a[k * ld + i].
 template <bool kColumns, int M>
 PETAL_INLINE void mac(Tile<M>& t, const float* a, int64_t ld, const float* b, int64_t K) {
   mac_impl<kColumns>(t, a, ld, b, K, typename MakeIndices<M>::type());
@@ -102,7 +106,7 @@ PETAL_INLINE void mac_chain(Tile<M>& t, const float* a, const Rows& of, const fl
   mac<false>(t, a, of.row, b, K);
 }
 
-constexpr int64_t kRun = 256;       // terms of a run; a multiple of every panel's width
+constexpr int64_t kRun = 256;        // terms of a run; a multiple of every panel's width
 constexpr int64_t kFollowing = 128;  // so few terms may follow on what the tile holds
 
 // t += A[i0 : i0 + M, 0:K] B in runs that start from zero. The sum of those that are done lies in
@@ -176,9 +180,11 @@ inline void gemm(const Block& c, bool accumulate, const Rows& a, int64_t rows, i
   }
 }
 
-// c (+)= A^T B with A [rows, cols_a] row-major and B in panels of `rows` rows: the weight gradients.
-inline void gemm_columns(const Block& c, bool accumulate, const float* a, int64_t lda, int64_t cols_a,
-                         const float* b, int64_t b_panel, int64_t rows, int64_t n_panels) {
+// c (+)= A^T B with A [rows, cols_a] row-major and B in panels of `rows` rows: the weight
+// gradients.
+inline void gemm_columns(const Block& c, bool accumulate, const float* a, int64_t lda,
+                         int64_t cols_a, const float* b, int64_t b_panel, int64_t rows,
+                         int64_t n_panels) {
   for (int64_t j = 0; j < n_panels; ++j) {
     for_row_tiles(cols_a, [&](auto height, int64_t i) __attribute__((always_inline)) {
       Tile<decltype(height)::value> t;
@@ -190,11 +196,12 @@ inline void gemm_columns(const Block& c, bool accumulate, const float* a, int64_
   }
 }
 
-// Rows [0, rows) and columns [0, cols) of a matrix in storage type T -> fp32 panels of `height` rows,
-// padded with zeros to whole panels. Rows are read a few ahead of their use: one row's columns are a
-// short run of lines, too short for the hardware to see the next row coming.
+// Rows [0, rows) and columns [0, cols) of a matrix in storage type T -> fp32 panels of `height`
+// rows, padded with zeros to whole panels. Rows are read a few ahead of their use: one row's
+// columns are a short run of lines, too short for the hardware to see the next row coming.
 template <typename T>
-inline void to_panels(float* dst, const T* src, int64_t ld, int64_t rows, int64_t cols, int64_t height) {
+inline void to_panels(float* dst, const T* src, int64_t ld, int64_t rows, int64_t cols,
+                      int64_t height) {
   constexpr int64_t kAhead = 6, kLine = 64 / sizeof(T);
   for (int64_t i = 0; i < rows; ++i, dst += kNR, src += ld) {
     if (i + kAhead < rows) {
@@ -216,8 +223,8 @@ inline void to_panels(float* dst, const T* src, int64_t ld, int64_t rows, int64_
 
 // fp32 panels of `height` rows -> storage, row after row; `streamed`: past the caches.
 template <typename T>
-inline void from_panels(T* dst, int64_t ld, const float* src, int64_t height, int64_t rows, int64_t cols,
-                        bool streamed) {
+inline void from_panels(T* dst, int64_t ld, const float* src, int64_t height, int64_t rows,
+                        int64_t cols, bool streamed) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < cols; j += kVL) {
       const vf v = load(src + j / kNR * height * kNR + i * kNR + j % kNR);
@@ -235,18 +242,21 @@ inline void from_panels(T* dst, int64_t ld, const float* src, int64_t height, in
 
 // The same as to_panels into rows of `width` floats, a multiple of kNR.
 template <typename T>
-inline void to_rows(float* dst, int64_t width, const T* src, int64_t ld, int64_t rows, int64_t cols) {
+inline void to_rows(float* dst, int64_t width, const T* src, int64_t ld, int64_t rows,
+                    int64_t cols) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < width; j += kVL) {
       const int64_t n = least(kVL, cols - j);
-      store(dst + i * width + j,
-            n == kVL ? load(src + i * ld + j) : n > 0 ? load_part(src + i * ld + j, n) : vf{});
+      store(dst + i * width + j, n == kVL ? load(src + i * ld + j)
+                                 : n > 0  ? load_part(src + i * ld + j, n)
+                                          : vf{});
     }
   }
 }
 
 template <typename T>
-inline void from_rows(T* dst, int64_t ld, const float* src, int64_t width, int64_t rows, int64_t cols) {
+inline void from_rows(T* dst, int64_t ld, const float* src, int64_t width, int64_t rows,
+                      int64_t cols) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < cols; j += kVL) {
       const vf v = load(src + i * width + j);
@@ -271,11 +281,14 @@ typedef float v4_mem __attribute__((vector_size(16), aligned(4), may_alias));
 
 // dst[i * to + j] = src[j * from + i] for i, j < 4.
 PETAL_INLINE void transpose4(float* dst, int64_t to, const float* src, int64_t from) {
-  const v4 a = *reinterpret_cast<const v4_mem*>(src), b = *reinterpret_cast<const v4_mem*>(src + from);
+  const v4 a = *reinterpret_cast<const v4_mem*>(src),
+           b = *reinterpret_cast<const v4_mem*>(src + from);
   const v4 c = *reinterpret_cast<const v4_mem*>(src + 2 * from);
   const v4 d = *reinterpret_cast<const v4_mem*>(src + 3 * from);
-  const v4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const v4 cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd1 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const v4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5),
+           ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const v4 cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5),
+           cd1 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
   *reinterpret_cast<v4_mem*>(dst) = __builtin_shufflevector(ab0, cd0, 0, 1, 4, 5);
   *reinterpret_cast<v4_mem*>(dst + to) = __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7);
   *reinterpret_cast<v4_mem*>(dst + 2 * to) = __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5);
@@ -284,7 +297,8 @@ PETAL_INLINE void transpose4(float* dst, int64_t to, const float* src, int64_t f
 
 // Panel j of the right operand B[K, cols], element (k, c) at src[k * sk + c * sc] -> dst[K][kNR].
 template <typename T>
-inline void pack_panel(float* dst, const T* src, int64_t sk, int64_t sc, int64_t K, int64_t cols, int64_t j) {
+inline void pack_panel(float* dst, const T* src, int64_t sk, int64_t sc, int64_t K, int64_t cols,
+                       int64_t j) {
   const int64_t n = least(kNR, cols - j * kNR);
   src += j * kNR * sc;
   int64_t k = 0;
@@ -298,7 +312,8 @@ inline void pack_panel(float* dst, const T* src, int64_t sk, int64_t sc, int64_t
     for (; k + kVL <= K; k += kVL) {
       for (int64_t c = 0; c < kNR; ++c) store(block + c * kVL, load(src + c * sc + k));
       for (int64_t c = 0; c < kNR; c += 4) {
-        for (int64_t i = 0; i < kVL; i += 4) transpose4(dst + (k + i) * kNR + c, kNR, block + c * kVL + i, kVL);
+        for (int64_t i = 0; i < kVL; i += 4)
+          transpose4(dst + (k + i) * kNR + c, kNR, block + c * kVL + i, kVL);
       }
     }
   }

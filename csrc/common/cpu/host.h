@@ -88,8 +88,8 @@ void run_tasks(int64_t tasks, bool parallel, const Worker& worker) {
     const int64_t task = counter.fetch_add(1, std::memory_order_relaxed);
     return task < tasks ? task : -1;
   };
-  const int64_t threads =
-      parallel ? std::min<int64_t>(tasks, torch::stable::get_num_threads()) : std::min<int64_t>(tasks, 1);
+  const int64_t threads = parallel ? std::min<int64_t>(tasks, torch::stable::get_num_threads())
+                                   : std::min<int64_t>(tasks, 1);
   if (threads <= 1) {
     if (tasks > 0) worker(next);
     return;

@@ -12,7 +12,8 @@ bool has(Isa isa) {
     case Isa::kGeneric: return true;
     case Isa::kAvx2:
 #if defined(PETAL_BUILT_AVX2)
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
 #else
       return false;
 #endif
@@ -27,7 +28,9 @@ bool has(Isa isa) {
   return false;
 }
 
-Isa best() { return has(Isa::kAvx512) ? Isa::kAvx512 : has(Isa::kAvx2) ? Isa::kAvx2 : Isa::kGeneric; }
+Isa best() {
+  return has(Isa::kAvx512) ? Isa::kAvx512 : has(Isa::kAvx2) ? Isa::kAvx2 : Isa::kGeneric;
+}
 
 std::atomic<Isa>& chosen() {
   static std::atomic<Isa> isa{best()};
@@ -45,7 +48,8 @@ std::string cpu_isa(std::string name) {
     for (int i = 0; i < 3; ++i) {
       if (name != kNames[i]) continue;
       known = true;
-      STD_TORCH_CHECK(has(static_cast<Isa>(i)), "cpu_isa: ", name, " is not built or this CPU lacks it");
+      STD_TORCH_CHECK(has(static_cast<Isa>(i)), "cpu_isa: ", name,
+                      " is not built or this CPU lacks it");
       chosen() = static_cast<Isa>(i);
     }
     STD_TORCH_CHECK(known, "cpu_isa: want generic, avx2, avx512 or best, got ", name);

@@ -1,7 +1,7 @@
 // Instruction sets the CPU kernels are compiled for, and the choice among them at run time.
 //
-// Each <op>/cpu/kernel.cpp is compiled once per instruction set (PETAL_ISA names it) and hands out a
-// table of function pointers; PETAL_BUILT_<ISA> says which objects the library holds.
+// Each <op>/cpu/kernel.cpp is compiled once per instruction set (PETAL_ISA names it) and hands out
+// a table of function pointers; PETAL_BUILT_<ISA> says which objects the library holds.
 #pragma once
 
 #include "common/enums.h"
@@ -29,7 +29,8 @@ struct CpuOperands {
   // Panels [j0, j1) of the right operand B[K, cols], element (k, c) at src[k * sk + c * sc].
   void (*pack)(float* dst, const void* src, DType, int64_t sk, int64_t sc, int64_t K, int64_t cols,
                int64_t j0, int64_t j1);
-  // Sum of `splits` partials of panel j, in order, rounded to element (r, c) at dst[r * sr + c * sc].
+  // Sum of `splits` partials of panel j, in order, rounded to element (r, c) at
+  // dst[r * sr + c * sc].
   void (*reduce)(void* dst, DType, int64_t sr, int64_t sc, const float* partials, int64_t splits,
                  int64_t R, int64_t cols, int64_t j);
 };

@@ -17,7 +17,8 @@ void expect_whole_write(Tensor out) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  const uintptr_t end =
+      (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
   // Only a hint: a system without huge pages refuses it, and nothing is lost.
   if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
@@ -28,7 +29,9 @@ void expect_whole_write(Tensor out) {
 }  // namespace
 }  // namespace petal
 
-STABLE_TORCH_LIBRARY_FRAGMENT(petal_native, m) { m.def("expect_whole_write(Tensor(a!) out) -> ()"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(petal_native, m) {
+  m.def("expect_whole_write(Tensor(a!) out) -> ()");
+}
 STABLE_TORCH_LIBRARY_IMPL(petal_native, CPU, m) {
   m.impl("expect_whole_write", TORCH_BOX(&petal::expect_whole_write));
 }

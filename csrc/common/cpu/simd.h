@@ -33,9 +33,9 @@
 namespace petal {
 namespace PETAL_ISA {
 
-constexpr int kVL = PETAL_VL;              // floats in a vector
-constexpr int kNR = 2 * kVL;               // columns of a register tile, width of a packed panel
-constexpr int kMR = kVL == 16 ? 12 : 6;    // rows of a register tile: kMR * 2 accumulators + 3
+constexpr int kVL = PETAL_VL;            // floats in a vector
+constexpr int kNR = 2 * kVL;             // columns of a register tile, width of a packed panel
+constexpr int kMR = kVL == 16 ? 12 : 6;  // rows of a register tile: kMR * 2 accumulators + 3
 
 typedef float vf __attribute__((vector_size(PETAL_VL * 4)));
 typedef uint32_t vu __attribute__((vector_size(PETAL_VL * 4)));
@@ -44,8 +44,12 @@ typedef float vf_mem __attribute__((vector_size(PETAL_VL * 4), aligned(4), may_a
 typedef uint16_t vh_mem __attribute__((vector_size(PETAL_VL * 2), aligned(2), may_alias));
 
 // Storage types: the bits only, so that no torch header is needed here.
-struct bf16_t { uint16_t bits; };
-struct fp16_t { uint16_t bits; };
+struct bf16_t {
+  uint16_t bits;
+};
+struct fp16_t {
+  uint16_t bits;
+};
 
 PETAL_INLINE vf splat(float v) { return v - vf{}; }  // v - 0 is v for every v, v + 0 is not
 
@@ -115,8 +119,7 @@ PETAL_INLINE void store(fp16_t* p, vf v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0));
 #elif defined(__F16C__) && PETAL_VL == 8
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_cvtps_ph(reinterpret_cast<__m256>(v), 0));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), 0));
 #else
   for (int i = 0; i < kVL; ++i) p[i].bits = float_to_half(v[i]);
 #endif
@@ -133,7 +136,9 @@ PETAL_INLINE void stream(float* p, vf v) {
 #endif
 }
 template <typename T>
-PETAL_INLINE void stream(T* p, vf v) { store(p, v); }
+PETAL_INLINE void stream(T* p, vf v) {
+  store(p, v);
+}
 
 // Orders streamed stores before whatever tells another thread that they are there.
 PETAL_INLINE void stream_fence() {
@@ -164,7 +169,9 @@ PETAL_INLINE float to_float(T v) {
   return load(tmp)[0];
 }
 template <>
-PETAL_INLINE float to_float<float>(float v) { return v; }
+PETAL_INLINE float to_float<float>(float v) {
+  return v;
+}
 template <>
 PETAL_INLINE float to_float<bf16_t>(bf16_t v) {
   const uint32_t u = static_cast<uint32_t>(v.bits) << 16;

@@ -1,36 +1,29 @@
 // Activations of a bottleneck and their derivatives, in fp32.
 #pragma once
 
-#include "device.cuh"
 #include "common/dispatch.h"
+#include "device.cuh"
 
 namespace petal {
 
-__device__ __forceinline__ float sigmoid(float x) {
-  return 1.0f / (1.0f + expf(-x));
-}
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 constexpr float kRootTwoOverPi = 0.7978845608028654f, kCubic = 0.044715f;
 
 __device__ __forceinline__ float activate(Activation name, float q) {
   switch (name) {
-    case Activation::kRelu:
-      return q <= 0.0f ? 0.0f : q;  // NaN stays
-    case Activation::kGelu:
-      return 0.5f * q * (1.0f + erff(q * 0.70710678118654752f));
+    case Activation::kRelu: return q <= 0.0f ? 0.0f : q;  // NaN stays
+    case Activation::kGelu: return 0.5f * q * (1.0f + erff(q * 0.70710678118654752f));
     case Activation::kGeluTanh:
       return 0.5f * q * (1.0f + tanhf(kRootTwoOverPi * (q + kCubic * q * q * q)));
-    case Activation::kSilu:
-      return q * sigmoid(q);
-    default:
-      return q;
+    case Activation::kSilu: return q * sigmoid(q);
+    default: return q;
   }
 }
 
 __device__ __forceinline__ float derivative(Activation name, float q) {
   switch (name) {
-    case Activation::kRelu:
-      return q <= 0.0f ? 0.0f : 1.0f;
+    case Activation::kRelu: return q <= 0.0f ? 0.0f : 1.0f;
     case Activation::kGelu:
       return 0.5f * (1.0f + erff(q * 0.70710678118654752f)) +
              q * 0.3989422804014327f * expf(-0.5f * q * q);
@@ -43,8 +36,7 @@ __device__ __forceinline__ float derivative(Activation name, float q) {
       const float s = sigmoid(q);
       return s * (1.0f + q * (1.0f - s));
     }
-    default:
-      return 1.0f;
+    default: return 1.0f;
   }
 }
 

@@ -3,20 +3,17 @@
 
 #include <type_traits>
 
-#include "device.cuh"
 #include "common/dispatch.h"
+#include "device.cuh"
 
 namespace petal {
 
 template <class Fn>
 const char* dispatch_dtype(DType dtype, Fn fn) {
   switch (dtype) {
-    case DType::kFloat32:
-      return fn(TypeTag<float>{});
-    case DType::kFloat16:
-      return fn(TypeTag<__half>{});
-    case DType::kBFloat16:
-      return fn(TypeTag<__nv_bfloat16>{});
+    case DType::kFloat32: return fn(TypeTag<float>{});
+    case DType::kFloat16: return fn(TypeTag<__half>{});
+    case DType::kBFloat16: return fn(TypeTag<__nv_bfloat16>{});
   }
   return "unknown dtype";
 }

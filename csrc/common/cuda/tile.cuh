@@ -7,8 +7,8 @@
 // B_KC: the contraction index is the contiguous one), so no operand is ever transposed in memory.
 #pragma once
 
-#include "mma.cuh"
 #include "common/philox.h"
+#include "mma.cuh"
 #include "vec.cuh"
 
 namespace petal {

@@ -2,23 +2,17 @@
 // 8-column group per call.
 #pragma once
 
-#include "device.cuh"
 #include "common/dispatch.h"
+#include "device.cuh"
 
 namespace petal {
 
 template <typename T>
 constexpr int kVec = 16 / static_cast<int>(sizeof(T));  // elements of one 16-byte access
 
-__device__ __forceinline__ float to_float(float v) {
-  return v;
-}
-__device__ __forceinline__ float to_float(__half v) {
-  return __half2float(v);
-}
-__device__ __forceinline__ float to_float(__nv_bfloat16 v) {
-  return __bfloat162float(v);
-}
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 
 template <typename T>
 __device__ __forceinline__ T from_float(float v);

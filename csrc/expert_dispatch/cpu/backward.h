@@ -129,8 +129,7 @@ void route_backward(const ExpertArgs& a, const BackwardBlock& b, Span s) {
 
 void load_z(const ExpertArgs& a, const BackwardBlock& b, const Group& g) {
   const int64_t width = z_width(a), ld = narrow_ld(width);
-  PETAL_BY_TYPE(a.type,
-                to_rows(b.z, ld, from_row<const T>(a.z, g.slot), a.z.ld, g.rows, width));
+  PETAL_BY_TYPE(a.type, to_rows(b.z, ld, from_row<const T>(a.z, g.slot), a.z.ld, g.rows, width));
 }
 
 void write_dx(const ExpertArgs& a, const BackwardBlock& b, Span s) {

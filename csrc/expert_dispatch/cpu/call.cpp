@@ -227,8 +227,8 @@ void backward(Optionals tensors, int64_t activation, int64_t gate, int64_t top_k
   }
   if (dlogits) a.dlogits = floats(*dlogits, "dlogits");
   const auto wanted = [&](Name name) { return grads[name].numel() > 0; };
-  const bool routed = tensors[kRouter] && (wanted(kX) || wanted(kRouter) || wanted(kRouterBias) ||
-                                           wanted(kNoise));
+  const bool routed =
+      tensors[kRouter] && (wanted(kX) || wanted(kRouter) || wanted(kRouterBias) || wanted(kNoise));
   const bool need_dz = wanted(kX) || wanted(kDown) || wanted(kDownBias) || (routed && !sorted);
   const bool need_act = wanted(kUp) || wanted(kUpBias);
   a.need_gates = routed || wanted(kGates);
@@ -249,9 +249,8 @@ void backward(Optionals tensors, int64_t activation, int64_t gate, int64_t top_k
   if (routed && sorted) a.dl = at + dz + act;
   if (routed && !sorted) a.dl = a.dz + c.z_width(), a.dl_ld = a.dz_ld;
   if (own_dgates) a.dgates = at + dz + act + dl;
-  c.cut_blocks(kernel.operands,
-               std::max(a.D, a.O) + (sorted ? a.top_k * (a.dz_ld + a.act_ld)
-                                            : 2 * a.E * a.R + c.z_width()));
+  c.cut_blocks(kernel.operands, std::max(a.D, a.O) + (sorted ? a.top_k * (a.dz_ld + a.act_ld)
+                                                             : 2 * a.E * a.R + c.z_width()));
   const bool parallel = c.worth_threads();
   c.packer.run(work.data(), kernel.operands, parallel);
   run_tasks(a.blocks, parallel, [&](const auto& next) {
@@ -263,8 +262,8 @@ void backward(Optionals tensors, int64_t activation, int64_t gate, int64_t top_k
   gradients_of(c, grads).run(kernel, a.type, parallel);
 }
 
-#define PETAL_EXPERT_SETTINGS                                                                \
-  "Tensor?[] tensors, int activation, int gate, int top_k, bool renormalize, "               \
+#define PETAL_EXPERT_SETTINGS                                                  \
+  "Tensor?[] tensors, int activation, int gate, int top_k, bool renormalize, " \
   "int tokens_per_gate, bool add_input, float keep, float mix, bool sorted, "
 
 }  // namespace

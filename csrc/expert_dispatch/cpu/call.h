@@ -14,7 +14,18 @@ using Optionals = std::vector<Optional>;
 
 // The tensor arguments, in the order of arguments.py; gradients come in the same order.
 enum Name {
-  kX, kDown, kDownBias, kUp, kUpBias, kBase, kRouter, kRouterBias, kNoise, kGates, kChosen, kNames
+  kX,
+  kDown,
+  kDownBias,
+  kUp,
+  kUpBias,
+  kBase,
+  kRouter,
+  kRouterBias,
+  kNoise,
+  kGates,
+  kChosen,
+  kNames
 };
 enum Result { kOut, kZ, kLogits, kChoice, kOrder, kOffsets, kResults };
 
@@ -22,7 +33,7 @@ constexpr int64_t kBlockBytes = 704 << 10;  // of a block's rows: L2 holds them 
 constexpr int64_t kBlockRows = 192;
 constexpr int64_t kLeastRows = 24;
 constexpr int64_t kSerialWork = 1 << 20;  // multiply-adds below which threads do not pay
-constexpr int64_t kSlack = 16;  // floats that vectors may reach beyond a row
+constexpr int64_t kSlack = 16;            // floats that vectors may reach beyond a row
 
 float* floats(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(dtype_of(t, name) == DType::kFloat32 && t.is_contiguous(), name,
@@ -97,9 +108,7 @@ struct Call {
   int64_t down_groups() const { return a.sorted ? a.downs : 1; }
   int64_t z_width() const { return a.sorted ? a.R : a.downs * a.R; }
   int64_t slots() const { return a.sorted ? a.N * a.top_k : a.N; }
-  bool worth_threads() const {
-    return slots() * per_group() * a.R * (a.D + a.O) > kSerialWork;
-  }
+  bool worth_threads() const { return slots() * per_group() * a.R * (a.D + a.O) > kSerialWork; }
 
   // A sorted z has room for so many; the operator makes the choice, so this is only a guard.
   void check_choice() const {

@@ -95,8 +95,8 @@ void weigh_of(float* act, const ExpertArgs& a, const ForwardBlock& b, const Grou
 void keep_z(const ExpertArgs& a, const ForwardBlock& b, const Group& g, Span s) {
   if (!a.z.p) return;
   const int64_t width = z_width(a);
-  PETAL_BY_TYPE(a.type, from_rows(from_row<T>(a.z, g.slot), a.z.ld, b.z, narrow_ld(width), g.rows,
-                                  width));
+  PETAL_BY_TYPE(a.type,
+                from_rows(from_row<T>(a.z, g.slot), a.z.ld, b.z, narrow_ld(width), g.rows, width));
   for (int64_t i = 0; a.sorted && i < g.rows; ++i) {
     a.order[g.slot + i] = static_cast<int32_t>(s.row0 + g.tokens[i]);
   }
@@ -158,9 +158,13 @@ int64_t backward_scratch(const ExpertArgs& a) {
 }  // namespace
 
 const ExpertKernels& expert_kernels() {
-  static const ExpertKernels table = {
-      {kNR, kMR, pack, reduce}, forward_scratch, backward_scratch, sum_scratch,
-      forward,                  backward,        add_up};
+  static const ExpertKernels table = {{kNR, kMR, pack, reduce},
+                                      forward_scratch,
+                                      backward_scratch,
+                                      sum_scratch,
+                                      forward,
+                                      backward,
+                                      add_up};
   return table;
 }
 

@@ -29,11 +29,11 @@ struct ExpertArgs {
   float* logits;               // [N, E]: written by forward, read by backward
   uint8_t* chosen;             // topk [N, E]: likewise
 
-  const float* const* down_t;     // forward: A^T [D, r]
-  const float* const* down_bias;  // forward: padded to whole panels
-  const float* const* up_t;       // forward: B^T [r, O], the biases below it
-  const float* const* up;         // backward: B [O, r]
-  const float* const* down;       // backward: A [r, D], stationary the router below it
+  const float* const* down_t;         // forward: A^T [D, r]
+  const float* const* down_bias;      // forward: padded to whole panels
+  const float* const* up_t;           // forward: B^T [r, O], the biases below it
+  const float* const* up;             // backward: B [O, r]
+  const float* const* down;           // backward: A [r, D], stationary the router below it
   const float *router, *router_bias;  // [E, D], [E]
   const float* up_bias;               // backward: [E, O]
 
@@ -62,7 +62,7 @@ struct ExpertArgs {
 struct ExpertSum {
   const float* a;
   int64_t lda, cols;
-  CpuRows rows;          // B's; null: column sums of A alone, [1, cols]
+  CpuRows rows;  // B's; null: column sums of A alone, [1, cols]
   int64_t width;
   const int32_t* order;  // B's row of each slot; null: the slot itself
   int64_t begin, end;

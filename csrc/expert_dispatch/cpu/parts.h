@@ -5,8 +5,8 @@
 // Wide blocks are fp32 panels [width / kNR][block][kNR]; r-wide ones are rows of floats.
 #pragma once
 
-#include "common/cpu/block.h"
 #include "common/cpu/activation.h"
+#include "common/cpu/block.h"
 #include "params.h"
 
 namespace petal {

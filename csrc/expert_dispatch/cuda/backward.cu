@@ -146,10 +146,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
   if (p.dx.data == nullptr) return;
   const bool routed = p.dgates != nullptr && f.logits != nullptr;
-  const auto operand = [&](float(&v)[8], int row, int64_t token, int c, int valid) {
+  const auto operand = [&](float (&v)[8], int row, int64_t token, int c, int valid) {
     load_bottleneck<T>(v, f, p.dz, token, m.tile->chosen[row], c, valid, false);
   };
-  const auto finish = [&](float(&v)[8], int row, int64_t token, int64_t col, int valid,
+  const auto finish = [&](float (&v)[8], int row, int64_t token, int64_t col, int valid,
                           int local) {
     if (routed) {
 #pragma unroll 1
@@ -165,8 +165,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     }
     store8<T>(at_out<T>(p.dx, token, col), v, valid, p.dx.vec);
   };
-  combine<T, false>(m, f.down, routed ? f.router : VectorView{}, f.experts, inner, f.width,
-                    operand, finish);
+  combine<T, false>(m, f.down, routed ? f.router : VectorView{}, f.experts, inner, f.width, operand,
+                    finish);
 }
 
 }  // namespace
@@ -176,8 +176,8 @@ const char* launch_expert_rows(const ExpertRowsParams& params, void* stream) {
   return dispatch_dtype(f.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     constexpr int kRows = ExpertShape<T>::kRows;
-    const int64_t blocks = params.by_slot ? ceil_div(f.slots, kRows) + f.experts
-                                          : ceil_div(f.rows, kRows);
+    const int64_t blocks =
+        params.by_slot ? ceil_div(f.slots, kRows) + f.experts : ceil_div(f.rows, kRows);
     return launch(&expert_rows_kernel<T>, dim3(static_cast<unsigned>(blocks)),
                   ExpertMemory<T>::bytes(f.experts, f.experts * f.rank), stream, params);
   });

@@ -53,9 +53,9 @@ struct ExpertMemory {
     return pieces(width) < Shape::kHold ? pieces(width) : Shape::kHold;
   }
   static size_t bytes(int experts, int width) {
-    const size_t fixed = sizeof(ExpertTile) +
-                         sizeof(float) * (experts * (2 * Shape::kRows + Shape::kWide) +
-                                          Shape::Out::kFloats + (pieces(width) + 3) / 4 * 4);
+    const size_t fixed =
+        sizeof(ExpertTile) + sizeof(float) * (experts * (2 * Shape::kRows + Shape::kWide) +
+                                              Shape::Out::kFloats + (pieces(width) + 3) / 4 * 4);
     const size_t held_bytes = sizeof(T) * held(width) * Shape::kSide + Shape::Weights::kBytes;
     return fixed + (held_bytes > Shape::Rows::kBytes ? held_bytes : Shape::Rows::kBytes);
   }
@@ -73,8 +73,8 @@ struct ExpertMemory {
 
 // The block's rows and their tokens; false where an upper bound of a grid ends. The caller has to
 // synchronise.
-__device__ __forceinline__ bool find_rows(ExpertSpan& span, ExpertTile* tile,
-                                          const ExpertParams& p, bool by_slot) {
+__device__ __forceinline__ bool find_rows(ExpertSpan& span, ExpertTile* tile, const ExpertParams& p,
+                                          bool by_slot) {
   constexpr int kRows = 32;
   int64_t block = blockIdx.x;
   span.expert = -1;
@@ -104,9 +104,7 @@ __device__ __forceinline__ bool find_rows(ExpertSpan& span, ExpertTile* tile,
 __device__ __forceinline__ uint64_t experts_between(int first, int end, int rank) {
   return ~uint64_t{0} << (first / rank) & ~uint64_t{0} >> (63 - (end - 1) / rank);
 }
-__device__ __forceinline__ bool has_bit(uint64_t bits, int i) {
-  return (bits >> i & 1u) != 0;
-}
+__device__ __forceinline__ bool has_bit(uint64_t bits, int i) { return (bits >> i & 1u) != 0; }
 
 // Eight elements of a contiguous tensor.
 template <typename T>
@@ -149,8 +147,8 @@ __device__ __forceinline__ void load_weights(T* tile, const MatrixView& m, int64
                                              int64_t end, int64_t depth0, int64_t depth) {
   using Shape = ExpertShape<T>;
   if constexpr (KC) {
-    load_tile<T, Shape::kWide, Shape::kD>(tile, at<T>(m, 0, 0), m.stride, m.vec, first, end,
-                                          depth0, depth);
+    load_tile<T, Shape::kWide, Shape::kD>(tile, at<T>(m, 0, 0), m.stride, m.vec, first, end, depth0,
+                                          depth);
   } else {
     load_tile<T, Shape::kD, Shape::kWide>(tile, at<T>(m, 0, 0), m.stride,
                                           m.vec && first % kVec<T> == 0, depth0, depth, first, end);
@@ -181,8 +179,8 @@ __device__ __forceinline__ void project(const ExpertMemory<T>& m, const MatrixVi
 // expert was not chosen, whose memory is not read.
 template <typename T>
 __device__ __forceinline__ void load_bottleneck(float (&v)[8], const ExpertParams& p,
-                                                const MatrixView& m, int64_t token,
-                                                uint64_t chosen, int c, int valid, bool shared) {
+                                                const MatrixView& m, int64_t token, uint64_t chosen,
+                                                int c, int valid, bool shared) {
   int e = c / p.rank, own = c - e * p.rank;
   const auto source = [&]() {
     if (p.inverse != nullptr) return at<T>(m, p.inverse[token * p.experts + e], own);
@@ -232,8 +230,8 @@ __device__ __forceinline__ void hold_operand(const ExpertMemory<T>& m, int first
 
 // 64 columns of [E, width] in fp32.
 template <typename T>
-__device__ __forceinline__ void load_columns(float* columns, const VectorView& vectors,
-                                             int experts, int64_t col0, int64_t width) {
+__device__ __forceinline__ void load_columns(float* columns, const VectorView& vectors, int experts,
+                                             int64_t col0, int64_t width) {
   constexpr int kWide = ExpertShape<T>::kWide;
   if (vectors.data == nullptr) return;
 #pragma unroll 1
@@ -256,43 +254,43 @@ __device__ __forceinline__ void combine(const ExpertMemory<T>& m, const MatrixVi
   constexpr int kD = Shape::kD, kWide = Shape::kWide, kHold = Shape::kHold;
   const typename Shape::Weights ring{m.weights};
   typename Shape::template Product<KC> product;
-  const int pieces = m.tile->pieces,
-            total = static_cast<int>((width + kWide - 1) / kWide) * pieces;
+  const int pieces = m.tile->pieces, total = static_cast<int>((width + kWide - 1) / kWide) * pieces;
   __syncthreads();  // what the block wrote before, bottlenecks too, is there for all
-  run_pipeline(total,
-               [&](int64_t step) {
-                 const int tile = static_cast<int>(step) / pieces,
-                           piece = m.piece[static_cast<int>(step) % pieces];
-                 load_weights<T, KC>(ring.b(step), weight, static_cast<int64_t>(tile) * kWide,
-                                     width, piece * kD, inner);
-               },
-               [](int64_t) { return false; },
-               [&](int64_t step) {
-                 const int first = static_cast<int>(step) % pieces;
-                 const int64_t col0 = static_cast<int64_t>(static_cast<int>(step) / pieces) * kWide;
-                 if (first == 0) {
-                   product.clear();
-                   load_columns<T>(m.columns, vectors, experts, col0, width);
-                 }
-                 if (first % kHold == 0 && (step == 0 || pieces > kHold)) {
-                   hold_operand<T>(m, first, inner, operand);
-                   __syncthreads();
-                 }
-                 product.step(m.hold + first % kHold * Shape::kSide, ring.b(step));
-                 if (first + 1 < pieces) return;
-                 product.store(m.stage);
-                 __syncthreads();
+  run_pipeline(
+      total,
+      [&](int64_t step) {
+        const int tile = static_cast<int>(step) / pieces,
+                  piece = m.piece[static_cast<int>(step) % pieces];
+        load_weights<T, KC>(ring.b(step), weight, static_cast<int64_t>(tile) * kWide, width,
+                            piece * kD, inner);
+      },
+      [](int64_t) { return false; },
+      [&](int64_t step) {
+        const int first = static_cast<int>(step) % pieces;
+        const int64_t col0 = static_cast<int64_t>(static_cast<int>(step) / pieces) * kWide;
+        if (first == 0) {
+          product.clear();
+          load_columns<T>(m.columns, vectors, experts, col0, width);
+        }
+        if (first % kHold == 0 && (step == 0 || pieces > kHold)) {
+          hold_operand<T>(m, first, inner, operand);
+          __syncthreads();
+        }
+        product.step(m.hold + first % kHold * Shape::kSide, ring.b(step));
+        if (first + 1 < pieces) return;
+        product.store(m.stage);
+        __syncthreads();
 #pragma unroll 1
-                 for (int i = 0; i < Out::kPerThread; ++i) {
-                   const int row = Out::row(i), local = Out::col(i);
-                   const int64_t token = m.tile->token[row], col = col0 + local;
-                   const int valid = token >= 0 ? valid_columns(col, width, 8) : 0;
-                   if (valid == 0) continue;
-                   float v[8];
-                   Out::template read<1>(v, m.stage, i);
-                   finish(v, row, token, col, valid, local);
-                 }
-               });
+        for (int i = 0; i < Out::kPerThread; ++i) {
+          const int row = Out::row(i), local = Out::col(i);
+          const int64_t token = m.tile->token[row], col = col0 + local;
+          const int valid = token >= 0 ? valid_columns(col, width, 8) : 0;
+          if (valid == 0) continue;
+          float v[8];
+          Out::template read<1>(v, m.stage, i);
+          finish(v, row, token, col, valid, local);
+        }
+      });
 }
 
 // v += factor columns[e], eight columns.

@@ -123,8 +123,8 @@ ExpertParams params_of(const Call& call, DType dtype, int64_t rows) {
                   ", got ", p.experts);
   STD_TORCH_CHECK(p.rank >= 1 && p.rank <= kMaxExpertRank, "rank: want 1 to ", kMaxExpertRank,
                   ", got ", p.rank);
-  STD_TORCH_CHECK(p.top_k >= 0 && p.top_k <= p.experts, "top_k: want at most ", p.experts,
-                  ", got ", p.top_k);
+  STD_TORCH_CHECK(p.top_k >= 0 && p.top_k <= p.experts, "top_k: want at most ", p.experts, ", got ",
+                  p.top_k);
   const int64_t experts = p.experts, inner = experts * p.rank;
   p.activation = static_cast<Activation>(codes[kActivation]);
   p.gate = static_cast<ExpertGate>(codes[kGate]);
@@ -193,8 +193,8 @@ void expert_fwd(MaybeTensors tensors, MaybeTensors work, std::vector<int64_t> co
   want(!by_slot || f.order != nullptr, "order");
   if (work[kOut].has_value() && !by_slot) {
     p.out = view(work[kOut], f.dtype, f.rows, f.outs, "out");
-    p.h = view(codes[kAddInput] != 0 ? tensors[kX] : tensors[kBase], f.dtype, f.rows, f.outs,
-               "base");
+    p.h =
+        view(codes[kAddInput] != 0 ? tensors[kX] : tensors[kBase], f.dtype, f.rows, f.outs, "base");
   }
   want(f.z.data != nullptr || (!form_z && p.out.data == nullptr), "z");
   const Device device(x);
@@ -254,8 +254,8 @@ void expert_sort(Tensor chosen, Tensor order, Tensor offsets, Tensor inverse) {
                   "chosen: want [N or samples, ", p.experts, "] for ", p.rows, " tokens");
   p.chosen = typed<uint8_t>(chosen, ScalarType::Bool, chosen.numel(), "chosen");
   p.tokens_per_gate = p.rows / chosen.size(0);
-  Tensor counts = torch::stable::new_empty(
-      order, {ceil_div(p.rows, kSortTokens) * p.experts}, ScalarType::Int);
+  Tensor counts =
+      torch::stable::new_empty(order, {ceil_div(p.rows, kSortTokens) * p.experts}, ScalarType::Int);
   p.counts = static_cast<int32_t*>(counts.data_ptr());
   const Device device(order);
   check_launch(launch_expert_sort(p, device.stream()), "expert_sort");
@@ -308,8 +308,7 @@ void expert_weights(Tensor dout, MaybeTensor x, MaybeTensors work, MaybeTensors 
     const int64_t each = widths[j] * (j < kProducts ? rank : 1);
     first[j + 1] = first[j] + (grads[j].has_value() ? ceil_div(splits * experts * each, 4) * 4 : 0);
   }
-  Tensor partial =
-      torch::stable::new_empty(dout, {first[kMaxExpertFolds]}, ScalarType::Float);
+  Tensor partial = torch::stable::new_empty(dout, {first[kMaxExpertFolds]}, ScalarType::Float);
   float* const data = static_cast<float*>(partial.data_ptr());
   for (int j = 0; j < kProducts; ++j) {
     if (!grads[j].has_value()) continue;
@@ -346,7 +345,9 @@ void expert_weights(Tensor dout, MaybeTensor x, MaybeTensors work, MaybeTensors 
     job.experts = add ? 1 : p.experts;
     job.splits = add ? splits * experts : splits;
     job.split_stride = job.expert_stride * (add ? 1 : experts);
-    const int64_t sizes[] = {down && product ? rank : product ? widths[j] : job.cols,
+    const int64_t sizes[] = {down && product ? rank
+                             : product       ? widths[j]
+                                             : job.cols,
                              down ? width : rank};
     STD_TORCH_CHECK(grad.dim() == (product ? 3 : 2) && grad.size(0) == job.experts &&
                         grad.size(1) == sizes[0] && (!product || grad.size(2) == sizes[1]),

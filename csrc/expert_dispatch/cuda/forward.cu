@@ -55,8 +55,8 @@ __device__ __forceinline__ void form_z(const ExpertMemory<T>& m, const ExpertPar
 #pragma unroll
         for (int j = 0; j < 8; ++j) v[j] += bias[j];
       }
-      T* const target = by_slot ? at_out<T>(p.z, span.first + row, c - begin)
-                                : at_out<T>(p.z, token, c);
+      T* const target =
+          by_slot ? at_out<T>(p.z, span.first + row, c - begin) : at_out<T>(p.z, token, c);
       store8<T>(target, v, valid, p.z.vec);
     }
   }
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
   if (p.form_z) form_z<T>(m, f, span);
   if (p.out.data == nullptr) return;
-  const auto operand = [&](float(&v)[8], int row, int64_t token, int c, int valid) {
+  const auto operand = [&](float (&v)[8], int row, int64_t token, int c, int valid) {
     const uint64_t chosen = m.tile->chosen[row];
     const float* const g = m.gates + row * f.experts;
     load_bottleneck<T>(v, f, f.z, token, chosen, c, valid, f.shared);
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       v[j] = j < valid && has_bit(chosen, e) ? g[e] * activate(f.activation, v[j]) : 0.0f;
     });
   };
-  const auto finish = [&](float(&v)[8], int row, int64_t token, int64_t col, int valid,
+  const auto finish = [&](float (&v)[8], int row, int64_t token, int64_t col, int valid,
                           int local) {
     if (f.up_bias.data != nullptr) {
 #pragma unroll 1
@@ -113,8 +113,8 @@ const char* launch_expert_fwd(const ExpertFwdParams& params, void* stream) {
   return dispatch_dtype(f.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     constexpr int kRows = ExpertShape<T>::kRows;
-    const int64_t blocks = params.by_slot ? ceil_div(f.slots, kRows) + f.experts
-                                          : ceil_div(f.rows, kRows);
+    const int64_t blocks =
+        params.by_slot ? ceil_div(f.slots, kRows) + f.experts : ceil_div(f.rows, kRows);
     return launch(&expert_fwd_kernel<T>, dim3(static_cast<unsigned>(blocks)),
                   ExpertMemory<T>::bytes(f.experts, f.experts * f.rank), stream, params);
   });

@@ -97,9 +97,9 @@ __device__ __forceinline__ uint64_t row_gates(float* g, const ExpertParams& p, i
       if (p.noise.data != nullptr) l += element<T>(p.noise, row + e);
       p.logits[row + e] = g[e] = l;
     } else {
-      g[e] = routed                           ? p.logits[row + e]
+      g[e] = routed                         ? p.logits[row + e]
              : p.gate == ExpertGate::kGiven ? element<T>(p.gates, row + e)
-                                              : 1.0f / static_cast<float>(p.experts);
+                                            : 1.0f / static_cast<float>(p.experts);
     }
   }
   uint64_t chosen = all;
@@ -125,13 +125,11 @@ __device__ __forceinline__ void form_gates(const ExpertMemory<T>& m, const Exper
                                            bool form_logits) {
   constexpr int kD = ExpertShape<T>::kD;
   __syncthreads();
-  if (form_logits)
-    form_dots<T>(m.gates, m.tile, p.experts, p.x, p.router, p.width, 0, p.experts);
+  if (form_logits) form_dots<T>(m.gates, m.tile, p.experts, p.x, p.router, p.width, 0, p.experts);
   __syncthreads();
   if (threadIdx.x < kWarp) {
     const int row = threadIdx.x;
-    uint64_t any =
-        row_gates<T>(m.gates + row * p.experts, p, m.tile->token[row], form_logits);
+    uint64_t any = row_gates<T>(m.gates + row * p.experts, p, m.tile->token[row], form_logits);
     m.tile->chosen[row] = any;
 #pragma unroll
     for (int mask = kWarp / 2; mask > 0; mask /= 2) any |= __shfl_xor_sync(0xFFFFFFFFu, any, mask);

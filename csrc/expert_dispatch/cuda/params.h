@@ -25,8 +25,8 @@ struct ExpertParams {
   MatrixView down, up;  // [E r, D], [O, E r] in T; down is [r, D] in forward where it is shared
   MatrixView z;         // stationary: [N, E r], or [N, r] where it is shared; sorted: [S, r]
   VectorView down_bias, up_bias, router, router_bias, noise, gates;  // contiguous, any shape
-  float* logits;    // [N, E]
-  uint8_t* chosen;  // [N / tokens_per_gate, E]; no address: every expert
+  float* logits;                                                     // [N, E]
+  uint8_t* chosen;                           // [N / tokens_per_gate, E]; no address: every expert
   const int32_t *order, *offsets, *inverse;  // sorted: [S], [E + 1], [N, E] where it is chosen
   float keep, mix;
 };
@@ -43,14 +43,14 @@ struct ExpertFwdParams {
 struct ExpertRowsParams {
   ExpertParams f;
   MatrixView dout;
-  MatrixView dz, ga;       // [N, E r] or [S, r]; ga = g act(z); no address: not wanted
-  MatrixView dx;           // [N, D]
-  float* dgates;           // [N, E]: in the end the gradient of the logits, where there are any
-  float* weights;          // [N, E]: the gates
-  const float* dlogits;    // [N, E]: added to the logits' gradient
-  bool form_dz, form_dx;   // form_dx: everything by token that follows dz
-  bool by_slot;            // form dz by slots, nothing else
-  bool adds_dout;          // H is x
+  MatrixView dz, ga;      // [N, E r] or [S, r]; ga = g act(z); no address: not wanted
+  MatrixView dx;          // [N, D]
+  float* dgates;          // [N, E]: in the end the gradient of the logits, where there are any
+  float* weights;         // [N, E]: the gates
+  const float* dlogits;   // [N, E]: added to the logits' gradient
+  bool form_dz, form_dx;  // form_dx: everything by token that follows dz
+  bool by_slot;           // form dz by slots, nothing else
+  bool adds_dout;         // H is x
 };
 
 // partial[splits, E, width, r] = in^T side, of each expert's tokens. Sorted: `in` by `order`.

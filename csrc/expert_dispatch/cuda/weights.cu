@@ -59,21 +59,21 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   float* const stage = reinterpret_cast<float*>(shared);
   typename Shape::Product product;
   product.clear();
-  run_pipeline(end > first ? (end - first + kRows - 1) / kRows : 0,
-               [&](int64_t t) {
-                 const int64_t row0 = first + t * kRows;
-                 gather_tile<T, kRows, kWide>(
-                     ring.a(t), job.in,
-                     [&](int r) {
-                       if (row0 + r >= end) return int64_t{-1};
-                       return sorted ? static_cast<int64_t>(p.order[row0 + r]) : row0 + r;
-                     },
-                     col0, job.width);
-                 load_tile<T, kRows, kWide>(ring.b(t), at<T>(job.side, 0, 0), job.side.stride,
-                                            job.side.vec, row0, end, c0, columns);
-               },
-               [](int64_t) { return false; },
-               [&](int64_t t) { product.step(ring.a(t), ring.b(t)); });
+  run_pipeline(
+      end > first ? (end - first + kRows - 1) / kRows : 0,
+      [&](int64_t t) {
+        const int64_t row0 = first + t * kRows;
+        gather_tile<T, kRows, kWide>(
+            ring.a(t), job.in,
+            [&](int r) {
+              if (row0 + r >= end) return int64_t{-1};
+              return sorted ? static_cast<int64_t>(p.order[row0 + r]) : row0 + r;
+            },
+            col0, job.width);
+        load_tile<T, kRows, kWide>(ring.b(t), at<T>(job.side, 0, 0), job.side.stride, job.side.vec,
+                                   row0, end, c0, columns);
+      },
+      [](int64_t) { return false; }, [&](int64_t t) { product.step(ring.a(t), ring.b(t)); });
   __syncthreads();  // the stage lies over the ring
   product.store(stage);
   __syncthreads();

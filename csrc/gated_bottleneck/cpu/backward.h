@@ -105,9 +105,8 @@ void norm_backward(const GatedArgs& a, BackwardBlock& b, const Place* place, Spa
   if (place) {
     add_columns(a.dnorm_bias, *place, wide(a, b.du), s.rows, a.O, nullptr);
     if (a.dnorm_weight) {
-      add_over_rows(a.dnorm_weight, *place, wide(a, b.du), s.rows, a.O, [&](int64_t, int64_t k) {
-        return load(b.du + k) * load(b.other + k);
-      });
+      add_over_rows(a.dnorm_weight, *place, wide(a, b.du), s.rows, a.O,
+                    [&](int64_t, int64_t k) { return load(b.du + k) * load(b.other + k); });
     }
   }
   const float share = 1.0f / static_cast<float>(a.O);

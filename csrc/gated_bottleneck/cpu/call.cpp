@@ -24,14 +24,33 @@ const GatedKernels& kernels() {
 
 // The tensor arguments, in the order of arguments.py; gradients come in the same order.
 enum Name {
-  kX, kDown, kDownBias, kBottleneck, kUp, kUpBias, kBase, kLeft, kRight, kGateInput, kGateDown,
-  kGateDownBias, kGateUp, kGateUpBias, kGateWeight, kGateBias, kTokenWeights, kResidual,
-  kNormWeight, kNormBias, kNames
+  kX,
+  kDown,
+  kDownBias,
+  kBottleneck,
+  kUp,
+  kUpBias,
+  kBase,
+  kLeft,
+  kRight,
+  kGateInput,
+  kGateDown,
+  kGateDownBias,
+  kGateUp,
+  kGateUpBias,
+  kGateWeight,
+  kGateBias,
+  kTokenWeights,
+  kResidual,
+  kNormWeight,
+  kNormBias,
+  kNames
 };
 const char* const kNameOf[kNames] = {
-    "x", "down", "down_bias", "bottleneck", "up", "up_bias", "base", "left", "right", "gate_input",
-    "gate_down", "gate_down_bias", "gate_up", "gate_up_bias", "gate_weight", "gate_bias",
-    "token_weights", "residual", "norm_weight", "norm_bias"};
+    "x",         "down",           "down_bias", "bottleneck",   "up",
+    "up_bias",   "base",           "left",      "right",        "gate_input",
+    "gate_down", "gate_down_bias", "gate_up",   "gate_up_bias", "gate_weight",
+    "gate_bias", "token_weights",  "residual",  "norm_weight",  "norm_bias"};
 // What the caller derives from them: G of middleY, and for logits U^T w_h where they read Y and the
 // bias.
 enum Derived { kChannel, kWeightA, kLogitBias, kDerived };
@@ -40,8 +59,8 @@ constexpr int64_t kBlockBytes = 640 << 10;  // of wide blocks: L2 holds them and
 constexpr int64_t kBlockRows = 120;
 constexpr int64_t kLeastRows = 24;
 constexpr int64_t kSampleRows = 128;  // a sample of gate small up to this long is one block
-constexpr int64_t kSplitRows = 512;  // rows that share one partial of each weight gradient
-constexpr int64_t kSplitStep = 4;    // splits come in multiples: a few threads finish together
+constexpr int64_t kSplitRows = 512;   // rows that share one partial of each weight gradient
+constexpr int64_t kSplitStep = 4;     // splits come in multiples: a few threads finish together
 constexpr int64_t kMaxSplits = 64;
 constexpr int64_t kSerialWork = 1 << 20;  // multiply-adds below which threads do not pay
 
@@ -284,9 +303,9 @@ void backward(Optionals tensors, Optionals derived, Optional rng, int64_t activa
   gradients.reduce(kernel.operands, parallel);
 }
 
-#define PETAL_GATED_SETTINGS                                                                \
-  "Tensor?[] tensors, Tensor?[] derived, Tensor? rng, int activation, int route, "          \
-  "bool route_relu, int gate, bool sees_output, bool add_input, bool add_gate_input, "      \
+#define PETAL_GATED_SETTINGS                                                           \
+  "Tensor?[] tensors, Tensor?[] derived, Tensor? rng, int activation, int route, "     \
+  "bool route_relu, int gate, bool sees_output, bool add_input, bool add_gate_input, " \
   "int samples, float scale, float eps, int threshold, float keep_scale, "
 
 }  // namespace

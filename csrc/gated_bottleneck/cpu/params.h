@@ -25,30 +25,30 @@ struct GatedArgs {
   CpuDropout dropout;
 
   CpuRows x, base, gate_input, residual;
-  CpuRows z, zg;             // written by forward (z unless it is given), read by backward
+  CpuRows z, zg;               // written by forward (z unless it is given), read by backward
   float *logits, *moments;     // [N], [N, 2]: written by forward, read by backward
   const float* token_weights;  // [N], or null: 1 / L each
   const void *left, *right;    // [B, V, R] contiguous, in the activations' dtype
 
-  const float *down_t, *gate_down_t;        // forward: D^T [D, R], Gd^T [Dg, Rg]
-  const float *up_t, *gate_up_t;            // both: U^T [R, O], Gu^T [Rg, O]
-  const float *down, *gate_down;            // backward: D [R, D], Gd [Rg, Dg]
-  const float *up, *gate_up;                // backward: U [O, R], Gu [O, Rg]
+  const float *down_t, *gate_down_t;  // forward: D^T [D, R], Gd^T [Dg, Rg]
+  const float *up_t, *gate_up_t;      // both: U^T [R, O], Gu^T [Rg, O]
+  const float *down, *gate_down;      // backward: D [R, D], Gd [Rg, Dg]
+  const float *up, *gate_up;          // backward: U [O, R], Gu [O, Rg]
   const float *down_bias, *up_bias, *gate_down_bias, *gate_up_bias;
-  const float *channel;                     // middleY: G [O]
-  const float *weight_x, *weight_h;         // middleX, small: [O] each
-  const float *weight_a;                    // where the logit reads Y: U^T w_h [R]
-  const float *logit_bias;                  // [1]; with w_h . b where the logit reads Y
+  const float* channel;              // middleY: G [O]
+  const float *weight_x, *weight_h;  // middleX, small: [O] each
+  const float* weight_a;             // where the logit reads Y: U^T w_h [R]
+  const float* logit_bias;           // [1]; with w_h . b where the logit reads Y
   const float *norm_weight, *norm_bias;
 
   CpuRows out;  // forward, [N, O] contiguous
 
   CpuRows dout;
   CpuRows dx, dbase, dgate_input, dresidual, dz;  // contiguous
-  void *dleft, *dright;                             // [B, V, R] contiguous
+  void *dleft, *dright;                           // [B, V, R] contiguous
   bool need_dz, need_dzg;
   // Partials [splits][panels of the last dim][first dim][kNR].
-  float *ddown, *dup_t, *dgate_down, *dgate_up_t;   // [R, D], [R, O], [Rg, Dg], [Rg, O]
+  float *ddown, *dup_t, *dgate_down, *dgate_up_t;  // [R, D], [R, O], [Rg, Dg], [Rg, O]
   float *ddown_bias, *dup_bias, *dgate_down_bias, *dgate_up_bias;
   float *dchannel, *dweight_x, *dweight_h, *dlogit_bias, *dnorm_weight, *dnorm_bias;
 };

@@ -5,9 +5,9 @@
 // Padding columns are zero wherever they enter a sum.
 #pragma once
 
+#include "common/cpu/activation.h"
 #include "common/cpu/block.h"
 #include "common/cpu/dropout.h"
-#include "common/cpu/activation.h"
 #include "params.h"
 
 namespace petal {
@@ -50,8 +50,7 @@ void load_narrow(float* dst, const GatedArgs& a, const CpuRows& src, Span s, int
                 to_rows(dst, padded(cols), from_row<const T>(src, s.row0), src.ld, s.rows, cols));
 }
 
-void store_narrow(const GatedArgs& a, const CpuRows& dst, const float* src, Span s,
-                  int64_t cols) {
+void store_narrow(const GatedArgs& a, const CpuRows& dst, const float* src, Span s, int64_t cols) {
   PETAL_BY_TYPE(a.type,
                 from_rows(from_row<T>(dst, s.row0), dst.ld, src, padded(cols), s.rows, cols));
 }

@@ -88,8 +88,7 @@ __device__ __forceinline__ void form_sums(const GatedRowsParams& p, const RowsMe
     __syncthreads();
     load_columns<T, RANK>(m.columns, f, col0);
     multiply_pieces<T, RANK, typename Shape::Up>(m.stage, m.a, m.u, f.down.rank);
-    if (large)
-      multiply_pieces<T, RANK, typename Shape::Up>(m.gate_stage, m.ag, m.gu, f.gate.rank);
+    if (large) multiply_pieces<T, RANK, typename Shape::Up>(m.gate_stage, m.ag, m.gu, f.gate.rank);
     __syncthreads();
     if (col0 + kD < f.outs) load(col0 + kD);
 #pragma unroll
@@ -213,8 +212,7 @@ __device__ __forceinline__ void form_dz(T* tile, const float* stage, const Bottl
 #pragma unroll
       for (int j = 0; j < 8; ++j)
         v[j] *= derivative(f.activation, route == Route::kMul ? z[j] * by[j] : z[j] + by[j]);
-      if (dq.data != nullptr)
-        store8<T>(at_out<T>(dq, at_.row, at_.col), v, at_.valid, dq.vec);
+      if (dq.data != nullptr) store8<T>(at_out<T>(dq, at_.row, at_.col), v, at_.valid, dq.vec);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         if (route == Route::kMul) v[j] *= by[j];
@@ -222,8 +220,8 @@ __device__ __forceinline__ void form_dz(T* tile, const float* stage, const Bottl
       }
       if (dz.data != nullptr) store8<T>(at_out<T>(dz, at_.row, at_.col), v, at_.valid, dz.vec);
     }
-    store8<T>(tile + piece * Shape::kSide + at_.local_row * kLd<T, Shape::kD> + at_.local_col, v,
-              8, true);
+    store8<T>(tile + piece * Shape::kSide + at_.local_row * kLd<T, Shape::kD> + at_.local_col, v, 8,
+              true);
   }
 }
 
@@ -316,8 +314,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   form_hidden<T, RANK>(m.a, unused, f.down, f.activation, f.route, f.left, p.a, row0, f.rows,
                        f.length);
   if (large)
-    form_hidden<T, RANK>(m.ag, unused, f.gate, f.activation, Route::kNone, MatrixView{}, p.ag,
-                         row0, f.rows, f.length);
+    form_hidden<T, RANK>(m.ag, unused, f.gate, f.activation, Route::kNone, MatrixView{}, p.ag, row0,
+                         f.rows, f.length);
   const MaskSource mask = mask_source(f.dropout);
   if (threadIdx.x < kRows) m.info[threadIdx.x] = row_info<T>(p, row0 + threadIdx.x);
   if (p.form_sums) form_sums<T, RANK>(p, m, mask, row0);
@@ -353,8 +351,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
 #pragma unroll
   for (int c = 0; c < kPieces; ++c) {
-    const bool some = p.need_dz && c * kD < f.down.rank,
-               gate = p.need_dzg && c * kD < f.gate.rank;
+    const bool some = p.need_dz && c * kD < f.down.rank, gate = p.need_dzg && c * kD < f.gate.rank;
     if (some) da[c].store(m.stage);
     if (gate) dag[c].store(m.gate_stage);
     __syncthreads();
@@ -363,8 +360,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       form_dz<T, RANK>(m.ag, m.gate_stage, f.gate, f, Route::kNone, p.dzg, MatrixView{}, row0, c);
     __syncthreads();
   }
-  if (p.dx.data != nullptr)
-    add_product<T, RANK>(m.a, m, f.down, p.dx, p.dx_on_dh, row0, f.rows);
+  if (p.dx.data != nullptr) add_product<T, RANK>(m.a, m, f.down, p.dx, p.dx_on_dh, row0, f.rows);
   if (large && p.dx_gate.data != nullptr)
     add_product<T, RANK>(m.ag, m, f.gate, p.dx_gate, f.adds_gate_input, row0, f.rows);
 }

@@ -95,8 +95,7 @@ __device__ __forceinline__ void form_hidden(T* tile, unsigned char* scratch, con
           load8<T>(v, at<T>(b.z, row, c), valid, b.z.vec);
         }
         float by[8] = {};
-        if (route != Route::kNone)
-          load8<T>(by, at<T>(left, row / length, c), valid, left.vec);
+        if (route != Route::kNone) load8<T>(by, at<T>(left, row / length, c), valid, left.vec);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           const float q = route == Route::kMul ? v[j] * by[j] : v[j] + by[j];
@@ -117,8 +116,8 @@ __device__ __forceinline__ void load_pieces(T* tile, const MatrixView& m, int64_
 #pragma unroll 1
   for (int c = 0; c < Shape::kPieces; ++c) {
     if (c * Shape::kD < rank)
-      load_tile<T, Shape::kD, Shape::kD>(tile + c * Shape::kSquare, at<T>(m, 0, 0), m.stride,
-                                         m.vec, row0, rows, c * Shape::kD, rank);
+      load_tile<T, Shape::kD, Shape::kD>(tile + c * Shape::kSquare, at<T>(m, 0, 0), m.stride, m.vec,
+                                         row0, rows, c * Shape::kD, rank);
   }
 }
 
@@ -268,8 +267,7 @@ __device__ __forceinline__ void form_gradients(Gradients& g, const GatedParams& 
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       g.xhat[j] = (g.xhat[j] - row.mean) * row.rstd;
-      g.du[j] =
-          row.rstd * (g.dout[j] * weight[j] - row.mean_g - g.xhat[j] * row.mean_gx);
+      g.du[j] = row.rstd * (g.dout[j] * weight[j] - row.mean_g - g.xhat[j] * row.mean_gx);
     }
   } else {
 #pragma unroll

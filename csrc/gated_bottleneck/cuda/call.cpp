@@ -1,6 +1,6 @@
 // gated_bottleneck on CUDA: checks, parameter structs and registration of petal_cuda::gated_*.
-// Kernels: {forward,backward,weights}.cu. These functions write into tensors their caller has allocated;
-// they are called by ops/gated_bottleneck/cuda_impl.py only.
+// Kernels: {forward,backward,weights}.cu. These functions write into tensors their caller has
+// allocated; they are called by ops/gated_bottleneck/cuda_impl.py only.
 #include <string>
 
 #include "common/cuda/host.h"
@@ -243,8 +243,8 @@ void gated_fwd(MaybeTensors tensors, MaybeTensors work, MaybeTensor out, MaybeTe
 void gated_pool(Tensor values, MaybeTensor token_weights, Tensor out, bool sigmoid) {
   GatedPoolParams p = {};
   p.samples = out.numel();
-  STD_TORCH_CHECK(values.dim() == 1 && values.scalar_type() == ScalarType::Float &&
-                      p.samples > 0 && values.size(0) % p.samples == 0,
+  STD_TORCH_CHECK(values.dim() == 1 && values.scalar_type() == ScalarType::Float && p.samples > 0 &&
+                      values.size(0) % p.samples == 0,
                   "gated_pool: want a float32 vector of whole samples");
   p.values = static_cast<const float*>(values.data_ptr());
   p.stride = values.stride(0);
@@ -279,8 +279,8 @@ void gated_rows(Tensor dout, MaybeTensors tensors, MaybeTensors work, MaybeTenso
   }
   p.du = view(work[kDu], dtype, rows, f.outs, "du");
   p.dh = view(work[kDh], dtype, rows, f.outs, "dh");
-  p.dx_gate = view(work[kDxGate], dtype, rows, f.kind == Gate::kLarge ? f.gate.width : f.outs,
-                   "dx_gate");
+  p.dx_gate =
+      view(work[kDxGate], dtype, rows, f.kind == Gate::kLarge ? f.gate.width : f.outs, "dx_gate");
   p.dx = view(work[kDx], dtype, rows, f.down.width, "dx");
   p.form_sums = form_sums;
   p.form_columns = form_columns;
@@ -314,15 +314,13 @@ void gated_weights(Tensor dout, MaybeTensors tensors, MaybeTensors work, MaybeTe
   p.sums = floats(work[kSums], f.rows * kRowSums, "sums");
   p.need_up = grads[0].has_value();
   p.need_gate_up = grads[1].has_value() && f.gate.rank > 0;
-  for (int k = 0; k < kColumnSums; ++k)
-    p.wanted |= grads[kMatrices + k].has_value() ? 1u << k : 0u;
+  for (int k = 0; k < kColumnSums; ++k) p.wanted |= grads[kMatrices + k].has_value() ? 1u << k : 0u;
   if (p.need_up || p.need_gate_up || p.wanted != 0) {
     check_saved(f);
     p.a = needed(work[kA], f.dtype, f.rows, f.down.rank, "a");
     if (f.gate.rank > 0) p.ag = needed(work[kAg], f.dtype, f.rows, f.gate.rank, "ag");
   }
-  const MaybeTensor inputs[] = {tensors[kX], tensors[kGateInput]},
-                    dzs[] = {work[kDz], work[kDzg]};
+  const MaybeTensor inputs[] = {tensors[kX], tensors[kGateInput]}, dzs[] = {work[kDz], work[kDzg]};
   const Bottleneck sources[] = {f.down, f.gate};
   for (int j = 0; j < 2; ++j) {
     if (!grads[2 + j].has_value()) continue;
@@ -341,8 +339,7 @@ void gated_weights(Tensor dout, MaybeTensors tensors, MaybeTensors work, MaybeTe
   int64_t first[kMatrices + 2] = {};
   for (int j = 0; j <= kMatrices; ++j)
     first[j + 1] = first[j] + ceil_div(splits * widths[j] * ranks[j], 4) * 4;
-  Tensor partial =
-      torch::stable::new_empty(dout, {first[kMatrices + 1]}, ScalarType::Float);
+  Tensor partial = torch::stable::new_empty(dout, {first[kMatrices + 1]}, ScalarType::Float);
   float* const data = static_cast<float*>(partial.data_ptr());
   p.partial_up = data;
   p.partial_gate = data + first[1];

@@ -112,8 +112,8 @@ __device__ __forceinline__ void form_logits(RowInfo* info, const T* a, const Gat
 #pragma unroll
   for (int r = 0; r < kMine; ++r) {
     const int64_t row = row0 + first + r;
-    const float logit = warp_sum(sum[r]) +
-                        (p.gate_bias.data != nullptr ? element<T>(p.gate_bias, 0) : 0.0f);
+    const float logit =
+        warp_sum(sum[r]) + (p.gate_bias.data != nullptr ? element<T>(p.gate_bias, 0) : 0.0f);
     if (lane != 0 || row >= p.rows) continue;
     if (p.logits != nullptr) p.logits[row] = logit;
     info[first + r].gate = sigmoid(logit);
@@ -177,9 +177,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
   const bool outer = p.route == Route::kProduct;
   const Activation f = p.route_relu ? Activation::kRelu : Activation::kIdentity;
-  form_hidden<T, RANK>(a, scratch, p.down, outer ? f : p.activation,
-                       outer ? Route::kNone : p.route, p.left, MatrixView{}, row0, p.rows,
-                       p.length);
+  form_hidden<T, RANK>(a, scratch, p.down, outer ? f : p.activation, outer ? Route::kNone : p.route,
+                       p.left, MatrixView{}, row0, p.rows, p.length);
   if (outer) {
     __syncthreads();  // rows of a warp, columns of all
     route_outer<T, RANK>(a, p, row0);
@@ -192,8 +191,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     form_logits<T, RANK>(info, a, p, row0);
   } else if (threadIdx.x < kRows) {
     const int64_t row = row0 + threadIdx.x;
-    info[threadIdx.x].gate =
-        p.pooled != nullptr && row < p.rows ? p.pooled[row / p.length] : 1.0f;
+    info[threadIdx.x].gate = p.pooled != nullptr && row < p.rows ? p.pooled[row / p.length] : 1.0f;
   }
   if (p.out.data == nullptr) return;
 

@@ -89,9 +89,9 @@ struct GatedWeightsParams {
   const float* sums;
   MatrixView a, ag;
   bool need_up, need_gate_up;
-  uint32_t wanted;  // bit per ColumnSum
+  uint32_t wanted;                                  // bit per ColumnSum
   float *partial_up, *partial_gate, *partial_sums;  // [splits, O, r], [.., O, rg], [.., kinds, O]
-  DownGrad down[2];  // of x, of gate_input
+  DownGrad down[2];                                 // of x, of gate_input
   int64_t splits;
   int64_t rows_per_split, first_tile[3];  // filled by the launcher; the tiles of down[0], down[1]
 };

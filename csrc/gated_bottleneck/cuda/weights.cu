@@ -74,10 +74,10 @@ __device__ __forceinline__ void add_slot(float* slots, ColumnSum kind, const flo
 // dY and dlogit of a tile as operands, and the column sums.
 template <typename T, int RANK>
 __device__ __forceinline__ void form_operands(const GatedWeightsParams& p, float* slots, T* dy,
-                                              T* dgate, const float* stage,
-                                              const float* gate_stage, const float* columns,
-                                              const RowInfo* info, const MaskSource& mask,
-                                              int64_t row0, int64_t end, int64_t col0) {
+                                              T* dgate, const float* stage, const float* gate_stage,
+                                              const float* columns, const RowInfo* info,
+                                              const MaskSource& mask, int64_t row0, int64_t end,
+                                              int64_t col0) {
   using Shape = WeightsShape<T, RANK>;
   using Out = typename Shape::Out;
   const GatedParams& f = p.f;
@@ -144,9 +144,9 @@ __device__ __forceinline__ void store_partial(const float* stage, float* partial
 
 // in^T dz over the block's rows for one tile of columns and its part of the rank.
 template <typename T, int RANK>
-__device__ __forceinline__ void down_product(unsigned char* shared, const DownGrad& d,
-                                             int64_t tile, int piece0, int64_t split,
-                                             int64_t first, int64_t end) {
+__device__ __forceinline__ void down_product(unsigned char* shared, const DownGrad& d, int64_t tile,
+                                             int piece0, int64_t split, int64_t first,
+                                             int64_t end) {
   using Shape = WeightsShape<T, RANK>;
   constexpr int kD = Shape::kD, kRows = Shape::kRows, kMine = Shape::kMine;
   const typename Shape::Rows ring{reinterpret_cast<T*>(shared)};
@@ -155,27 +155,26 @@ __device__ __forceinline__ void down_product(unsigned char* shared, const DownGr
   typename Shape::Weight product[kMine];
 #pragma unroll
   for (int c = 0; c < kMine; ++c) product[c].clear();
-  run_pipeline(end > first ? (end - first + kRows - 1) / kRows : 0,
-               [&](int64_t t) {
-                 const int64_t row0 = first + t * kRows;
-                 load_tile<T, kRows, kD>(ring.a(t), at<T>(d.in, 0, 0), d.in.stride, d.in.vec, row0,
-                                         end, col0, d.width);
+  run_pipeline(
+      end > first ? (end - first + kRows - 1) / kRows : 0,
+      [&](int64_t t) {
+        const int64_t row0 = first + t * kRows;
+        load_tile<T, kRows, kD>(ring.a(t), at<T>(d.in, 0, 0), d.in.stride, d.in.vec, row0, end,
+                                col0, d.width);
 #pragma unroll 1
-                 for (int c = 0; c < kMine; ++c) {
-                   if ((piece0 + c) * kD < d.rank)
-                     load_tile<T, kRows, kD>(ring.b(t) + c * Shape::kSide, at<T>(d.dz, 0, 0),
-                                             d.dz.stride, d.dz.vec, row0, end, (piece0 + c) * kD,
-                                             d.rank);
-                 }
-               },
-               [](int64_t) { return false; },
-               [&](int64_t t) {
+        for (int c = 0; c < kMine; ++c) {
+          if ((piece0 + c) * kD < d.rank)
+            load_tile<T, kRows, kD>(ring.b(t) + c * Shape::kSide, at<T>(d.dz, 0, 0), d.dz.stride,
+                                    d.dz.vec, row0, end, (piece0 + c) * kD, d.rank);
+        }
+      },
+      [](int64_t) { return false; },
+      [&](int64_t t) {
 #pragma unroll
-                 for (int c = 0; c < kMine; ++c) {
-                   if ((piece0 + c) * kD < d.rank)
-                     product[c].step(ring.a(t), ring.b(t) + c * Shape::kSide);
-                 }
-               });
+        for (int c = 0; c < kMine; ++c) {
+          if ((piece0 + c) * kD < d.rank) product[c].step(ring.a(t), ring.b(t) + c * Shape::kSide);
+        }
+      });
 #pragma unroll
   for (int c = 0; c < kMine; ++c) {
     const int rank0 = (piece0 + c) * kD;
@@ -210,8 +209,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   float* const columns = reinterpret_cast<float*>(shared);
   RowInfo* const info = reinterpret_cast<RowInfo*>(shared + Shape::kColumnBytes);
   float* const slots = reinterpret_cast<float*>(shared + Shape::kFixedBytes);
-  T* const a = reinterpret_cast<T*>(shared + Shape::kFixedBytes +
-                                    (p.wanted != 0 ? Shape::kSumBytes : 0));
+  T* const a =
+      reinterpret_cast<T*>(shared + Shape::kFixedBytes + (p.wanted != 0 ? Shape::kSumBytes : 0));
   T* const ag = a + Shape::kPieces * Shape::kSide;
   T* const u = a + sides * Shape::kPieces * Shape::kSide;
   T* const gu = u + Shape::kPieces * Shape::kSquare;
@@ -267,8 +266,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     for (int c = 0; c < kMine; ++c) {
       const int piece = piece0 + c;
       if (p.need_up && piece * kD < f.down.rank) du[c].step(dy, a + piece * Shape::kSide);
-      if (p.need_gate_up && piece * kD < f.gate.rank)
-        dgu[c].step(dgate, ag + piece * Shape::kSide);
+      if (p.need_gate_up && piece * kD < f.gate.rank) dgu[c].step(dgate, ag + piece * Shape::kSide);
     }
     __syncthreads();  // before the operands of the next rows
   }
@@ -311,8 +309,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t tile = static_cast<int64_t>(blockIdx.x) - p.first_tile[j],
                 across = (job.cols + kFoldTile - 1) / kFoldTile;
   const FoldTarget target{job.out, job.dtype, job.stride_row, job.stride_col, 1.0f};
-  fold_tile(job.partial, job.split_stride, p.splits, job.rows, job.cols,
-            tile / across * kFoldTile, tile % across * kFoldTile, target);
+  fold_tile(job.partial, job.split_stride, p.splits, job.rows, job.cols, tile / across * kFoldTile,
+            tile % across * kFoldTile, target);
 }
 
 }  // namespace

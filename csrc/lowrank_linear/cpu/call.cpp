@@ -23,10 +23,11 @@ const LowrankKernels& kernels() {
 
 constexpr int64_t kBlockBytes = 384 << 10;  // of x per block: with a panel of W_k it fits L2
 constexpr int64_t kBlockRows = 192;
-constexpr int64_t kSplitRows = 512;         // rows that share one partial of each weight gradient
-constexpr int64_t kLeastSplits = 4;         // where there are rows enough for as many blocks: a few threads
+constexpr int64_t kSplitRows = 512;  // rows that share one partial of each weight gradient
+constexpr int64_t kLeastSplits =
+    4;  // where there are rows enough for as many blocks: a few threads
 constexpr int64_t kMaxSplits = 64;
-constexpr int64_t kSerialWork = 1 << 20;    // multiply-adds below which threads do not pay
+constexpr int64_t kSerialWork = 1 << 20;  // multiply-adds below which threads do not pay
 
 // The block of x stays in L2 where it is read once per output, else it only passes through.
 int64_t block_rows(const LowrankArgs& a, const CpuOperands& operands, bool keeps_x) {
@@ -48,8 +49,9 @@ void check_rows(const Tensor& t, const char* name, int64_t rows, int64_t cols, D
 }
 
 // What forward and backward have in common; `bottleneck` is [N, R], or x where there is none yet.
-LowrankArgs arguments(const Tensor& bottleneck, const Tensors& ups, std::vector<LowrankOutput>& outs,
-                      double scale, int64_t site, const CpuDropout& dropout) {
+LowrankArgs arguments(const Tensor& bottleneck, const Tensors& ups,
+                      std::vector<LowrankOutput>& outs, double scale, int64_t site,
+                      const CpuDropout& dropout) {
   STD_TORCH_CHECK(!ups.empty(), "ups: want at least one matrix");
   STD_TORCH_CHECK(site >= 0 && site <= 2, "site: want 0, 1 or 2, got ", site);
   LowrankArgs a = {};
@@ -119,13 +121,12 @@ void forward(Optional x, Optional down, Optional hidden, Tensors ups, Tensors we
 // Absent results are nullopt or an empty list. dx_has_base: dx holds sum_k dy_k W_k already.
 void backward(Tensors dys, Optional x, Tensor h, Optional down, Tensors ups, Tensors weights,
               Optional core, Optional rng, double scale, int64_t threshold, double keep_scale,
-              int64_t site, bool dx_has_base, Optional dx, Optional dh, Optional ddown, Tensors dups,
-              Optional dcore) {
+              int64_t site, bool dx_has_base, Optional dx, Optional dh, Optional ddown,
+              Tensors dups, Optional dcore) {
   const LowrankKernels& kernel = kernels();
   const DType type = dtype_of(h, "h");
   std::vector<LowrankOutput> outs;
-  LowrankArgs a =
-      arguments(h, ups, outs, scale, site, cpu_dropout(rng, threshold, keep_scale));
+  LowrankArgs a = arguments(h, ups, outs, scale, site, cpu_dropout(rng, threshold, keep_scale));
   const int64_t least = std::clamp<int64_t>(a.N / kBlockRows * 2, 1, kLeastSplits);
   const int64_t splits = std::clamp<int64_t>(ceil_div(a.N, kSplitRows), least, kMaxSplits);
   const int64_t split_rows = std::max<int64_t>(ceil_div(a.N, splits), 1);

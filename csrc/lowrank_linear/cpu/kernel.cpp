@@ -21,8 +21,9 @@ namespace petal {
 namespace PETAL_ISA {
 namespace {
 
-constexpr int64_t kChunk = 256;       // columns of dy packed at a time: block * kChunk floats fit L2
-constexpr int64_t kDepth = 1024;      // contraction length of the base product before it spills to memory
+constexpr int64_t kChunk = 256;  // columns of dy packed at a time: block * kChunk floats fit L2
+constexpr int64_t kDepth =
+    1024;  // contraction length of the base product before it spills to memory
 
 PETAL_INLINE int64_t widest(const LowrankArgs& a) {
   int64_t width = 0;
@@ -47,7 +48,8 @@ struct Input<float> {
 
 template <typename T>
 void hidden_rows(const LowrankArgs& a, int64_t row0, int64_t rows, float* h) {
-  to_rows(h, padded(a.R), static_cast<const T*>(a.hidden) + row0 * a.hidden_row, a.hidden_row, rows, a.R);
+  to_rows(h, padded(a.R), static_cast<const T*>(a.hidden) + row0 * a.hidden_row, a.hidden_row, rows,
+          a.R);
 }
 
 // m_k from h; `middle` holds h core_k, rounded to storage as the reference does.
@@ -57,7 +59,8 @@ void masked_middle(float* m, float* middle, const LowrankArgs& a, int64_t k, con
   const int64_t width = padded(a.R);
   const float* from = h;
   if (a.site == Site::kMode) {
-    gemm({middle, width, kNR}, false, row_major(h, width), rows, a.R, a.outs[k].core, a.R * kNR, width / kNR);
+    gemm({middle, width, kNR}, false, row_major(h, width), rows, a.R, a.outs[k].core, a.R * kNR,
+         width / kNR);
     round_rows<T>(middle, rows * width);
     from = middle;
   }
@@ -77,7 +80,8 @@ int64_t forward_scratch_of(const LowrankArgs& a) {
 }
 
 template <typename T>
-void shrink(const LowrankArgs& a, const Rows& x, int64_t row0, int64_t rows, float* h, float* masked) {
+void shrink(const LowrankArgs& a, const Rows& x, int64_t row0, int64_t rows, float* h,
+            float* masked) {
   const int64_t width = padded(a.R);
   Rows from = x;
   if (a.site == Site::kInput && a.dropout.threshold) {
@@ -92,11 +96,16 @@ void shrink(const LowrankArgs& a, const Rows& x, int64_t row0, int64_t rows, flo
 
 // y_k = base_k + m P_k^T; the base product runs in the same accumulators.
 template <typename T>
-void expand(const LowrankArgs& a, const LowrankOutput& o, const Rows& x, const float* m, int64_t row0,
-            int64_t rows, float* spill) {
+void expand(const LowrankArgs& a, const LowrankOutput& o, const Rows& x, const float* m,
+            int64_t row0, int64_t rows, float* spill) {
   const int64_t width = padded(a.R), cols = n_panels(o.width);
   const T* base = o.base ? static_cast<const T*>(o.base) + row0 * o.base_row : nullptr;
-  const Output<T> out = {static_cast<T*>(o.y) + row0 * o.width, o.width, base, o.base_row, o.bias, o.width,
+  const Output<T> out = {static_cast<T*>(o.y) + row0 * o.width,
+                         o.width,
+                         base,
+                         o.base_row,
+                         o.bias,
+                         o.width,
                          may_stream(static_cast<T*>(o.y), o.width, a.N * o.width)};
   const Rows middle = row_major(m, width);
   const Block partial = {spill, kNR, a.block * kNR};
@@ -113,7 +122,8 @@ void expand(const LowrankArgs& a, const LowrankOutput& o, const Rows& x, const f
   for (int64_t j = 0; j < cols; ++j) {
     for_row_tiles(rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
       constexpr int M = decltype(height)::value;
-      if (base && i + 3 * M <= rows) prefetch_rows(base + (i + 2 * M) * o.base_row + j * kNR, o.base_row, M);
+      if (base && i + 3 * M <= rows)
+        prefetch_rows(base + (i + 2 * M) * o.base_row + j * kNR, o.base_row, M);
       Tile<M> t;
       first > 0 ? read(t, partial, i, j) : clear(t);
       if (o.weight) mac_rows(t, rest, i, o.weight + (j * a.D + first) * kNR, a.D - first);
@@ -164,8 +174,8 @@ struct BackwardBlock {
 
 // All that reads dy_k: g_k = dy_k P_k, the partials of dP_k^T, and dx += dy_k W_k.
 template <typename T>
-void read_dy(const LowrankArgs& a, const BackwardBlock& b, int64_t k, int64_t split, bool first_block,
-             int64_t row0, int64_t rows) {
+void read_dy(const LowrankArgs& a, const BackwardBlock& b, int64_t k, int64_t split,
+             bool first_block, int64_t row0, int64_t rows) {
   const LowrankOutput& o = a.outs[k];
   const int64_t width = padded(a.R);
   const T* dy = static_cast<const T*>(o.dy) + row0 * o.dy_row;
@@ -189,8 +199,8 @@ void read_dy(const LowrankArgs& a, const BackwardBlock& b, int64_t k, int64_t sp
 }
 
 // dh += the masked g_k, through the core where there is one.
-void add_dh(const LowrankArgs& a, const BackwardBlock& b, int64_t k, int64_t split, bool first_block,
-            int64_t row0, int64_t rows) {
+void add_dh(const LowrankArgs& a, const BackwardBlock& b, int64_t k, int64_t split,
+            bool first_block, int64_t row0, int64_t rows) {
   const LowrankOutput& o = a.outs[k];
   const int64_t width = padded(a.R);
   CpuDropout d = a.dropout;
@@ -202,7 +212,8 @@ void add_dh(const LowrankArgs& a, const BackwardBlock& b, int64_t k, int64_t spl
       gemm_columns({o.dcore + split * n_panels(a.R) * a.R * kNR, kNR, a.R * kNR}, !first_block, b.h,
                    width, a.R, b.gt, a.block * kNR, rows, n_panels(a.R));
     }
-    gemm({b.dh, width, kNR}, k > 0, row_major(b.g, width), rows, a.R, o.core_t, a.R * kNR, width / kNR);
+    gemm({b.dh, width, kNR}, k > 0, row_major(b.g, width), rows, a.R, o.core_t, a.R * kNR,
+         width / kNR);
     return;
   }
   for (int64_t i = 0; i < rows * width; i += kVL) {
@@ -213,8 +224,8 @@ void add_dh(const LowrankArgs& a, const BackwardBlock& b, int64_t k, int64_t spl
 
 // dU^T partials from dh and the (masked) block of x.
 template <typename T>
-void add_ddown(const LowrankArgs& a, const BackwardBlock& b, int64_t split, bool first_block, int64_t row0,
-               int64_t rows) {
+void add_ddown(const LowrankArgs& a, const BackwardBlock& b, int64_t split, bool first_block,
+               int64_t row0, int64_t rows) {
   float* ddown = a.ddown + split * n_panels(a.D) * a.R * kNR;
   const T* x = static_cast<const T*>(a.x) + row0 * a.x_row;
   for (int64_t c = 0; c < a.D; c += kChunk) {
@@ -232,7 +243,12 @@ void add_ddown(const LowrankArgs& a, const BackwardBlock& b, int64_t split, bool
 template <typename T, bool kMasked>
 void write_dx(const LowrankArgs& a, const BackwardBlock& b, int64_t row0, int64_t rows) {
   T* dx = static_cast<T*>(a.dx) + row0 * a.D;
-  const Output<T> out = {dx, a.D, a.dx_has_base ? dx : nullptr, a.D, nullptr, a.D,
+  const Output<T> out = {dx,
+                         a.D,
+                         a.dx_has_base ? dx : nullptr,
+                         a.D,
+                         nullptr,
+                         a.D,
                          !a.dx_has_base && may_stream(static_cast<T*>(a.dx), a.D, a.N * a.D)};
   const Rows dh = row_major(b.dh, padded(a.R));
   const Block base = {b.dx, kNR, a.block * kNR};
@@ -240,7 +256,8 @@ void write_dx(const LowrankArgs& a, const BackwardBlock& b, int64_t row0, int64_
   for (int64_t j = 0; j < n_panels(a.D); ++j) {
     for_row_tiles(rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
       constexpr int M = decltype(height)::value;
-      if (a.dx_has_base && i + 3 * M <= rows) prefetch_rows(dx + (i + 2 * M) * a.D + j * kNR, a.D, M);
+      if (a.dx_has_base && i + 3 * M <= rows)
+        prefetch_rows(dx + (i + 2 * M) * a.D + j * kNR, a.D, M);
       Tile<M> t;
       starts_from_base ? read(t, base, i, j) : clear(t);
       if (a.down) mac_rows(t, dh, i, a.down + j * a.R * kNR, a.R);
@@ -303,7 +320,8 @@ int64_t backward_scratch(const LowrankArgs& a, DType type) {
 void forward(const LowrankArgs& a, DType type, int64_t row0, int64_t rows, float* scratch) {
   PETAL_BY_TYPE(type, forward_of<T>(a, row0, rows, scratch));
 }
-void backward(const LowrankArgs& a, DType type, int64_t split, int64_t row0, int64_t row1, float* scratch) {
+void backward(const LowrankArgs& a, DType type, int64_t split, int64_t row0, int64_t row1,
+              float* scratch) {
   PETAL_BY_TYPE(type, backward_of<T>(a, split, row0, row1, scratch));
 }
 }  // namespace

@@ -1,5 +1,5 @@
-// What the host side of lowrank_linear hands to its CPU kernels. Strides are in elements, weights are
-// packed fp32 panels [ceil(cols / kNR)][K][kNR] of the right operand named beside them.
+// What the host side of lowrank_linear hands to its CPU kernels. Strides are in elements, weights
+// are packed fp32 panels [ceil(cols / kNR)][K][kNR] of the right operand named beside them.
 #pragma once
 
 #include "common/cpu/isa.h"
@@ -9,39 +9,39 @@ namespace petal {
 enum class Site : int32_t { kBottleneck = 0, kInput = 1, kMode = 2 };
 
 struct LowrankOutput {
-  int64_t width;          // O_k
-  const float* up;        // forward P_k^T [R, O_k]; backward P_k [O_k, R]
-  const float* core;      // core_k [R, R], or null
-  const float* core_t;    // core_k^T [R, R], backward only
-  const float* weight;    // forward W_k^T [D, O_k]; backward W_k [O_k, D]; or null
-  const float* bias;      // fp32, padded to whole panels, or null
-  const void* base;       // [N, O_k], or null
+  int64_t width;        // O_k
+  const float* up;      // forward P_k^T [R, O_k]; backward P_k [O_k, R]
+  const float* core;    // core_k [R, R], or null
+  const float* core_t;  // core_k^T [R, R], backward only
+  const float* weight;  // forward W_k^T [D, O_k]; backward W_k [O_k, D]; or null
+  const float* bias;    // fp32, padded to whole panels, or null
+  const void* base;     // [N, O_k], or null
   int64_t base_row;
-  void* y;                // [N, O_k] contiguous
-  const void* dy;         // [N, O_k]
+  void* y;         // [N, O_k] contiguous
+  const void* dy;  // [N, O_k]
   int64_t dy_row;
-  float* dup;             // partials dP_k^T [splits][panels of O_k][R][kNR], or null
-  float* dcore;           // partials [splits][panels of R][R][kNR], or null
+  float* dup;    // partials dP_k^T [splits][panels of O_k][R][kNR], or null
+  float* dcore;  // partials [splits][panels of R][R][kNR], or null
 };
 
 struct LowrankArgs {
   int64_t N, D, R, K;
-  int64_t block;          // rows of a block
-  const void* x;          // [N, D], or null
+  int64_t block;  // rows of a block
+  const void* x;  // [N, D], or null
   int64_t x_row;
-  const void* hidden;     // [N, R]: given, or saved by forward
+  const void* hidden;  // [N, R]: given, or saved by forward
   int64_t hidden_row;
-  const float* down;      // forward U^T [D, R]; backward U [R, D]; or null
+  const float* down;  // forward U^T [D, R]; backward U [R, D]; or null
   LowrankOutput* outs;
   float scale;
   Site site;
   CpuDropout dropout;
-  void* h;                // forward: [N, R] contiguous, or null
-  void* dx;               // backward: [N, D] contiguous, or null
-  bool dx_has_base;       // dx already holds sum_k dy_k W_k
-  void* dh;               // backward: [N, R] contiguous, or null
-  float* ddown;           // partials [splits][panels of D][R][kNR], or null
-  bool need_dh;           // any of dx's update, dU, dcore, dh
+  void* h;           // forward: [N, R] contiguous, or null
+  void* dx;          // backward: [N, D] contiguous, or null
+  bool dx_has_base;  // dx already holds sum_k dy_k W_k
+  void* dh;          // backward: [N, R] contiguous, or null
+  float* ddown;      // partials [splits][panels of D][R][kNR], or null
+  bool need_dh;      // any of dx's update, dU, dcore, dh
 };
 
 struct LowrankKernels {
@@ -51,7 +51,8 @@ struct LowrankKernels {
   int64_t (*backward_scratch)(const LowrankArgs&, DType);
   void (*forward)(const LowrankArgs&, DType, int64_t row0, int64_t rows, float* scratch);
   // Rows [row0, row1) of split `split`, block after block.
-  void (*backward)(const LowrankArgs&, DType, int64_t split, int64_t row0, int64_t row1, float* scratch);
+  void (*backward)(const LowrankArgs&, DType, int64_t split, int64_t row0, int64_t row1,
+                   float* scratch);
 };
 
 PETAL_DECLARE_PER_ISA(const LowrankKernels& lowrank_kernels())

@@ -32,8 +32,10 @@ ModeArgs arguments(const Tensor& core, const Tensor& modes, const Optional& up, 
   STD_TORCH_CHECK((a.diagonal || core.dim() == 3) && core.size(0) == a.R, "core: want rank ", a.R);
   STD_TORCH_CHECK(core.is_contiguous(), "core: want a contiguous tensor");
   STD_TORCH_CHECK(!up || (up->dim() == 2 && up->size(1) == a.R), "up: want [O, ", a.R, "]");
-  const bool fits = out.dim() == 3 && out.size(0) == a.K && out.size(1) == a.R && out.size(2) == a.O;
-  STD_TORCH_CHECK(fits && out.is_contiguous(), "out: want contiguous [", a.K, ", ", a.R, ", ", a.O, "]");
+  const bool fits =
+      out.dim() == 3 && out.size(0) == a.K && out.size(1) == a.R && out.size(2) == a.O;
+  STD_TORCH_CHECK(fits && out.is_contiguous(), "out: want contiguous [", a.K, ", ", a.R, ", ", a.O,
+                  "]");
   a.in = dtype_of(core, "core"), a.core = core.const_data_ptr();
   a.scale = static_cast<float>(scale), a.out_type = dtype_of(out, "out");
   return a;

@@ -6,9 +6,9 @@
 // Backward, per slab, from D = dPT[:, a, :] [K, O]:
 //   dM_a = s D V  (CP: t_k = s D_k . V[:, a]),   dV^T += M_a^T D
 //   dC[a] = dM_a^T p,   dp += dM_a C[a]  (CP: dlambda_a = sum_k p_k[a] t_k, dp_k[a] = lambda_a t_k)
-// Traffic: the core, p and V are read once per task (V and p packed once per call), PT is written or
-// dPT read once. M is never stored. fp32 accumulation, results rounded once; dp and dV are partials
-// per range of slabs that R alone fixes, summed in order.
+// Traffic: the core, p and V are read once per task (V and p packed once per call), PT is written
+// or dPT read once. M is never stored. fp32 accumulation, results rounded once; dp and dV are
+// partials per range of slabs that R alone fixes, summed in order.
 #include "common/cpu/block.h"
 #include "params.h"
 
@@ -23,8 +23,8 @@ int64_t scratch_of(const ModeArgs& a) {
 
 // C[a] in fp32 rows of padded(R).
 void load_slab(float* slab, const ModeArgs& a, int64_t index) {
-  PETAL_BY_TYPE(a.in, to_rows(slab, padded(a.R), static_cast<const T*>(a.core) + index * a.R * a.R, a.R,
-                              a.R, a.R));
+  PETAL_BY_TYPE(a.in, to_rows(slab, padded(a.R), static_cast<const T*>(a.core) + index * a.R * a.R,
+                              a.R, a.R, a.R));
 }
 
 float lambda(const ModeArgs& a, int64_t index) {
@@ -41,7 +41,8 @@ PETAL_INLINE float mode(const ModeArgs& a, int64_t k, int64_t c) {
 void middle_of(float* middle, float* slab, const ModeArgs& a, int64_t index) {
   const int64_t width = padded(a.K);
   load_slab(slab, a, index);
-  gemm({middle, width, kNR}, false, row_major(slab, padded(a.R)), a.R, a.R, a.modes_t, a.R * kNR, width / kNR);
+  gemm({middle, width, kNR}, false, row_major(slab, padded(a.R)), a.R, a.R, a.modes_t, a.R * kNR,
+       width / kNR);
   for (int64_t i = 0; i < a.R * width; i += kVL) store(middle + i, load(middle + i) * a.scale);
 }
 
@@ -115,8 +116,8 @@ void forward_of(const ModeArgs& a, int64_t a0, int64_t a1, float* scratch) {
 
 // D = dPT[:, a, :] in panels of K rows.
 void load_dout(float* d, const ModeArgs& a, int64_t index) {
-  PETAL_BY_TYPE(a.out_type,
-                to_panels(d, static_cast<const T*>(a.dout) + index * a.O, a.R * a.O, a.K, a.O, a.K));
+  PETAL_BY_TYPE(a.out_type, to_panels(d, static_cast<const T*>(a.dout) + index * a.O, a.R * a.O,
+                                      a.K, a.O, a.K));
 }
 
 template <typename T>
@@ -135,7 +136,8 @@ void backward_tucker(const ModeArgs& a, int64_t split, bool first, int64_t index
   if (a.dup) {
     middle_of(middle, slab, a, index);
     float* dup = a.dup + split * n_panels(a.O) * a.R * kNR;
-    gemm({dup, kNR, a.R * kNR}, !first, row_major(middle, padded(a.K)), a.R, a.K, d, a.K * kNR, n_panels(a.O));
+    gemm({dup, kNR, a.R * kNR}, !first, row_major(middle, padded(a.K)), a.R, a.K, d, a.K * kNR,
+         n_panels(a.O));
   } else if (a.dmodes) {
     load_slab(slab, a, index);
   }
@@ -159,7 +161,8 @@ void backward_tucker(const ModeArgs& a, int64_t split, bool first, int64_t index
     // The slab's rows become the right operand: panels of R rows.
     to_panels(result, slab, width, a.R, a.R, a.R);
     float* dmodes = a.dmodes + split * n_panels(a.R) * a.K * kNR;
-    gemm({dmodes, kNR, a.K * kNR}, !first, row_major(dm, width), a.K, a.R, result, a.R * kNR, width / kNR);
+    gemm({dmodes, kNR, a.K * kNR}, !first, row_major(dm, width), a.K, a.R, result, a.R * kNR,
+         width / kNR);
   }
 }
 
