@@ -14,6 +14,7 @@ KERNEL_SECONDS ?= 30
 JOBS ?= 2
 PARALLEL = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 SOURCES := setup.py pyproject.toml .ci/requirements.txt $(shell find csrc -type f)
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-all lint fuzz bench readme-tables gpu mutants cross-compile clean
 
@@ -30,6 +31,7 @@ test-all: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 
 bench: $(READY)
