@@ -92,8 +92,8 @@ __device__ __forceinline__ void mask_tile(T* tile, const MaskSource& mask, uint3
 // contraction. A tile: [BM][DEPTH] if A_KC else [DEPTH][BM]; B tile: [BN][DEPTH] if B_KC else
 // [DEPTH][BN]; LDA, LDB: elements from row to row where a tile is a piece of a larger one.
 template <typename T, int BM, int BN, int DEPTH, bool A_KC, bool B_KC, int WM, int WN, int WK,
-          int LDA = kLd < T, A_KC ? DEPTH : BM>
-, int LDB = kLd < T, B_KC ? DEPTH : BN >> struct TileProduct {
+          int LDA = kLd<T, (A_KC ? DEPTH : BM)>, int LDB = kLd<T, (B_KC ? DEPTH : BN)>>
+struct TileProduct {
   static_assert(WM * WN * WK * kWarp == kThreads, "four warps");
   static constexpr int kRows = BM / WM, kCols = BN / WN, kM = kRows / 16, kN = kCols / 8;
   static_assert(kM >= 1 && kN >= 2 && kN % 2 == 0 && DEPTH % (16 * WK) == 0, "warp tile");
