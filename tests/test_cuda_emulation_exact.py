@@ -54,22 +54,30 @@ def test_masks_of_the_bottleneck(fused: bool, small: bool, emulated: Any) -> Non
     ys = [torch.empty(rows, rank) for _ in range(3)]
     if fused:
         h = torch.empty(rows, rank)
-        emulated.lowrank_update(ones, eye, h, [eye] * 3, [], ys, RNG, 1.0, p, False, True)
+        emulated.lowrank_linear_fwd_update(
+            ones, eye, h, [eye] * 3, [], ys, RNG, 1.0, p, False, True
+        )
         assert torch.equal(h, ones)
     else:
-        emulated.lowrank_expand([ones], [eye] * 3, [], ys, RNG, 1.0, p, True, False)
+        emulated.lowrank_linear_expand([ones], [eye] * 3, [], ys, RNG, 1.0, p, True, False)
     for y, mask in zip(ys, want, strict=True):
         assert torch.equal(y, mask)
     apart = torch.empty(rows, 3 * rank)
-    emulated.lowrank_shrink([ones] * 3, [eye] * 3, apart, RNG, 1.0, p, False, True, True, small)
+    emulated.lowrank_linear_shrink(
+        [ones] * 3, [eye] * 3, apart, RNG, 1.0, p, False, True, True, small
+    )
     assert torch.equal(apart, torch.cat(want, 1))
     total = torch.empty(rows, rank)
-    emulated.lowrank_shrink([ones] * 3, [eye] * 3, total, RNG, 1.0, p, False, True, False, small)
+    emulated.lowrank_linear_shrink(
+        [ones] * 3, [eye] * 3, total, RNG, 1.0, p, False, True, False, small
+    )
     kept = sum(keep_mask(k, rows, rank, p).float() for k in range(3))
     assert torch.equal(total, kept * torch.tensor(philox.keep_scale(p)))
     outs = [torch.empty(rows, rank) for _ in range(3)]
     eye_rows = torch.eye(rows)
-    emulated.lowrank_param_grad([eye_rows] * 3, [ones] * 3, outs, RNG, [1.0] * 3, p, [2, 2, 2], 2)
+    emulated.lowrank_linear_bwd_weights(
+        [eye_rows] * 3, [ones] * 3, outs, RNG, [1.0] * 3, p, [2, 2, 2], 2
+    )
     for out, mask in zip(outs, want, strict=True):
         assert torch.equal(out, mask)
 
@@ -79,18 +87,20 @@ def test_masks_of_the_input(small: bool, emulated: Any) -> None:
     rows, width, p = 70, 51, 0.3
     eye, ones, want = torch.eye(width), torch.ones(rows, width), scaled_mask(0, rows, width, p)
     h = torch.empty(rows, width)
-    emulated.lowrank_shrink([ones], [eye], h, RNG, 1.0, p, True, False, False, small)
+    emulated.lowrank_linear_shrink([ones], [eye], h, RNG, 1.0, p, True, False, False, small)
     assert torch.equal(h, want)
     fused, y = torch.empty(rows, width), torch.empty(rows, 3)
-    emulated.lowrank_update(
+    emulated.lowrank_linear_fwd_update(
         ones, eye, fused, [torch.ones(3, width)], [], [y], RNG, 1.0, p, True, False
     )
     assert torch.equal(fused, want)
     dx = torch.empty(rows, width)
-    emulated.lowrank_expand([ones], [eye], [], [dx], RNG, 1.0, p, False, True)
+    emulated.lowrank_linear_expand([ones], [eye], [], [dx], RNG, 1.0, p, False, True)
     assert torch.equal(dx, want)
     ddown = torch.empty(rows, width)
-    emulated.lowrank_param_grad([ones], [torch.eye(rows)], [ddown.t()], RNG, [1.0], p, [1], 2)
+    emulated.lowrank_linear_bwd_weights(
+        [ones], [torch.eye(rows)], [ddown.t()], RNG, [1.0], p, [1], 2
+    )
     assert torch.equal(ddown, want)
 
 
@@ -175,22 +185,22 @@ def test_guard_zones(dtype: torch.dtype, pad: int, emulated: Any) -> None:
 
     x, down, ups = given(rows, width), given(rank, width), [given(o, rank) for o in outs]
     h = guard.matrix(rows, rank, dtype, pad)
-    emulated.lowrank_shrink([x], [down.t()], h, None, 1.0, 0.0, False, False, False, True)
+    emulated.lowrank_linear_shrink([x], [down.t()], h, None, 1.0, 0.0, False, False, False, True)
     again = guard.matrix(rows, rank, dtype, pad)
     ys = [guard.matrix(rows, o, dtype, pad) for o in outs]
-    emulated.lowrank_update(x, down, again, ups, [], ys, None, 1.0, 0.0, False, False)
+    emulated.lowrank_linear_fwd_update(x, down, again, ups, [], ys, None, 1.0, 0.0, False, False)
     apart = [guard.matrix(rows, o, dtype, pad) for o in outs]
-    emulated.lowrank_expand([h], ups, [], apart, None, 1.0, 0.0, False, False)
+    emulated.lowrank_linear_expand([h], ups, [], apart, None, 1.0, 0.0, False, False)
     # The two paths round at the same places and differ in the order of the sum over D only.
     torch.testing.assert_close(ys, apart, rtol=2e-2, atol=2e-2)
     assert all(torch.isfinite(y).all() for y in ys)
     dys = [given(rows, o) for o in outs]
     separate = guard.matrix(rows, 2 * rank, dtype, pad)
-    emulated.lowrank_shrink(dys, ups, separate, None, 1.0, 0.0, False, False, True, False)
+    emulated.lowrank_linear_shrink(dys, ups, separate, None, 1.0, 0.0, False, False, True, False)
     grads = [guard.flat(o, rank, dtype=dtype) for o in outs] + [
         guard.flat(rank, width, dtype=dtype)
     ]
-    emulated.lowrank_param_grad(
+    emulated.lowrank_linear_bwd_weights(
         [*dys, x], [h.clone()] * 3, [*grads[:2], grads[2].t()], None, [1.0] * 3, 0.0, [0] * 3, 3
     )
     for shape in ((7, 7, 7), (7,)):
@@ -217,7 +227,7 @@ def test_splits_add_up(splits: int, dtype: torch.dtype, emulated: Any) -> None:
     big = torch.randint(-2, 3, (150, 70)).to(dtype)
     small = torch.randint(-2, 3, (150, 9)).to(dtype)
     for out in (torch.empty(70, 9), torch.empty(9, 70).t()):
-        emulated.lowrank_param_grad([big], [small], [out], None, [0.5], 0.0, [0], splits)
+        emulated.lowrank_linear_bwd_weights([big], [small], [out], None, [0.5], 0.0, [0], splits)
         assert torch.equal(out, 0.5 * (big.float().t() @ small.float()))
 
 
@@ -274,13 +284,13 @@ def test_more_than_2_31_elements(emulated: Any) -> None:
         torch.randint(-2, 3, (width, 4)).bfloat16(),
     )
     h = torch.empty(rows, 4, dtype=torch.bfloat16)
-    emulated.lowrank_update(x, down, h, [up], [], [y], None, 1.0, 0.0, False, False)
+    emulated.lowrank_linear_fwd_update(x, down, h, [up], [], [y], None, 1.0, 0.0, False, False)
     assert torch.equal(h, x @ down.t())
     assert torch.equal(y, h @ up.t())
-    emulated.lowrank_expand([h], [down.t()], [x.clone()], [y], None, 1.0, 0.0, False, False)
+    emulated.lowrank_linear_expand([h], [down.t()], [x.clone()], [y], None, 1.0, 0.0, False, False)
     assert torch.equal(y, (x.float() + h.float() @ down.float()).bfloat16())
     out = torch.empty(width, 4)
-    emulated.lowrank_param_grad([x], [h], [out], None, [1.0], 0.0, [0], 2)
+    emulated.lowrank_linear_bwd_weights([x], [h], [out], None, [1.0], 0.0, [0], 2)
     assert torch.equal(out, x.float().t() @ h.float())
 
 
@@ -381,7 +391,7 @@ def test_refusals_name_the_argument(emulated: Any) -> None:
     x, out = torch.randn(5, 8), torch.empty(5, 4)
 
     def shrink(a: Tensor, factor: Tensor, to: Tensor, p: float = 0.0) -> None:
-        emulated.lowrank_shrink([a], [factor], to, RNG, 1.0, p, True, False, False, True)
+        emulated.lowrank_linear_shrink([a], [factor], to, RNG, 1.0, p, True, False, False, True)
 
     down = torch.randn(4, 8)
     bad(lambda: shrink(x, torch.randn(4, 7).t(), out), r"factor: want \[8, 4\]")

@@ -357,7 +357,7 @@ def test_refusals_name_the_argument(replaced: Any) -> None:
     def forward(work: cuda_impl.Work = work, **changed: Any) -> None:
         numbers = [changed.pop(name, value) for name, value in codes.items()]
         tensors = {**dict.fromkeys(cuda_impl.Tensors._fields), **given} | changed
-        replaced.expert_fwd(
+        replaced.expert_dispatch_fwd(
             list(tensors.values()), list(work), numbers, [1.0, 1.0], False, True, False
         )
 
@@ -378,7 +378,9 @@ def test_refusals_name_the_argument(replaced: Any) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_shared_memory_of_the_shipped_architectures(dtype: torch.dtype, replaced: Any) -> None:
     like = torch.empty(0, dtype=dtype)
-    found = [replaced.expert_shared_bytes(like, e, r) for e, r in ((6, 16), (6, 64), (64, 256))]
+    found = [
+        replaced.expert_dispatch_shared_bytes(like, e, r) for e, r in ((6, 16), (6, 64), (64, 256))
+    ]
     assert found == sorted(found)
     assert found[-1] <= 163 * 1024
 

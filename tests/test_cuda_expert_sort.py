@@ -37,7 +37,7 @@ def sort(ops: Any, chosen: Tensor, n: int, slots: int) -> tuple[Tensor, Tensor, 
     e = chosen.shape[1]
     order, offsets = (torch.full((m,), -5, dtype=torch.int32) for m in (slots, e + 1))
     inverse = torch.full((n, e), -7, dtype=torch.int32)
-    ops.expert_sort(chosen, order, offsets, inverse)
+    ops.expert_dispatch_fwd_sort(chosen, order, offsets, inverse)
     return order, offsets, inverse
 
 
@@ -57,7 +57,7 @@ def test_sort(kind: str, emulated: Any, lib: ctypes.CDLL) -> None:
         want_inverse[order[: len(slots)].long(), expert] = slots
         assert torch.equal(inverse, want_inverse)
         again = torch.full_like(inverse, -7)
-        emulated.expert_invert(order, offsets, again)
+        emulated.expert_dispatch_bwd_invert(order, offsets, again)
         assert torch.equal(again, want_inverse)
 
 

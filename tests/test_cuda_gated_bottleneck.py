@@ -245,7 +245,7 @@ def test_refusals_name_the_argument(replaced: Any) -> None:
         tensors = {**dict.fromkeys(names), "x": x, "down": down, "up": up} | changed
         given = [tensors[name] for name in names]
         work = list(cuda_impl.Work())
-        replaced.gated_fwd(given, work, out, None, codes, numbers, True, False, False)
+        replaced.gated_bottleneck_fwd(given, work, out, None, codes, numbers, True, False, False)
 
     forward()
     bad(lambda: forward(up=torch.randn(d, 5)), r"down: want \[5, 8\], got \[4, 8\]")
@@ -264,7 +264,10 @@ def test_refusals_name_the_argument(replaced: Any) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_shared_memory_of_the_shipped_architectures(dtype: torch.dtype, replaced: Any) -> None:
     like = torch.empty(0, dtype=dtype)
-    found = [replaced.gated_shared_bytes(like, r, g) for r, g in ((64, 0), (96, 96), (256, 256))]
+    found = [
+        replaced.gated_bottleneck_shared_bytes(like, r, g)
+        for r, g in ((64, 0), (96, 96), (256, 256))
+    ]
     assert found == sorted(found)
     assert found[-1] <= 163 * 1024
 
@@ -310,5 +313,5 @@ def test_traffic_of_routed_lora(route: str) -> None:
         return [*(given | {"bottleneck": None}).values(), work[0]], [out]
 
     with pk.use_backend("torch"):
-        moved = call.count({"petal_cuda_emulated::gated_fwd": kernel})
+        moved = call.count({"petal_cuda_emulated::gated_bottleneck_fwd": kernel})
     call.check(moved)

@@ -244,11 +244,11 @@ def test_traffic(case: Case) -> None:
     wide, backward_wide = workload.bytes_moved(case, torch.float32)
     pairs = [t.noise, saved.logits, saved.chosen, saved.order, saved.offsets]
     pairs_bytes = sum(p.nbytes for p in pairs if p is not None)
-    assert forward.bytes == {"petal_native::expert_dispatch_forward": wide + pairs_bytes}
+    assert forward.bytes == {"petal_native::expert_dispatch_fwd": wide + pairs_bytes}
     dout = draw(out)
     with _Operands(weights) as backward:
         native_impl.backward(call, saved, dout, None, needs(call))
-    name = "petal_native::expert_dispatch_backward"
+    name = "petal_native::expert_dispatch_bwd"
     flat_up = t.up.nbytes if case.plan != "sorted" else 0
     base = t.base.nbytes if t.base is not None else 0  # passed on, not read
     grads = sum(w.nbytes for w in weights if w is not None) + t.noise.nbytes

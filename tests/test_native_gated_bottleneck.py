@@ -87,7 +87,7 @@ def test_traffic_of_routed_lora(route: str) -> None:
         return tensors, rest[-1]
 
     with pk.use_backend("native"):
-        call.check(call.count({"petal_native::gated_bottleneck_forward": kernel}))
+        call.check(call.count({"petal_native::gated_bottleneck_fwd": kernel}))
 
 
 @pytest.mark.parametrize("out", [7, 16, 45])

@@ -270,11 +270,11 @@ void backward(Optionals tensors, int64_t activation, int64_t gate, int64_t top_k
 }  // namespace petal
 
 STABLE_TORCH_LIBRARY_FRAGMENT(petal_native, m) {
-  m.def("expert_dispatch_forward(" PETAL_EXPERT_SETTINGS "Tensor(a!)[] results) -> ()");
-  m.def("expert_dispatch_backward(" PETAL_EXPERT_SETTINGS
+  m.def("expert_dispatch_fwd(" PETAL_EXPERT_SETTINGS "Tensor(a!)[] results) -> ()");
+  m.def("expert_dispatch_bwd(" PETAL_EXPERT_SETTINGS
         "Tensor dout, Tensor? flat_up, Tensor? dlogits, Tensor[] saved, Tensor(a!)[] grads) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(petal_native, CPU, m) {
-  m.impl("expert_dispatch_forward", TORCH_BOX(&petal::forward));
-  m.impl("expert_dispatch_backward", TORCH_BOX(&petal::backward));
+  m.impl("expert_dispatch_fwd", TORCH_BOX(&petal::forward));
+  m.impl("expert_dispatch_bwd", TORCH_BOX(&petal::backward));
 }

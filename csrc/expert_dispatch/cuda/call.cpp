@@ -1,4 +1,4 @@
-// expert_dispatch on CUDA: checks, parameter structs and registration of petal_cuda::expert_*.
+// expert_dispatch on CUDA: checks, parameter structs and registration.
 // Kernels: {sort,forward,backward,weights}.cu. These functions write into tensors their caller has
 // allocated; they are called by ops/expert_dispatch/cuda_impl.py only.
 #include "common/cuda/host.h"
@@ -174,8 +174,8 @@ ExpertParams params_of(const Call& call, DType dtype, int64_t rows) {
 }
 
 // Logits and choice, z, and the output where `work` has room for it.
-void expert_fwd(MaybeTensors tensors, MaybeTensors work, std::vector<int64_t> codes,
-                std::vector<double> numbers, bool form_logits, bool form_z, bool by_slot) {
+void expert_dispatch_fwd(MaybeTensors tensors, MaybeTensors work, std::vector<int64_t> codes,
+                         std::vector<double> numbers, bool form_logits, bool form_z, bool by_slot) {
   const Call call{tensors, work, codes, numbers};
   STD_TORCH_CHECK(tensors.size() == kInputs, "expert_dispatch: a list of another length");
   want(tensors[kX].has_value(), "x");
@@ -198,12 +198,13 @@ void expert_fwd(MaybeTensors tensors, MaybeTensors work, std::vector<int64_t> co
   }
   want(f.z.data != nullptr || (!form_z && p.out.data == nullptr), "z");
   const Device device(x);
-  check_launch(launch_expert_fwd(p, device.stream()), "expert_fwd");
+  check_launch(launch_expert_fwd(p, device.stream()), "expert_dispatch_fwd");
 }
 
 // dz, ga and dgates, then what follows by token: dlogits in dgates' place, the gates, dx.
-void expert_rows(Tensor dout, MaybeTensors tensors, MaybeTensors work, std::vector<int64_t> codes,
-                 std::vector<double> numbers, bool form_dz, bool form_dx, bool by_slot) {
+void expert_dispatch_bwd_rows(Tensor dout, MaybeTensors tensors, MaybeTensors work,
+                              std::vector<int64_t> codes, std::vector<double> numbers, bool form_dz,
+                              bool form_dx, bool by_slot) {
   const Call call{tensors, work, codes, numbers};
   ExpertRowsParams p = {};
   p.f = params_of(call, dtype_of(dout, "dout"), dout.size(0));
@@ -229,7 +230,7 @@ void expert_rows(Tensor dout, MaybeTensors tensors, MaybeTensors work, std::vect
   want(!by_slot || sorted, "order");
   want(f.logits == nullptr || p.dx.data == nullptr || f.router.data != nullptr, "router");
   const Device device(dout);
-  check_launch(launch_expert_rows(p, device.stream()), "expert_rows");
+  check_launch(launch_expert_rows(p, device.stream()), "expert_dispatch_bwd_rows");
 }
 
 ExpertSortParams sort_params(const Tensor& order, const Tensor& offsets, const Tensor& inverse) {
@@ -247,7 +248,7 @@ ExpertSortParams sort_params(const Tensor& order, const Tensor& offsets, const T
   return p;
 }
 
-void expert_sort(Tensor chosen, Tensor order, Tensor offsets, Tensor inverse) {
+void expert_dispatch_fwd_sort(Tensor chosen, Tensor order, Tensor offsets, Tensor inverse) {
   ExpertSortParams p = sort_params(order, offsets, inverse);
   STD_TORCH_CHECK(chosen.dim() == 2 && chosen.size(1) == p.experts && chosen.size(0) > 0 &&
                       p.rows % chosen.size(0) == 0,
@@ -258,22 +259,22 @@ void expert_sort(Tensor chosen, Tensor order, Tensor offsets, Tensor inverse) {
       torch::stable::new_empty(order, {ceil_div(p.rows, kSortTokens) * p.experts}, ScalarType::Int);
   p.counts = static_cast<int32_t*>(counts.data_ptr());
   const Device device(order);
-  check_launch(launch_expert_sort(p, device.stream()), "expert_sort");
+  check_launch(launch_expert_sort(p, device.stream()), "expert_dispatch_fwd_sort");
 }
 
-void expert_invert(Tensor order, Tensor offsets, Tensor inverse) {
+void expert_dispatch_bwd_invert(Tensor order, Tensor offsets, Tensor inverse) {
   const ExpertSortParams p = sort_params(order, offsets, inverse);
   const Device device(order);
-  check_launch(launch_expert_invert(p, device.stream()), "expert_invert");
+  check_launch(launch_expert_invert(p, device.stream()), "expert_dispatch_bwd_invert");
 }
 
 // `grads` and what forms them: up (dout, ga), down (x, dz), up_bias (dout, the gates), router (x,
 // the logits' gradient) and, sorted, down_bias (dz).
 constexpr int kProducts = 2;
-void expert_weights(Tensor dout, MaybeTensor x, MaybeTensors work, MaybeTensors grads,
-                    int64_t experts, int64_t rank, double mix, int64_t splits) {
+void expert_dispatch_bwd_weights(Tensor dout, MaybeTensor x, MaybeTensors work, MaybeTensors grads,
+                                 int64_t experts, int64_t rank, double mix, int64_t splits) {
   STD_TORCH_CHECK(splits >= 1 && grads.size() == kMaxExpertFolds && work.size() == kWork,
-                  "expert_weights: want a split and ", kMaxExpertFolds, " gradients");
+                  "expert_dispatch_bwd_weights: want a split and ", kMaxExpertFolds, " gradients");
   const DType dtype = dtype_of(dout, "dout");
   const int64_t rows = dout.size(0), outs = dout.size(1), inner = experts * rank;
   ExpertWeightsParams p = {};
@@ -351,9 +352,10 @@ void expert_weights(Tensor dout, MaybeTensor x, MaybeTensors work, MaybeTensors 
                              down ? width : rank};
     STD_TORCH_CHECK(grad.dim() == (product ? 3 : 2) && grad.size(0) == job.experts &&
                         grad.size(1) == sizes[0] && (!product || grad.size(2) == sizes[1]),
-                    "expert_weights: gradient ", j, " does not have its parameter's shape");
+                    "expert_dispatch_bwd_weights: gradient ", j,
+                    " does not have its parameter's shape");
     job.out = grad.data_ptr();
-    job.dtype = dtype_of(grad, "expert_weights: gradient");
+    job.dtype = dtype_of(grad, "expert_dispatch_bwd_weights: gradient");
     job.stride_expert = grad.stride(0);
     job.stride_row = product ? grad.stride(down ? 2 : 1) : 0;
     job.stride_col = grad.stride(product && !down ? 2 : 1);
@@ -361,14 +363,16 @@ void expert_weights(Tensor dout, MaybeTensor x, MaybeTensors work, MaybeTensors 
   }
   const Device device(dout);
   if (p.product[0].width + p.product[1].width > 0)
-    check_launch(launch_expert_weights(p, device.stream()), "expert_weights");
-  if (sums.jobs > 0) check_launch(launch_expert_sums(sums, device.stream()), "expert_weights");
-  if (fold.jobs > 0) check_launch(launch_expert_fold(fold, device.stream()), "expert_weights");
+    check_launch(launch_expert_weights(p, device.stream()), "expert_dispatch_bwd_weights");
+  if (sums.jobs > 0)
+    check_launch(launch_expert_sums(sums, device.stream()), "expert_dispatch_bwd_weights");
+  if (fold.jobs > 0)
+    check_launch(launch_expert_fold(fold, device.stream()), "expert_dispatch_bwd_weights");
 }
 
 // What the largest block asks for.
-int64_t expert_shared_bytes(Tensor like, int64_t experts, int64_t rank) {
-  const DType dtype = dtype_of(like, "expert_shared_bytes");
+int64_t expert_dispatch_shared_bytes(Tensor like, int64_t experts, int64_t rank) {
+  const DType dtype = dtype_of(like, "expert_dispatch_shared_bytes");
   const size_t rows = expert_fwd_bytes(dtype, static_cast<int>(experts), static_cast<int>(rank)),
                weights = expert_weights_bytes(dtype);
   return static_cast<int64_t>(rows > weights ? rows : weights);
@@ -379,25 +383,29 @@ int64_t expert_shared_bytes(Tensor like, int64_t experts, int64_t rank) {
 
 PETAL_LIBRARY_FRAGMENT(PETAL_CUDA_LIBRARY, m) {
   m.def(
-      "expert_fwd(Tensor?[] tensors, Tensor(a!)?[] work, int[] codes, float[] numbers, bool "
+      "expert_dispatch_fwd(Tensor?[] tensors, Tensor(a!)?[] work, int[] codes, float[] numbers, "
+      "bool "
       "form_logits, bool form_z, bool by_slot) -> ()");
   m.def(
-      "expert_rows(Tensor dout, Tensor?[] tensors, Tensor(a!)?[] work, int[] codes, float[] "
+      "expert_dispatch_bwd_rows(Tensor dout, Tensor?[] tensors, Tensor(a!)?[] work, int[] codes, "
+      "float[] "
       "numbers, bool form_dz, bool form_dx, bool by_slot) -> ()");
   m.def(
-      "expert_sort(Tensor chosen, Tensor(a!) order, Tensor(b!) offsets, Tensor(c!) inverse) -> ()");
-  m.def("expert_invert(Tensor order, Tensor offsets, Tensor(a!) inverse) -> ()");
+      "expert_dispatch_fwd_sort(Tensor chosen, Tensor(a!) order, Tensor(b!) offsets, Tensor(c!) "
+      "inverse) -> ()");
+  m.def("expert_dispatch_bwd_invert(Tensor order, Tensor offsets, Tensor(a!) inverse) -> ()");
   m.def(
-      "expert_weights(Tensor dout, Tensor? x, Tensor?[] work, Tensor(a!)?[] grads, int experts, "
+      "expert_dispatch_bwd_weights(Tensor dout, Tensor? x, Tensor?[] work, Tensor(a!)?[] grads, "
+      "int experts, "
       "int rank, float mix, int splits) -> ()");
-  m.def("expert_shared_bytes(Tensor like, int experts, int rank) -> int");
+  m.def("expert_dispatch_shared_bytes(Tensor like, int experts, int rank) -> int");
 }
 
 PETAL_LIBRARY_IMPL(PETAL_CUDA_LIBRARY, PETAL_CUDA_KEY, m) {
-  m.impl("expert_fwd", TORCH_BOX(&petal::expert_fwd));
-  m.impl("expert_rows", TORCH_BOX(&petal::expert_rows));
-  m.impl("expert_sort", TORCH_BOX(&petal::expert_sort));
-  m.impl("expert_invert", TORCH_BOX(&petal::expert_invert));
-  m.impl("expert_weights", TORCH_BOX(&petal::expert_weights));
-  m.impl("expert_shared_bytes", TORCH_BOX(&petal::expert_shared_bytes));
+  m.impl("expert_dispatch_fwd", TORCH_BOX(&petal::expert_dispatch_fwd));
+  m.impl("expert_dispatch_bwd_rows", TORCH_BOX(&petal::expert_dispatch_bwd_rows));
+  m.impl("expert_dispatch_fwd_sort", TORCH_BOX(&petal::expert_dispatch_fwd_sort));
+  m.impl("expert_dispatch_bwd_invert", TORCH_BOX(&petal::expert_dispatch_bwd_invert));
+  m.impl("expert_dispatch_bwd_weights", TORCH_BOX(&petal::expert_dispatch_bwd_weights));
+  m.impl("expert_dispatch_shared_bytes", TORCH_BOX(&petal::expert_dispatch_shared_bytes));
 }

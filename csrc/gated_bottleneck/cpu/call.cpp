@@ -312,11 +312,11 @@ void backward(Optionals tensors, Optionals derived, Optional rng, int64_t activa
 }  // namespace petal
 
 STABLE_TORCH_LIBRARY_FRAGMENT(petal_native, m) {
-  m.def("gated_bottleneck_forward(" PETAL_GATED_SETTINGS "Tensor(a!)[] results) -> ()");
-  m.def("gated_bottleneck_backward(" PETAL_GATED_SETTINGS
+  m.def("gated_bottleneck_fwd(" PETAL_GATED_SETTINGS "Tensor(a!)[] results) -> ()");
+  m.def("gated_bottleneck_bwd(" PETAL_GATED_SETTINGS
         "Tensor dout, Tensor[] saved, Tensor(a!)[] grads) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(petal_native, CPU, m) {
-  m.impl("gated_bottleneck_forward", TORCH_BOX(&petal::forward));
-  m.impl("gated_bottleneck_backward", TORCH_BOX(&petal::backward));
+  m.impl("gated_bottleneck_fwd", TORCH_BOX(&petal::forward));
+  m.impl("gated_bottleneck_bwd", TORCH_BOX(&petal::backward));
 }

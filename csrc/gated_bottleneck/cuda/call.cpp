@@ -1,4 +1,4 @@
-// gated_bottleneck on CUDA: checks, parameter structs and registration of petal_cuda::gated_*.
+// gated_bottleneck on CUDA: checks, parameter structs and registration.
 // Kernels: {forward,backward,weights}.cu. These functions write into tensors their caller has
 // allocated; they are called by ops/gated_bottleneck/cuda_impl.py only.
 #include <string>
@@ -213,15 +213,15 @@ void check_saved(const GatedParams& f) {
 }
 
 // z (zg, logits) into `work`, or what is there already; then out, where it is given.
-void gated_fwd(MaybeTensors tensors, MaybeTensors work, MaybeTensor out, MaybeTensor rng,
-               std::vector<int64_t> codes, std::vector<double> numbers, bool form_z, bool form_zg,
-               bool form_logits) {
+void gated_bottleneck_fwd(MaybeTensors tensors, MaybeTensors work, MaybeTensor out, MaybeTensor rng,
+                          std::vector<int64_t> codes, std::vector<double> numbers, bool form_z,
+                          bool form_zg, bool form_logits) {
   const Call call{tensors, work, rng, codes, numbers};
   STD_TORCH_CHECK(tensors.size() == kInputs && work.size() == kWork,
                   "gated_bottleneck: a list of another length");
   const MaybeTensor& first = form_z ? tensors[kX] : work[kZ];
   want(first.has_value(), form_z ? "x" : "z");
-  GatedParams p = params_of(call, dtype_of(*first, "gated_fwd"), first->size(0));
+  GatedParams p = params_of(call, dtype_of(*first, "gated_bottleneck_fwd"), first->size(0));
   p.down.form = form_z;
   p.gate.form = form_zg && p.gate.rank > 0;
   p.form_logits = form_logits;
@@ -236,16 +236,16 @@ void gated_fwd(MaybeTensors tensors, MaybeTensors work, MaybeTensor out, MaybeTe
     p.out = view(out, p.dtype, p.rows, p.outs, "out");
   }
   const Device device(*first);
-  check_launch(launch_gated_fwd(p, device.stream()), "gated_fwd");
+  check_launch(launch_gated_fwd(p, device.stream()), "gated_bottleneck_fwd");
 }
 
 // out[b] = the sum of values, or of weight times their sigmoid, over the tokens of a sample.
-void gated_pool(Tensor values, MaybeTensor token_weights, Tensor out, bool sigmoid) {
+void gated_bottleneck_pool(Tensor values, MaybeTensor token_weights, Tensor out, bool sigmoid) {
   GatedPoolParams p = {};
   p.samples = out.numel();
   STD_TORCH_CHECK(values.dim() == 1 && values.scalar_type() == ScalarType::Float && p.samples > 0 &&
                       values.size(0) % p.samples == 0,
-                  "gated_pool: want a float32 vector of whole samples");
+                  "gated_bottleneck_pool: want a float32 vector of whole samples");
   p.values = static_cast<const float*>(values.data_ptr());
   p.stride = values.stride(0);
   p.length = values.size(0) / p.samples;
@@ -253,16 +253,17 @@ void gated_pool(Tensor values, MaybeTensor token_weights, Tensor out, bool sigmo
   p.sigmoid = sigmoid;
   p.out = floats(out, p.samples, "out");
   const Device device(out);
-  check_launch(launch_gated_pool(p, device.stream()), "gated_pool");
+  check_launch(launch_gated_pool(p, device.stream()), "gated_bottleneck_pool");
 }
 
 // The row sums, then dz, dzg and the row gradients that `work` has room for.
-void gated_rows(Tensor dout, MaybeTensors tensors, MaybeTensors work, MaybeTensor rng,
-                std::vector<int64_t> codes, std::vector<double> numbers, bool form_sums,
-                bool form_columns, bool read_dz) {
+void gated_bottleneck_bwd_rows(Tensor dout, MaybeTensors tensors, MaybeTensors work,
+                               MaybeTensor rng, std::vector<int64_t> codes,
+                               std::vector<double> numbers, bool form_sums, bool form_columns,
+                               bool read_dz) {
   const Call call{tensors, work, rng, codes, numbers};
   GatedRowsParams p = {};
-  p.f = params_of(call, dtype_of(dout, "gated_rows"), dout.size(0));
+  p.f = params_of(call, dtype_of(dout, "gated_bottleneck_bwd_rows"), dout.size(0));
   const GatedParams& f = p.f;
   const DType dtype = f.dtype;
   const int64_t rows = f.rows;
@@ -296,20 +297,20 @@ void gated_rows(Tensor dout, MaybeTensors tensors, MaybeTensors work, MaybeTenso
     check_saved(f);
   }
   const Device device(dout);
-  check_launch(launch_gated_rows(p, device.stream()), "gated_rows");
+  check_launch(launch_gated_rows(p, device.stream()), "gated_bottleneck_bwd_rows");
 }
 
 // `grads`: dU, dGu, dD, dGd, then one per ColumnSum.
-void gated_weights(Tensor dout, MaybeTensors tensors, MaybeTensors work, MaybeTensors grads,
-                   MaybeTensor rng, std::vector<int64_t> codes, std::vector<double> numbers,
-                   int64_t splits) {
+void gated_bottleneck_bwd_weights(Tensor dout, MaybeTensors tensors, MaybeTensors work,
+                                  MaybeTensors grads, MaybeTensor rng, std::vector<int64_t> codes,
+                                  std::vector<double> numbers, int64_t splits) {
   const Call call{tensors, work, rng, codes, numbers};
   GatedWeightsParams p = {};
-  p.f = params_of(call, dtype_of(dout, "gated_weights"), dout.size(0));
+  p.f = params_of(call, dtype_of(dout, "gated_bottleneck_bwd_weights"), dout.size(0));
   const GatedParams& f = p.f;
   constexpr int kMatrices = kMaxFolds - kColumnSums;
-  STD_TORCH_CHECK(splits >= 1 && grads.size() == kMaxFolds, "gated_weights: want a split and ",
-                  kMaxFolds, " gradients");
+  STD_TORCH_CHECK(splits >= 1 && grads.size() == kMaxFolds,
+                  "gated_bottleneck_bwd_weights: want a split and ", kMaxFolds, " gradients");
   p.dout = matrix(dout, f.rows, f.outs, "dout");
   p.sums = floats(work[kSums], f.rows * kRowSums, "sums");
   p.need_up = grads[0].has_value();
@@ -361,20 +362,21 @@ void gated_weights(Tensor dout, MaybeTensors tensors, MaybeTensors work, MaybeTe
     STD_TORCH_CHECK(sum ? grad.dim() == 1 && grad.size(0) == f.outs
                         : grad.dim() == 2 && grad.size(down ? 1 : 0) == job.rows &&
                               grad.size(down ? 0 : 1) == job.cols,
-                    "gated_weights: gradient ", j, ": want ", job.rows, " x ", job.cols);
+                    "gated_bottleneck_bwd_weights: gradient ", j, ": want ", job.rows, " x ",
+                    job.cols);
     job.out = grad.data_ptr();
-    job.dtype = dtype_of(grad, "gated_weights: gradient");
+    job.dtype = dtype_of(grad, "gated_bottleneck_bwd_weights: gradient");
     job.stride_row = sum ? 0 : grad.stride(down ? 1 : 0);
     job.stride_col = grad.stride(sum || down ? 0 : 1);
   }
   const Device device(dout);
-  check_launch(launch_gated_weights(p, device.stream()), "gated_weights");
-  check_launch(launch_gated_fold(fold, device.stream()), "gated_weights");
+  check_launch(launch_gated_weights(p, device.stream()), "gated_bottleneck_bwd_weights");
+  check_launch(launch_gated_fold(fold, device.stream()), "gated_bottleneck_bwd_weights");
 }
 
 // What the largest block asks for: sm_80, sm_90 and sm_100 have it for every rank.
-int64_t gated_shared_bytes(Tensor like, int64_t rank, int64_t gate_rank) {
-  const DType dtype = dtype_of(like, "gated_shared_bytes");
+int64_t gated_bottleneck_shared_bytes(Tensor like, int64_t rank, int64_t gate_rank) {
+  const DType dtype = dtype_of(like, "gated_bottleneck_shared_bytes");
   size_t most = 0;
   for (const auto bytes : {gated_fwd_bytes, gated_rows_bytes, gated_weights_bytes}) {
     const size_t found = bytes(dtype, static_cast<int>(rank), static_cast<int>(gate_rank));
@@ -388,22 +390,27 @@ int64_t gated_shared_bytes(Tensor like, int64_t rank, int64_t gate_rank) {
 
 PETAL_LIBRARY_FRAGMENT(PETAL_CUDA_LIBRARY, m) {
   m.def(
-      "gated_fwd(Tensor?[] tensors, Tensor(a!)?[] work, Tensor(b!)? out, Tensor? rng, int[] codes, "
+      "gated_bottleneck_fwd(Tensor?[] tensors, Tensor(a!)?[] work, Tensor(b!)? out, Tensor? rng, "
+      "int[] codes, "
       "float[] numbers, bool form_z, bool form_zg, bool form_logits) -> ()");
-  m.def("gated_pool(Tensor values, Tensor? token_weights, Tensor(a!) out, bool sigmoid) -> ()");
   m.def(
-      "gated_rows(Tensor dout, Tensor?[] tensors, Tensor(a!)?[] work, Tensor? rng, int[] codes, "
+      "gated_bottleneck_pool(Tensor values, Tensor? token_weights, Tensor(a!) out, bool sigmoid) "
+      "-> ()");
+  m.def(
+      "gated_bottleneck_bwd_rows(Tensor dout, Tensor?[] tensors, Tensor(a!)?[] work, Tensor? rng, "
+      "int[] codes, "
       "float[] numbers, bool form_sums, bool form_columns, bool read_dz) -> ()");
   m.def(
-      "gated_weights(Tensor dout, Tensor?[] tensors, Tensor?[] work, Tensor(a!)?[] grads, Tensor? "
+      "gated_bottleneck_bwd_weights(Tensor dout, Tensor?[] tensors, Tensor?[] work, Tensor(a!)?[] "
+      "grads, Tensor? "
       "rng, int[] codes, float[] numbers, int splits) -> ()");
-  m.def("gated_shared_bytes(Tensor like, int rank, int gate_rank) -> int");
+  m.def("gated_bottleneck_shared_bytes(Tensor like, int rank, int gate_rank) -> int");
 }
 
 PETAL_LIBRARY_IMPL(PETAL_CUDA_LIBRARY, PETAL_CUDA_KEY, m) {
-  m.impl("gated_fwd", TORCH_BOX(&petal::gated_fwd));
-  m.impl("gated_pool", TORCH_BOX(&petal::gated_pool));
-  m.impl("gated_rows", TORCH_BOX(&petal::gated_rows));
-  m.impl("gated_weights", TORCH_BOX(&petal::gated_weights));
-  m.impl("gated_shared_bytes", TORCH_BOX(&petal::gated_shared_bytes));
+  m.impl("gated_bottleneck_fwd", TORCH_BOX(&petal::gated_bottleneck_fwd));
+  m.impl("gated_bottleneck_pool", TORCH_BOX(&petal::gated_bottleneck_pool));
+  m.impl("gated_bottleneck_bwd_rows", TORCH_BOX(&petal::gated_bottleneck_bwd_rows));
+  m.impl("gated_bottleneck_bwd_weights", TORCH_BOX(&petal::gated_bottleneck_bwd_weights));
+  m.impl("gated_bottleneck_shared_bytes", TORCH_BOX(&petal::gated_bottleneck_shared_bytes));
 }

@@ -179,16 +179,16 @@ void backward(Tensors dys, Optional x, Tensor h, Optional down, Tensors ups, Ten
 
 STABLE_TORCH_LIBRARY_FRAGMENT(petal_native, m) {
   m.def(
-      "lowrank_linear_forward(Tensor? x, Tensor? down, Tensor? hidden, Tensor[] ups, "
+      "lowrank_linear_fwd(Tensor? x, Tensor? down, Tensor? hidden, Tensor[] ups, "
       "Tensor[] weights, Tensor?[] biases, Tensor[] base, Tensor? core, Tensor? rng, float scale, "
       "int threshold, float keep_scale, int site, Tensor(a!)[] ys, Tensor(b!)? h) -> ()");
   m.def(
-      "lowrank_linear_backward(Tensor[] dys, Tensor? x, Tensor h, Tensor? down, Tensor[] ups, "
+      "lowrank_linear_bwd(Tensor[] dys, Tensor? x, Tensor h, Tensor? down, Tensor[] ups, "
       "Tensor[] weights, Tensor? core, Tensor? rng, float scale, int threshold, "
       "float keep_scale, int site, bool dx_has_base, Tensor(a!)? dx, Tensor(b!)? dh, "
       "Tensor(c!)? ddown, Tensor(d!)[] dups, Tensor(e!)? dcore) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(petal_native, CPU, m) {
-  m.impl("lowrank_linear_forward", TORCH_BOX(&petal::forward));
-  m.impl("lowrank_linear_backward", TORCH_BOX(&petal::backward));
+  m.impl("lowrank_linear_fwd", TORCH_BOX(&petal::forward));
+  m.impl("lowrank_linear_bwd", TORCH_BOX(&petal::backward));
 }

@@ -9,7 +9,7 @@ namespace petal {
 
 constexpr int kMaxOutputs = 4;
 constexpr int kMaxRank = 256;
-constexpr int kMaxFusedRank = 64;  // lowrank_update: the bottleneck of its rows is one tile
+constexpr int kMaxFusedRank = 64;  // update: the bottleneck of its rows is one tile
 constexpr int kMaxJobs = kMaxOutputs + 1;
 
 // out[N, R] = scale * sum_k mask_k * (drop(a_k) b_k^T): h (one pair: x, down) and dh (pairs: dy_k,

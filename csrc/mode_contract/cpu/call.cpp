@@ -100,13 +100,13 @@ void backward(Tensor dout, Tensor core, Tensor modes, Optional up, double scale,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(petal_native, m) {
   m.def(
-      "mode_contract_forward(Tensor core, Tensor modes, Tensor? up, float scale, Tensor(a!) out) "
+      "mode_contract_fwd(Tensor core, Tensor modes, Tensor? up, float scale, Tensor(a!) out) "
       "-> ()");
   m.def(
-      "mode_contract_backward(Tensor dout, Tensor core, Tensor modes, Tensor? up, float scale, "
+      "mode_contract_bwd(Tensor dout, Tensor core, Tensor modes, Tensor? up, float scale, "
       "Tensor(a!)? dcore, Tensor(b!)? dmodes, Tensor(c!)? dup) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(petal_native, CPU, m) {
-  m.impl("mode_contract_forward", TORCH_BOX(&petal::forward));
-  m.impl("mode_contract_backward", TORCH_BOX(&petal::backward));
+  m.impl("mode_contract_fwd", TORCH_BOX(&petal::forward));
+  m.impl("mode_contract_bwd", TORCH_BOX(&petal::backward));
 }

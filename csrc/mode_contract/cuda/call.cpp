@@ -1,4 +1,4 @@
-// mode_contract on CUDA: checks, parameter structs and registration of petal_cuda::mode_contract_*.
+// mode_contract on CUDA: checks, parameter structs and registration.
 // Kernels: {forward,backward}.cu. These functions write into tensors their caller has allocated;
 // they are called by ops/mode_contract/cuda_impl.py only.
 #include "common/cuda/host.h"

@@ -80,7 +80,7 @@ def _ops() -> Any:
 def _shared_bytes(dtype: torch.dtype, device: torch.device, experts: int, rank: int) -> int:
     """What a block of the widest kernel needs. By kind, since a dry run's tensors are fake."""
     like = torch.empty(0, dtype=dtype, device=device)
-    return int(_ops().expert_shared_bytes(like, experts, rank))
+    return int(_ops().expert_dispatch_shared_bytes(like, experts, rank))
 
 
 def unsupported(call: Call) -> list[str]:
@@ -154,7 +154,7 @@ def forward(call: Call, save: bool) -> tuple[Tensor, Saved]:
     )
 
     def run(work: Work, logits: bool, z: bool, by_slot: bool = False) -> None:
-        _ops().expert_fwd(list(t), list(work), *numbers, logits, z, by_slot)
+        _ops().expert_dispatch_fwd(list(t), list(work), *numbers, logits, z, by_slot)
 
     if is_sorted:
         if topk:
@@ -166,7 +166,7 @@ def forward(call: Call, save: bool) -> tuple[Tensor, Saved]:
             offsets=first.new_empty(experts + 1, dtype=torch.int32),
             inverse=first.new_empty(n, experts, dtype=torch.int32),
         )
-        _ops().expert_sort(chosen, work.order, work.offsets, work.inverse)
+        _ops().expert_dispatch_fwd_sort(chosen, work.order, work.offsets, work.inverse)
         run(work, False, True, by_slot=True)
     out = first.new_empty(n, outs)
     run(work._replace(out=out), call.routed and not is_sorted, not is_sorted)
@@ -212,11 +212,11 @@ def backward(
 
     def rows(dz: bool, rest: bool, by_slot: bool = False) -> None:
         given = t._replace(x=None)
-        _ops().expert_rows(dout, list(given), list(work), *numbers, dz, rest, by_slot)
+        _ops().expert_dispatch_bwd_rows(dout, list(given), list(work), *numbers, dz, rest, by_slot)
 
     forms_dz = wants_gates or work.dz is not None or work.ga is not None
     if is_sorted:
-        _ops().expert_invert(work.order, work.offsets, work.inverse)
+        _ops().expert_dispatch_bwd_invert(work.order, work.offsets, work.inverse)
         if forms_dz:
             rows(True, False, by_slot=True)
         forms_dz = False
@@ -254,7 +254,7 @@ def _collect(
         targets.append(given.new_empty(given.shape) if wanted and given is not None else None)
     if any(target is not None for target in targets):
         left = work._replace(z=None, logits=None, choice=None, dx=None)
-        _ops().expert_weights(
+        _ops().expert_dispatch_bwd_weights(
             dout, t.x, list(left), targets, call.experts, call.rank, s.mix, _splits(call)
         )
     grads.update({n: g for n, g in zip(_WEIGHTS, targets, strict=True) if g is not None})

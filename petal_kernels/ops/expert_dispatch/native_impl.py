@@ -93,7 +93,7 @@ def forward(call: Call, save: bool) -> tuple[Tensor, Saved]:
     saved = Saved(z, logits, chosen, order, offsets)
     empty = first.new_empty(0)
     results = [empty if r is None else r for r in (out, *saved)]
-    torch.ops.petal_native.expert_dispatch_forward(*_arguments(call), results)
+    torch.ops.petal_native.expert_dispatch_fwd(*_arguments(call), results)
     return out, saved
 
 
@@ -117,7 +117,7 @@ def backward(
     if s.plan == "stationary":
         flat_up = t.up.permute(1, 0, 2).reshape(t.up.shape[1], -1)
     empty = dout.new_empty(0)
-    torch.ops.petal_native.expert_dispatch_backward(
+    torch.ops.petal_native.expert_dispatch_bwd(
         *_arguments(call),
         dout,
         flat_up,

@@ -95,7 +95,7 @@ def _ops() -> Any:
 def _shared_bytes(dtype: torch.dtype, device: torch.device, rank: int, gate_rank: int) -> int:
     """What a block of the widest kernel needs. By kind, since a dry run's tensors are fake."""
     like = torch.empty(0, dtype=dtype, device=device)
-    return int(_ops().gated_shared_bytes(like, rank, gate_rank))
+    return int(_ops().gated_bottleneck_shared_bytes(like, rank, gate_rank))
 
 
 def unsupported(call: Call) -> list[str]:
@@ -180,7 +180,7 @@ def _product(t: Tensors, s: Settings, z: Tensor) -> Tensor:
 
 def _pool(values: Tensor, token_weights: Tensor | None, samples: int, sigmoid: bool) -> Tensor:
     out = values.new_empty(samples)
-    _ops().gated_pool(values, token_weights, out, sigmoid)
+    _ops().gated_bottleneck_pool(values, token_weights, out, sigmoid)
     return out
 
 
@@ -220,7 +220,7 @@ def forward(
     numbers = _numbers(s, outer)
 
     def run(out: Tensor | None, z: bool, zg: bool, logits: bool) -> None:
-        _ops().gated_fwd(list(t), list(work), out, rng, *numbers, z, zg, logits)
+        _ops().gated_bottleneck_fwd(list(t), list(work), out, rng, *numbers, z, zg, logits)
 
     if product:
         if form_z:
@@ -252,7 +252,9 @@ def backward(
     numbers = _numbers(s)
 
     def rows(work: Work, sums: bool, columns: bool, read_dz: bool = False) -> None:
-        _ops().gated_rows(dout, list(t), list(work), rng, *numbers, sums, columns, read_dz)
+        _ops().gated_bottleneck_bwd_rows(
+            dout, list(t), list(work), rng, *numbers, sums, columns, read_dz
+        )
 
     columns = any(g is not None for g in (work.dz, work.dzg, work.du, work.dh, work.dx_gate))
     # dx waits for the library's part of a product.
@@ -358,7 +360,7 @@ def _weight_gradients(
         grads.get("norm_weight"),
         grads.get("norm_bias"),
     ]
-    _ops().gated_weights(
+    _ops().gated_bottleneck_bwd_weights(
         dout, list(t), list(work), targets, rng, *_numbers(s), _splits(dout.shape[0])
     )
     if "gate_weight" in need and s.gate == "middleY" and not s.gate_linear:

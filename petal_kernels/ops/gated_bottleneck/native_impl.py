@@ -125,7 +125,7 @@ def forward(
     saved = Saved(z, zg, logits, moments)
     empty = like.new_empty(0)
     results = [empty if r is None else r for r in (out, *saved)]
-    torch.ops.petal_native.gated_bottleneck_forward(*_arguments(call, rng), results)
+    torch.ops.petal_native.gated_bottleneck_fwd(*_arguments(call, rng), results)
     return out, saved
 
 
@@ -151,7 +151,7 @@ def backward(
         else:
             assert given is not None
             grads[name] = torch.empty(given.shape, dtype=given.dtype, device=given.device)
-    torch.ops.petal_native.gated_bottleneck_backward(
+    torch.ops.petal_native.gated_bottleneck_bwd(
         *_arguments(call, rng),
         dout,
         [empty if kept is None else kept for kept in saved],

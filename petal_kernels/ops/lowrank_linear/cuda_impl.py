@@ -114,7 +114,9 @@ def _shrink(
     rows, rank = a[0].shape[0], factors[0].shape[1]
     out = a[0].new_empty(rows, rank * len(a) if separate else rank)
     small = rows <= SMALL_ROWS
-    _ops().lowrank_shrink(a, factors, out, rng, scale, dropout, mask_a, mask_out, separate, small)
+    _ops().lowrank_linear_shrink(
+        a, factors, out, rng, scale, dropout, mask_a, mask_out, separate, small
+    )
     return out
 
 
@@ -140,13 +142,13 @@ def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Sa
         rank = narrow.shape[0]
         if t.core is None and x.shape[0] <= FUSED_ROWS and rank <= MAX_FUSED_RANK:
             h = x.new_empty(x.shape[0], rank)
-            _ops().lowrank_update(
+            _ops().lowrank_linear_fwd_update(
                 x, narrow, h, factors, bases, ys, rng, s.scale, p, at_input, not at_input
             )
             return ys, Saved(h)
         h = _shrink([x], [narrow.t()], rng, 1.0, p, mask_a=at_input)
     middles = [h] if t.core is None else _modes(h, t.core, len(t.ups))
-    _ops().lowrank_expand(middles, factors, bases, ys, rng, s.scale, p, not at_input, False)
+    _ops().lowrank_linear_expand(middles, factors, bases, ys, rng, s.scale, p, not at_input, False)
     return ys, Saved(h)
 
 
@@ -192,11 +194,11 @@ def backward(
         scales.append(1.0)
         masks.append(_MASK_BIG if at_input else _NO_MASK)
     if bigs:
-        _ops().lowrank_param_grad(bigs, smalls, outs, rng, scales, p, masks, 0)
+        _ops().lowrank_linear_bwd_weights(bigs, smalls, outs, rng, scales, p, masks, 0)
     dcore = None
     if "core" in need and core is not None:
         dcore = torch.empty_like(core, memory_format=torch.contiguous_format)
-        _ops().lowrank_param_grad(
+        _ops().lowrank_linear_bwd_weights(
             gs, [h] * k, [d.t() for d in dcore], None, [1.0] * k, 0.0, [_NO_MASK] * k, 0
         )
 
@@ -208,5 +210,7 @@ def backward(
             bases = [] if dx is None else [dx]
             dx = h.new_empty(h.shape[0], down.shape[1]) if dx is None else dx
             narrow = _row_major(down, dtype)
-            _ops().lowrank_expand([dh], [narrow.t()], bases, [dx], rng, 1.0, p, False, at_input)
+            _ops().lowrank_linear_expand(
+                [dh], [narrow.t()], bases, [dx], rng, 1.0, p, False, at_input
+            )
     return Gradients(dx, ddown, dh, dups, dcore)

@@ -96,7 +96,7 @@ def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Sa
             torch.mm(t.x, w.t(), out=y)
         base, weights = ys, ()
     h = like.new_empty((like.shape[0], t.ups[0].shape[1])) if t.hidden is None else t.hidden
-    torch.ops.petal_native.lowrank_linear_forward(
+    torch.ops.petal_native.lowrank_linear_fwd(
         t.x,
         t.down,
         t.hidden,
@@ -135,7 +135,7 @@ def backward(
     ddown = torch.empty_like(down) if down is not None and "down" in need else None
     dups = [torch.empty_like(up) for up in t.ups] if "ups" in need else None
     dcore = torch.empty_like(core) if core is not None and "core" in need else None
-    torch.ops.petal_native.lowrank_linear_backward(
+    torch.ops.petal_native.lowrank_linear_bwd(
         dys,
         t.x if ddown is not None else None,  # else only its shape is real: nothing may read it
         h,

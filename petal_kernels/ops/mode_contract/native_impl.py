@@ -37,7 +37,7 @@ def forward(call: Call) -> Tensor:
     device.load_cpu_library()
     core, modes, up, scale, dtype = call
     out = core.new_empty(call.shape, dtype=dtype)
-    torch.ops.petal_native.mode_contract_forward(core.contiguous(), modes, up, scale, out)
+    torch.ops.petal_native.mode_contract_fwd(core.contiguous(), modes, up, scale, out)
     return out
 
 
@@ -48,7 +48,7 @@ def backward(call: Call, dout: Tensor, need: frozenset[str]) -> Gradients:
     dcore = core.new_empty(core.shape) if "core" in need else None
     dmodes = torch.empty_like(modes) if "modes" in need else None
     dup = torch.empty_like(up) if "up" in need and up is not None else None
-    torch.ops.petal_native.mode_contract_backward(
+    torch.ops.petal_native.mode_contract_bwd(
         dout, core.contiguous(), modes, up, scale, dcore, dmodes, dup
     )
     return Gradients(dcore, dmodes, dup)
