@@ -352,7 +352,7 @@ def test_refusals_name_the_argument(replaced: Any) -> None:
     given = {"x": torch.randn(n, d), "down": torch.randn(e * r, d), "up": torch.randn(d, e * r)}
     work = cuda_impl.Work(z=torch.empty(n, e * r), out=torch.empty(n, d))
     codes = {"activation": 0, "gate": 0, "experts": e, "rank": r, "top_k": 0, "renormalize": 1}
-    codes |= {"tokens_per_gate": 1, "add_input": 1, "shared": 0}
+    codes |= {"tokens_per_gate": 1, "add_input": 1, "shared": 0, "sorted": 0}
 
     def forward(work: cuda_impl.Work = work, **changed: Any) -> None:
         numbers = [changed.pop(name, value) for name, value in codes.items()]

@@ -17,7 +17,7 @@ from torch import Tensor
 import petal_kernels as pk
 from petal_kernels._runtime import philox
 from petal_kernels._runtime.numerics import ACTIVATIONS
-from petal_kernels.ops.gated_bottleneck import cuda_impl, op, workload
+from petal_kernels.ops.gated_bottleneck import cuda_impl, op, settings, workload
 from petal_kernels.ops.gated_bottleneck.arguments import GATES, ROUTES
 from tests import traffic
 from tests.emulation import build
@@ -254,7 +254,7 @@ def test_refusals_name_the_argument(replaced: Any) -> None:
     bad(lambda: forward(up_bias=torch.randn(7)), r"up_bias: want \[8\]")
     wide = {"down": torch.randn(300, d), "up": torch.randn(d, 300)}
     bad(lambda: forward(**wide), "ranks of at most 256, got 300")
-    codes[1] = cuda_impl._ROUTES.index("outer")
+    codes[1] = settings._ROUTES.index("product")
     bad(lambda: forward(left=torch.randn(1, r)), "right: want a tensor, got none")
     codes[1] = 0
     codes[-1] = 4

@@ -20,10 +20,10 @@ _LINEAR_FUNCTION = "petal_kernels/ops/lowrank_linear/function.py"
 _GATED = "petal_kernels/ops/gated_bottleneck/torch_impl.py"
 _GATED_OP = "petal_kernels/ops/gated_bottleneck/op.py"
 _GATED_FUNCTION = "petal_kernels/ops/gated_bottleneck/function.py"
-_GATED_NATIVE = "petal_kernels/ops/gated_bottleneck/native_impl.py"
+_GATED_SETTINGS = "petal_kernels/ops/gated_bottleneck/settings.py"
 _EXPERTS = "petal_kernels/ops/expert_dispatch/torch_impl.py"
 _EXPERTS_OP = "petal_kernels/ops/expert_dispatch/op.py"
-_EXPERTS_NATIVE = "petal_kernels/ops/expert_dispatch/native_impl.py"
+_EXPERTS_SETTINGS = "petal_kernels/ops/expert_dispatch/settings.py"
 _ADAPTER = "petal_kernels/nn/gated_adapter.py"
 _LORA = "petal_kernels/nn/routed_lora.py"
 _VALUE = "petal_kernels/nn/value_adapter.py"
@@ -46,8 +46,8 @@ MUTANTS = [
     (_GATED, "dv = du if s.scale == 1.0 else du * s.scale", "dv = du"),
     (_GATED, "w, b, s.norm_eps)", "w, b, 1e-5)"),
     (_GATED, "    if keep is not None:\n        dv = dv * keep\n", ""),
-    (_GATED_NATIVE, "        s.norm_eps,\n", "        1e-5,\n"),
-    (_GATED_NATIVE, "        s.scale,\n", "        abs(s.scale),\n"),
+    (_GATED_SETTINGS, "s.norm_eps]", "1e-5]"),
+    (_GATED_SETTINGS, "[s.scale,", "[abs(s.scale),"),
     (
         _EXPERTS,
         "tt = (dout @ _flat_up(call, dtype)).view(n, experts, r).mul_(s.mix)",
@@ -67,7 +67,7 @@ MUTANTS = [
         "t = tl.load(dout_ptr + rows + offs_a, mask=mask_a, other=0.0).to(tl.float32)",
     ),
     (_CONTRACT_KERNELS, "dm *= scale", "dm *= 1.0"),
-    (_EXPERTS_NATIVE, "        s.keep,\n", "        abs(s.keep),\n"),
+    (_EXPERTS_SETTINGS, "[s.keep,", "[abs(s.keep),"),
     # An argument lost on its way.
     (_GATED_OP, 'float(given["norm_eps"])', "1e-5"),
     (_GATED_OP, 'float(given["scale"])', 'abs(float(given["scale"]))'),

@@ -22,6 +22,7 @@ _GATED_FWD = "csrc/gated_bottleneck/cuda/forward.cu"
 _GATED_ROWS = "csrc/gated_bottleneck/cuda/backward.cu"
 _GATED_WEIGHTS = "csrc/gated_bottleneck/cuda/weights.cu"
 _GATED_HOST = "csrc/gated_bottleneck/cuda/call.cpp"
+_GATED_SETTINGS = "petal_kernels/ops/gated_bottleneck/settings.py"
 _GATED = "petal_kernels/ops/gated_bottleneck/cuda_impl.py"
 _SORT = "csrc/expert_dispatch/cuda/sort.cu"
 _EXPERT_BLOCK = "csrc/expert_dispatch/cuda/block.cuh"
@@ -143,7 +144,7 @@ MUTANTS = [
     (_GATED_FWD, "*at<T>(p.right, sample[r], c)", "*at<T>(p.left, sample[r], c)"),
     (_GATED_FWD, "sum[r] = warp_sum(sum[r]);", "sum[r] = sum[r];"),
     (_GATED_FWD, "    __syncthreads();  // rows of a warp, columns of all\n", ""),
-    (_GATED, "int(s.route_relu),", "0,"),
+    (_GATED_SETTINGS, "int(s.route_relu),", "0,"),
     (_GATED_ROWS, " - info.mean_gx * sums[i][4]", ""),
     (_GATED_ROWS, "if (f.sees_output) g.dy[j] = dh[j];", ""),
     (_GATED_ROWS, "* weight * slope;", "* slope;"),
@@ -179,6 +180,6 @@ MUTANTS = [
     (_EXPERT_ROWS, "if (!f.renormalize) {", "if (false) {"),
     (_EXPERT_ROWS, "d[e] += p.dlogits[first + e];", "d[e] += 0.0f;"),
     (_EXPERT_WEIGHTS, "  if (end > first + share) end = first + share;\n", ""),
-    (_EXPERT_HOST, "add ? splits * experts : splits;", "splits;"),
+    (_EXPERT_HOST, "add ? splits * w.experts : splits;", "splits;"),
     (_EXPERTS, "per_sample.sum(1) if", "per_sample.mean(1) if"),
 ]

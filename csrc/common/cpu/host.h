@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdlib>
 
+#include "common/philox.h"
 #include "common/torch_boundary.h"
 #include "isa.h"
 
@@ -24,13 +25,14 @@ inline int64_t row_stride(const Tensor& t, const char* name) {
   return t.stride(0);
 }
 
-inline CpuDropout cpu_dropout(const std::optional<Tensor>& rng, int64_t threshold, double scale) {
-  if (!rng.has_value() || threshold == 0) return {0, 0, 0, 1.0f};
+inline CpuDropout cpu_dropout(const std::optional<Tensor>& rng, double p) {
+  const uint32_t threshold = rng.has_value() ? dropout_threshold(p) : 0;
+  if (threshold == 0) return {0, 0, 0, 1.0f};
   STD_TORCH_CHECK(rng->scalar_type() == ScalarType::Long && rng->numel() == 2,
                   "rng: want int64 [2] = (seed, offset)");
   const int64_t* state = static_cast<const int64_t*>(rng->const_data_ptr());
-  return {static_cast<uint64_t>(state[0]), static_cast<uint32_t>(state[rng->stride(0)]),
-          static_cast<uint32_t>(threshold), static_cast<float>(scale)};
+  return {static_cast<uint64_t>(state[0]), static_cast<uint32_t>(state[rng->stride(0)]), threshold,
+          dropout_scale(threshold)};
 }
 
 // Floats on a 64-byte boundary. A buffer of moderate size stays with its thread for the next call:

@@ -31,6 +31,13 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 
 namespace petal {
 
+using MaybeTensor = std::optional<Tensor>;
+using MaybeTensors = std::vector<MaybeTensor>;
+
+inline void want(bool given, const char* name) {
+  STD_TORCH_CHECK(given, name, ": want a tensor, got none");
+}
+
 // A 2-D tensor with unit column stride, of the given size.
 inline MatrixView matrix(const Tensor& tensor, int64_t rows, int64_t cols, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 2, name, ": want 2 dimensions, got ", tensor.dim());
@@ -45,7 +52,31 @@ inline MatrixView matrix(const Tensor& tensor, int64_t rows, int64_t cols, const
   return view;
 }
 
-inline Dropout dropout_of(const std::optional<Tensor>& rng, double p) {
+// The same, or no address; of the activations' dtype.
+inline MatrixView view(const MaybeTensor& tensor, DType dtype, int64_t rows, int64_t cols,
+                       const char* name) {
+  if (!tensor.has_value()) return {};
+  STD_TORCH_CHECK(dtype_of(*tensor, name) == dtype, name, ": want the dtype of the activations");
+  return matrix(*tensor, rows, cols, name);
+}
+
+// A contiguous tensor of `count` elements, or no address.
+template <typename T>
+T* elements(const MaybeTensor& tensor, ScalarType type, int64_t count, const char* name) {
+  if (!tensor.has_value()) return nullptr;
+  STD_TORCH_CHECK(
+      tensor->scalar_type() == type && tensor->is_contiguous() && tensor->numel() == count, name,
+      ": want ", count, " contiguous elements of its dtype");
+  return static_cast<T*>(tensor->data_ptr());
+}
+inline float* floats(const MaybeTensor& tensor, int64_t count, const char* name) {
+  return elements<float>(tensor, ScalarType::Float, count, name);
+}
+inline int32_t* ints(const MaybeTensor& tensor, int64_t count, const char* name) {
+  return elements<int32_t>(tensor, ScalarType::Int, count, name);
+}
+
+inline Dropout dropout_of(const MaybeTensor& rng, double p) {
   Dropout dropout;
   if (!rng.has_value() || p <= 0.0) return dropout;
   STD_TORCH_CHECK(p < 1.0, "dropout: want 0 <= dropout < 1, got ", p);

@@ -51,17 +51,17 @@ void place(const Call& c, const Tensors& results, bool parallel) {
 }
 
 // results: out, z, logits, chosen, order, offsets; those that this call does not have are empty.
-void forward(Optionals tensors, int64_t activation, int64_t gate, int64_t top_k, bool renormalize,
-             int64_t tokens_per_gate, bool add_input, double keep, double mix, bool sorted,
+void forward(Optionals tensors, std::vector<int64_t> codes, std::vector<double> numbers,
              Tensors results) {
   const ExpertKernels& kernel = kernels();
-  STD_TORCH_CHECK(results.size() == kResults && tensors.size() == kNames && tensors[kX],
-                  "want x and six results");
-  Call c(tensors, *tensors[kX], activation, gate, top_k, renormalize, tokens_per_gate, add_input,
-         keep, mix, sorted);
+  STD_TORCH_CHECK(
+      results.size() == kResults && tensors.size() == Input::kCount && tensors[Input::kX],
+      "want x and six results");
+  Call c(tensors, *tensors[Input::kX], expert_settings(codes, numbers));
   ExpertArgs& a = c.a;
+  const bool sorted = a.sorted;
   a.out = c.rows(results[kOut], "out", a.O);
-  if (tensors[kRouter]) a.logits = floats(results[kLogits], "logits");
+  if (tensors[Input::kRouter]) a.logits = floats(results[kLogits], "logits");
   if (a.gate == ExpertGate::kTopK) {
     a.chosen = whole<uint8_t>(results[kChoice], ScalarType::Bool, "chosen");
   }
@@ -155,51 +155,52 @@ class Sums {
 Sums gradients_of(const Call& c, const Tensors& grads) {
   const ExpertArgs& a = c.a;
   Sums sums;
-  const auto wanted = [&](Name name) { return grads[name].numel() > 0; };
+  const auto wanted = [&](Input::Name name) { return grads[name].numel() > 0; };
   const auto slots = [&](int64_t group, bool all) -> std::pair<int64_t, int64_t> {
     if (!a.sorted) return {0, a.N};
     return {a.offsets[all ? 0 : group], a.offsets[all ? a.E : group + 1]};
   };
-  const bool beside = wanted(kRouter) && !a.sorted;  // dl's columns follow dz's
+  const bool beside = wanted(Input::kRouter) && !a.sorted;  // dl's columns follow dz's
   for (int64_t g = 0; g < c.down_groups(); ++g) {
     const auto [begin, end] = slots(g, a.downs == 1);
-    const int64_t width = c.z_width(), first = wanted(kDown) ? 0 : width;
-    const int64_t cols = (wanted(kDown) ? width : 0) + (beside ? a.E : 0);
+    const int64_t width = c.z_width(), first = wanted(Input::kDown) ? 0 : width;
+    const int64_t cols = (wanted(Input::kDown) ? width : 0) + (beside ? a.E : 0);
     std::vector<Sums::Target> targets;
-    if (wanted(kDown)) targets.push_back({0, c.down_of(grads[kDown], g)});
-    if (beside) targets.push_back({width - first, matrix(grads[kRouter], "router")});
+    if (wanted(Input::kDown)) targets.push_back({0, c.down_of(grads[Input::kDown], g)});
+    if (beside) targets.push_back({width - first, matrix(grads[Input::kRouter], "router")});
     if (cols) {
       sums.add({a.dz + first, a.dz_ld, cols, a.x, a.D, a.order, begin, end}, std::move(targets));
     }
-    if (!wanted(kDownBias)) continue;
+    if (!wanted(Input::kDownBias)) continue;
     sums.add({a.dz, a.dz_ld, width, {}, 0, nullptr, begin, end},
-             {{0, piece(grads[kDownBias], "down_bias", g * width, width)}});
+             {{0, piece(grads[Input::kDownBias], "down_bias", g * width, width)}});
   }
   for (int64_t g = 0; a.act && g < c.groups(); ++g) {
     const auto [begin, end] = slots(g, false);
-    const int64_t each = c.per_group(), width = each * a.R, first = wanted(kUp) ? 0 : width;
-    const int64_t cols = (wanted(kUp) ? width : 0) + (wanted(kUpBias) ? each : 0);
+    const int64_t each = c.per_group(), width = each * a.R, first = wanted(Input::kUp) ? 0 : width;
+    const int64_t cols = (wanted(Input::kUp) ? width : 0) + (wanted(Input::kUpBias) ? each : 0);
     std::vector<Sums::Target> targets;
-    for (int64_t e = 0; wanted(kUp) && e < each; ++e) {
-      targets.push_back({e * a.R, slice(grads[kUp], g + e, "up").transposed()});
+    for (int64_t e = 0; wanted(Input::kUp) && e < each; ++e) {
+      targets.push_back({e * a.R, slice(grads[Input::kUp], g + e, "up").transposed()});
     }
-    if (wanted(kUpBias)) {
-      targets.push_back({width - first, rows_of(matrix(grads[kUpBias], "up_bias"), g, each)});
+    if (wanted(Input::kUpBias)) {
+      targets.push_back(
+          {width - first, rows_of(matrix(grads[Input::kUpBias], "up_bias"), g, each)});
     }
     sums.add({a.act + first, a.act_ld, cols, a.dout, a.O, a.order, begin, end}, std::move(targets));
   }
-  if (wanted(kRouter) && a.sorted) {
+  if (wanted(Input::kRouter) && a.sorted) {
     sums.add({a.dl, a.dl_ld, a.E, a.x, a.D, nullptr, 0, a.N},
-             {{0, matrix(grads[kRouter], "router")}});
+             {{0, matrix(grads[Input::kRouter], "router")}});
   }
-  if (wanted(kRouterBias)) {
+  if (wanted(Input::kRouterBias)) {
     sums.add({a.dl, a.dl_ld, a.E, {}, 0, nullptr, 0, a.N},
-             {{0, piece(grads[kRouterBias], "router_bias", 0, a.E)}});
+             {{0, piece(grads[Input::kRouterBias], "router_bias", 0, a.E)}});
   }
-  if (wanted(kGates) && a.L > 1) {
+  if (wanted(Input::kGates) && a.L > 1) {
     for (int64_t i = 0; i < a.N / a.L; ++i) {
       sums.add({a.dgates, a.E, a.E, {}, 0, nullptr, i * a.L, (i + 1) * a.L},
-               {{0, piece(grads[kGates], "gates", i * a.E, a.E)}});
+               {{0, piece(grads[Input::kGates], "gates", i * a.E, a.E)}});
     }
   }
   return sums;
@@ -207,15 +208,14 @@ Sums gradients_of(const Call& c, const Tensors& grads) {
 
 // saved: z, logits, chosen, order, offsets, or empty; flat_up: stationary, B side by side [O, E r].
 // grads: in the order of the tensors, empty where not wanted; those of noise and gates are fp32.
-void backward(Optionals tensors, int64_t activation, int64_t gate, int64_t top_k, bool renormalize,
-              int64_t tokens_per_gate, bool add_input, double keep, double mix, bool sorted,
+void backward(Optionals tensors, std::vector<int64_t> codes, std::vector<double> numbers,
               Tensor dout, Optional flat_up, Optional dlogits, Tensors saved, Tensors grads) {
   const ExpertKernels& kernel = kernels();
-  STD_TORCH_CHECK(saved.size() == kResults - 1 && grads.size() == kNames,
-                  "want five saved tensors and ", static_cast<int>(kNames), " gradients");
-  Call c(tensors, dout, activation, gate, top_k, renormalize, tokens_per_gate, add_input, keep, mix,
-         sorted);
+  STD_TORCH_CHECK(saved.size() == kResults - 1 && grads.size() == Input::kCount,
+                  "want five saved tensors and ", static_cast<int>(Input::kCount), " gradients");
+  Call c(tensors, dout, expert_settings(codes, numbers));
   ExpertArgs& a = c.a;
+  const bool sorted = a.sorted;
   a.dout = c.rows(dout, "dout", a.O);
   const auto kept = [&](Result r) -> const Tensor& { return saved[r - kZ]; };
   if (kept(kLogits).numel()) a.logits = floats(kept(kLogits), "logits");
@@ -226,19 +226,21 @@ void backward(Optionals tensors, int64_t activation, int64_t gate, int64_t top_k
     a.offsets = whole<int32_t>(kept(kOffsets), ScalarType::Int, "offsets");
   }
   if (dlogits) a.dlogits = floats(*dlogits, "dlogits");
-  const auto wanted = [&](Name name) { return grads[name].numel() > 0; };
+  const auto wanted = [&](Input::Name name) { return grads[name].numel() > 0; };
   const bool routed =
-      tensors[kRouter] && (wanted(kX) || wanted(kRouter) || wanted(kRouterBias) || wanted(kNoise));
-  const bool need_dz = wanted(kX) || wanted(kDown) || wanted(kDownBias) || (routed && !sorted);
-  const bool need_act = wanted(kUp) || wanted(kUpBias);
-  a.need_gates = routed || wanted(kGates);
+      tensors[Input::kRouter] && (wanted(Input::kX) || wanted(Input::kRouter) ||
+                                  wanted(Input::kRouterBias) || wanted(Input::kNoise));
+  const bool need_dz =
+      wanted(Input::kX) || wanted(Input::kDown) || wanted(Input::kDownBias) || (routed && !sorted);
+  const bool need_act = wanted(Input::kUp) || wanted(Input::kUpBias);
+  a.need_gates = routed || wanted(Input::kGates);
   a.need_t = need_dz || a.need_gates;
-  if (wanted(kX)) a.dx = c.rows(grads[kX], "x", a.D);
-  if (wanted(kNoise)) a.dnoise = floats(grads[kNoise], "noise");
-  c.pack_backward(flat_up, routed, wanted(kX));
+  if (wanted(Input::kX)) a.dx = c.rows(grads[Input::kX], "x", a.D);
+  if (wanted(Input::kNoise)) a.dnoise = floats(grads[Input::kNoise], "noise");
+  c.pack_backward(flat_up, routed, wanted(Input::kX));
   const int64_t packed = c.packer.floats(kernel.operands.panel);
-  const bool own_dgates = wanted(kGates) && a.L > 1;
-  if (wanted(kGates) && !own_dgates) a.dgates = floats(grads[kGates], "gates");
+  const bool own_dgates = wanted(Input::kGates) && a.L > 1;
+  if (wanted(Input::kGates) && !own_dgates) a.dgates = floats(grads[Input::kGates], "gates");
   if (routed && sorted) a.dl_ld = round_up(a.E);
   const int64_t dz = need_dz ? c.slots() * a.dz_ld : 0, act = need_act ? c.slots() * a.act_ld : 0;
   const int64_t dl = round_up(a.N * a.dl_ld);
@@ -262,17 +264,16 @@ void backward(Optionals tensors, int64_t activation, int64_t gate, int64_t top_k
   gradients_of(c, grads).run(kernel, a.type, parallel);
 }
 
-#define PETAL_EXPERT_SETTINGS                                                  \
-  "Tensor?[] tensors, int activation, int gate, int top_k, bool renormalize, " \
-  "int tokens_per_gate, bool add_input, float keep, float mix, bool sorted, "
-
 }  // namespace
 }  // namespace petal
 
 STABLE_TORCH_LIBRARY_FRAGMENT(petal_native, m) {
-  m.def("expert_dispatch_fwd(" PETAL_EXPERT_SETTINGS "Tensor(a!)[] results) -> ()");
-  m.def("expert_dispatch_bwd(" PETAL_EXPERT_SETTINGS
-        "Tensor dout, Tensor? flat_up, Tensor? dlogits, Tensor[] saved, Tensor(a!)[] grads) -> ()");
+  m.def(
+      "expert_dispatch_fwd(Tensor?[] tensors, int[] codes, float[] numbers, Tensor(a!)[] results) "
+      "-> ()");
+  m.def(
+      "expert_dispatch_bwd(Tensor?[] tensors, int[] codes, float[] numbers, Tensor dout, Tensor? "
+      "flat_up, Tensor? dlogits, Tensor[] saved, Tensor(a!)[] grads) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(petal_native, CPU, m) {
   m.impl("expert_dispatch_fwd", TORCH_BOX(&petal::forward));

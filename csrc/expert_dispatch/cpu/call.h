@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/cpu/pack.h"
+#include "expert_dispatch/arguments.h"
 #include "params.h"
 
 namespace petal {
@@ -12,21 +13,6 @@ using Tensors = std::vector<Tensor>;
 using Optional = std::optional<Tensor>;
 using Optionals = std::vector<Optional>;
 
-// The tensor arguments, in the order of arguments.py; gradients come in the same order.
-enum Name {
-  kX,
-  kDown,
-  kDownBias,
-  kUp,
-  kUpBias,
-  kBase,
-  kRouter,
-  kRouterBias,
-  kNoise,
-  kGates,
-  kChosen,
-  kNames
-};
 enum Result { kOut, kZ, kLogits, kChoice, kOrder, kOffsets, kResults };
 
 constexpr int64_t kBlockBytes = 704 << 10;  // of a block's rows: L2 holds them and some weights
@@ -71,33 +57,31 @@ struct Call {
   Packer packer;
   std::vector<const float*> down, down_bias, up;
 
-  Call(const Optionals& given, const Tensor& like, int64_t activation, int64_t gate, int64_t top_k,
-       bool renormalize, int64_t tokens_per_gate, bool add_input, double keep, double mix,
-       bool sorted)
-      : tensors(given) {
-    STD_TORCH_CHECK(given.size() == kNames && given[kUp] && given[kDown], "tensors: want ",
-                    static_cast<int>(kNames), ", among them down and up");
+  Call(const Optionals& given, const Tensor& like, const ExpertSettings& s) : tensors(given) {
+    STD_TORCH_CHECK(given.size() == Input::kCount && given[Input::kUp] && given[Input::kDown],
+                    "tensors: want ", static_cast<int>(Input::kCount), ", among them down and up");
     a.type = dtype_of(like, "x"), a.N = like.size(0);
-    a.E = given[kUp]->size(0), a.O = given[kUp]->size(1), a.R = given[kUp]->size(2);
-    a.downs = given[kDown]->size(0), a.D = given[kDown]->size(2);
-    a.top_k = top_k, a.L = tokens_per_gate;
-    a.activation = static_cast<Activation>(activation), a.gate = static_cast<ExpertGate>(gate);
-    a.sorted = sorted, a.renormalize = renormalize, a.add_input = add_input;
-    a.keep = static_cast<float>(keep), a.mix = static_cast<float>(mix);
-    STD_TORCH_CHECK(given[kDown]->is_contiguous(), "down: want it contiguous");
-    STD_TORCH_CHECK(!sorted || top_k > 0, "sorted: want a choice");
-    if (given[kX]) a.x = rows(*given[kX], "x", a.D);
-    if (given[kBase]) a.base = rows(*given[kBase], "base", a.O);
-    if (given[kNoise]) a.noise = floats(*given[kNoise], "noise");
-    if (given[kGates]) a.gates = floats(*given[kGates], "gates");
-    if (given[kChosen]) {
-      a.picked = whole<uint8_t>(*given[kChosen], ScalarType::Bool, "chosen");
+    a.E = given[Input::kUp]->size(0), a.O = given[Input::kUp]->size(1),
+    a.R = given[Input::kUp]->size(2);
+    a.downs = given[Input::kDown]->size(0), a.D = given[Input::kDown]->size(2);
+    a.top_k = s.top_k, a.L = s.tokens_per_gate;
+    a.activation = s.activation, a.gate = s.gate;
+    a.sorted = s.sorted, a.renormalize = s.renormalize, a.add_input = s.add_input;
+    a.keep = s.keep, a.mix = s.mix;
+    STD_TORCH_CHECK(given[Input::kDown]->is_contiguous(), "down: want it contiguous");
+    STD_TORCH_CHECK(!a.sorted || a.top_k > 0, "sorted: want a choice");
+    if (given[Input::kX]) a.x = rows(*given[Input::kX], "x", a.D);
+    if (given[Input::kBase]) a.base = rows(*given[Input::kBase], "base", a.O);
+    if (given[Input::kNoise]) a.noise = floats(*given[Input::kNoise], "noise");
+    if (given[Input::kGates]) a.gates = floats(*given[Input::kGates], "gates");
+    if (given[Input::kChosen]) {
+      a.picked = whole<uint8_t>(*given[Input::kChosen], ScalarType::Bool, "chosen");
       check_choice();
     }
-    a.up_biased = given[kUpBias].has_value();
+    a.up_biased = given[Input::kUpBias].has_value();
     const int64_t each = per_group();
     a.act_ld = round_up(each * a.R + std::max(each, kSlack));
-    a.dz_ld = round_up(z_width() + std::max(sorted ? 0 : a.E, kSlack));
+    a.dz_ld = round_up(z_width() + std::max(a.sorted ? 0 : a.E, kSlack));
     down.resize(down_groups()), down_bias.resize(down_groups()), up.resize(groups());
   }
   Call(const Call&) = delete;
@@ -112,7 +96,7 @@ struct Call {
 
   // A sorted z has room for so many; the operator makes the choice, so this is only a guard.
   void check_choice() const {
-    const int64_t samples = tensors[kChosen]->numel() / a.E;
+    const int64_t samples = tensors[Input::kChosen]->numel() / a.E;
     STD_TORCH_CHECK(samples * a.L == a.N, "chosen: want a row for each ", a.L, " of ", a.N,
                     " rows");
     for (int64_t i = 0; a.sorted && i < samples; ++i) {
@@ -136,21 +120,21 @@ struct Call {
   }
   // What forward multiplies with: A^T and a; B^T, the biases of a group's experts below it.
   void pack_forward() {
-    const Optional &bias = tensors[kDownBias], &up_bias = tensors[kUpBias];
+    const Optional &bias = tensors[Input::kDownBias], &up_bias = tensors[Input::kUpBias];
     for (int64_t g = 0; g < down_groups(); ++g) {
-      packer.add(&down[g], down_of(*tensors[kDown], g).transposed());
+      packer.add(&down[g], down_of(*tensors[Input::kDown], g).transposed());
       if (bias) packer.add(&down_bias[g], piece(*bias, "down_bias", g * z_width(), z_width()));
     }
     for (int64_t g = 0; g < groups(); ++g) {
       std::vector<Matrix> parts;
       for (int64_t e = 0; e < per_group(); ++e) {
-        parts.push_back(slice(*tensors[kUp], g + e, "up").transposed());
+        parts.push_back(slice(*tensors[Input::kUp], g + e, "up").transposed());
       }
       if (up_bias) parts.push_back(rows_of(matrix(*up_bias, "up_bias"), g, per_group()));
       packer.add(&up[g], std::move(parts));
     }
-    if (tensors[kRouter]) packer.add(&a.router, matrix(*tensors[kRouter], "router"));
-    const Optional& router_bias = tensors[kRouterBias];
+    if (tensors[Input::kRouter]) packer.add(&a.router, matrix(*tensors[Input::kRouter], "router"));
+    const Optional& router_bias = tensors[Input::kRouterBias];
     if (router_bias) packer.add(&a.router_bias, piece(*router_bias, "router_bias", 0, a.E));
     a.down_t = down.data(), a.up_t = up.data();
     if (bias) a.down_bias = down_bias.data();
@@ -159,16 +143,18 @@ struct Call {
   void pack_backward(const Optional& flat_up, bool routed, bool wants_x) {
     for (int64_t g = 0; a.need_t && g < groups(); ++g) {
       STD_TORCH_CHECK(a.sorted || flat_up, "flat_up: want it with the stationary plan");
-      packer.add(&up[g], a.sorted ? slice(*tensors[kUp], g, "up") : matrix(*flat_up, "flat_up"));
+      packer.add(&up[g],
+                 a.sorted ? slice(*tensors[Input::kUp], g, "up") : matrix(*flat_up, "flat_up"));
     }
-    const Optional& up_bias = tensors[kUpBias];
+    const Optional& up_bias = tensors[Input::kUpBias];
     if (a.need_gates && up_bias) packer.add(&a.up_bias, matrix(*up_bias, "up_bias"));
     for (int64_t g = 0; wants_x && g < down_groups(); ++g) {
-      std::vector<Matrix> parts = {down_of(*tensors[kDown], g)};
-      if (routed && !a.sorted) parts.push_back(matrix(*tensors[kRouter], "router"));
+      std::vector<Matrix> parts = {down_of(*tensors[Input::kDown], g)};
+      if (routed && !a.sorted) parts.push_back(matrix(*tensors[Input::kRouter], "router"));
       packer.add(&down[g], std::move(parts));
     }
-    if (wants_x && routed && a.sorted) packer.add(&a.router, matrix(*tensors[kRouter], "router"));
+    if (wants_x && routed && a.sorted)
+      packer.add(&a.router, matrix(*tensors[Input::kRouter], "router"));
     a.up = up.data(), a.down = down.data();
   }
   // Rows of a block with `wide` columns of fp32 per row.

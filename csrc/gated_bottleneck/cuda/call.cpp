@@ -1,225 +1,19 @@
 // gated_bottleneck on CUDA: checks, parameter structs and registration.
 // Kernels: {forward,backward,weights}.cu. These functions write into tensors their caller has
 // allocated; they are called by ops/gated_bottleneck/cuda_impl.py only.
-#include <string>
-
-#include "common/cuda/host.h"
-#include "params.h"
+#include "call.h"
 
 namespace petal {
 namespace {
-
-using MaybeTensor = std::optional<Tensor>;
-using MaybeTensors = std::vector<MaybeTensor>;
-
-// The fields of arguments.Tensors.
-enum Input {
-  kX,
-  kDown,
-  kDownBias,
-  kBottleneck,
-  kUp,
-  kUpBiasInput,
-  kBase,
-  kLeft,
-  kRight,
-  kGateInput,
-  kGateDown,
-  kGateDownBias,
-  kGateUp,
-  kGateUpBias,
-  kGateWeight,
-  kGateBias,
-  kTokenWeights,
-  kResidual,
-  kNormWeightInput,
-  kNormBiasInput,
-  kInputs
-};
-
-// The fields of cuda_impl.Work.
-enum Work {
-  kZ,
-  kZg,
-  kLogits,
-  kPooled,
-  kMoments,
-  kFold,
-  kSums,
-  kTotals,
-  kA,
-  kAg,
-  kDz,
-  kDzg,
-  kDq,
-  kDu,
-  kDh,
-  kDxGate,
-  kDx,
-  kWork
-};
-
-// cuda_impl's integers and numbers.
-enum Code {
-  kActivation,
-  kRoute,
-  kRouteRelu,
-  kGate,
-  kGateLinear,
-  kSeesOutput,
-  kAddInput,
-  kAddGateInput,
-  kSamples,
-  kCodes
-};
-enum Number { kScale, kDropout, kEps, kNumbers };
-
-struct Call {
-  MaybeTensors tensors, work;
-  MaybeTensor rng;
-  std::vector<int64_t> codes;
-  std::vector<double> numbers;
-};
-
-void want(bool given, const char* name) {
-  STD_TORCH_CHECK(given, name, ": want a tensor, got none");
-}
-
-int64_t size(const MaybeTensor& tensor, int64_t dim, const char* name) {
-  STD_TORCH_CHECK(tensor.has_value() && tensor->dim() == 2, name, ": want a matrix");
-  return tensor->size(dim);
-}
-
-MatrixView view(const MaybeTensor& tensor, DType dtype, int64_t rows, int64_t cols,
-                const char* name) {
-  if (!tensor.has_value()) return {};
-  STD_TORCH_CHECK(dtype_of(*tensor, name) == dtype, name, ": want the dtype of the activations");
-  return matrix(*tensor, rows, cols, name);
-}
-
-MatrixView needed(const MaybeTensor& tensor, DType dtype, int64_t rows, int64_t cols,
-                  const char* name) {
-  want(tensor.has_value(), name);
-  return view(tensor, dtype, rows, cols, name);
-}
-
-// Elements [first, first + length) of a vector of `size` elements.
-VectorView vector(const MaybeTensor& tensor, DType dtype, int64_t size, const char* name,
-                  int64_t first = 0) {
-  VectorView v;
-  if (!tensor.has_value()) return v;
-  const DType found = dtype_of(*tensor, name);
-  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == size, name, ": want [", size, "]");
-  STD_TORCH_CHECK(found == dtype || found == DType::kFloat32, name,
-                  ": want the dtype of the activations or float32");
-  v.stride = tensor->stride(0);
-  v.wide = found == DType::kFloat32;
-  v.data = static_cast<const char*>(tensor->data_ptr()) +
-           first * v.stride * static_cast<int64_t>(tensor->element_size());
-  return v;
-}
-
-float* floats(const MaybeTensor& tensor, int64_t count, const char* name) {
-  if (!tensor.has_value()) return nullptr;
-  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous() &&
-                      tensor->numel() == count,
-                  name, ": want ", count, " contiguous float32 elements");
-  return static_cast<float*>(tensor->data_ptr());
-}
-
-GatedParams params_of(const Call& call, DType dtype, int64_t rows) {
-  STD_TORCH_CHECK(call.tensors.size() == kInputs && call.work.size() == kWork &&
-                      call.codes.size() == kCodes && call.numbers.size() == kNumbers,
-                  "gated_bottleneck: a list of another length");
-  const MaybeTensors &t = call.tensors, &w = call.work;
-  const std::vector<int64_t>& codes = call.codes;
-  GatedParams p = {};
-  p.dtype = dtype;
-  p.rows = rows;
-  p.kind = static_cast<Gate>(codes[kGate]);
-  p.activation = static_cast<Activation>(codes[kActivation]);
-  p.route = static_cast<Route>(codes[kRoute]);
-  p.route_relu = codes[kRouteRelu] != 0;
-  p.gate_linear = codes[kGateLinear] != 0;
-  p.adds_gate_input = codes[kAddGateInput] != 0;
-  const bool row_gate = p.kind == Gate::kMiddleX || p.kind == Gate::kSmall;
-  p.sees_output = row_gate && codes[kSeesOutput] != 0;
-  const int64_t samples = codes[kSamples];
-  STD_TORCH_CHECK(samples >= 1 && rows % samples == 0, "samples: want a divisor of ", rows,
-                  ", got ", samples);
-  p.length = rows / samples;
-  p.outs = size(t[kUp], 0, "up");
-  p.down.rank = static_cast<int32_t>(size(t[kUp], 1, "up"));
-  p.up = view(t[kUp], dtype, p.outs, p.down.rank, "up");
-  p.down.z = view(w[kZ], dtype, rows, p.down.rank, "z");
-  if (t[kDown].has_value()) {
-    p.down.width = size(t[kDown], 1, "down");
-    p.down.weight = view(t[kDown], dtype, p.down.rank, p.down.width, "down");
-    p.down.bias = vector(t[kDownBias], dtype, p.down.rank, "down_bias");
-    p.down.in = view(t[kX], dtype, rows, p.down.width, "x");
-  }
-  if (p.kind == Gate::kLarge) {
-    p.gate.rank = static_cast<int32_t>(size(t[kGateUp], 1, "gate_up"));
-    p.gate.width = size(t[kGateDown], 1, "gate_down");
-    p.gate_up = view(t[kGateUp], dtype, p.outs, p.gate.rank, "gate_up");
-    p.gate.weight = view(t[kGateDown], dtype, p.gate.rank, p.gate.width, "gate_down");
-    p.gate.bias = vector(t[kGateDownBias], dtype, p.gate.rank, "gate_down_bias");
-    p.gate.in = view(t[kGateInput], dtype, rows, p.gate.width, "gate_input");
-    p.gate.z = view(w[kZg], dtype, rows, p.gate.rank, "zg");
-  }
-  for (const int32_t rank : {p.down.rank, p.gate.rank})
-    STD_TORCH_CHECK(rank <= kMaxGatedRank, "gated_bottleneck: want ranks of at most ",
-                    kMaxGatedRank, ", got ", rank);
-  if (p.route != Route::kNone) p.left = needed(t[kLeft], dtype, samples, p.down.rank, "left");
-  if (p.route == Route::kProduct) p.right = needed(t[kRight], dtype, samples, p.down.rank, "right");
-  if (row_gate || p.adds_gate_input)
-    p.gate_input = view(t[kGateInput], dtype, rows, p.outs, "gate_input");
-  p.h = view(codes[kAddInput] != 0 ? t[kX] : t[kBase], dtype, rows, p.outs, "base");
-  p.residual =
-      p.adds_gate_input ? p.gate_input : view(t[kResidual], dtype, rows, p.outs, "residual");
-
-  const bool pair = p.kind == Gate::kSmall;
-  const MaybeTensor& weight = t[kGateWeight];
-  p.columns[kUpBias] = vector(t[kUpBiasInput], dtype, p.outs, "up_bias");
-  p.columns[kNormWeight] = vector(t[kNormWeightInput], dtype, p.outs, "norm_weight");
-  p.columns[kNormBias] = vector(t[kNormBiasInput], dtype, p.outs, "norm_bias");
-  if (p.kind == Gate::kLarge)
-    p.columns[kGateColumn] = vector(t[kGateUpBias], dtype, p.outs, "gate_up_bias");
-  if (p.kind == Gate::kMiddleY)
-    p.columns[kGateColumn] = vector(weight, dtype, p.outs, "gate_weight");
-  if (row_gate) {
-    const int64_t count = pair ? 2 * p.outs : p.outs;
-    want(weight.has_value(), "gate_weight");
-    p.columns[kInputWeight] = vector(weight, dtype, count, "gate_weight");
-    p.columns[kSeenWeight] = vector(weight, dtype, count, "gate_weight", pair ? p.outs : 0);
-    p.gate_bias = vector(t[kGateBias], dtype, 1, "gate_bias");
-    p.logits = floats(w[kLogits], rows, "logits");
-    p.pooled = floats(w[kPooled], samples, "pooled");
-    p.fold = floats(w[kFold], p.down.rank, "fold");
-  }
-  p.moments = floats(w[kMoments], 2 * rows, "moments");
-  p.scale = static_cast<float>(call.numbers[kScale]);
-  p.eps = static_cast<float>(call.numbers[kEps]);
-  p.dropout = dropout_of(call.rng, call.numbers[kDropout]);
-  return p;
-}
-
-// What forward has left.
-void check_saved(const GatedParams& f) {
-  want(f.kind != Gate::kLarge || f.gate.z.data != nullptr, "zg");
-  want((f.kind != Gate::kMiddleX && f.kind != Gate::kSmall) || f.logits != nullptr, "logits");
-  want(f.kind != Gate::kSmall || f.pooled != nullptr, "pooled");
-  want(f.columns[kNormWeight].data == nullptr || f.moments != nullptr, "moments");
-}
 
 // z (zg, logits) into `work`, or what is there already; then out, where it is given.
 void gated_bottleneck_fwd(MaybeTensors tensors, MaybeTensors work, MaybeTensor out, MaybeTensor rng,
                           std::vector<int64_t> codes, std::vector<double> numbers, bool form_z,
                           bool form_zg, bool form_logits) {
-  const Call call{tensors, work, rng, codes, numbers};
-  STD_TORCH_CHECK(tensors.size() == kInputs && work.size() == kWork,
+  const Call call{tensors, work, rng, gated_settings(codes, numbers)};
+  STD_TORCH_CHECK(tensors.size() == Input::kCount && work.size() == kWork,
                   "gated_bottleneck: a list of another length");
-  const MaybeTensor& first = form_z ? tensors[kX] : work[kZ];
+  const MaybeTensor& first = form_z ? tensors[Input::kX] : work[kZ];
   want(first.has_value(), form_z ? "x" : "z");
   GatedParams p = params_of(call, dtype_of(*first, "gated_bottleneck_fwd"), first->size(0));
   p.down.form = form_z;
@@ -261,7 +55,7 @@ void gated_bottleneck_bwd_rows(Tensor dout, MaybeTensors tensors, MaybeTensors w
                                MaybeTensor rng, std::vector<int64_t> codes,
                                std::vector<double> numbers, bool form_sums, bool form_columns,
                                bool read_dz) {
-  const Call call{tensors, work, rng, codes, numbers};
+  const Call call{tensors, work, rng, gated_settings(codes, numbers)};
   GatedRowsParams p = {};
   p.f = params_of(call, dtype_of(dout, "gated_bottleneck_bwd_rows"), dout.size(0));
   const GatedParams& f = p.f;
@@ -269,8 +63,8 @@ void gated_bottleneck_bwd_rows(Tensor dout, MaybeTensors tensors, MaybeTensors w
   const int64_t rows = f.rows;
   p.dout = matrix(dout, rows, f.outs, "dout");
   p.sums = floats(work[kSums], rows * kRowSums, "sums");
-  p.totals = floats(work[kTotals], codes[kSamples], "totals");
-  p.token_weights = floats(tensors[kTokenWeights], rows, "token_weights");
+  p.totals = floats(work[kTotals], call.settings.samples, "totals");
+  p.token_weights = floats(tensors[Input::kTokenWeights], rows, "token_weights");
   p.a = view(work[kA], dtype, rows, f.down.rank, "a");
   p.dz = view(work[kDz], dtype, rows, f.down.rank, "dz");
   p.dq = view(work[kDq], dtype, rows, f.down.rank, "dq");
@@ -288,7 +82,7 @@ void gated_bottleneck_bwd_rows(Tensor dout, MaybeTensors tensors, MaybeTensors w
   p.need_dz = p.dz.data != nullptr;
   p.need_dzg = p.dzg.data != nullptr;
   p.read_dz = read_dz;
-  p.dx_on_dh = codes[kAddInput] != 0;
+  p.dx_on_dh = call.settings.add_input;
   if (read_dz) {
     want(p.need_dz && p.dx.data != nullptr, "dz and dx");
   } else {
@@ -301,16 +95,14 @@ void gated_bottleneck_bwd_rows(Tensor dout, MaybeTensors tensors, MaybeTensors w
 }
 
 // `grads`: dU, dGu, dD, dGd, then one per ColumnSum.
-void gated_bottleneck_bwd_weights(Tensor dout, MaybeTensors tensors, MaybeTensors work,
-                                  MaybeTensors grads, MaybeTensor rng, std::vector<int64_t> codes,
-                                  std::vector<double> numbers, int64_t splits) {
-  const Call call{tensors, work, rng, codes, numbers};
+constexpr int kMatrices = kMaxFolds - kColumnSums;
+
+// What the wanted gradients are formed of; their partials are placed later.
+GatedWeightsParams weights_params(const Call& call, const Tensor& dout, const MaybeTensors& grads) {
+  const MaybeTensors &tensors = call.tensors, &work = call.work;
   GatedWeightsParams p = {};
   p.f = params_of(call, dtype_of(dout, "gated_bottleneck_bwd_weights"), dout.size(0));
   const GatedParams& f = p.f;
-  constexpr int kMatrices = kMaxFolds - kColumnSums;
-  STD_TORCH_CHECK(splits >= 1 && grads.size() == kMaxFolds,
-                  "gated_bottleneck_bwd_weights: want a split and ", kMaxFolds, " gradients");
   p.dout = matrix(dout, f.rows, f.outs, "dout");
   p.sums = floats(work[kSums], f.rows * kRowSums, "sums");
   p.need_up = grads[0].has_value();
@@ -321,7 +113,8 @@ void gated_bottleneck_bwd_weights(Tensor dout, MaybeTensors tensors, MaybeTensor
     p.a = needed(work[kA], f.dtype, f.rows, f.down.rank, "a");
     if (f.gate.rank > 0) p.ag = needed(work[kAg], f.dtype, f.rows, f.gate.rank, "ag");
   }
-  const MaybeTensor inputs[] = {tensors[kX], tensors[kGateInput]}, dzs[] = {work[kDz], work[kDzg]};
+  const MaybeTensor inputs[] = {tensors[Input::kX], tensors[Input::kGateInput]},
+                    dzs[] = {work[kDz], work[kDzg]};
   const Bottleneck sources[] = {f.down, f.gate};
   for (int j = 0; j < 2; ++j) {
     if (!grads[2 + j].has_value()) continue;
@@ -331,43 +124,68 @@ void gated_bottleneck_bwd_weights(Tensor dout, MaybeTensors tensors, MaybeTensor
     d.in = needed(inputs[j], f.dtype, f.rows, d.width, "input");
     d.dz = needed(dzs[j], f.dtype, f.rows, d.rank, "dz");
   }
-  p.splits = splits;
+  return p;
+}
 
-  // Every partial starts on 16 bytes.
-  const int64_t widths[] = {p.need_up ? f.outs : 0, p.need_gate_up ? f.outs : 0, p.down[0].width,
-                            p.down[1].width, p.wanted != 0 ? f.outs : 0};
-  const int64_t ranks[] = {f.down.rank, f.gate.rank, f.down.rank, f.gate.rank, kColumnSums};
-  int64_t first[kMatrices + 2] = {};
+// The partial sums of the matrices, then of all column sums: [splits, width, rank] each.
+struct Partials {
+  int64_t widths[kMatrices + 1], ranks[kMatrices + 1];
+  int64_t first[kMatrices + 2];  // each starts on 16 bytes
+};
+
+Partials partials_of(const GatedWeightsParams& p) {
+  const GatedParams& f = p.f;
+  Partials at = {{p.need_up ? f.outs : 0, p.need_gate_up ? f.outs : 0, p.down[0].width,
+                  p.down[1].width, p.wanted != 0 ? f.outs : 0},
+                 {f.down.rank, f.gate.rank, f.down.rank, f.gate.rank, kColumnSums},
+                 {}};
   for (int j = 0; j <= kMatrices; ++j)
-    first[j + 1] = first[j] + ceil_div(splits * widths[j] * ranks[j], 4) * 4;
-  Tensor partial = torch::stable::new_empty(dout, {first[kMatrices + 1]}, ScalarType::Float);
+    at.first[j + 1] = at.first[j] + ceil_div(p.splits * at.widths[j] * at.ranks[j], 4) * 4;
+  return at;
+}
+
+// Where the sum of a gradient's partials goes.
+GatedFold fold_of(const Tensor& grad, int j, const Partials& at, const float* data, int64_t outs) {
+  const bool sum = j >= kMatrices, down = j == 2 || j == 3;
+  const int source = sum ? kMatrices : j;
+  GatedFold job = {};
+  job.rows = sum ? 1 : at.widths[source];
+  job.cols = sum ? outs : at.ranks[source];
+  job.partial = data + at.first[source] + (sum ? (j - kMatrices) * outs : 0);
+  job.split_stride = at.widths[source] * at.ranks[source];
+  STD_TORCH_CHECK(sum ? grad.dim() == 1 && grad.size(0) == outs
+                      : grad.dim() == 2 && grad.size(down ? 1 : 0) == job.rows &&
+                            grad.size(down ? 0 : 1) == job.cols,
+                  "gated_bottleneck_bwd_weights: gradient ", j, ": want ", job.rows, " x ",
+                  job.cols);
+  job.out = grad.data_ptr();
+  job.dtype = dtype_of(grad, "gated_bottleneck_bwd_weights: gradient");
+  job.stride_row = sum ? 0 : grad.stride(down ? 1 : 0);
+  job.stride_col = grad.stride(sum || down ? 0 : 1);
+  return job;
+}
+
+void gated_bottleneck_bwd_weights(Tensor dout, MaybeTensors tensors, MaybeTensors work,
+                                  MaybeTensors grads, MaybeTensor rng, std::vector<int64_t> codes,
+                                  std::vector<double> numbers, int64_t splits) {
+  STD_TORCH_CHECK(splits >= 1 && grads.size() == kMaxFolds,
+                  "gated_bottleneck_bwd_weights: want a split and ", kMaxFolds, " gradients");
+  const Call call{tensors, work, rng, gated_settings(codes, numbers)};
+  GatedWeightsParams p = weights_params(call, dout, grads);
+  p.splits = splits;
+  const Partials at = partials_of(p);
+  Tensor partial = torch::stable::new_empty(dout, {at.first[kMatrices + 1]}, ScalarType::Float);
   float* const data = static_cast<float*>(partial.data_ptr());
   p.partial_up = data;
-  p.partial_gate = data + first[1];
-  p.down[0].partial = data + first[2];
-  p.down[1].partial = data + first[3];
-  p.partial_sums = data + first[4];
+  p.partial_gate = data + at.first[1];
+  p.down[0].partial = data + at.first[2];
+  p.down[1].partial = data + at.first[3];
+  p.partial_sums = data + at.first[4];
   GatedFoldParams fold = {};
   fold.splits = splits;
   for (int j = 0; j < kMaxFolds; ++j) {
-    const bool sum = j >= kMatrices, down = j == 2 || j == 3;
-    const int source = sum ? kMatrices : j;
-    if (!grads[j].has_value() || widths[source] == 0) continue;
-    const Tensor& grad = *grads[j];
-    GatedFold& job = fold.job[fold.jobs++];
-    job.rows = sum ? 1 : widths[source];
-    job.cols = sum ? f.outs : ranks[source];
-    job.partial = data + first[source] + (sum ? (j - kMatrices) * f.outs : 0);
-    job.split_stride = widths[source] * ranks[source];
-    STD_TORCH_CHECK(sum ? grad.dim() == 1 && grad.size(0) == f.outs
-                        : grad.dim() == 2 && grad.size(down ? 1 : 0) == job.rows &&
-                              grad.size(down ? 0 : 1) == job.cols,
-                    "gated_bottleneck_bwd_weights: gradient ", j, ": want ", job.rows, " x ",
-                    job.cols);
-    job.out = grad.data_ptr();
-    job.dtype = dtype_of(grad, "gated_bottleneck_bwd_weights: gradient");
-    job.stride_row = sum ? 0 : grad.stride(down ? 1 : 0);
-    job.stride_col = grad.stride(sum || down ? 0 : 1);
+    if (!grads[j].has_value() || at.widths[j < kMatrices ? j : kMatrices] == 0) continue;
+    fold.job[fold.jobs++] = fold_of(*grads[j], j, at, data, p.f.outs);
   }
   const Device device(dout);
   check_launch(launch_gated_weights(p, device.stream()), "gated_bottleneck_bwd_weights");

@@ -1,7 +1,6 @@
 // lowrank_linear on the CPU: checks, packing of the weights, row blocks to threads, registration.
-#include "params.h"
-
 #include "common/cpu/pack.h"
+#include "params.h"
 
 namespace petal {
 namespace {
@@ -68,13 +67,13 @@ LowrankArgs arguments(const Tensor& bottleneck, const Tensors& ups,
 
 void forward(Optional x, Optional down, Optional hidden, Tensors ups, Tensors weights,
              std::vector<Optional> biases, Tensors base, Optional core, Optional rng, double scale,
-             int64_t threshold, double keep_scale, int64_t site, Tensors ys, Optional h) {
+             double dropout, int64_t site, Tensors ys, Optional h) {
   const LowrankKernels& kernel = kernels();
   STD_TORCH_CHECK(hidden || (x && down), "x: want x and down, or hidden");
   const DType type = dtype_of(hidden ? *hidden : *x, "x");
   std::vector<LowrankOutput> outs;
-  LowrankArgs a = arguments(hidden ? *hidden : *x, ups, outs, scale, site,
-                            cpu_dropout(rng, threshold, keep_scale));
+  LowrankArgs a =
+      arguments(hidden ? *hidden : *x, ups, outs, scale, site, cpu_dropout(rng, dropout));
   Packer packer;
   if (x) {
     a.D = x->size(1), a.x = x->const_data_ptr(), a.x_row = row_stride(*x, "x");
@@ -120,13 +119,13 @@ void forward(Optional x, Optional down, Optional hidden, Tensors ups, Tensors we
 
 // Absent results are nullopt or an empty list. dx_has_base: dx holds sum_k dy_k W_k already.
 void backward(Tensors dys, Optional x, Tensor h, Optional down, Tensors ups, Tensors weights,
-              Optional core, Optional rng, double scale, int64_t threshold, double keep_scale,
-              int64_t site, bool dx_has_base, Optional dx, Optional dh, Optional ddown,
-              Tensors dups, Optional dcore) {
+              Optional core, Optional rng, double scale, double dropout, int64_t site,
+              bool dx_has_base, Optional dx, Optional dh, Optional ddown, Tensors dups,
+              Optional dcore) {
   const LowrankKernels& kernel = kernels();
   const DType type = dtype_of(h, "h");
   std::vector<LowrankOutput> outs;
-  LowrankArgs a = arguments(h, ups, outs, scale, site, cpu_dropout(rng, threshold, keep_scale));
+  LowrankArgs a = arguments(h, ups, outs, scale, site, cpu_dropout(rng, dropout));
   const int64_t least = std::clamp<int64_t>(a.N / kBlockRows * 2, 1, kLeastSplits);
   const int64_t splits = std::clamp<int64_t>(ceil_div(a.N, kSplitRows), least, kMaxSplits);
   const int64_t split_rows = std::max<int64_t>(ceil_div(a.N, splits), 1);
@@ -181,11 +180,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(petal_native, m) {
   m.def(
       "lowrank_linear_fwd(Tensor? x, Tensor? down, Tensor? hidden, Tensor[] ups, "
       "Tensor[] weights, Tensor?[] biases, Tensor[] base, Tensor? core, Tensor? rng, float scale, "
-      "int threshold, float keep_scale, int site, Tensor(a!)[] ys, Tensor(b!)? h) -> ()");
+      "float dropout, int site, Tensor(a!)[] ys, Tensor(b!)? h) -> ()");
   m.def(
       "lowrank_linear_bwd(Tensor[] dys, Tensor? x, Tensor h, Tensor? down, Tensor[] ups, "
-      "Tensor[] weights, Tensor? core, Tensor? rng, float scale, int threshold, "
-      "float keep_scale, int site, bool dx_has_base, Tensor(a!)? dx, Tensor(b!)? dh, "
+      "Tensor[] weights, Tensor? core, Tensor? rng, float scale, "
+      "float dropout, int site, bool dx_has_base, Tensor(a!)? dx, Tensor(b!)? dh, "
       "Tensor(c!)? ddown, Tensor(d!)[] dups, Tensor(e!)? dcore) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(petal_native, CPU, m) {

@@ -8,7 +8,6 @@ namespace petal {
 namespace {
 
 using Tensors = std::vector<Tensor>;
-using MaybeTensor = std::optional<Tensor>;
 
 void check_count(size_t count, const char* name) {
   STD_TORCH_CHECK(count >= 1 && count <= kMaxOutputs, name, ": want 1 to ", kMaxOutputs,

@@ -1,7 +1,6 @@
 // mode_contract on the CPU: checks, packing of the shared factors, slabs to threads, registration.
-#include "params.h"
-
 #include "common/cpu/pack.h"
+#include "params.h"
 
 namespace petal {
 namespace {

@@ -7,8 +7,6 @@
 namespace petal {
 namespace {
 
-using MaybeTensor = std::optional<Tensor>;
-
 void check_contiguous(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": want a contiguous tensor");
 }

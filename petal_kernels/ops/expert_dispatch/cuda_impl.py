@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from petal_kernels._runtime.numerics import ACTIVATIONS
+from petal_kernels.ops.expert_dispatch import settings
 from petal_kernels.ops.expert_dispatch.arguments import Call, Saved, Tensors
 
 MAX_RANK = 256
@@ -50,7 +50,6 @@ ROWS_PER_SPLIT = 256
 MAX_SPLITS = 8
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_GATES = ("mean", "softmax", "topk", "given")
 _WEIGHTS = ("up", "down", "up_bias", "router", "down_bias")  # in the kernel's order
 
 
@@ -124,28 +123,11 @@ def _row_major(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
-def _numbers(call: Call) -> tuple[list[int], list[float]]:
-    """The settings in the kernels' order."""
-    s = call.settings
-    codes = [
-        ACTIVATIONS.index(s.activation),
-        _GATES.index(s.gate),
-        call.experts,
-        call.rank,
-        s.top_k,
-        int(s.renormalize),
-        s.tokens_per_gate,
-        int(s.add_input),
-        int(call.shared_down),
-    ]
-    return codes, [s.keep, s.mix]
-
-
 def forward(call: Call, save: bool) -> tuple[Tensor, Saved]:
     """The output, and what backward needs."""
     first, s = call.first, call.settings
     n, experts, outs = call.rows, call.experts, call.tensors.up.shape[1]
-    t, numbers = _arguments(call, False), _numbers(call)
+    t, numbers = _arguments(call, False), settings.codes(call)
     is_sorted, topk = s.plan == "sorted", s.gate == "topk"
     work = Work(
         z=first.new_empty(call.z_shape),
@@ -187,7 +169,7 @@ def backward(
     """The gradients that ``need`` names."""
     s, n, experts = call.settings, call.rows, call.experts
     is_sorted = s.plan == "sorted"
-    t, numbers = _arguments(call, True), _numbers(call)
+    t, numbers = _arguments(call, True), settings.codes(call)
     through_router = bool(need & {"x", "router", "router_bias", "noise"})
     wants_gates = "gates" in need or (call.routed and through_router)
     kept = (call.slots, call.rank) if is_sorted else (n, experts * call.rank)

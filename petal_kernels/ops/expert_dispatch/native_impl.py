@@ -29,11 +29,10 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import device
-from petal_kernels._runtime.numerics import ACTIVATIONS
+from petal_kernels.ops.expert_dispatch import settings
 from petal_kernels.ops.expert_dispatch.arguments import Call, Saved, Tensors
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_GATES = ("mean", "softmax", "topk", "given")
 _LARGE = 4 << 20  # bytes
 
 
@@ -59,22 +58,14 @@ def _fresh(like: Tensor, rows: int, cols: int) -> Tensor:
 
 def _arguments(call: Call) -> list[Any]:
     """What both kernels take first: small tensors contiguous, those of N x E numbers in fp32."""
-    t, s = call.tensors, call.settings
+    t = call.tensors
     small = {"noise": t.noise, "gates": t.gates}
     plain = {name: None if v is None else v.float().contiguous() for name, v in small.items()}
     rows = {"x": t.x, "base": t.base}
     kept = {n: v if v is None else v.contiguous() for n, v in t._asdict().items() if n not in rows}
     return [
         list(Tensors(**(rows | kept | plain))),
-        ACTIVATIONS.index(s.activation),
-        _GATES.index(s.gate),
-        s.top_k,
-        s.renormalize,
-        s.tokens_per_gate,
-        s.add_input,
-        s.keep,
-        s.mix,
-        s.plan == "sorted",
+        *settings.codes(call),
     ]
 
 

@@ -44,9 +44,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from petal_kernels._runtime.numerics import ACTIVATIONS
+from petal_kernels.ops.gated_bottleneck import settings
 from petal_kernels.ops.gated_bottleneck.arguments import (
-    GATES,
     Call,
     Saved,
     Settings,
@@ -58,7 +57,6 @@ ROWS_PER_SPLIT = 256
 MAX_SPLITS = 8  # with a dozen column tiles about a block per multiprocessor; partials grow with it
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_ROUTES = ("none", "add", "mul", "product")
 _ROW_GATES = ("middleX", "small")
 _SUMS = ("up_bias", "gate_up_bias", "gate_weight", "norm_weight", "norm_bias")
 _COLUMNS = frozenset(("up", "gate_up", *_SUMS))  # want dY formed again
@@ -151,19 +149,7 @@ def _arguments(t: Tensors, s: Settings, dtype: torch.dtype) -> Tensors:
 
 def _numbers(s: Settings, outer: bool = False) -> tuple[list[int], list[float]]:
     """The settings in the kernels' order. A product by the library is no route to them."""
-    route = s.route if s.route != "product" or outer else "none"
-    codes = [
-        ACTIVATIONS.index(s.activation),
-        _ROUTES.index(route),
-        int(s.route_relu),
-        GATES.index(s.gate),
-        int(s.gate_linear),
-        int(s.gate_sees_output),
-        int(s.add_input),
-        int(s.add_gate_input),
-        s.samples,
-    ]
-    return codes, [s.scale, s.dropout, s.norm_eps]
+    return settings.codes(s, s.route if s.route != "product" or outer else "none")
 
 
 def _samples(t: Tensor, s: Settings) -> Tensor:

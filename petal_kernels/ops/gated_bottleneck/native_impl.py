@@ -30,12 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from petal_kernels._runtime import device, philox
-from petal_kernels._runtime.numerics import ACTIVATIONS
-from petal_kernels.ops.gated_bottleneck.arguments import GATES, Call, Saved, Tensors
+from petal_kernels._runtime import device
+from petal_kernels.ops.gated_bottleneck import settings
+from petal_kernels.ops.gated_bottleneck.arguments import Call, Saved, Tensors
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_ROUTES = ("none", "add", "mul", "product")
 _LARGE = 4 << 20  # bytes
 
 
@@ -93,18 +92,7 @@ def _arguments(call: Call, rng: Tensor | None) -> list[Any]:
         list(t._replace(left=left, right=right)),
         _derived(call),
         rng,
-        ACTIVATIONS.index(s.activation),
-        _ROUTES.index(s.route),
-        s.route_relu,
-        GATES.index(s.gate),
-        s.gate_sees_output and call.has_logits,
-        s.add_input,
-        s.add_gate_input,
-        s.samples,
-        s.scale,
-        s.norm_eps,
-        0 if rng is None else philox.threshold(s.dropout),
-        1.0 if rng is None else philox.keep_scale(s.dropout),
+        *settings.codes(s, s.route),
     ]
 
 

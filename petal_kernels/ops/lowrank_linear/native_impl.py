@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from petal_kernels._runtime import device, philox
+from petal_kernels._runtime import device
 from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Settings
 
 PLANS = ("update", "extend")
@@ -76,10 +76,7 @@ def _fresh(like: Tensor, cols: int) -> Tensor:
 
 def _numbers(rng: Tensor | None, s: Settings) -> list[Any]:
     """The settings as both kernels take them."""
-    threshold, keep_scale = 0, 1.0
-    if rng is not None:
-        threshold, keep_scale = philox.threshold(s.dropout), philox.keep_scale(s.dropout)
-    return [rng, s.scale, threshold, keep_scale, _SITES[s.dropout_at]]
+    return [rng, s.scale, s.dropout, _SITES[s.dropout_at]]
 
 
 def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Saved]:
