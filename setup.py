@@ -8,7 +8,8 @@
 What cannot be built for want of a tool is left out with its reason; a source that does not compile
 is an error.
 PETAL_BUILD_CPU=0 and PETAL_BUILD_CUDA=0 leave a library out, PETAL_BUILD_CUDA=1 insists on it;
-PETAL_CUDA_ARCHS (default "80;90;100") lists the architectures, the last one is also kept as PTX.
+PETAL_CUDA_ARCHS (default "80;90;100") lists the architectures, the last one is also kept as PTX;
+PETAL_CPU_ISAS (default "avx2;avx512") the instruction sets beside the generic one.
 """
 
 from __future__ import annotations
@@ -159,23 +160,28 @@ def _torch_flags(torch: Path) -> str:
     return f"-DTORCH_TARGET_VERSION={STABLE_ABI} -isystem {include} -isystem {api}"
 
 
-def _isas() -> list[str]:
+def cpu_isas() -> list[str]:
+    """The generic instruction set, and those asked for that this family of processors has."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return list(ISAS) if x86 else ["generic"]
+    wanted = os.environ.get("PETAL_CPU_ISAS", "avx2;avx512").replace(",", ";").split(";")
+    unknown = {isa.strip() for isa in wanted} - {"", *ISAS}
+    if unknown:
+        raise SystemExit(f"PETAL_CPU_ISAS: want some of {', '.join(ISAS)}, got {min(unknown)}")
+    return [isa for isa in ISAS if isa == "generic" or (x86 and isa in map(str.strip, wanted))]
 
 
 def add_cpu(n: NinjaFile, tools: Tools) -> None:
     """Kernels once per instruction set, the host side once, one library."""
     assert tools.torch is not None
     n.rule("cxx", f"{tools.cxx} {CXX_FLAGS} -I{SOURCES} $flags -MMD -MF $out.d -c $in -o $out")
-    built = " ".join(f"-DPETAL_BUILT_{isa.upper()}" for isa in _isas())
+    built = " ".join(f"-DPETAL_BUILT_{isa.upper()}" for isa in cpu_isas())
     host = f"{_torch_flags(tools.torch)} {built}"
     objects = []
     for source in sorted(SOURCES.glob("*/cpu/*.cpp")):
         if source.name != "kernel.cpp":
             objects.append(n.edge("cxx", n.object(source), [source], host))
             continue
-        for isa in _isas():
+        for isa in cpu_isas():
             flags = f"{ISAS[isa]} -DPETAL_ISA={isa}"
             objects.append(n.edge("cxx", n.object(source, isa), [source], flags))
     n.rule(
@@ -234,7 +240,7 @@ def facts(tools: Tools) -> dict[str, str]:
     return {
         "compiler": _version(tools.cxx) if tools.cxx else "none",
         "flags": CXX_FLAGS,
-        "isas": ",".join(_isas()) if tools.reasons["cpu"] is None else "",
+        "isas": ",".join(cpu_isas()) if tools.reasons["cpu"] is None else "",
         "nvcc": _version(tools.nvcc) if tools.nvcc and tools.reasons["cuda"] is None else "none",
         "cuda_archs": ",".join(cuda_archs()) if tools.reasons["cuda"] is None else "",
         "stable_abi": "torch 2.11",

@@ -174,6 +174,14 @@ def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:
         module.Tools(cxx="g++", ninja="ninja", nvcc=None, torch=Path("there"), pybind11=None)
     monkeypatch.setenv("PETAL_CUDA_ARCHS", "10.0, 8.0;90")
     assert module.cuda_archs() == ["80", "90", "100"]
+    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    monkeypatch.delenv("PETAL_CPU_ISAS", raising=False)
+    assert module.cpu_isas() == ["generic", "avx2", "avx512"]
+    monkeypatch.setenv("PETAL_CPU_ISAS", "avx512, generic")
+    assert module.cpu_isas() == ["generic", "avx512"]
+    monkeypatch.setenv("PETAL_CPU_ISAS", "avx3")
+    with pytest.raises(SystemExit, match="want some of generic, avx2, avx512, got avx3"):
+        module.cpu_isas()
 
 
 USE = """

@@ -61,6 +61,7 @@ class Tree:
         self.environment = os.environ | {
             "PYTHONPATH": str(root),
             "PETAL_BUILD_CUDA": "0",
+            "PETAL_CPU_ISAS": "generic",  # the others are the same source
             "PETAL_EMULATION_CACHE": str(emulation),
             "OMP_WAIT_POLICY": "PASSIVE",
             # Triton may be imported before tests/conftest.py sees that no device is there.
