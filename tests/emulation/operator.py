@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from petal_kernels.tools import parity
-from tests import discovery
 from tests.emulation.support import DTYPES
+from tests.ops import discovery
 
 
 class Emulated:

@@ -20,12 +20,12 @@ BLOCK = "csrc/common/cpu_block.h"
 
 REBUILD = True
 TESTS = [
-    "tests/test_build.py",
-    "tests/test_native_gated_bottleneck.py",
-    "tests/test_native_expert_dispatch.py",
-    "tests/test_native_precision.py",
-    "tests/test_ops.py",
-    "tests/test_scalars.py",
+    "tests/house/test_build.py",
+    "tests/ops/gated_bottleneck/test_native.py",
+    "tests/ops/expert_dispatch/test_native.py",
+    "tests/ops/test_native_precision.py",
+    "tests/ops/test_ops.py",
+    "tests/ops/test_scalars.py",
     "-k",
     "native or many_splits",
 ]
