@@ -16,6 +16,9 @@ from tests.emulation import build
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RNG = torch.tensor([0x0123_4567_89AB_CDEF, 0xFFFF_FFFE])  # the offset wraps at stream 2
 
+# What another order of a sum may cost beyond the stated multiples of torch's own error.
+FLOOR = {torch.float32: 1e-7, torch.float16: 2e-5, torch.bfloat16: 2e-4}
+
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 
 
@@ -91,6 +94,18 @@ class Linear:
             "dropout": self.p,
             "dropout_at": self.site,
         }
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Relative, in the Frobenius norm."""
+    assert torch.isfinite(got).all()
+    return float((got.double() - want).norm() / want.norm().clamp_min(1e-30))
+
+
+def assert_close(name: str, got: Tensor, plain: Tensor, exact: Tensor, factor: float) -> None:
+    """No further from the exact value than this multiple of plain torch's error."""
+    bound = factor * error(plain, exact) + FLOOR[plain.dtype]
+    assert error(got, exact) <= bound, f"{name}: {error(got, exact):.2e} > {bound:.2e}"
 
 
 def wider(value: Any) -> Any:

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import petal_kernels as pk
-from petal_kernels import _build_info
 from petal_kernels._runtime import device
 from petal_kernels.ops.expert_dispatch import native_impl, op, routing, torch_impl, workload
 from petal_kernels.ops.expert_dispatch.arguments import Call, Saved
@@ -58,15 +57,6 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
-
-
-@pytest.fixture
-def every_isa() -> Iterator[list[str]]:
-    """The instruction sets that this build has and this CPU runs; the best is restored."""
-    names = _build_info.facts()["isas"].split(",")
-    capability = _build_info.cpu_capability()
-    yield [n for n in names if capability.get(n, True)]
-    torch.ops.petal_native.cpu_isa("best")
 
 
 def prepare(case: Case, dtype: torch.dtype = torch.float32, **changes: Any) -> Call:

@@ -3,7 +3,6 @@ split, several splits, samples longer than a block, every instruction set, any n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 import petal_kernels as pk
-from petal_kernels import _build_info
 from petal_kernels._runtime import device
 from petal_kernels.ops.gated_bottleneck.workload import Case
 from tests.ops import discovery
@@ -32,15 +30,6 @@ CASES = (
 )
 
 pytestmark = pytest.mark.skipif(device.cpu_library_reason() is not None, reason="no CPU library")
-
-
-@pytest.fixture
-def every_isa() -> Iterator[list[str]]:
-    """The instruction sets that this build has and this CPU runs; the best is restored."""
-    names = _build_info.facts()["isas"].split(",")
-    capability = _build_info.cpu_capability()
-    yield [n for n in names if capability.get(n, True)]
-    torch.ops.petal_native.cpu_isa("best")
 
 
 def _run(case: Case, exact: bool = False) -> list[tuple[str, Tensor]]:

@@ -1,5 +1,5 @@
-"""What the general suite cannot see in the Triton kernels: traffic, stray accesses, double writes,
-program order.
+"""What the general suite cannot see in ``lowrank_linear``'s Triton kernels: traffic, stray
+accesses, double writes, program order.
 
 Runs in the interpreter; numerics over the shape grid are in ``test_ops.py``. Here: every launch's
 compulsory bytes against the module docstring's formulas, every access inside an argument, every
@@ -17,46 +17,22 @@ import torch
 from torch import Tensor
 
 import petal_kernels as pk
-from petal_kernels._runtime import device, philox
+from petal_kernels._runtime import device
 from tests.ops import triton_audit
 
 if device.triton_reason() is not None or torch.cuda.is_available():
     pytest.skip("needs Triton's interpreter", allow_module_level=True)
 
-import triton
-import triton.language as tl
-
-from petal_kernels._runtime import triton_lib
-from petal_kernels._runtime.triton_lib import dropout_keep
-from petal_kernels.ops.lowrank_linear import reference as lowrank_reference
+from petal_kernels.ops.lowrank_linear import reference
 from petal_kernels.ops.lowrank_linear import triton_impl as lowrank
 from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Settings, Tensors
-from petal_kernels.ops.mode_contract import reference as mode_reference
-from petal_kernels.ops.mode_contract import triton_impl as mode
-from petal_kernels.ops.mode_contract.arguments import Call as Contraction
+from tests.ops.interpreted import clean, close, draw, expect
 
 triton_audit.hasten_interpreter()
 
 N, D, R, OUTS = 150, 83, 19, (37, 53)
 WIDE = sum(OUTS)
 RNG = torch.tensor([0x1234_5678_9ABC_DEF0, 0xFFFF_FFFF])  # stream 1 wraps around
-
-
-@triton.jit
-def _mask_kernel(  # type: ignore[no-untyped-def]
-    out_ptr, rng_ptr, first, threshold, ROWS: tl.constexpr, COLS: tl.constexpr
-):
-    """The keep mask of rows first .. and columns 8 .. of stream 0."""
-    offs = tl.arange(0, ROWS)
-    seed = tl.load(rng_ptr)
-    stream = tl.load(rng_ptr + 1)
-    keep = dropout_keep(seed, stream, first + offs.to(tl.int64), 8, COLS, threshold)
-    tl.store(out_ptr + offs[:, None] * COLS + tl.arange(0, COLS)[None, :], keep)
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    g = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
-    return (torch.randn(shape, generator=g) / shape[-1] ** 0.5).to(dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -93,12 +69,6 @@ def backward(
     return lowrank.backward(call_of(p), saved, dys, p["rng"], frozenset(need))
 
 
-def contraction(
-    core: Tensor, modes: Tensor, up: Tensor | None, dtype: torch.dtype = torch.float32
-) -> Contraction:
-    return Contraction(core, modes, up, 0.5, dtype)
-
-
 def exact(p: dict[str, Any], dys: list[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     def wide(v: Any) -> Any:
         if isinstance(v, Tensor):
@@ -109,14 +79,7 @@ def exact(p: dict[str, Any], dys: list[Tensor]) -> tuple[tuple[Tensor, ...], dic
 
     q = {k: wide(v) for k, v in p.items()}
     outs = [d.double() for d in dys]
-    return lowrank_reference.forward(**q), lowrank_reference.backward(outs, **q)
-
-
-def close(got: Tensor | None, want: Tensor, tolerance: float) -> None:
-    assert got is not None
-    assert got.shape == want.shape
-    worst = float((got.double() - want).abs().max() / want.abs().max())
-    assert worst <= tolerance, f"error {worst:.2e} of the largest value"
+    return reference.forward(**q), reference.backward(outs, **q)
 
 
 def check_all(p: dict[str, Any], plan: str = "update", tolerance: float = 2e-6) -> None:
@@ -133,26 +96,13 @@ def check_all(p: dict[str, Any], plan: str = "update", tolerance: float = 2e-6) 
         close(g, w, 2 * tolerance)
 
 
-def clean(audit: triton_audit.Audit) -> None:
-    for launch in audit.launches:
-        assert not launch.rewritten(), f"{launch.kernel}: stored twice: {launch.rewritten()}"
-
-
-def expect(audit: triton_audit.Audit, fragment: str, *wanted: int) -> None:
-    launches = audit.of(fragment)
-    assert [launch.kernel for launch in launches], f"no launch of {fragment}"
-    for launch, want in zip(launches, wanted, strict=True):
-        moved = launch.moved()
-        assert abs(moved - want) <= 0.02 * want, f"{launch.kernel}: {moved} bytes, not {want}"
-
-
 def splits_of(audit: triton_audit.Audit, index: int = 0) -> int:
     return audit.of("bwd_tn")[index].grid[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("site", ["bottleneck", "input"])
-def test_lowrank_traffic_update(site: str, dtype: torch.dtype) -> None:
+def test_traffic_update(site: str, dtype: torch.dtype) -> None:
     """Base outputs given: shrink, expand, dh, tn, reduce, and dx by expand."""
     e = dtype.itemsize
     p = problem(dtype, base=[draw(N, o, dtype=dtype) for o in OUTS], dropout_at=site)
@@ -179,7 +129,7 @@ def test_lowrank_traffic_update(site: str, dtype: torch.dtype) -> None:
         assert launch.grid[0] > 1, f"{launch.kernel}: one program on axis 0"
 
 
-def test_lowrank_traffic_extend_and_one_pass_dx() -> None:
+def test_traffic_extend_and_one_pass_dx() -> None:
     dtype, e = torch.float16, 2
     weights = [draw(o, D, dtype=dtype) for o in OUTS]
     p = problem(dtype, weights=weights, biases=[draw(o, dtype=dtype) for o in OUTS])
@@ -191,53 +141,12 @@ def test_lowrank_traffic_extend_and_one_pass_dx() -> None:
     expect(audit, "bwd_dx", (N * WIDE + D * WIDE + N * D + N * R + R * D) * e)
 
 
-@pytest.mark.parametrize(
-    ("fold", "k", "r", "o"), [(True, 70, 19, 140), (False, 70, 19, 19), (True, 5, 35, 20)]
-)
-def test_mode_contract_traffic(fold: bool, k: int, r: int, o: int) -> None:
-    core, modes = draw(r, r, r), draw(k, r)
-    up = draw(o, r) if fold else None
-    out = k * r * (o if fold else r) * 4
-    v = o * r * 4 if fold else 0
-    with triton_audit.Audit() as audit:
-        call = contraction(core, modes, up)
-        mode.forward(call)
-        mode.backward(call, draw(*call.shape), frozenset(("core", "modes", "up")))
-    clean(audit)
-    expect(audit, "_fwd", (r**3 + k * r) * 4 + v + out)
-    part = r * -(-r // 32) * k * r * 4  # a share of every dp_k from each slab and b tile
-    expect(audit, "bwd_slab", out + (2 * r**3 + k * r) * 4 + v + part)
-    if fold:
-        groups = audit.of("bwd_up")[0].grid[1]
-        assert groups > 1
-        expect(audit, "bwd_up", out + (r**3 + k * r) * 4 + groups * v)
-        expect(audit, "bwd_sum", part + k * r * 4, groups * v + v)
-
-
-def test_mode_contract_cp_traffic() -> None:
-    k, r, o = 5, 35, 140
-    core, modes, up = draw(r), draw(k, r), draw(o, r)
-    with triton_audit.Audit() as audit:
-        call = contraction(core, modes, up)
-        mode.forward(call)
-        mode.backward(call, draw(k, r, o), frozenset(("core", "modes", "up")))
-    clean(audit)
-    expect(audit, "cp_fwd", (r + k * r + o * r + k * r * o) * 4)
-    backward_bytes = sum(launch.moved() for launch in audit.of("bwd"))
-    stated = (2 * k * r * o + 2 * o * r + 3 * k * r + 3 * r) * 4 + 8 * k * r
-    assert abs(backward_bytes - stated) <= 0.02 * stated
-
-
 def everything() -> list[Tensor]:
-    """Outputs and gradients of both operators on one odd problem."""
+    """Outputs and gradients of one odd problem."""
     p = problem(base=[draw(N, o) for o in OUTS])
     ys, saved = forward(p)
     grads = backward(p, saved, [draw(N, o, seed=3) for o in OUTS])
-    core, modes, up = draw(19, 19, 19), draw(70, 19), draw(140, 19)
-    contract = contraction(core, modes, up)
-    pt = mode.forward(contract)
-    more = mode.backward(contract, draw(*contract.shape), frozenset(("core", "modes", "up")))
-    found = [*ys, saved.h, grads.x, grads.hidden, grads.down, *grads.ups, pt, *more]
+    found = [*ys, saved.h, grads.x, grads.hidden, grads.down, *grads.ups]
     return [t for t in found if t is not None]
 
 
@@ -287,45 +196,6 @@ def test_mode_and_hidden() -> None:
     check_all(problem(x=None, down=None, hidden=hidden))
 
 
-def test_large_rows_of_the_generator() -> None:
-    """The mask depends on the row's high word: rows beyond 2^32 (of the counter, not of memory)."""
-    out = torch.empty(16, 16, dtype=torch.bool)
-    _mask_kernel[(1,)](out, RNG, (5 << 32) - 8, philox.threshold(0.5), 16, 16)
-    row = torch.arange(16).view(16, 1) + (5 << 32) - 8
-    c = [(row & 0xFFFFFFFF).expand(16, 2), (row >> 32).expand(16, 2),
-         torch.tensor([[1, 2]]).expand(16, 2), (RNG[1] & 0xFFFFFFFF).expand(16, 2)]  # fmt: skip
-    k0, k1 = RNG[0] & 0xFFFFFFFF, RNG[0] >> 32
-    for _ in range(philox.ROUNDS):
-        c = philox._round(c, k0, k1)
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    words = torch.stack(c, -1)
-    lanes = torch.stack((words & 0xFFFF, words >> 16), -1).view(16, 16)
-    assert torch.equal(out, lanes >= philox.threshold(0.5))
-
-
-@pytest.mark.parametrize("core_dims", [3, 1])
-def test_mode_contract_dtypes(core_dims: int) -> None:
-    """Output of another dtype than the parameters, and gradients that come back in it."""
-    core, modes, up = draw(*[19] * core_dims), draw(70, 19), draw(140, 19)
-    for store, given in ((torch.float16, torch.float32), (torch.float32, torch.float16)):
-        c, p, v = core.to(given), modes.to(given), up.to(given)
-        call = contraction(c, p, v, store)
-        pt = mode.forward(call)
-        want = mode_reference.forward(c.double(), p.double(), v.double(), scale=0.5)[0]
-        assert pt.dtype == store
-        close(pt.transpose(1, 2), want, 6e-4 if store == torch.float16 else 2e-6)
-        dout = draw(70, 19, 140).to(store)
-        grads = mode.backward(call, dout, frozenset(("core", "modes", "up")))
-        exact_grads = mode_reference.backward(
-            dout.double().transpose(1, 2), c.double(), p.double(), v.double(), scale=0.5
-        )
-        for name in ("core", "modes", "up"):
-            g = getattr(grads, name)
-            assert g is not None
-            assert g.dtype == given
-            close(g, exact_grads[name], 1e-3 if given == torch.float16 else 4e-6)
-
-
 def test_partial_needs() -> None:
     """Gradients that are not asked for are not computed, and the others do not change."""
     p = problem(base=[draw(N, o) for o in OUTS])
@@ -364,17 +234,3 @@ def test_reasons() -> None:
     p = problem(x=draw(4, 20), down=draw(4, 20), ups=[draw(20, 4)], weights=[odd], biases=[None])
     reasons = lowrank.unsupported(call_of(p), "extend")
     assert reasons == ["plan 'extend' needs weights with a unit stride, all in the same dim"]
-    bf16 = draw(4, 4).bfloat16()
-    assert "bfloat16" in mode.unsupported(contraction(bf16, bf16, None))[0]
-
-
-def test_precision_follows_torch() -> None:
-    """fp32 products are TF32 only where torch's own are, whichever interface was used to say so."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    try:
-        for setting, want in (("ieee", "ieee"), ("tf32", "tf32")):
-            matmul.fp32_precision = setting
-            assert triton_lib.precision() == want
-    finally:
-        matmul.fp32_precision = before

@@ -1,26 +1,21 @@
-"""The CUDA kernels under the emulation where equality is the measure.
+"""``lowrank_linear``'s CUDA kernels under the emulation where equality is the measure.
 
-Dropout masks, order of blocks and threads, guard zones, exact sums of integers, refusals; and the
-pieces: 16-bit conversions, the generator, the emulation's own alarms, the sanitizers.
+Dropout masks, order of blocks and threads, guard zones, exact sums of integers, refusals.
 """
 
 from __future__ import annotations
 
 import ctypes
-import subprocess
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from petal_kernels._runtime import philox
 from petal_kernels.ops.lowrank_linear import cuda_impl as linear
-from petal_kernels.ops.mode_contract import cuda_impl as contract
-from petal_kernels.ops.mode_contract.arguments import Call as Contraction
-from tests.emulation import build
+from tests.emulation.guarded import Guarded
+from tests.emulation.operator import bad
 from tests.emulation.support import (
     DTYPES,
     RNG,
@@ -111,13 +106,6 @@ def every_kernel(dtype: torch.dtype) -> list[Tensor]:
         args = case.inputs(dtype)
         dys = [torch.randn(case.rows, o).to(dtype) for o in case.outs]
         found += run_linear(linear, args, dys).values()
-    torch.manual_seed(1)
-    for core in (torch.randn(9, 9, 9), torch.randn(9)):
-        modes, up = torch.randn(5, 9).to(dtype), torch.randn(131, 9).to(dtype)
-        call = Contraction(core.to(dtype), modes, up, 0.3, dtype)
-        out = contract.forward(call)
-        grads = contract.backward(call, out, frozenset(("core", "modes", "up")))
-        found += [out, *[g for g in grads if g is not None]]
     return found
 
 
@@ -133,35 +121,6 @@ def test_order_of_blocks_and_threads_does_not_matter(
         lib.petal_emulation_configure(blocks, threads, 12)
         for a, b in zip(natural, every_kernel(dtype), strict=True):
             assert torch.equal(a, b)
-
-
-class Guarded:
-    """Matrices inside larger buffers whose other elements must stay as they are."""
-
-    def __init__(self) -> None:
-        self.buffers: list[tuple[Tensor, Tensor]] = []
-
-    def matrix(self, rows: int, cols: int, dtype: torch.dtype, pad: int) -> Tensor:
-        stride = cols + pad + 8
-        if pad % 8 == 0:
-            stride += -stride % 8  # 16-byte accesses next to a ragged last group of columns
-        buffer = torch.full((rows + 8, stride), 777.0, dtype=dtype)
-        view = buffer[4 : 4 + rows, :cols]
-        self.buffers.append((buffer, view))
-        return view
-
-    def flat(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        size = int(np.prod(shape))
-        buffer = torch.full((size + 128,), 777.0, dtype=dtype)
-        view = buffer[64 : 64 + size]
-        self.buffers.append((buffer, view))
-        return view.view(shape)
-
-    def check(self) -> None:
-        for buffer, view in self.buffers:
-            assert (view != 777.0).all(), "an output element was not written"
-            view.fill_(777.0)
-            assert (buffer == 777.0).all(), "a write outside an output"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -193,20 +152,6 @@ def test_guard_zones(dtype: torch.dtype, pad: int, emulated: Any) -> None:
     emulated.lowrank_param_grad(
         [*dys, x], [h.clone()] * 3, [*grads[:2], grads[2].t()], None, [1.0] * 3, 0.0, [0] * 3, 3
     )
-    for shape in ((7, 7, 7), (7,)):
-        core, modes = torch.randn(shape).to(dtype), torch.randn(5, 7).to(dtype)
-        up = torch.randn(70, 7).to(dtype)
-        out = guard.flat(5, 7, 70, dtype=dtype)
-        emulated.mode_contract_fwd(core, modes, up, out, 1.0)
-        sizes = (shape, (5, 7), (70, 7))
-        emulated.mode_contract_bwd(
-            torch.randn(5, 7, 70).to(dtype),
-            core,
-            modes,
-            up,
-            *[guard.flat(*s, dtype=dtype) for s in sizes],
-            1.0,
-        )
     guard.check()
 
 
@@ -247,13 +192,6 @@ def test_what_is_not_finite_stays_in_its_row(value: float, dtype: torch.dtype) -
         bad = ~torch.isfinite(t)
         assert bad[3].all()
         assert not bad[torch.arange(20) != 3].any()
-    core, modes = torch.rand(6, 6, 6).to(dtype), torch.rand(4, 6).to(dtype)
-    core[2, 1, 3] = value
-    up = torch.rand(9, 6).to(dtype) + 0.1
-    out = contract.forward(Contraction(core, modes, up, 1.0, dtype))
-    bad = ~torch.isfinite(out)
-    assert bad[:, 2].all()
-    assert not bad[:, [0, 1, 3, 4, 5]].any()
 
 
 @pytest.mark.slow
@@ -284,97 +222,7 @@ def test_more_than_2_31_elements(emulated: Any) -> None:
     assert torch.equal(out, x.float().t() @ h.float())
 
 
-# The pieces.
-
-
-def pointer(a: np.ndarray[Any, Any]) -> ctypes.c_void_p:
-    return ctypes.c_void_p(a.ctypes.data)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_conversions_are_torchs(dtype: torch.dtype, lib: ctypes.CDLL) -> None:
-    bfloat = int(dtype == torch.bfloat16)
-    bits = np.arange(1 << 16, dtype=np.uint16)
-    wide = np.empty(1 << 16, dtype=np.float32)
-    lib.probe_widen(pointer(bits), pointer(wide), ctypes.c_int64(1 << 16), bfloat)
-    values = torch.from_numpy(bits.view(np.int16)).view(dtype)
-    torch.testing.assert_close(
-        torch.from_numpy(wide), values.float(), rtol=0, atol=0, equal_nan=True
-    )
-    # Every value, the midpoints of neighbours and what lies just beside them; random bits.
-    near = values.float().double()
-    near = near[near.isfinite()].sort().values
-    middle = (near[1:] + near[:-1]) / 2
-    random = torch.from_numpy(
-        np.random.default_rng(0).integers(0, 1 << 32, 1 << 16, dtype=np.uint32).view(np.float32)
-    )
-    floats = torch.cat(
-        [near.float(), middle.float(), torch.nextafter(middle.float(), torch.tensor(9e9)), random]
-    )
-    floats = torch.cat(
-        [floats, torch.tensor([float("inf"), float("-inf"), 65519.9, 65520.0, 1e-45])]
-    )
-    source = floats.numpy()
-    got = np.empty(source.size, dtype=np.uint16)
-    lib.probe_narrow(pointer(source), pointer(got), ctypes.c_int64(source.size), bfloat)
-    narrowed = torch.from_numpy(got.view(np.int16)).view(dtype)
-    torch.testing.assert_close(narrowed, floats.to(dtype), rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.99999, 1.5 / 65536])
-def test_generator_is_the_definition(p: float, lib: ctypes.CDLL) -> None:
-    rows, groups = 9, 5
-
-    def keep(seed: int, offset: int, stream: int, row0: int) -> Tensor:
-        bits = np.empty((rows, groups), dtype=np.uint8)
-        wide, p_ = ctypes.c_int64, ctypes.c_double(p)
-        place = (wide(row0), wide(rows), wide(groups), p_, pointer(bits))
-        lib.probe_keep(wide(seed), wide(offset), ctypes.c_uint32(stream), *place)
-        unpacked = np.unpackbits(bits[..., None], axis=2, bitorder="little")
-        return torch.from_numpy(unpacked.reshape(rows, groups * 8)).bool()
-
-    for seed, offset, stream in ((0, 0, 0), (-1, -1, 3), (0x0123_4567_89AB_CDEF, 0xFFFF_FFFF, 1)):
-        rng = torch.tensor([seed, offset])
-        want = philox.keep_masks(rng, p, 4, rows, groups * 8)[stream]
-        assert torch.equal(keep(seed, offset, stream, 0), want)
-        # Rows beyond 2^32 are other rows, not the first ones again.
-        if p == 0.5:
-            assert not torch.equal(keep(seed, offset, stream, 1 << 32), want)
-    scale = lib.probe_scale(ctypes.c_double(p))
-    assert torch.tensor(scale) == torch.tensor(philox.keep_scale(p))
-
-
-def test_emulation_sees_planted_faults(lib: ctypes.CDLL) -> None:
-    source = np.arange(128, dtype=np.float32)
-    want = source.reshape(64, 2)[:, ::-1].reshape(-1)[::-1]
-
-    def run(fault: int) -> tuple[bytes | None, bool]:
-        out = np.zeros(128, dtype=np.float32)
-        message = lib.probe_reverse(pointer(source), pointer(out), fault)
-        return message, np.array_equal(out, want)
-
-    assert run(0) == (None, True)
-    assert run(1) == (None, False)
-    message, _ = run(2)
-    assert message is not None
-    assert b"barrier" in message
-    assert run(3) == (None, False)
-
-
-@pytest.mark.slow
-def test_sanitizers_find_nothing() -> None:
-    program = build.sanitized_driver()
-    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "every kernel is right" in done.stdout
-
-
 # Refusals.
-
-
-def bad(call: Callable[[], object], text: str) -> None:
-    with pytest.raises(RuntimeError, match=text):
-        call()
 
 
 def test_refusals_name_the_argument(emulated: Any) -> None:
@@ -390,20 +238,10 @@ def test_refusals_name_the_argument(emulated: Any) -> None:
     bad(lambda: shrink(x, torch.randn(300, 8).t(), torch.empty(5, 300)), "rank from 1 to 256")
     bad(lambda: shrink(x, down.t(), torch.empty(6, 4)), r"out: want \[5, 4\], got \[6, 4\]")
     bad(lambda: shrink(x, down.t(), out, p=1.0), "dropout: want 0 <= dropout < 1")
-    core, modes = torch.randn(8, 8, 8), torch.randn(300, 8)
-    bad(
-        lambda: emulated.mode_contract_fwd(core, modes, None, torch.empty(300, 8, 8), 1.0),
-        "is above 4",
-    )
 
 
 def test_unsupported_says_everything() -> None:
     x, ups = torch.randn(3, 8, dtype=torch.float64), [torch.randn(4, 300)] * 5
     reasons = linear.unsupported(linear_call(x=x, down=torch.randn(300, 8), ups=ups), "merge")
     for part in ("CUDA", "float64", "merge", "4 outputs", "rank"):
-        assert any(part in reason for reason in reasons), part
-    core = torch.randn(300, 300, 300, dtype=torch.half)
-    call = Contraction(core, torch.randn(300, 300), None, 1.0, torch.float32)
-    reasons = contract.unsupported(call)
-    for part in ("CUDA", "float32 factors", "at most 256", "<= 4"):
         assert any(part in reason for reason in reasons), part
