@@ -12,6 +12,7 @@ import torch
 from benchmarks import run, tables
 from petal_kernels.tools.bench import ceilings, counting, layer
 from petal_kernels.tools.bench.request import Request
+from tests.ops import folders
 
 QUICK = ["--quick", "--no-gate", "--rounds", "4", "--threads", "1", "--mode", "full"]
 VERBS = (
@@ -65,7 +66,7 @@ def test_unknown_operator_is_refused(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         run.main(["op", "nonsense", "--no-gate"])
     said = capsys.readouterr().err
-    assert "want some of expert_dispatch, gated_bottleneck, lowrank_linear" in said
+    assert f"want some of {', '.join(folders.names())}" in said
 
 
 def test_saved_bytes_meet_the_published_form() -> None:

@@ -4,7 +4,9 @@ alarms, the sanitizers."""
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +17,17 @@ from torch import Tensor
 from petal_kernels._runtime import philox
 from tests.emulation import build
 from tests.emulation.support import needs_compiler
+from tests.ops import folders
 
 pytest_plugins = ["tests.emulation.plugin"]
-pytestmark = [needs_compiler, pytest.mark.usefixtures("emulated")]
+pytestmark = needs_compiler
 
 
 def pointer(a: np.ndarray[Any, Any]) -> ctypes.c_void_p:
     return ctypes.c_void_p(a.ctypes.data)
 
 
+@pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_conversions_are_torchs(dtype: torch.dtype, lib: ctypes.CDLL) -> None:
     bfloat = int(dtype == torch.bfloat16)
@@ -54,6 +58,7 @@ def test_conversions_are_torchs(dtype: torch.dtype, lib: ctypes.CDLL) -> None:
     torch.testing.assert_close(narrowed, floats.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.99999, 1.5 / 65536])
 def test_generator_is_the_definition(p: float, lib: ctypes.CDLL) -> None:
     rows, groups = 9, 5
@@ -77,6 +82,7 @@ def test_generator_is_the_definition(p: float, lib: ctypes.CDLL) -> None:
     assert torch.tensor(scale) == torch.tensor(philox.keep_scale(p))
 
 
+@pytest.mark.usefixtures("emulated")
 def test_emulation_sees_planted_faults(lib: ctypes.CDLL) -> None:
     source = np.arange(128, dtype=np.float32)
     want = source.reshape(64, 2)[:, ::-1].reshape(-1)[::-1]
@@ -95,8 +101,16 @@ def test_emulation_sees_planted_faults(lib: ctypes.CDLL) -> None:
 
 
 @pytest.mark.slow
-def test_sanitizers_find_nothing() -> None:
-    program = build.sanitized_driver()
+@pytest.mark.parametrize("driver", build.drivers(), ids=lambda path: path.stem)
+def test_sanitizers_find_nothing(driver: Path) -> None:
+    program = build.sanitized(driver)
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "every kernel is right" in done.stdout
+
+
+def test_every_operator_has_a_driver() -> None:
+    """And each one's launchers are called there, by the headers that drivers include."""
+    text = "".join(driver.read_text() for driver in build.drivers())
+    included = "".join(re.findall(r'^#include "(.*)"', text, re.MULTILINE))
+    assert [name for name in folders.names("cuda_impl") if name not in included] == []

@@ -85,6 +85,12 @@ def test_a_gradient_shares_no_storage(name: str, case: Any) -> None:
             check_own_storage(f"{backend} {which}", *call(op, case, which, backend, dtype))
 
 
+def test_every_operator_runs_in_the_interpreter() -> None:
+    """By a case of `INTERPRETED`."""
+    for op in OPERATORS.values():
+        assert any(case.name in INTERPRETED for case in op.workload.CASES), op.name
+
+
 PLAIN = [
     gated.Case("plain", (2, 3), 8, 4, gate=gate, base=base, bottleneck=given, residual=residual,
                norm=norm, activation="identity")

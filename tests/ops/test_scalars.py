@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import petal_kernels as pk
-from petal_kernels.ops.expert_dispatch import arguments as experts
 from petal_kernels.ops.gated_bottleneck import arguments as gated
 from petal_kernels.ops.lowrank_linear import arguments as lowrank
 from petal_kernels.tools import parity
@@ -23,7 +22,11 @@ ODD = {"scale": -1.75, "dropout": 0.3, "norm_eps": 0.625, "keep": -0.375, "mix":
 CHOICES = {
     "activation": gated.ACTIVATIONS,
     "route": gated.ROUTES,
-    "gate": {"gated_bottleneck": gated.GATES, "expert_dispatch": experts.GATES},
+    "gate": {
+        op.name: arguments.GATES
+        for op in OPERATORS.values()
+        if hasattr(arguments := op.module("arguments"), "GATES")
+    },
     "variant": gated.VARIANTS,
     "dropout_at": lowrank.DROPOUT_SITES,
     "router_input": ("token", "pooled"),
@@ -86,6 +89,11 @@ RUNS = [
     for backend in ("torch", "native", "triton")
     if backend != "triton" or case.name in INTERPRETED
 ]
+
+
+def test_every_operator_runs_in_the_interpreter() -> None:
+    """By a case of `INTERPRETED`."""
+    assert {run.values[0] for run in RUNS if run.values[2] == "triton"} == set(OPERATORS)
 
 
 @pytest.mark.parametrize(("name", "case", "backend"), RUNS)

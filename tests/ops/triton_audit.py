@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.ops import folders
+
 
 def hasten_interpreter() -> None:
     """Patch the language once per launch in place of once per device-function call.
@@ -197,13 +199,8 @@ class Audit:
         return [launch for launch in self.launches if fragment in launch.kernel]
 
 
-# Where the operators' launch tables are, each with shipped_configs().
-MODULES = (
-    "lowrank_linear.triton_configs",
-    "mode_contract.triton_configs",
-    "gated_bottleneck.triton_configs",
-    "expert_dispatch.triton_configs",
-)
+# The operators that have a launch table: triton_configs.py with shipped_configs().
+OPERATORS = folders.names("triton_configs")
 # What each architecture grants a block; bucket 80 also serves 8.6, 8.9 and 12.0, which have 99 KiB.
 SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
 _TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b")
@@ -321,10 +318,16 @@ def narrow_offsets(text: str) -> list[str]:
     return offenders
 
 
+def shipped_configs(operator: str) -> list[Any]:
+    """Every form in an operator's launch table."""
+    table = importlib.import_module(f"petal_kernels.ops.{operator}.triton_configs")
+    return list(table.shipped_configs())
+
+
 def main(arguments: list[str]) -> None:
-    """``compile|offsets MODULE PATTERN ARCH``: one JSON line per matching form, on stdout."""
-    what, module, pattern, arch = arguments[0], arguments[1], arguments[2], int(arguments[3])
-    for shipped in importlib.import_module(module).shipped_configs():
+    """``compile|offsets OPERATOR PATTERN ARCH``: one JSON line per matching form, on stdout."""
+    what, operator, pattern, arch = arguments[0], arguments[1], arguments[2], int(arguments[3])
+    for shipped in shipped_configs(operator):
         if arch not in shipped.archs or not re.search(pattern, shipped.name):
             continue
         if what == "compile":
@@ -340,7 +343,7 @@ def in_subprocess(*arguments: str) -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-m", "tests.ops.triton_audit", *arguments],
-        cwd=Path(__file__).resolve().parent.parent.parent,
+        cwd=folders.ROOT,
         env=environment,
         capture_output=True,
         text=True,

@@ -1,7 +1,7 @@
-// Runs the kernels of lowrank_linear, gated_bottleneck and expert_dispatch with vectors of every
-// width on the same numbers and prints the largest difference of any result, relative to that
-// result. The AVX2 and AVX-512 sources are compiled for whatever CPU runs the tests, so that their
-// tiles, panels and masks are executed where no such instructions are.
+// Runs every operator's kernels with vectors of every width on the same numbers and prints the
+// largest difference of any result, relative to that result. The AVX2 and AVX-512 sources are
+// compiled for whatever CPU runs the tests, so that their tiles, panels and masks are executed where
+// no such instructions are.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu_widths_experts.h"
+#include "cpu_widths_modes.h"
 #include "gated_bottleneck_cpu.h"
 #include "lowrank_linear_cpu.h"
 
@@ -264,6 +265,12 @@ int main() {
     const Results one = Experts(generic::expert_kernels(), m).run();
     for (const ExpertKernels* other : {&avx2::expert_kernels(), &avx512::expert_kernels()}) {
       worst = std::fmax(worst, apart(one, Experts(*other, m).run()));
+    }
+  }
+  for (int form = 0; form < 4; ++form) {
+    const Results one = modes(generic::mode_kernels(), form & 1, form & 2);
+    for (const ModeKernels* other : {&avx2::mode_kernels(), &avx512::mode_kernels()}) {
+      worst = std::fmax(worst, apart(one, modes(*other, form & 1, form & 2)));
     }
   }
   std::printf("%g\n", worst);

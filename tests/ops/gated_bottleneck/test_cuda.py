@@ -7,7 +7,6 @@ tested together. Timing and hardware are a GPU's.
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from petal_kernels._runtime import philox
 from petal_kernels._runtime.numerics import ACTIVATIONS
 from petal_kernels.ops.gated_bottleneck import cuda_impl, op, workload
 from petal_kernels.ops.gated_bottleneck.arguments import GATES, ROUTES
-from tests.emulation import build
 from tests.emulation.operator import Emulated, bad, with_dtypes
 from tests.emulation.support import DTYPES, RNG, needs_compiler, pad_rows
 from tests.ops.gated_bottleneck import traffic
@@ -34,7 +32,7 @@ run, compare, names_of = EMULATED.run, EMULATED.compare, EMULATED.trained
 
 @pytest.fixture
 def replaced(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    EMULATED.replace(emulated, monkeypatch)
+    EMULATED.replace(monkeypatch)
     return emulated
 
 
@@ -217,14 +215,6 @@ def test_more_than_2_31_elements() -> None:
         inputs[name] = far.copy_(inputs[name])
     for name, value in run(inputs, names_of(case)).items():
         assert torch.equal(value, want[name]), name
-
-
-@pytest.mark.slow
-def test_sanitizers_find_nothing() -> None:
-    program = build.sanitized_driver("driver_gated.cpp")
-    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "every kernel is right" in done.stdout
 
 
 # Refusals.
