@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_saved_bytes_meet_the_published_form() -> None:
     (make,) = layer.scenarios(["petal_qkv"], request)
     scenario = make()
     saved = {
-        label: counting.saved_bytes(lambda p=p: p.outputs(scenario.inputs), scenario.parameters)
+        label: counting.saved_bytes(partial(p.outputs, scenario.inputs), scenario.parameters)
         for label, p in scenario.providers.items()
     }
     assert saved["petal"] <= 0.68 * saved["published"], saved

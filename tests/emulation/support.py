@@ -71,7 +71,7 @@ class Linear:
         kept = torch.float32 if self.wide_parameters else dtype
 
         def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return (torch.randn(*shape) / shape[-1] ** 0.5).to(dtype)
+            return torch.randn(*shape).div(shape[-1] ** 0.5).to(dtype)
 
         ups = [randn(o, r, dtype=kept) for o in self.outs]
         if self.transposed:
@@ -118,8 +118,8 @@ def wider(value: Any) -> Any:
 
 def linear_call(**args: Any) -> Call:
     """What is not named is not given."""
-    nothing = {"hidden": None, "weights": [], "biases": [], "base": [], "core": None}
-    given = nothing | {"scale": 1.0, "dropout": 0.0, "dropout_at": "input"} | args
+    given: dict[str, Any] = {"hidden": None, "weights": [], "biases": [], "base": [], "core": None}
+    given |= {"scale": 1.0, "dropout": 0.0, "dropout_at": "input"} | args
     return Call(
         Tensors(*(given[n] for n in Tensors._fields)),
         Settings(*(given[n] for n in Settings._fields)),
