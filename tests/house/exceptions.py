@@ -18,7 +18,6 @@ EXCEPTIONS: dict[str, dict[str, tuple[int, str]]] = {
         "tests/tools/test_memory_step.py": (432, "not split yet"),
         "tests/tools/test_memory.py": (423, "not split yet"),
         "csrc/gated_bottleneck_cuda.cpp": (412, "not split yet"),
-        "tests/ops/expert_dispatch/test_triton.py": (411, "not split yet"),
         "tests/tools/test_memory_script.py": (411, "not split yet"),
         "petal_kernels/ops/lowrank_linear/triton_kernels.py": (406, "not split yet"),
         "tests/hf/test_files.py": (404, "not split yet"),

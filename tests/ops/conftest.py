@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from petal_kernels import _build_info
+from petal_kernels.tools import parity
 
 
 @pytest.fixture
@@ -17,3 +18,10 @@ def every_isa() -> Iterator[list[str]]:
     capability = _build_info.cpu_capability()
     yield [n for n in names if capability.get(n, True)]
     torch.ops.petal_native.cpu_isa("best")
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """torch.empty returns NaN, so an output element that a kernel does not write is seen."""
+    with parity.poisoned():
+        yield

@@ -14,6 +14,12 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
     return (torch.randn(shape, generator=g) / shape[-1] ** 0.5).to(dtype)
 
 
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 7) -> Tensor:
+    """Standard normal numbers, the same for the same seed."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=g).to(dtype)
+
+
 def close(got: Tensor | None, want: Tensor, tolerance: float) -> None:
     """No element further from what is wanted than this share of the largest."""
     assert got is not None

@@ -4,7 +4,6 @@ nobody wrote, traffic."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +19,10 @@ from petal_kernels.ops.expert_dispatch import native_impl, op, routing, torch_im
 from petal_kernels.ops.expert_dispatch.arguments import Call, Saved
 from tests.ops import discovery
 
-pytestmark = pytest.mark.skipif(device.cpu_library_reason() is not None, reason="no CPU library")
+pytestmark = [
+    pytest.mark.skipif(device.cpu_library_reason() is not None, reason="no CPU library"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 OPERATOR = discovery.OPERATORS["expert_dispatch"]
 N, D, R = 1505, 70, 20  # eight blocks of rows, twelve chunks of a sum, three strips or more
@@ -48,15 +50,6 @@ CHOSEN = tuple(case for case in CASES if case.top_k)
 
 def by_name(case: Case) -> str:
     return case.name
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """Fresh tensors hold NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def prepare(case: Case, dtype: torch.dtype = torch.float32, **changes: Any) -> Call:

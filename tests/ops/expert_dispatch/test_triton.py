@@ -8,6 +8,7 @@ bytes leave out what it reads of its own stores (its own rows, from L2), which a
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -24,8 +25,11 @@ from petal_kernels.ops.expert_dispatch import op, reference, routing, torch_impl
 from petal_kernels.ops.expert_dispatch import triton_impl as experts
 from petal_kernels.ops.expert_dispatch import triton_launch as launch
 from petal_kernels.ops.expert_dispatch.arguments import Call, Saved
+from tests.ops.interpreted import normal
 
 triton_audit.hasten_interpreter()
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 # Two tiles of rows and more, the last ragged, on every axis; three splits.
 N, D, E, R = 141, 83, 5, 19
@@ -42,22 +46,7 @@ SAMPLES = workload.Case(
 SHARED = replace(TOPK, name="shared", shared_down=True)
 SHARED_SORTED = replace(SORTED, name="shared-sorted", shared_down=True)
 ALL = [DENSE, TOPK, SORTED, LORA, SAMPLES, SHARED, SHARED_SORTED]
-
-
-def named(case: workload.Case) -> str:
-    return case.name
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Any:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 7) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=g).to(dtype)
+named = attrgetter("name")
 
 
 def prepare(case: workload.Case, dtype: torch.dtype = torch.float32, **changes: Any) -> Call:
@@ -81,7 +70,7 @@ def run(
     dlogits: Tensor | None = None,
 ) -> tuple[Tensor, Saved, dict[str, Tensor]]:
     out, saved = experts.forward(call, True)
-    dout = draw(*out.shape, dtype=out.dtype) if dout is None else dout
+    dout = normal(*out.shape, dtype=out.dtype) if dout is None else dout
     need = needs(call) if need is None else need
     return out, saved, experts.backward(call, saved, dout, dlogits, need)
 
@@ -218,7 +207,7 @@ def compare(case: workload.Case, **changes: Any) -> None:
              for k, v in inputs.items()}  # fmt: skip
     want = reference.forward(**exact)[0]
     close(out.view(want.shape), want, "out")
-    wanted = reference.backward(draw(*out.shape).double().view(want.shape), **exact)
+    wanted = reference.backward(normal(*out.shape).double().view(want.shape), **exact)
     for name, grad in grads.items():
         if name in wanted and grad.shape == wanted[name].shape:
             close(grad, wanted[name], name)
@@ -319,11 +308,11 @@ def test_the_router_is_not_rounded() -> None:
 @pytest.mark.parametrize("case", [DENSE, TOPK, SORTED], ids=named)
 def test_gradient_of_the_logits_from_losses(case: workload.Case) -> None:
     """What comes in from the losses reaches x, the router, its bias and the noise."""
-    call, extra = prepare(case), draw(N, E, seed=11)
+    call, extra = prepare(case), normal(N, E, seed=11)
     got = run(call, dlogits=extra)[2]
     plain = call._replace(settings=call.settings._replace(plan="stationary"))
     out, saved = torch_impl.forward(plain, True)
-    want = torch_impl.backward(plain, saved, draw(*out.shape), extra, needs(call))
+    want = torch_impl.backward(plain, saved, normal(*out.shape), extra, needs(call))
     assert set(got) == set(want)
     for name, value in want.items():
         torch.testing.assert_close(got[name].to(value.dtype), value, rtol=1e-4, atol=1e-4)
@@ -342,7 +331,7 @@ def test_small_tensors_of_any_stride(case: workload.Case) -> None:
         if v is not None and n not in ("x", "base")
     }  # fmt: skip
     other = call._replace(tensors=call.tensors._replace(**small))
-    dout = draw(1, call.tensors.up.shape[1]).expand(N, -1)
+    dout = normal(1, call.tensors.up.shape[1]).expand(N, -1)
     first, second = run(call, dout=dout.contiguous()), run(other, dout=dout)
     assert torch.equal(first[0], second[0])
     for name, grad in first[2].items():
@@ -383,9 +372,9 @@ def test_a_backward_without_x() -> None:
     """Frozen projections: op.py does not keep x."""
     call = prepare(SORTED)
     _, saved, want = run(call)
-    bare = Call(call.tensors._replace(x=None), call.settings, draw(N, D))
+    bare = Call(call.tensors._replace(x=None), call.settings, normal(N, D))
     need = frozenset({"x", "up", "noise"})
-    got = experts.backward(bare, saved, draw(N, D), None, need)
+    got = experts.backward(bare, saved, normal(N, D), None, need)
     for name in need:
         assert torch.equal(got[name], want[name]), name
 

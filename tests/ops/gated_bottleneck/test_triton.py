@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -27,8 +26,11 @@ from petal_kernels.ops.gated_bottleneck import op, reference, workload
 from petal_kernels.ops.gated_bottleneck import triton_impl as gated
 from petal_kernels.ops.gated_bottleneck import triton_launch as launch
 from petal_kernels.ops.gated_bottleneck.arguments import Call, Saved
+from tests.ops.interpreted import normal
 
 triton_audit.hasten_interpreter()
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 B, L, D, R, RG = 3, 47, 83, 19, 13
 N = B * L
@@ -41,18 +43,6 @@ PARALLEL = workload.Case(
 # Two tiles of tokens; and cheaper as one matrix per sample, of two slices.
 GRAM = workload.Case("gram", (B, L), D, 48, route="gram", vision=40)
 SQUARE = replace(GRAM, name="square", rank=40, vision=60)
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Any:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 7) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=g).to(dtype)
 
 
 def prepare(case: Any, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Call, Any]:
@@ -74,19 +64,8 @@ def run(
     call: Call, rng: Any, need: frozenset[str] | None = None, dout: Tensor | None = None
 ) -> tuple[Tensor, Saved, dict[str, Tensor]]:
     out, saved = gated.forward(call, rng, True)
-    dout = draw(*out.shape, dtype=out.dtype) if dout is None else dout
+    dout = normal(*out.shape, dtype=out.dtype) if dout is None else dout
     return out, saved, gated.backward(call, saved, dout, rng, needs(call) if need is None else need)
-
-
-def readback(found: triton_audit.Launch) -> int:
-    """Unique bytes that a launch reads of what it has written itself."""
-    total = 0
-    for name in set(found.reads) & set(found.writes):
-        read = np.unique(np.concatenate([a for a, _ in found.reads[name]]))
-        written = np.unique(np.concatenate([a for a, _ in found.writes[name]]))
-        size = found.reads[name][0][1]
-        total += size * int(np.isin(read, written).sum())
-    return total
 
 
 def expect(audit: triton_audit.Audit, fragment: str, *wanted: tuple[int, int]) -> None:
@@ -94,7 +73,9 @@ def expect(audit: triton_audit.Audit, fragment: str, *wanted: tuple[int, int]) -
     launches = audit.of(fragment)
     assert len(launches) == len(wanted)
     for found, (want, again) in zip(launches, wanted, strict=True):
-        assert readback(found) == again, f"{found.kernel} reads back {readback(found)}, not {again}"
+        assert found.readback() == again, (
+            f"{found.kernel} reads back {found.readback()}, not {again}"
+        )
         moved = found.moved() - again
         assert abs(moved - want) <= 0.02 * want, f"{found.kernel}: {moved} bytes, not {want}"
         twice = {"out_ptr", "dx_ptr", "dh_ptr", "dg_ptr"} if again else set()
@@ -228,7 +209,7 @@ def test_small_tensors_of_any_stride(case: Any) -> None:
     rows = ("x", "bottleneck", "base", "gate_input", "residual")
     small = {n: strided(v) for n, v in t._asdict().items() if v is not None and n not in rows}
     other = call._replace(tensors=t._replace(**small | {"up": t.up.t().contiguous().t()}))
-    dout = draw(1, t.up.shape[0]).expand(N, -1)
+    dout = normal(1, t.up.shape[0]).expand(N, -1)
     first, second = run(call, rng, dout=dout.contiguous()), run(other, rng, dout=dout)
     assert torch.equal(first[0], second[0])
     for name, grad in first[2].items():
@@ -267,7 +248,7 @@ def test_against_reference(case: Any) -> None:
              for k, v in inputs.items()}  # fmt: skip
     want = reference.forward(**exact)[0]
     close(out.view(want.shape), want, "out")
-    wanted = reference.backward(draw(*out.shape).double().view(want.shape), **exact)
+    wanted = reference.backward(normal(*out.shape).double().view(want.shape), **exact)
     for name, grad in grads.items():
         if name in wanted:
             close(grad.view(wanted[name].shape), wanted[name], name)

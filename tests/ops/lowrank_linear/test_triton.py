@@ -30,16 +30,11 @@ from tests.ops.interpreted import clean, close, draw, expect
 
 triton_audit.hasten_interpreter()
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 N, D, R, OUTS = 150, 83, 19, (37, 53)
 WIDE = sum(OUTS)
 RNG = torch.tensor([0x1234_5678_9ABC_DEF0, 0xFFFF_FFFF])  # stream 1 wraps around
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Any:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def problem(dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Any]:

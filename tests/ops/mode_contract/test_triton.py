@@ -6,8 +6,6 @@ Runs in the interpreter; numerics over the shape grid are in ``test_ops.py``.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -25,12 +23,7 @@ from tests.ops.interpreted import clean, close, draw, expect
 
 triton_audit.hasten_interpreter()
 
-
-@pytest.fixture(autouse=True)
-def poison() -> Any:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def contraction(
