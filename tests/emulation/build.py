@@ -115,7 +115,12 @@ def library() -> tuple[Path, ctypes.CDLL]:
     return path, ctypes.CDLL(str(path))
 
 
-def sanitized_driver(driver: str = "driver.cpp") -> Path:
-    """A program without torch: kernels on exact-size buffers under both sanitizers."""
-    sources = [*kernels(), HERE / "cuda_emulation.cpp", HERE / driver]
-    return _link(Path(driver).stem, sources, SANITIZE, [])
+def drivers() -> list[Path]:
+    """Programs without torch, each for some operators."""
+    return sorted(HERE.glob("driver*.cpp"))
+
+
+def sanitized(driver: Path) -> Path:
+    """A driver, built: kernels on exact-size buffers under both sanitizers."""
+    sources = [*kernels(), HERE / "cuda_emulation.cpp", driver]
+    return _link(driver.stem, sources, SANITIZE, [])

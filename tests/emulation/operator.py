@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from petal_kernels.tools import parity
-from tests import discovery
 from tests.emulation.support import DTYPES
+from tests.ops import discovery
 
 
 class Emulated:
@@ -26,9 +26,8 @@ class Emulated:
             for module in ("op", "cuda_impl", "torch_impl", "reference", "workload")
         )
 
-    def replace(self, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The emulated kernels as backend "torch"; a split for every 32 rows."""
-        monkeypatch.setattr(self.cuda, "_ops", lambda: kernels)
+    def replace(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Backend "cuda" in place of backend "torch"; a split for every 32 rows."""
         monkeypatch.setattr(self.cuda, "ROWS_PER_SPLIT", 32)
         monkeypatch.setattr(self.torch, "forward", self.cuda.forward)
         monkeypatch.setattr(self.torch, "backward", self.cuda.backward)

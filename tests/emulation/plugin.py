@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from petal_kernels.ops.lowrank_linear import cuda_impl as linear
-from petal_kernels.ops.mode_contract import cuda_impl as contract
 from tests.emulation import build
+from tests.ops.discovery import OPERATORS
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +24,11 @@ def lib() -> ctypes.CDLL:
 
 @pytest.fixture
 def emulated(lib: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """cuda_impl on the emulated kernels; fresh tensors are NaN; four multiprocessors."""
+    """Every operator's cuda_impl on the emulated kernels; fresh tensors are NaN; four
+    multiprocessors."""
     ops = torch.ops.petal_cuda_emulated
-    monkeypatch.setattr(linear, "_ops", lambda: ops)
-    monkeypatch.setattr(contract, "_ops", lambda: ops)
+    for op in OPERATORS.values():
+        monkeypatch.setattr(op.module("cuda_impl"), "_ops", lambda: ops)
     lib.petal_emulation_configure(0, 0, 4)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)

@@ -16,6 +16,9 @@ from tests.emulation import build
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RNG = torch.tensor([0x0123_4567_89AB_CDEF, 0xFFFF_FFFE])  # the offset wraps at stream 2
 
+# What another order of a sum may cost beyond the stated multiples of torch's own error.
+FLOOR = {torch.float32: 1e-7, torch.float16: 2e-5, torch.bfloat16: 2e-4}
+
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 
 
@@ -68,7 +71,7 @@ class Linear:
         kept = torch.float32 if self.wide_parameters else dtype
 
         def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return (torch.randn(*shape) / shape[-1] ** 0.5).to(dtype)
+            return torch.randn(*shape).div(shape[-1] ** 0.5).to(dtype)
 
         ups = [randn(o, r, dtype=kept) for o in self.outs]
         if self.transposed:
@@ -93,6 +96,18 @@ class Linear:
         }
 
 
+def error(got: Tensor, want: Tensor) -> float:
+    """Relative, in the Frobenius norm."""
+    assert torch.isfinite(got).all()
+    return float((got.double() - want).norm() / want.norm().clamp_min(1e-30))
+
+
+def assert_close(name: str, got: Tensor, plain: Tensor, exact: Tensor, factor: float) -> None:
+    """No further from the exact value than this multiple of plain torch's error."""
+    bound = factor * error(plain, exact) + FLOOR[plain.dtype]
+    assert error(got, exact) <= bound, f"{name}: {error(got, exact):.2e} > {bound:.2e}"
+
+
 def wider(value: Any) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.double()
@@ -103,8 +118,8 @@ def wider(value: Any) -> Any:
 
 def linear_call(**args: Any) -> Call:
     """What is not named is not given."""
-    nothing = {"hidden": None, "weights": [], "biases": [], "base": [], "core": None}
-    given = nothing | {"scale": 1.0, "dropout": 0.0, "dropout_at": "input"} | args
+    given: dict[str, Any] = {"hidden": None, "weights": [], "biases": [], "base": [], "core": None}
+    given |= {"scale": 1.0, "dropout": 0.0, "dropout_at": "input"} | args
     return Call(
         Tensors(*(given[n] for n in Tensors._fields)),
         Settings(*(given[n] for n in Settings._fields)),

@@ -23,9 +23,10 @@ from typing import Any
 
 from petal_kernels.tools import environment
 from tests.fuzz.worker import BACKENDS, Place
+from tests.ops import folders
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-OPERATORS = ("mode_contract", "lowrank_linear", "gated_bottleneck", "expert_dispatch")
+OPERATORS = folders.names()
 # What a profile's backends are called in a report.
 NAMES = {"cuda": {"torch": "cuda (emulated)"}, "triton": {"triton": "triton (interpreted)"}}
 CHUNK = {"cpu": 400, "triton": 8, "cuda": 20}

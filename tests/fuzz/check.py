@@ -10,7 +10,9 @@ derivative and forward mode are refused by name.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
+import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,18 +24,23 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import petal_kernels as pk
+from tests import fuzz
 from tests.fuzz import formulas
 from tests.fuzz.case import Arena, Case, Draw, resolve
-from tests.fuzz.draw_experts import expert_dispatch
-from tests.fuzz.draw_gated import gated_bottleneck
-from tests.fuzz.draw_linear import lowrank_linear, mode_contract
 from tests.fuzz.judge import NEIGHBOURS, Judge, Results, flatten
+from tests.ops import folders
 
+# In a draw_*.py, the function that has an operator's name.
+_DRAWERS = [
+    importlib.import_module(f"tests.fuzz.{m.name}")
+    for m in pkgutil.iter_modules(fuzz.__path__)
+    if m.name.startswith("draw_")
+]
 GENERATORS: dict[str, Callable[[Draw], Case]] = {
-    "mode_contract": mode_contract,
-    "lowrank_linear": lowrank_linear,
-    "gated_bottleneck": gated_bottleneck,
-    "expert_dispatch": expert_dispatch,
+    name: getattr(drawer, name)
+    for name in folders.names()
+    for drawer in _DRAWERS
+    if hasattr(drawer, name)
 }
 OPERATORS = tuple(GENERATORS)
 

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from tests.emulation import build
+from tests.ops import folders
 
 
 def replace() -> None:
@@ -18,7 +19,7 @@ def replace() -> None:
     lib.petal_emulation_configure.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int]
     lib.petal_emulation_configure(0, 0, 4)
     kernels = torch.ops.petal_cuda_emulated
-    for name in ("mode_contract", "lowrank_linear", "gated_bottleneck", "expert_dispatch"):
+    for name in folders.names("cuda_impl"):
         cuda, plain = (
             importlib.import_module(f"petal_kernels.ops.{name}.{module}_impl")
             for module in ("cuda", "torch")

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.fuzz import masks
+from tests.ops import folders
 
 Outputs = list[Tensor]
 
@@ -348,11 +349,9 @@ def _expert_gates(a: dict[str, Any], loose: bool) -> tuple[Tensor, Tensor | None
     return _only(chosen, gates, loose), logits, chosen
 
 
+# The functions above that have an operator's name.
 FORMULAS: dict[str, Callable[[dict[str, Any], bool], Outputs]] = {
-    "mode_contract": mode_contract,
-    "lowrank_linear": lowrank_linear,
-    "gated_bottleneck": gated_bottleneck,
-    "expert_dispatch": expert_dispatch,
+    name: globals()[name] for name in folders.names() if name in globals()
 }
 
 

@@ -19,12 +19,13 @@ import torch
 from petal_kernels._runtime import device, philox
 from petal_kernels.tools import parity
 from tests.emulation import build
-from tests.fuzz import masks, worker
+from tests.fuzz import formulas, masks, worker
 from tests.fuzz.__main__ import ROOT, Run, Totals, Worker, parse, reproduction
 from tests.fuzz.case import Arena
 from tests.fuzz.check import OPERATORS, draw
 from tests.fuzz.judge import Judge, Results, flatten
 from tests.fuzz.worker import Place
+from tests.ops import folders
 
 SEED = 0
 CALLS = 2000  # on the torch and native backends, two to a case
@@ -49,6 +50,10 @@ def run(operator: str, profile: str, first: int, count: int) -> dict[str, Any]:
         shown.append("\n".join([*failure["faults"], f"python - <<'E'\n{script}\nE"]))
     assert not shown, f"{len(found['failures'])} failures\n" + "\n\n".join(shown)
     return found
+
+
+def test_every_operator_is_drawn_and_has_a_formula() -> None:
+    assert list(OPERATORS) == list(formulas.FORMULAS) == folders.names()
 
 
 @pytest.mark.parametrize("half", [0, 1])

@@ -47,7 +47,7 @@ def prepare(profile: str) -> None:
     # torch.empty is filled with NaN, so that an element which no kernel writes is seen.
     torch.use_deterministic_algorithms(True, warn_only=True)
     if profile == "triton":
-        from tests import triton_audit
+        from tests.ops import triton_audit
 
         triton_audit.hasten_interpreter()
     if profile == "cuda":

@@ -12,7 +12,7 @@ from petal_kernels.hf.methods.experts import Mixture
 from petal_kernels.hf.methods.insertion import AfterBlock
 from petal_kernels.hf.methods.petal import Served
 from petal_kernels.hf.wrappers import AdaptedLinear
-from tests.record_backends import Used, record_backends
+from tests.ops.record_backends import Used, record_backends
 
 SHARED = "what a stack's forward makes for its layers"
 ELSEWHERE = "elsewhere"

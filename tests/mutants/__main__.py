@@ -145,10 +145,10 @@ class Tree:
 
 
 def nearest_first(tests: list[str], file: str) -> list[str]:
-    """The same tests, those files first whose names have words of the faulty file's path."""
+    """The same tests, those files first whose paths have words of the faulty file's path."""
 
     def near(test: str) -> int:
-        return -sum(word in Path(test).stem for word in words)
+        return -sum(word in test for word in words)
 
     words = {w for part in Path(file).parts for w in re.split(r"[_.]", part) if len(w) > 3}
     words -= {"petal", "kernels", "torch"}

@@ -1,10 +1,10 @@
 """Faults in what an argument does, in whose storage a gradient lies, and in what is refused."""
 
 TESTS = [
-    "tests/test_scalars.py",
-    "tests/test_views.py",
-    "tests/test_gradients.py",
-    "tests/test_first_order.py",
+    "tests/ops/test_scalars.py",
+    "tests/ops/test_views.py",
+    "tests/ops/test_gradients.py",
+    "tests/runtime/test_first_order.py",
     "tests/nn/test_arguments.py",
     "tests/nn/test_experts.py",
 ]

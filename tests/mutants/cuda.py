@@ -1,11 +1,13 @@
 """Faults in the CUDA kernels and their registration, seen by executing them under the emulation."""
 
 TESTS = [
-    "tests/test_cuda_emulation_exact.py",
-    "tests/test_cuda_emulation.py",
-    "tests/test_cuda_gated_bottleneck.py",
-    "tests/test_cuda_expert_dispatch.py",
-    "tests/test_cuda_expert_sort.py",
+    "tests/emulation/test_emulation.py",
+    "tests/ops/lowrank_linear/test_cuda_exact.py",
+    "tests/ops/lowrank_linear/test_cuda.py",
+    "tests/ops/mode_contract/test_cuda.py",
+    "tests/ops/gated_bottleneck/test_cuda.py",
+    "tests/ops/expert_dispatch/test_cuda.py",
+    "tests/ops/expert_dispatch/test_cuda_sort.py",
     "-m",
     "not slow",
 ]

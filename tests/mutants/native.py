@@ -20,14 +20,14 @@ BLOCK = "csrc/common/cpu/block.h"
 
 REBUILD = True
 TESTS = [
-    "tests/test_build.py",
-    "tests/test_native_gated_bottleneck.py",
-    "tests/test_native_expert_dispatch.py",
-    "tests/test_native_precision.py",
-    "tests/test_ops.py",
-    "tests/test_scalars.py",
+    "tests/ops/lowrank_linear/test_native.py",
+    "tests/ops/gated_bottleneck/test_native.py",
+    "tests/ops/expert_dispatch/test_native.py",
+    "tests/ops/test_native_precision.py",
+    "tests/ops/test_ops.py",
+    "tests/ops/test_scalars.py",
     "-k",
-    "native or many_splits",
+    "native",
 ]
 
 MUTANTS = [

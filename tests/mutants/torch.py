@@ -2,11 +2,11 @@
 generator."""
 
 TESTS = [
-    "tests/test_ops.py",
-    "tests/test_contract.py",
-    "tests/test_philox.py",
-    "tests/test_gated_bottleneck.py",
-    "tests/test_expert_dispatch.py",
+    "tests/ops/test_ops.py",
+    "tests/ops/test_contract.py",
+    "tests/runtime/test_philox.py",
+    "tests/ops/gated_bottleneck/test_op.py",
+    "tests/ops/expert_dispatch/test_op.py",
     "tests/nn/test_experts.py",
     "tests/nn/test_mutual_information.py",
     "-k",

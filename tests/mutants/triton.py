@@ -1,11 +1,13 @@
 """Faults in the Triton kernels and their launch tables, seen without a GPU."""
 
 TESTS = [
-    "tests/test_triton_interpreter.py",
-    "tests/test_triton_gated_bottleneck.py",
-    "tests/test_triton_expert_dispatch.py",
-    "tests/test_triton_offsets.py",
-    "tests/test_triton_compile.py",
+    "tests/ops/lowrank_linear/test_triton.py",
+    "tests/ops/mode_contract/test_triton.py",
+    "tests/runtime/test_triton_lib.py",
+    "tests/ops/gated_bottleneck/test_triton.py",
+    "tests/ops/expert_dispatch/test_triton.py",
+    "tests/ops/test_triton_offsets.py",
+    "tests/ops/test_triton_compile.py",
     "-m",
     "not cross_compile",
 ]

@@ -20,7 +20,7 @@ from petal_kernels.memory.advice import advise
 from petal_kernels.memory.calibrate import margins
 from petal_kernels.memory.reasons import why
 from petal_kernels.memory.records import collapse
-from tests import discovery
+from tests.ops import discovery
 
 
 def plain_count(forward: Callable[[], Any], own: list[Tensor]) -> int:

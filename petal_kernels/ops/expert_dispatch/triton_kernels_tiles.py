@@ -1,9 +1,10 @@
 """The tiles that the Triton kernels of ``expert_dispatch`` form in both directions.
 
-Common to all: N tokens, E experts (padded to BLOCK_E) of rank R, A down-projections (E, or 1 for
-all); L tokens share a row of given gates. Where ``place_ptr`` is given the plan is sorted: row n of
-z is slot n, and ``place`` [E, N] holds the slot of an expert's token; else row n A + e is expert
-e's of token n. Expert numbers are made int64 before they multiply.
+What those compute, their traffic, numerics and limits are in ``triton_impl.py``. Common to all: N
+tokens, E experts (padded to BLOCK_E) of rank R, A down-projections (E, or 1 for all); L tokens
+share a row of given gates. Where ``place_ptr`` is given the plan is sorted: row n of z is slot n,
+and ``place`` [E, N] holds the slot of an expert's token; else row n A + e is expert e's of token n.
+Expert numbers are made int64 before they multiply.
 """
 
 from __future__ import annotations

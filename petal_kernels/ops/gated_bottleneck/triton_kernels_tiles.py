@@ -1,7 +1,8 @@
 """The tiles that the Triton kernels of ``gated_bottleneck`` form in both directions.
 
-Common to all: an absent tensor is None and costs nothing; rows are int64; every size may be ragged,
-and masked lanes read zero.
+What those compute, their traffic, numerics and limits are in ``triton_impl.py``. Common to all: an
+absent tensor is None and costs nothing; rows are int64; every size may be ragged, and masked lanes
+read zero.
 """
 
 from __future__ import annotations

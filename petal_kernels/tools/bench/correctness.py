@@ -120,11 +120,11 @@ def tests(names: Sequence[str]) -> str | None:
     """
     if importlib.util.find_spec("pytest") is None:
         return None
-    if not (environment.ROOT / "tests" / "test_ops.py").exists():
+    if not (environment.ROOT / "tests" / "ops" / "test_ops.py").exists():
         return None
     expression = f"({' or '.join(names)}) and (native or torch) and float32"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_ops.py", "-k", expression],
+        [sys.executable, "-m", "pytest", "-q", "-x", "tests/ops/test_ops.py", "-k", expression],
         cwd=environment.ROOT,
         capture_output=True,
         text=True,

@@ -1,0 +1,57 @@
+"""Finds operators by folder; every test of operators walks this and none lists them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from petal_kernels.tools.operators import (
+    OPS,
+    Operator,
+    backend_names,
+    cases,
+    leaves,
+    map_tensors,
+    operators,
+    options,
+    output_gradients,
+    require_grad,
+    run,
+    trainable,
+)
+
+__all__ = [
+    "CASES",
+    "OPERATORS",
+    "OPS",
+    "SMALL",
+    "Operator",
+    "backend_names",
+    "cases",
+    "leaves",
+    "map_tensors",
+    "operators",
+    "options",
+    "output_gradients",
+    "require_grad",
+    "run",
+    "small",
+    "trainable",
+]
+
+OPERATORS = {op.name: op for op in operators()}
+
+
+def small(op: Operator) -> list[Any]:
+    """The first few cases: enough variety for the expensive checks."""
+    return [c for c in op.workload.CASES if getattr(c, "plan", "auto") == "auto"][:12]
+
+
+# (operator's name, case), to parametrize a test with.
+CASES = [pytest.param(op.name, case, id=f"{op.name}-{case.name}") for op, case in cases()]
+SMALL = [
+    pytest.param(op.name, case, id=f"{op.name}-{case.name}")
+    for op in OPERATORS.values()
+    for case in small(op)
+]

@@ -1,0 +1,50 @@
+"""What real calls of the operators run on: every backend's own `forward`, watched."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from tests.ops.discovery import Operator, operators
+
+
+@dataclass(frozen=True)
+class Used:
+    """One forward: the operator, the backend that computed it and its plan, if there are any."""
+
+    operator: str
+    backend: str
+    plan: str | None
+
+
+@contextlib.contextmanager
+def record_backends() -> Iterator[list[Used]]:
+    """The list grows by one entry for each forward that a backend computes in this block."""
+    used: list[Used] = []
+    with contextlib.ExitStack() as stack:
+        for op in operators():
+            for backend in op.backends:
+                if backend.missing() is None:
+                    watch = _watched(op, backend.name, backend.load().forward, used)
+                    stack.enter_context(mock.patch.object(backend.load(), "forward", watch))
+        yield used
+
+
+def _watched(
+    op: Operator, backend: str, forward: Callable[..., Any], used: list[Used]
+) -> Callable[..., Any]:
+    planned = op.module("planner") is not None
+
+    @functools.wraps(forward)
+    def watch(call: Any, *rest: Any) -> Any:
+        # A plan is a setting of the call, or the last argument beside it.
+        settings = getattr(call, "settings", None)
+        plan = getattr(settings, "plan", rest[-1] if rest else None) if planned else None
+        used.append(Used(op.name, backend, plan))
+        return forward(call, *rest)
+
+    return watch
