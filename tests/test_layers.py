@@ -55,6 +55,7 @@ def test_imports_point_downwards(path: Path) -> None:
         where = f"{path.relative_to(ROOT)}:{line}"
         assert name != "relative", f"{where}: import by the full name"
         parts = name.split(".")
+        assert parts[0] not in ("benchmarks", "tests"), f"{where}: {parts[0]} is not installed"
         if parts[0] in ("transformers", "peft"):
             assert here in ("hf", "tools"), f"{where}: {parts[0]} belongs in hf/ or tools/"
         if parts[0] != "petal_kernels" or len(parts) < 2 or here == "__init__.py":

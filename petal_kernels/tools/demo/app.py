@@ -24,6 +24,7 @@ from petal_kernels.tools.argument_types import seed
 from petal_kernels.tools.demo import methods_run, report, tasks
 from petal_kernels.tools.demo import model as small
 from petal_kernels.tools.demo.compare import Comparison, compare
+from petal_kernels.tools.demo.methods import METHODS
 from petal_kernels.tools.demo.terminal import Progress, heading, table, ticker
 from petal_kernels.tools.demo.train import (
     Batches,
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--method",
-        choices=("petal", *methods_run.METHODS, "all"),
+        choices=("petal", *METHODS, "all"),
         default="petal",
         help="what learns the instruction (default: %(default)s): PETAL on the InstructBLIP, or "
         "one of the others on a small BART or GPT-2 that reads the same pictures, with settings "
@@ -376,7 +377,8 @@ def _generate(
 ) -> list[str]:
     """The words that generate() adds to the prompt, for the first pictures."""
     prompt = [tasks.IMAGE] * small.QUERIES + [tasks.BOS]
-    words = model.generate(
+    generate: Any = model.generate
+    words = generate(
         pixel_values=held.pairs.pictures[:_SHOWN].expand(-1, 3, -1, -1),
         qformer_input_ids=tasks.question_ids((instruction,)).expand(_SHOWN, -1),
         input_ids=torch.tensor([prompt] * _SHOWN),

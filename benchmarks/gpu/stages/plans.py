@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 import petal_kernels as pk
+from benchmarks.gpu.journal import Journal, Record
+from benchmarks.gpu.stopwatch import race
+from benchmarks.gpu.suite import Case, Suite
 from petal_kernels.tools import operators
-from petal_kernels.tools.gpu.journal import Journal, Record
-from petal_kernels.tools.gpu.stopwatch import race
-from petal_kernels.tools.gpu.suite import Case, Suite
 
 SHARE, LIMIT, PARALLEL, CHECKS = 4.0, 120.0, False, False
 BEHIND = 1.10  # the planner's choice is to be within this of the best plan

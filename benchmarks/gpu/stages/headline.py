@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.journal import Journal, Record
+from benchmarks.gpu.stages import preflight
+from benchmarks.gpu.suite import DTYPES, Case, Suite, in_turn
 from petal_kernels.tools import parity
 from petal_kernels.tools.bench import ceilings, measure, timing
 from petal_kernels.tools.bench import op as bench_op
 from petal_kernels.tools.bench.request import Request
 from petal_kernels.tools.bench.scenarios import Scenario
-from petal_kernels.tools.gpu.journal import Journal, Record
-from petal_kernels.tools.gpu.stages import preflight
-from petal_kernels.tools.gpu.suite import DTYPES, Case, Suite, in_turn
 
 SHARE, LIMIT, PARALLEL, CHECKS = 22.0, 240.0, False, False
 MODES = ("train", "full")

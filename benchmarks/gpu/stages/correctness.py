@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.gpu.journal import Journal, Record
+from benchmarks.gpu.suite import DTYPES, Case, Suite, in_turn
 from petal_kernels.tools import parity
-from petal_kernels.tools.gpu.journal import Journal, Record
-from petal_kernels.tools.gpu.suite import DTYPES, Case, Suite, in_turn
 from petal_kernels.tools.operators import Operator
 
 SHARE, LIMIT, PARALLEL, CHECKS = 28.0, 180.0, True, True

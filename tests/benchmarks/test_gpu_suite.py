@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu import command
+from benchmarks.gpu.clock import Clock
+from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.pool import Pool
+from benchmarks.gpu.stages import STAGES, preflight
+from benchmarks.gpu.suite import Suite, in_turn
 from petal_kernels.tools import environment, operators, parity
-from petal_kernels.tools.gpu import command
-from petal_kernels.tools.gpu.clock import Clock
-from petal_kernels.tools.gpu.journal import Journal
-from petal_kernels.tools.gpu.pool import Pool
-from petal_kernels.tools.gpu.stages import STAGES, preflight
-from petal_kernels.tools.gpu.suite import Suite, in_turn
 
 DRY, REAL = Suite(dry=True), Suite(dry=False)
 
@@ -54,7 +54,7 @@ def until(condition: Any, seconds: float = 60.0) -> None:
 def test_a_rehearsal_survives_a_kill(tmp_path: Path) -> None:
     """Killed in the middle, the suite loses the running case alone; the rest of it passes, in
     another folder that got the results so far."""
-    words = ["-m", "petal_kernels.tools.gpu", "--dry-run", "--minutes", "3"]
+    words = ["-m", "benchmarks.gpu", "--dry-run", "--minutes", "3"]
     words += ["--commit", "abc1234", "--out"]
     begun, out = tmp_path / "begun", tmp_path / "out"
     journal = begun / "results.jsonl"
@@ -232,6 +232,20 @@ def test_a_run_on_a_machine_that_can_run_nothing_stops(
         assert reason in said
         assert "stopped" in said
     assert {r["stage"] for r in lines(tmp_path / "results.jsonl")} == {"preflight"}
+
+
+def test_the_gpu_suite_ends_by_the_table(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for words, why in (
+        (["--out", str(file)], "it is a file"),
+        (["--out", str(tmp_path), "--minutes", "nan"], "want minutes >= 0, got nan"),
+        (["--out", str(tmp_path), "--workers", "0"], "want a number >= 1, got 0"),
+    ):
+        command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", *words]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 2
+        assert why in run.stderr.splitlines()[-1]
 
 
 def test_operators_come_in_turn() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.gpu import tables
+from benchmarks.gpu.journal import Journal, Record
+from benchmarks.gpu.suite import Case, Suite, changes
 from petal_kernels.tools import operators, parity
-from petal_kernels.tools.gpu import tables
-from petal_kernels.tools.gpu.journal import Journal, Record
-from petal_kernels.tools.gpu.suite import Case, Suite, changes
 
 SHARE, LIMIT, PARALLEL, CHECKS = 2.0, 180.0, True, True
 _SMALL_ROWS, _WIDE_RANK = 1024, 256

@@ -1,6 +1,6 @@
 """Trains a text backbone of the demo on the old instructions and writes its weights.
 
-Run it as: python -m petal_kernels.tools.demo.pretrain_backbones bart (or gpt2)
+Run it as: python -m benchmarks.demo.pretrain_backbones bart (or gpt2)
 
 The vision tower is the one inside the demo's InstructBLIP, frozen, its features cached; only
 training digits are seen (the held-out digits are used to print accuracies and for nothing else).
@@ -14,15 +14,15 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import InstructBlipForConditionalGeneration
 
+from benchmarks.demo.pretrain import Log, Phase, save_weights
 from petal_kernels.tools.demo import backbones, data, tasks
 from petal_kernels.tools.demo import model as small
-from petal_kernels.tools.demo.pretrain import Log, Phase, rate
+from petal_kernels.tools.demo.train import rate
 
 _SAVE_EVERY = 200
 _BATCH, _PEAK = 128, 1e-3
@@ -104,8 +104,7 @@ def main() -> None:
     model = small.load()
     backbone = backbones.build(args.kind, args.seed)
     train(backbone, model, digits, args.steps, args.pictures, args.work, args.seed)
-    trained: Any = backbone
-    small.save_weights(trained, out)
+    save_weights(backbone, out)
     shares = accuracies(backbones.load(args.kind, out), model, held, args.seed)
     figures = {
         "made_by": {key: getattr(args, key) for key in ("steps", "pictures", "seed")},

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.journal import Journal, Record
+from benchmarks.gpu.suite import Case, Suite
 from petal_kernels.tools import operators, parity
-from petal_kernels.tools.gpu.journal import Journal, Record
-from petal_kernels.tools.gpu.suite import Case, Suite
 
 SHARE, LIMIT, PARALLEL, CHECKS = 4.0, 120.0, True, True
 _WARM = 3

@@ -14,9 +14,9 @@ import subprocess
 import sys
 from typing import Any
 
+from benchmarks.gpu.journal import Journal, Record
+from benchmarks.gpu.suite import DTYPES, Case, Suite
 from petal_kernels.tools import operators, parity
-from petal_kernels.tools.gpu.journal import Journal, Record
-from petal_kernels.tools.gpu.suite import DTYPES, Case, Suite
 
 SHARE, LIMIT, PARALLEL, CHECKS = 8.0, 300.0, True, True
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -27,7 +27,7 @@ _CLEAN = "SUMMARY: 0 "
 _ABSENT = re.compile("^=+ .*(before first instrumented|Internal|[Nn]ot supported|Unable)", re.M)
 _WHERE = re.compile(r"^=+ .*\bat (?!0x)(.+)", re.M)
 _TAIL, _LINE = 1500, 200
-_BODY = "from petal_kernels.tools.gpu.stages import sanitizer; sanitizer.body({!r})"
+_BODY = "from benchmarks.gpu.stages import sanitizer; sanitizer.body({!r})"
 
 
 def cases(suite: Suite, journal: Journal) -> list[Case]:

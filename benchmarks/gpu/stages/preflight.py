@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.journal import Journal, Record
+from benchmarks.gpu.suite import DTYPES, Case, Suite
 from petal_kernels._runtime import device
 from petal_kernels.tools import operators, parity
-from petal_kernels.tools.gpu.journal import Journal, Record
-from petal_kernels.tools.gpu.suite import DTYPES, Case, Suite
 
 SHARE, LIMIT, PARALLEL, CHECKS = 1.0, 120.0, True, True
 _COMPILE = "torch.compile"

@@ -1,4 +1,4 @@
-"""The GPU suite: ``python -m petal_kernels.tools.gpu --minutes 25 --out DIR``.
+"""The GPU suite: ``python -m benchmarks.gpu --minutes 25 --out DIR``.
 
 Runs what only a GPU can show, in stages of falling value, within the minutes given. Every result is
 on disk before the next case begins: the same command again goes on where it was stopped, or killed,
@@ -23,21 +23,21 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu import summary
+from benchmarks.gpu.clock import Clock
+from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.pool import Pool
+from benchmarks.gpu.stages import STAGES, preflight
+from benchmarks.gpu.suite import Case, Suite
 from petal_kernels.tools import environment, exits
 from petal_kernels.tools.argument_types import minutes, positive
 from petal_kernels.tools.doctor import facts
-from petal_kernels.tools.gpu import summary
-from petal_kernels.tools.gpu.clock import Clock
-from petal_kernels.tools.gpu.journal import Journal
-from petal_kernels.tools.gpu.pool import Pool
-from petal_kernels.tools.gpu.stages import STAGES, preflight
-from petal_kernels.tools.gpu.suite import Case, Suite
 
 _HELP = (__doc__ or "").replace("``", "")
 _MOST_WORKERS = 12
 _FIRST = "preflight"  # runs in every run, whatever an earlier one has found
 _QUIET_SECONDS = 1.0  # between two lines about cases that passed
-_MODULE = "petal_kernels.tools.gpu.stages"
+_MODULE = "benchmarks.gpu.stages"
 
 
 def commit(given: str | None) -> str:
@@ -62,7 +62,7 @@ def _variables(dry: bool) -> dict[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m petal_kernels.tools.gpu", description=_HELP)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=_HELP)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--minutes", type=minutes, default=25.0, help="end after this long")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("triton is not installed: its cases will say so")
     exits.folder(options.out)
     with exits.refusing(parser, ValueError, OSError):
-        run = Run(options, stages, shlex.join(["python", "-m", "petal_kernels.tools.gpu", *words]))
+        run = Run(options, stages, shlex.join(["python", "-m", "benchmarks.gpu", *words]))
     run.all()
     failed = summary.failed(run.journal, run.suite.dry)
     left = sum(len(run.pending(name)) for name in stages)

@@ -1,6 +1,6 @@
 """The process that runs cases: one JSON line in, one JSON line out.
 
-``python -m petal_kernels.tools.gpu.worker RESULT_FD MODULE SETTINGS``, where MODULE has
+``python -m benchmarks.gpu.worker RESULT_FD MODULE SETTINGS``, where MODULE has
 ``run(case, settings) -> dict``. Results leave through their own descriptor, for libraries print.
 The process ends when its input does (its parent has gone), after a CUDA error, which spoils the
 context for every later case, and after a result that says ``spoilt`` itself.

@@ -6,11 +6,11 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from petal_kernels.tools.gpu import tables
-from petal_kernels.tools.gpu.journal import Journal, Record
-from petal_kernels.tools.gpu.stages import candidates
-from petal_kernels.tools.gpu.stopwatch import Stopwatch
-from petal_kernels.tools.gpu.suite import Case, Suite
+from benchmarks.gpu import tables
+from benchmarks.gpu.journal import Journal, Record
+from benchmarks.gpu.stages import candidates
+from benchmarks.gpu.stopwatch import Stopwatch
+from benchmarks.gpu.suite import Case, Suite
 
 SHARE, LIMIT, PARALLEL, CHECKS = 5.0, 120.0, False, False
 WORTHWHILE = 1.03  # below this a winner is noise

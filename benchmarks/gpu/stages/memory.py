@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu.journal import Journal, Record
+from benchmarks.gpu.suite import Case, Suite
 from petal_kernels import memory
 from petal_kernels.tools import operators
-from petal_kernels.tools.gpu.journal import Journal, Record
-from petal_kernels.tools.gpu.suite import Case, Suite
 
 SHARE, LIMIT, PARALLEL, CHECKS = 2.0, 120.0, False, False
 _PLAIN = "transformer layer"

@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from petal_kernels.tools.gpu.journal import Journal, Record
-from petal_kernels.tools.gpu.stages import STAGES, headline, tuning
+from benchmarks.gpu.journal import Journal, Record
+from benchmarks.gpu.stages import STAGES, headline, tuning
 
 GOOD = ("pass", "skip")
 _ERROR_LINES = 12

@@ -16,13 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any
-
-from petal_kernels.tools import environment
 
 Case = dict[str, Any]
 START_SECONDS = 180.0
 _TAIL = 1500
+_ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @dataclass
@@ -66,10 +66,10 @@ class Worker:
         self._log.seek(0)
         self._log.truncate()
         self._results, theirs = os.pipe()
-        path = os.pathsep.join(filter(None, (str(environment.ROOT), os.environ.get("PYTHONPATH"))))
+        path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
             [
-                sys.executable, "-m", "petal_kernels.tools.gpu.worker",
+                sys.executable, "-m", "benchmarks.gpu.worker",
                 str(theirs), self.module, json.dumps(self.settings),
             ],
             stdin=subprocess.PIPE,

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.gpu.journal import Journal, Record
+from benchmarks.gpu.stages import headline, preflight
+from benchmarks.gpu.suite import Case, Suite
 from petal_kernels.tools.bench.scenarios import step
-from petal_kernels.tools.gpu.journal import Journal, Record
-from petal_kernels.tools.gpu.stages import headline, preflight
-from petal_kernels.tools.gpu.suite import Case, Suite
 
 SHARE, LIMIT, PARALLEL, CHECKS = 6.0, 180.0, True, False
 

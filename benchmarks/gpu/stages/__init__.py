@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from petal_kernels.tools.gpu.stages import (
+from benchmarks.gpu.stages import (
     candidates,
     capture,
     ceilings,
@@ -19,7 +19,7 @@ from petal_kernels.tools.gpu.stages import (
     sanitizer,
     tuning,
 )
-from petal_kernels.tools.gpu.suite import Case, Stage, Suite
+from benchmarks.gpu.suite import Case, Stage, Suite
 
 STAGES: dict[str, Stage] = {
     "preflight": preflight,

@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from benchmarks.gpu.journal import Journal, Record
 from petal_kernels.tools import operators
-from petal_kernels.tools.gpu.journal import Journal, Record
 from petal_kernels.tools.operators import Operator
 
 Case = dict[str, Any]

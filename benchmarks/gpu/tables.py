@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from petal_kernels.tools.gpu.stopwatch import Stopwatch
+from benchmarks.gpu.stopwatch import Stopwatch
 from petal_kernels.tools.operators import Operator
 
 TileFacts = dict[str, Any]  # {"warps": 4, "stages": 2, "blocks": {"BLOCK_M": 64, ..}}

@@ -1,4 +1,4 @@
-"""``python -m petal_kernels.tools.gpu``."""
+"""``python -m benchmarks.gpu``."""
 
 from petal_kernels.tools import exits
 
@@ -7,9 +7,9 @@ from petal_kernels.tools import exits
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    from petal_kernels.tools.gpu import command
+    from benchmarks.gpu import command
 
-    return exits.run(command.main, "python -m petal_kernels.tools.gpu")
+    return exits.run(command.main, "python -m benchmarks.gpu")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.journal import Journal, Record
+from benchmarks.gpu.suite import DTYPES, Case, Suite, changes
 from petal_kernels.tools import operators, parity
-from petal_kernels.tools.gpu.journal import Journal, Record
-from petal_kernels.tools.gpu.suite import DTYPES, Case, Suite, changes
 
 SHARE, LIMIT, PARALLEL, CHECKS = 4.0, 240.0, False, True
 _ELEMENTS = 2**31

@@ -1,6 +1,6 @@
 """Trains the small model of the demo from nothing and writes its weights.
 
-Run it as: python -m petal_kernels.tools.demo.pretrain
+Run it as: python -m benchmarks.demo.pretrain
 
 Two phases on the training digits only (the held-out digits are used to print accuracies and for
 nothing else):
@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import InstructBlipForConditionalGeneration
 
@@ -37,8 +37,8 @@ from petal_kernels.tools.demo.model import (
     build,
     image_features,
     load,
-    save_weights,
 )
+from petal_kernels.tools.demo.train import rate
 
 _SAVE_EVERY = 100
 _PRINT_EVERY = 100
@@ -72,13 +72,6 @@ def vision_loss(heads: SideHeads, features: Tensor, pairs: data.Pairs) -> tuple[
     )
     loss = loss + 0.5 * nn.functional.cross_entropy(patch_logits.flatten(0, 1), wanted.flatten())
     return loss, (half_logits.argmax(-1) == digits).float().mean()
-
-
-def rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 class Phase:
@@ -230,6 +223,22 @@ def accuracies(
             (answer == instruction.answer(pairs.left, pairs.right)).float().mean().item()
         )
     return result
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Half-precision weights, tied ones once."""
+    names: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        if value.data_ptr() not in names:
+            names[value.data_ptr()] = name
+            tensors[name] = value.detach().to(torch.float16).contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    # safetensors makes a file for its owner only; this one is installed with the package.
+    temporary.chmod(0o644)
+    temporary.replace(path)
 
 
 def main() -> None:

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from petal_kernels.tools import parity
-from petal_kernels.tools.gpu import summary, tables
-from petal_kernels.tools.gpu.journal import Journal
-from petal_kernels.tools.gpu.stages import (
+from benchmarks.gpu import summary, tables
+from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.stages import (
     candidates,
     capture,
     compiles,
@@ -26,8 +25,9 @@ from petal_kernels.tools.gpu.stages import (
     sanitizer,
     tuning,
 )
-from petal_kernels.tools.gpu.stopwatch import Stopwatch
-from petal_kernels.tools.gpu.suite import Suite
+from benchmarks.gpu.stopwatch import Stopwatch
+from benchmarks.gpu.suite import Suite
+from petal_kernels.tools import parity
 
 DRY, REAL = Suite(dry=True), Suite(dry=False)
 

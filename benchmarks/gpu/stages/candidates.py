@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import tables
+from benchmarks.gpu.journal import Journal, Record
+from benchmarks.gpu.stopwatch import Stopwatch
+from benchmarks.gpu.suite import DTYPES, Case, Suite, in_turn
 from petal_kernels.tools import operators, parity
-from petal_kernels.tools.gpu import tables
-from petal_kernels.tools.gpu.journal import Journal, Record
-from petal_kernels.tools.gpu.stopwatch import Stopwatch
-from petal_kernels.tools.gpu.suite import DTYPES, Case, Suite, in_turn
 
 SHARE, LIMIT, PARALLEL, CHECKS = 10.0, 120.0, True, False
 _REHEARSED_ROWS = 1

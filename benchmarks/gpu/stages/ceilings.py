@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.journal import Journal, Record
+from benchmarks.gpu.stopwatch import race
+from benchmarks.gpu.suite import DTYPES, Case, Suite
 from petal_kernels.tools import environment
-from petal_kernels.tools.gpu.journal import Journal, Record
-from petal_kernels.tools.gpu.stopwatch import race
-from petal_kernels.tools.gpu.suite import DTYPES, Case, Suite
 
 SHARE, LIMIT, PARALLEL, CHECKS = 3.0, 120.0, False, True
 _ROUNDS = 30
