@@ -188,8 +188,9 @@ def backward(
     if isinstance(gates, Tensor):
         if gates.dim() < x.dim():
             dgates = dgates.sum(-2)
-        picked = isinstance(indices, Tensor)
-        grads["gates"] = dgates.gather(-1, indices.long()) if picked else dgates  # type: ignore[union-attr]
+        grads["gates"] = (
+            dgates.gather(-1, indices.long()) if isinstance(indices, Tensor) else dgates
+        )
     if logits is not None:
         assert isinstance(router, Tensor)
         pooled = get("router_input", "token") == "pooled"

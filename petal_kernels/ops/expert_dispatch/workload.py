@@ -272,7 +272,8 @@ def _gates(inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     if inputs["gate"] == "mean":
         return x.new_full((experts,), 1.0 / experts), None
     if inputs["gate"] == "given":
-        gates, indices = inputs.get("gates"), inputs.get("indices")
+        gates: Any = inputs.get("gates")
+        indices: Tensor | None = inputs.get("indices")
         if indices is None:
             return gates, None
         return torch.ones_like(indices, dtype=x.dtype) if gates is None else gates, indices

@@ -78,7 +78,7 @@ class Case:
 
 def _bart(name: str, lead: tuple[int, ...], width: int, rank: int, gate: str, **more: Any) -> Case:
     """VL-PET on BART: dropout, residual = gate input, LayerNorm."""
-    rest = {"dropout": 0.1, "residual": "gate_input", "norm": True} | more
+    rest: dict[str, Any] = {"dropout": 0.1, "residual": "gate_input", "norm": True} | more
     return Case(name, lead, width, rank, gate=gate, **rest)
 
 
@@ -284,7 +284,8 @@ def _routed(z: Tensor, inputs: dict[str, Any]) -> Tensor:
         return z
     if route == "expand":
         pooled = v.mean(1, keepdim=True)
-        return z @ pooled.expand(-1, z.shape[-1], -1).contiguous()
+        expanded: Tensor = pooled.expand(-1, z.shape[-1], -1).contiguous()
+        return z @ expanded
     return reference.route_values(route, z, v, "paper")
 
 
@@ -328,7 +329,9 @@ def _adapter(inputs: dict[str, Any], published: bool) -> tuple[Tensor, Any]:
 def published(**inputs: Any) -> tuple[Tensor]:
     """As the released code does it: a product per head, concatenations, every gate a matrix."""
     y, act = _adapter(inputs, True)
-    x, w, gate = inputs.get("gate_input"), inputs.get("gate_weight"), None
+    x: Any = inputs.get("gate_input")
+    w: Any = inputs.get("gate_weight")
+    gate: Tensor | None = None
     if inputs["gate"] == "large":
         zg = F.linear(x, inputs["gate_down"], inputs.get("gate_down_bias"))
         logits = F.linear(act(zg), inputs["gate_up"], inputs.get("gate_up_bias"))
@@ -349,7 +352,9 @@ def published(**inputs: Any) -> tuple[Tensor]:
 def well_written(**inputs: Any) -> tuple[Tensor]:
     """One product per projection, torch's own activation, gates by matrix-vector products."""
     y, act = _adapter(inputs, False)
-    x, w, gate = inputs.get("gate_input"), inputs.get("gate_weight"), None
+    x: Any = inputs.get("gate_input")
+    w: Any = inputs.get("gate_weight")
+    gate: Tensor | None = None
     seen = inputs["x"] if isinstance(inputs["base"], str) else inputs["base"]
     bias = inputs.get("gate_bias")
     if inputs["gate"] == "large":

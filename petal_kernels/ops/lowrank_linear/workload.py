@@ -207,7 +207,8 @@ def flops(case: Case) -> tuple[int, int]:
 
 def _rebase(y: Tensor, k: int, inputs: dict[str, Any]) -> Tensor:
     if inputs.get("base") is not None:
-        return inputs["base"][k] + y
+        base: Tensor = inputs["base"][k]
+        return base + y
     if inputs.get("weights") is not None:
         biases = inputs.get("biases")
         return F.linear(inputs["x"], inputs["weights"][k], biases and biases[k]) + y
