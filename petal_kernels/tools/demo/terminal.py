@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from petal_kernels.memory.text import columns
+from petal_kernels._runtime.columns import columns
 
 _WIDTH = 28
 

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from petal_kernels import memory
+from petal_kernels._runtime.columns import columns
 from petal_kernels.memory import calibrate
 from petal_kernels.memory.optimizer import Settings, settings_of
 from petal_kernels.memory.records import mib
-from petal_kernels.memory.text import columns, report
+from petal_kernels.memory.text import report
 from petal_kernels.tools import environment, exits
 from petal_kernels.tools.exits import Refusal
 from petal_kernels.tools.memory import arguments, compare, html, plot, script, whatif
