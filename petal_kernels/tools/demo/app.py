@@ -83,8 +83,7 @@ class Interrupt:
             signal.signal(signal.SIGINT, before)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses the options, runs the demo, returns the exit code."""
+def _parser() -> argparse.ArgumentParser:
     defaults = Settings()
     parser = argparse.ArgumentParser(
         prog="petal-kernels demo",
@@ -118,6 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--threads", type=int, default=1, help="threads of torch (default: %(default)s)"
     )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the options, runs the demo, returns the exit code."""
+    parser = _parser()
     args = parser.parse_args(arguments)
     for name in ("steps", "rank", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
