@@ -45,13 +45,7 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime.numerics import ACTIVATIONS
-from petal_kernels.ops.gated_bottleneck.arguments import (
-    GATES,
-    Call,
-    Saved,
-    Settings,
-    Tensors,
-)
+from petal_kernels.ops.gated_bottleneck.arguments import GATES, Call, Saved, Settings, Tensors
 
 MAX_RANK = 256
 ROWS_PER_SPLIT = 256
