@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +155,23 @@ def _layout(t: Tensor, layout: str) -> Tensor:
     return t
 
 
+def _gate_parameters(case: Case, parameter: Callable[..., Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    o, rg = case.outs, case.gate_rank or case.rank
+    if case.gate == "large":
+        width = case.gate_width or o
+        found["gate_down"] = parameter(rg, width, divisor=width**0.5)
+        found["gate_up"] = parameter(o, rg, divisor=rg**0.5)
+        if case.bias:
+            found["gate_down_bias"] = parameter(rg)
+            found["gate_up_bias"] = parameter(o)
+    elif case.gate != "none":
+        found["gate_weight"] = parameter(2 * o if case.gate == "small" else o, divisor=o**0.5)
+        if case.gate != "middleY" and case.bias:
+            found["gate_bias"] = parameter(1)
+    return found
+
+
 def make_inputs(
     case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> dict[str, Any]:
@@ -168,7 +186,7 @@ def make_inputs(
         wide = case.float_parameters and dtype.itemsize == 2
         return t.to(torch.float32 if wide else dtype).to(device)
 
-    d, r, o, rg = case.width, case.rank, case.outs, case.gate_rank or case.rank
+    d, r, o = case.width, case.rank, case.outs
     inputs: dict[str, Any] = {"x": None, "down": None, "up": parameter(o, r, divisor=r**0.5)}
     if not case.bottleneck or case.base == "input":
         inputs["x"] = _layout(rows(*case.lead, d), case.layout)
@@ -187,17 +205,7 @@ def make_inputs(
         inputs["vision"] = rows(case.lead[0], case.vision, r)
     if case.gate not in ("none", "middleY") or case.residual == "gate_input":
         inputs["gate_input"] = _layout(rows(*case.lead, case.gate_width or o), case.layout)
-    if case.gate == "large":
-        width = case.gate_width or o
-        inputs["gate_down"] = parameter(rg, width, divisor=width**0.5)
-        inputs["gate_up"] = parameter(o, rg, divisor=rg**0.5)
-        if case.bias:
-            inputs["gate_down_bias"] = parameter(rg)
-            inputs["gate_up_bias"] = parameter(o)
-    elif case.gate != "none":
-        inputs["gate_weight"] = parameter(2 * o if case.gate == "small" else o, divisor=o**0.5)
-        if case.gate != "middleY" and case.bias:
-            inputs["gate_bias"] = parameter(1)
+    inputs |= _gate_parameters(case, parameter)
     if case.mask:
         length = torch.randint(1, case.lead[1] + 1, (case.lead[0], 1), generator=g)
         inputs["mask"] = (torch.arange(case.lead[1]) < length).to(device)

