@@ -45,7 +45,7 @@ readme-tables: $(READY)
 
 # On a machine with a CUDA device, with the environment's own python; the same command again resumes.
 gpu:
-	$(PYTHON) -m petal_kernels.tools.gpu --minutes $(MINUTES) --out $(OUT)
+	$(PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --out $(OUT)
 
 # Calls of the operators with drawn arguments, each checked: fixed by SEED, as many as one likes.
 fuzz: $(READY)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from petal_kernels.hf import RoutingConfig as RoutingConfig
     from petal_kernels.hf import VLAdapterConfig as VLAdapterConfig
     from petal_kernels.hf import VLPetConfig as VLPetConfig
-    from petal_kernels.hf import attach as attach
-    from petal_kernels.hf import attachment as attachment
+    from petal_kernels.hf.attach import attach as attach
+    from petal_kernels.hf.attach import attachment as attachment
 
 _CONFIGS = (
     "AuroraConfig",

@@ -17,7 +17,7 @@ from petal_kernels.hf.fields import names as _names
 from petal_kernels.hf.fields import one_of as _one_of
 from petal_kernels.hf.fields import plain as _plain
 from petal_kernels.hf.fields import want as _want
-from petal_kernels.nn import experts as moe
+from petal_kernels.nn import low_rank_experts as moe
 from petal_kernels.nn.gated_adapter import GATES, INITS, ROUTES
 
 VARIANTS = ("paper", "release")

@@ -26,7 +26,7 @@ from petal_kernels.hf.routing import Routings
 from petal_kernels.hf.tokens import Tokens, named, reader_of
 from petal_kernels.hf.walk import device_of
 from petal_kernels.hf.wrappers import AdaptedLinear
-from petal_kernels.nn.experts import LowRankExperts
+from petal_kernels.nn.low_rank_experts import LowRankExperts
 from petal_kernels.nn.routed_lora import linear_features
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from petal_kernels._runtime.backends import Explanation
+from petal_kernels._runtime.columns import columns
 from petal_kernels._runtime.dry_run import dry_run
 from petal_kernels.hf.context import given
 from petal_kernels.hf.parts import runs_twice
@@ -63,16 +64,12 @@ class Report:
         notes = {
             why: i for i, why in enumerate(dict.fromkeys(r.why for r in self.rows if r.why), 1)
         }
-        table = [header]
+        table = []
         for row in self.rows:
             mark = f"[{notes[row.why]}]" if row.why else ""
             backend = f"{row.backend} {mark}".strip()
             table.append((row.module, row.role, row.shape, backend, f"{row.trainable:,}"))
-        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-        lines = []
-        for line in table:
-            cells = [cell.ljust(width) for cell, width in zip(line[:-1], widths, strict=False)]
-            lines.append("  ".join([*cells, line[-1].rjust(widths[-1])]))
+        lines = columns(header, table, right=(4,), indent="").split("\n")
         lines.insert(1, "-" * len(lines[0]))
         lines += [f"[{number}] {why}" for why, number in notes.items()]
         lines += [f"base called, not read: {path} ({why})" for path, why in self.declined.items()]

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from petal_kernels._runtime.checks import check_choice
+from petal_kernels.memory.advice import advise
 from petal_kernels.memory.arguments import check_count
 from petal_kernels.memory.optimizer import Trained, with_step
 from petal_kernels.memory.records import Block, Recomputed, Saved, Sizes, collapse
+from petal_kernels.memory.text import report
 from petal_kernels.memory.timeline import RESIDENT
 
 SCHEMA = 2
@@ -193,8 +195,6 @@ class Profile:
     def table(self, limit: int = 20) -> str:
         """The report as text, its table of at most `limit` rows."""
         check_count("limit", limit)
-        from petal_kernels.memory.text import report
-
         return report(self, limit)
 
     def __str__(self) -> str:
@@ -204,8 +204,6 @@ class Profile:
         """Everything but single blocks, as plain data; `schema` changes when a key's meaning
         does.
         """
-        from petal_kernels.memory.advice import advise
-
         curve = self.curve()
         return {
             "schema": SCHEMA,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,30 +13,27 @@ from torch.utils._pytree import tree_map
 from petal_kernels.memory import gradients
 from petal_kernels.memory.arguments import check_step
 from petal_kernels.memory.behind import module_behind
-from petal_kernels.memory.compiled import refused
 from petal_kernels.memory.cuda_rules import RULE, unruled
-from petal_kernels.memory.cuda_rules import cuda_rules as as_on_cuda
-from petal_kernels.memory.fake import mode_of, named_failures
-from petal_kernels.memory.leaves import Leaves, buffers_put_back, versions, without_gradients
-from petal_kernels.memory.modules import ModuleStack, frozen_subtrees
+from petal_kernels.memory.leaves import Leaves, without_gradients
+from petal_kernels.memory.modules import frozen_subtrees
+from petal_kernels.memory.optimizer import Trained
 from petal_kernels.memory.profile import Profile
-from petal_kernels.memory.records import (
-    MIB,
-    Sizes,
-    mib,
-    plain_tensors,
-    storage_bytes,
-    storage_key,
-    tensors_in,
+from petal_kernels.memory.recording import (
+    LARGEST_BUFFER,
+    Meter,
+    Recorders,
+    count,
+    fresh,
+    keys,
+    recording,
+    storages,
 )
+from petal_kernels.memory.records import Saved, mib, plain_tensors, storage_key, tensors_in
 from petal_kernels.memory.rest import Rest
 from petal_kernels.memory.saved import SavedTensors
 from petal_kernels.memory.timeline import Timeline
 
 _NO_HOOKS = "support saved tensor hooks"
-_LARGEST_BUFFER = 16 * MIB  # that is copied, to be put back
-# One step at a time: torch counts modes for the whole process.
-_ONE = threading.RLock()
 
 
 def profile(
@@ -112,100 +106,89 @@ def _profile(
     accumulate: bool | None,
     hooks: bool,
 ) -> Profile:
-    own, buffers = _own_tensors(module, parameters)
-    asking = {name: t for name, t in own.items() if t.requires_grad}
-    trained = list(asking.values())
-    mode = mode_of(module, batch)
-    rules = mode is not None if cuda_rules is None else cuda_rules
-    cuda = mode is None and any(t.is_cuda for t in [*own.values(), *tensors_in(batch)])
-    sizes = _sizes(own, buffers, batch)
-    stack = ModuleStack(module)
-    timeline, meter, recorder = Timeline(stack), _Meter(cuda), SavedTensors(stack, hooks)
-    for category, tensors in (("parameters", own), ("buffers", buffers)):
-        for name, t in tensors.items():
-            timeline.add(t, category, name)
-    for t in tensors_in(batch):
-        timeline.add(t, "batch", "batch")
-    leaves = Leaves(module, set(_storages(own | buffers)) | _keys(batch), timeline)
-    with contextlib.ExitStack() as contexts:
-        contexts.enter_context(_ONE)
-        contexts.callback(timeline.close)
-        devices = _devices([*own.values(), *tensors_in(batch)])
-        contexts.enter_context(torch.random.fork_rng(devices=devices))
-        there = contexts.enter_context(gradients.put_back(trained, accumulate))
-        gradients.add_earlier(asking, timeline)
-        changed = contexts.enter_context(buffers_put_back(module, _LARGEST_BUFFER))
-        written = versions(own)
-        if mode is not None:
-            contexts.enter_context(mode)
-        contexts.enter_context(named_failures(stack, mode))
-        if rules:
-            contexts.enter_context(refused())
-            contexts.enter_context(as_on_cuda())
-        contexts.enter_context(timeline)
+    with recording(module, batch, parameters, cuda_rules, accumulate, hooks) as r:
+        timeline, recorder, leaves, asking = r.timeline, r.recorder, r.leaves, r.asking
+        trained = list(asking.values())
         timeline.begin("forward")
-        with meter.measure("forward"), recorder, leaves:
+        with r.meter.measure("forward"), recorder, leaves:
             output = _call(model, batch)
             objective = _objective(output) if loss is None else _checked(loss(output))
         results = [objective, *tensors_in(output)]
-        met = leaves.parameters
-        _count(met, sizes, set(_storages(own | buffers)))
-        saved, sizes.saved_parameters = recorder.records(
-            results,
-            _storages(own | buffers | leaves.parameters | leaves.gathered),
-            _keys(batch),
-            {id(t) for t in [*own.values(), *met.values()] if t.requires_grad},
-            timeline,
-        )
-        rest = Rest(timeline, results, objective, module, recorder.regions, stack)
+        saved = _saved(r, results, batch)
+        rest = Rest(timeline, results, objective, module, recorder.regions, r.stack)
         if backward and recorder.before:
             raise ValueError(
                 f"model: the step goes back into a graph made before it ({recorder.before}), which "
                 "its backward would use up; detach what the step reads, or give backward=False"
             )
         # What an optimizer moves: parameters of no given module are trained all the same.
-        asking |= {name: t for name, t in met.items() if t.requires_grad}
+        asking |= {name: t for name, t in leaves.parameters.items() if t.requires_grad}
         others = leaves.trained(recorder.nodes)
-        contexts.enter_context(without_gradients(others, trained))
+        r.contexts.enter_context(without_gradients(others, trained))
         del output, results
         rest.outputs_dropped()
         recorder.nodes = {}
         if backward and objective.requires_grad:
-            _backward(objective, asking.values(), timeline, meter)
+            _backward(objective, asking.values(), timeline, r.meter)
             if accumulate:
-                gradients.forget_the_unreached(there, trained, timeline)
+                gradients.forget_the_unreached(r.there, trained, timeline)
         del objective
-        gradients.count(asking, there, sizes)
+        gradients.count(asking, r.there, r.sizes)
         moved = [gradients.as_moved(*each) for each in asking.items()]
-        saved += rest.graph_dropped(sizes)
-        changed += [name for name, count in versions(own).items() if written[name] != count]
-    peak = timeline.peak_step()
+        saved += rest.graph_dropped(r.sizes)
+    return _result(r, model, module, saved, moved, backward)
+
+
+def _saved(r: Recorders, results: list[Tensor], batch: Any) -> list[Saved]:
+    """The records of what the forward leaves; parameters of no given module count from here on."""
+    met = r.leaves.parameters
+    count(met, r.sizes, set(storages(r.own | r.buffers)))
+    saved, r.sizes.saved_parameters = r.recorder.records(
+        results,
+        storages(r.own | r.buffers | met | r.leaves.gathered),
+        keys(batch),
+        {id(t) for t in [*r.own.values(), *met.values()] if t.requires_grad},
+        r.timeline,
+    )
+    return saved
+
+
+def _result(
+    r: Recorders,
+    model: Callable[..., Any],
+    module: nn.Module | None,
+    saved: list[Saved],
+    moved: list[Trained],
+    backward: bool,
+) -> Profile:
+    peak = r.timeline.peak_step()
+    notes = _notes(r.recorder, r.leaves, r.changed)
     return Profile(
         saved=saved,
-        sizes=sizes,
-        live=timeline.live,
-        phases=timeline.phases,
+        sizes=r.sizes,
+        live=r.timeline.live,
+        phases=r.timeline.phases,
         peak_step=peak,
-        peak_phase=timeline.phase_at(peak),
-        blocks=timeline.blocks,
-        recomputed=timeline.recomputed,
-        checkpointed=recorder.checkpointed,
-        compiled=recorder.compiled,
-        notes=[*_notes(recorder, leaves, changed), *(unruled(model, module) if rules else [])],
+        peak_phase=r.timeline.phase_at(peak),
+        blocks=r.timeline.blocks,
+        recomputed=r.timeline.recomputed,
+        checkpointed=r.recorder.checkpointed,
+        compiled=r.recorder.compiled,
+        notes=[*notes, *(unruled(model, module) if r.rules else [])],
         training=module is None or module.training,
-        fake=mode is not None,
-        rule=RULE if rules else "",
-        frozen=frozen_subtrees(stack.roles),
-        trained=frozenset(asking),
-        seconds=meter.seconds,
-        device_bytes=meter.bytes,
+        fake=r.fake,
+        rule=RULE if r.rules else "",
+        frozen=frozen_subtrees(r.stack.roles),
+        trained=frozenset(r.asking),
+        seconds=r.meter.seconds,
+        device_bytes=r.meter.bytes,
         parameters=moved,
         backward=backward,
     )
 
 
 def _backward(
-    objective: Tensor, trained: Iterable[Tensor], timeline: Timeline, meter: _Meter
+    objective: Tensor, trained: Iterable[Tensor], timeline: Timeline, meter: Meter
 ) -> None:
     gradient = torch.ones_like(objective)
     timeline.begin("backward")
@@ -215,31 +198,6 @@ def _backward(
     parts = [part for t in trained if t.grad is not None for part in plain_tensors(t.grad)]
     for key in {storage_key(part): part for part in parts}:
         timeline.categorise(key, "gradients")
-
-
-class _Meter:
-    """Seconds of each phase and, on CUDA, what the allocator says it took."""
-
-    def __init__(self, cuda: bool) -> None:
-        self._cuda = cuda
-        self.seconds: dict[str, float] = {}
-        self.bytes: dict[str, int] = {}
-
-    @contextlib.contextmanager
-    def measure(self, phase: str) -> Iterator[None]:
-        if self._cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self.bytes.setdefault("before", before)
-        began = time.perf_counter()
-        yield
-        if self._cuda:
-            torch.cuda.synchronize()
-            self.bytes[f"{phase} kept"] = torch.cuda.memory_allocated() - self.bytes["before"]
-            peak = torch.cuda.max_memory_allocated() - self.bytes["before"]
-            self.bytes[f"{phase} peak"] = peak
-        self.seconds[phase] = time.perf_counter() - began
 
 
 def _call(model: Callable[..., Any], batch: Any) -> Any:
@@ -271,49 +229,6 @@ def _objective(output: Any) -> Tensor:
     return total
 
 
-def _own_tensors(
-    module: nn.Module | None, more: Iterable[Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters, those given by hand among them, and buffers, by name."""
-    parameters: dict[str, Tensor] = {f"parameter {i}": t for i, t in enumerate(more)}
-    if module is None:
-        return parameters, {}
-    return parameters | dict(module.named_parameters()), dict(module.named_buffers())
-
-
-def _keys(tree: Any) -> set[int]:
-    return {storage_key(part) for t in tensors_in(tree) for part in plain_tensors(t)}
-
-
-def _storages(own: dict[str, Tensor]) -> dict[int, str]:
-    return {storage_key(part): name for name, t in own.items() for part in plain_tensors(t)}
-
-
-def _sizes(parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: Any) -> Sizes:
-    """Bytes of the model's and the batch's storages, each once."""
-    sizes, seen = Sizes(), set[int]()
-    _count(parameters, sizes, seen)
-    sizes.buffers = _fresh(buffers.values(), seen)
-    sizes.batch = _fresh(tensors_in(batch), seen)
-    return sizes
-
-
-def _count(parameters: dict[str, Tensor], sizes: Sizes, seen: set[int]) -> None:
-    """Adds parameters to the sizes: storages once, numbers of each that is trained."""
-    trained = list({id(t): t for t in parameters.values() if t.requires_grad}.values())
-    sizes.trainable += _fresh(trained, set(seen))
-    sizes.trainable_numbers += sum(part.numel() for t in trained for part in plain_tensors(t))
-    sizes.parameters += _fresh(parameters.values(), seen)
-
-
-def _fresh(tensors: Iterable[Tensor], seen: set[int]) -> int:
-    """Bytes of the storages that are not in `seen`, which has them afterwards."""
-    parts = {storage_key(part): part for t in tensors for part in plain_tensors(t)}
-    new = [part for key, part in parts.items() if key not in seen]
-    seen.update(parts)
-    return sum(storage_bytes(part) for part in new)
-
-
 def _cut(value: Any) -> Any:
     """A tensor of the batch without the caller's graph behind it, which a backward would use up."""
     if isinstance(value, Tensor) and value.grad_fn is not None:
@@ -328,11 +243,6 @@ def _checked(objective: Any) -> Tensor:
     return objective
 
 
-def _devices(tensors: Iterable[Tensor]) -> list[int]:
-    """The GPUs that a step draws from generators of: a model may lie on several."""
-    return sorted({t.get_device() for t in tensors if t.is_cuda})
-
-
 def _notes(recorder: SavedTensors, leaves: Leaves, changed: list[str]) -> list[str]:
     """What limits these figures, in words."""
     notes = []
@@ -343,7 +253,7 @@ def _notes(recorder: SavedTensors, leaves: Leaves, changed: list[str]) -> list[s
             'figures profile it under torch.compiler.set_stance("force_eager")'
         )
     if leaves.parameters:
-        size = _fresh(leaves.parameters.values(), set())
+        size = fresh(leaves.parameters.values(), set())
         notes.append(
             f"{len(leaves.parameters)} parameters ({mib(size)}) are of no module that was given: "
             "they do not count as kept; give module= for the names of who keeps what"
@@ -352,6 +262,6 @@ def _notes(recorder: SavedTensors, leaves: Leaves, changed: list[str]) -> list[s
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         notes.append(
             "the step itself changed what is not put back (an optimizer in a hook, a buffer of "
-            f"more than {mib(_LARGEST_BUFFER)}): {', '.join(changed[:3])}{more}"
+            f"more than {mib(LARGEST_BUFFER)}): {', '.join(changed[:3])}{more}"
         )
     return notes

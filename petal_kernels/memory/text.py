@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from petal_kernels._runtime.columns import columns
 from petal_kernels.memory.advice import advise
-from petal_kernels.memory.profile import Profile, Row
 from petal_kernels.memory.reasons import display_name
 from petal_kernels.memory.records import MODEL, Saved, mib
+
+if TYPE_CHECKING:
+    from petal_kernels.memory.profile import Profile, Row
 
 HEADERS = ("kept", "%", "tensors", "", "module", "kept by", "largest", "why")
 _WIDEST = 48
 _WIDTH = 110  # of sentences where there is no terminal
-
-
-def columns(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> str:
-    """Columns padded to their widest entry, those numbered in `right` to the right."""
-    lines = [list(headers), *[list(row) for row in rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
-    out = []
-    for line in lines:
-        cells = [
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        out.append(("  " + "  ".join(cells)).rstrip())
-    return "\n".join(out)
 
 
 def shape_of(record: Saved) -> str:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from petal_kernels._runtime.autocast import autocast_off
-from petal_kernels.nn.experts import InstructionExperts, LowRankExperts
+from petal_kernels.nn.experts import InstructionExperts
 from petal_kernels.nn.gated_adapter import GatedAdapter
+from petal_kernels.nn.low_rank_experts import LowRankExperts
 from petal_kernels.nn.mode_approximation import ModeApproximation
 from petal_kernels.nn.residual import CONTEXT_SCALE, RESIDUAL_SCALE, ScaleShift
 from petal_kernels.nn.routed_lora import RoutedLoRALinear

@@ -1,7 +1,7 @@
 """The HTML page of a report: one self-contained file, light and dark, readable on a phone.
 
 Nothing in it refers to anything outside it: no script, no font, no image. Charts are the inline SVG
-of `svg`, which takes its colours from the variables set here.
+of `charts`, which takes its colours from the variables set here.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_LIGHT = """--back:#fff; --text:#1c2024; --faint:#60656c; --line:#d9dce1; --panel:#f5f6f8;
---loss:#c62a2f; --win:#18794e; --s0:#60656c; --s1:#b5651d; --s2:#7a4fb5; --s3:#1668c7; --s4:#18794e;
---s5:#b0186f; --s6:#0f7b86; --s7:#8a6d00;"""
+# In the light theme; a chart is drawn in these, which are then replaced by their variables.
+SERIES = (
+    "#60656c", "#b5651d", "#7a4fb5", "#1668c7", "#18794e", "#b0186f", "#0f7b86", "#8a6d00",
+)  # fmt: skip
+FAINT, LINE = SERIES[0], "#d9dce1"
+_LIGHT = f"""--back:#fff; --text:#1c2024; --faint:{FAINT}; --line:{LINE}; --panel:#f5f6f8;
+--loss:#c62a2f; --win:#18794e; {" ".join(f"--s{i}:{c};" for i, c in enumerate(SERIES))}"""
 _DARK = """--back:#15171a; --text:#e8eaed; --faint:#a0a6ad; --line:#363b41; --panel:#1e2125;
 --loss:#ff7b7f; --win:#4cc38a; --s0:#a0a6ad; --s1:#f0a35e; --s2:#b99af0; --s3:#6cb2ff; --s4:#4cc38a;
 --s5:#f582c4; --s6:#52c7d3; --s7:#e2c044;"""
@@ -41,8 +45,7 @@ tr.win td, .win {{ color: var(--win); }}
 code {{ font: 12.5px ui-monospace, monospace; user-select: all; }}
 svg {{ display: block; width: 100%; min-width: 420px; max-width: 720px; height: auto;
   margin: .8rem 0; }}
-svg text {{ fill: var(--text); font: 13px system-ui, sans-serif; }}
-svg .faint {{ fill: var(--faint); }}
+svg text {{ fill: var(--text); }}
 """
 _SENTENCE = 30  # characters from which a cell may be broken into lines
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?\s*(%|x|\w{1,5})?")
@@ -103,7 +106,7 @@ def table(
 
 
 def section(title: str, *parts: str) -> Html:
-    """A heading and what is under it: markup of this module and of `svg`."""
+    """A heading and what is under it: markup of this module and of `charts`."""
     inside = "\n".join(f'<div class="wide">{p}</div>' if p.startswith("<svg") else p for p in parts)
     return Html(f"<section>\n<h2>{escape(title)}</h2>\n{inside}\n</section>")
 

@@ -58,6 +58,7 @@ def test_imports_point_downwards(path: Path) -> None:
         where = f"{path.relative_to(ROOT)}:{line}"
         assert name != "relative", f"{where}: import by the full name"
         parts = name.split(".")
+        assert parts[0] not in ("benchmarks", "tests"), f"{where}: {parts[0]} is not installed"
         if parts[0] in ("transformers", "peft"):
             assert here in ("hf", "tools"), f"{where}: {parts[0]} belongs in hf/ or tools/"
         if parts[0] != "petal_kernels" or len(parts) < 2 or here == "__init__.py":
@@ -72,8 +73,10 @@ def test_imports_point_downwards(path: Path) -> None:
         assert RANK[there] < RANK[here] or there == here or beside, (
             f"{where}: {here} imports {there}"
         )
-        measures = path.name == "workload.py" or here == "tools"
-        assert parts[-1] != "workload" or measures, f"{where}: runtime code imports workload"
+        measures = path.name in ("workload.py", "baselines.py") or here == "tools"
+        assert not {"workload", "baselines"} & set(parts) or measures, (
+            f"{where}: runtime code imports what is measured"
+        )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

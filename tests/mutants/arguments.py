@@ -28,7 +28,8 @@ _ADAPTER = "petal_kernels/nn/gated_adapter.py"
 _LORA = "petal_kernels/nn/routed_lora.py"
 _VALUE = "petal_kernels/nn/value_adapter.py"
 _MODES = "petal_kernels/nn/mode_approximation.py"
-_MIXTURE = "petal_kernels/nn/experts.py"
+_MIXTURE = "petal_kernels/nn/low_rank_experts.py"
+_MIXTURES = "petal_kernels/nn/experts.py"
 _INFORMATION = "petal_kernels/nn/mutual_information.py"
 
 MUTANTS = [
@@ -118,7 +119,7 @@ MUTANTS = [
         "                mix=mix,\n                act",
     ),
     (_MIXTURE, "activation=self.activation,\n                return_routing", "return_routing"),
-    (_MIXTURE, "float(alpha) / r\n        self.reset", "float(alpha)\n        self.reset"),
+    (_MIXTURES, "float(alpha) / r\n        self.reset", "float(alpha)\n        self.reset"),
     (_INFORMATION, "objective - self.beta * self.mine", "objective - 0.1 * self.mine"),
     # A view read as if it were dense.
     (_GATED_OP, "if rng is None else rng.contiguous()", "if rng is None else rng"),

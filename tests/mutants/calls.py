@@ -14,7 +14,8 @@ _FROZEN = "petal_kernels/nn/frozen_linear.py"
 _MODES = "petal_kernels/nn/mode_approximation.py"
 _ADAPTER = "petal_kernels/nn/gated_adapter.py"
 _LORA = "petal_kernels/nn/routed_lora.py"
-_MIXTURE = "petal_kernels/nn/experts.py"
+_MIXTURE = "petal_kernels/nn/low_rank_experts.py"
+_MIXTURES = "petal_kernels/nn/experts.py"
 _BOUND = "petal_kernels/nn/mutual_information.py"
 _FIELDS = "petal_kernels/hf/fields.py"
 _ATTACHMENT = "petal_kernels/hf/attachment.py"
@@ -55,7 +56,7 @@ MUTANTS = [
     ),
     (_ADAPTER, "        self._check(h, x, vision, mask, dropout, residual, norm, training)\n", ""),
     (_LORA, "        self._check(x, vision)\n", ""),
-    (_MIXTURE, '        self._check(h, None, mask, domain, "h")\n', ""),
+    (_MIXTURES, '        self._check(h, None, mask, domain, "h")\n', ""),
     (_MIXTURE, '        check_range("domain", domain, 0, self.experts - 1)\n', ""),
     (_BOUND, '        check_range("labels", kept, 0, self.club.outputs - 1)\n', ""),
     (_FIELDS, "want(isinstance(value, str) and value in choices", "want(value in choices"),

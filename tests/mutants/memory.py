@@ -10,6 +10,7 @@ TESTS = [
 ]
 
 _PROFILER = "petal_kernels/memory/profiler.py"
+_RECORDING = "petal_kernels/memory/recording.py"
 _PROFILE = "petal_kernels/memory/profile.py"
 _SAVED = "petal_kernels/memory/saved.py"
 _GRAPH = "petal_kernels/memory/graph.py"
@@ -25,20 +26,20 @@ _TIMELINE = "petal_kernels/memory/timeline.py"
 
 MUTANTS = [
     # Sums: tied and shared tensors, views, parameters, buffers, gradients, batch.
-    (_PROFILER, "    seen.update(parts)\n", ""),
+    (_RECORDING, "    seen.update(parts)\n", ""),
     (
-        _PROFILER,
+        _RECORDING,
         "new = [part for key, part in parts.items() if key not in seen]",
         "new = list(parts.values())",
     ),
     ("petal_kernels/memory/gradients.py", "found[storage_key(part)] = ", "found[len(found)] = "),
-    (_PROFILER, "part.numel() for t in trained", "1 for t in trained"),
-    (_PROFILER, "if t.requires_grad}.values())\n    sizes.tr", "}.values())\n    sizes.tr"),
-    (_PROFILER, "_fresh(trained, set(seen))", "_fresh(trained, seen)"),
-    (_PROFILER, "sizes.buffers = _fresh(buffers.values(), seen)", "sizes.buffers = 0"),
-    (_PROFILER, "sizes.batch = _fresh(tensors_in(batch), seen)", "sizes.batch = 0"),
-    (_PROFILER, "_storages(own | buffers | leaves.parameters", "_storages(own | leaves.parameters"),
-    (_PROFILER, "            _keys(batch),\n", "            set(),\n"),
+    (_RECORDING, "part.numel() for t in trained", "1 for t in trained"),
+    (_RECORDING, "if t.requires_grad}.values())\n    sizes.tr", "}.values())\n    sizes.tr"),
+    (_RECORDING, "fresh(trained, set(seen))", "fresh(trained, seen)"),
+    (_RECORDING, "sizes.buffers = fresh(buffers.values(), seen)", "sizes.buffers = 0"),
+    (_RECORDING, "sizes.batch = fresh(tensors_in(batch), seen)", "sizes.batch = 0"),
+    (_PROFILER, "storages(r.own | r.buffers | met", "storages(r.own | met"),
+    (_PROFILER, "        keys(batch),\n", "        set(),\n"),
     (_RECORDS, "return int(t.untyped_storage().nbytes())", "return t.nbytes"),
     (_RECORDS, "return int(t.untyped_storage()._cdata)", "return t.data_ptr()"),
     (_RECORDS, "if isinstance(part, Tensor):", "if True:"),
@@ -62,14 +63,18 @@ MUTANTS = [
     (_REST, '                block.category = "outputs"\n', "                pass\n"),
     (_REST, "if key in own else", "if False else"),
     (_REST, "sizes.elsewhere = sum(", "sizes.elsewhere = 0 * sum("),
-    (_PROFILER, "        saved += rest.graph_dropped(sizes)", "        rest.graph_dropped(sizes)"),
+    (
+        _PROFILER,
+        "saved += rest.graph_dropped(r.sizes)",
+        "rest.graph_dropped(r.sizes)",
+    ),
     (_PROFILER, "        rest.outputs_dropped()\n", ""),
     (_PROFILER, "        recorder.nodes = {}\n", ""),
     (_PROFILER, "        return step(hooks=False)", "        raise"),
     (_SAVED, "if node._sequence_nr() < self._first:", "if False:"),
     (_PROFILER, "return value.detach().requires_grad_()", "return value"),
     (_PROFILER, "if backward and recorder.before:", "if False:"),
-    (_PROFILER, "return sorted({t.get_device()", "return sorted({0 * t.get_device()"),
+    (_RECORDING, "return sorted({t.get_device()", "return sorted({0 * t.get_device()"),
     # CUDA's rule.
     (_RULES, "    F.scaled_dot_product_attention: _attention,\n", ""),
     (_RULES, "    _ATTENTION: _attention,\n", ""),
@@ -94,20 +99,20 @@ MUTANTS = [
     (_RULES, " or func is Tensor.backward", ""),
     (_RULES, "kinds = (torch.jit.ScriptModule, nn.RNNBase)", "kinds = (torch.jit.ScriptModule,)"),
     # What is left alone.
-    (_PROFILER, "        contexts.enter_context(without_gradients(others, trained))\n", ""),
+    (_PROFILER, "        r.contexts.enter_context(without_gradients(others, trained))\n", ""),
     (_LEAVES, "        for t, grad in own:\n            t.grad = grad\n", "        pass\n"),
     (_LEAVES, "                    value.copy_(copy)\n", "                    pass\n"),
     (_LEAVES, "            module._buffers[name] = value\n", ""),
     (_LEAVES, "if t.requires_grad and t.is_leaf]", "if t.requires_grad]"),
     (_LEAVES, "elif copy is None and value._version != version:", "elif False:"),
-    (_PROFILER, "        changed += [name for name", "        _ = [name for name"),
-    (_PROFILER, "        contexts.enter_context(_ONE)\n", ""),
+    (_RECORDING, "        changed += [name for name", "        _ = [name for name"),
+    (_RECORDING, "        contexts.enter_context(_ONE)\n", ""),
     (_TIMELINE, "        return True\n\n    def begin", "        return False\n\n    def begin"),
     (_LEAVES, "        return True\n\n    def __torch", "        return False\n\n    def __torch"),
     (_SAVED, "if isinstance(owner, SavedTensors):", "if True:"),
     (_COMPILED, "        return None  # run", "        return found  # run"),
     (_COMPILED, "    if met:\n        raise", "    if False:\n        raise"),
-    (_PROFILER, "            contexts.enter_context(refused())\n", ""),
+    (_RECORDING, "            contexts.enter_context(refused())\n", ""),
     (_MODULES, "frame = frame.f_back\n        return None", "break\n        return None"),
     # Sentences, and what is found out.
     (_FAKE, "if mode is None or not _raised_by_torch(error):", "if True:"),

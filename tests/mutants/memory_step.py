@@ -18,7 +18,7 @@ _ADVICE = "petal_kernels/memory/advice.py"
 _TEXT = "petal_kernels/memory/text.py"
 _APP = "petal_kernels/tools/memory/app.py"
 _ARGUMENTS = "petal_kernels/tools/memory/arguments.py"
-_HTML = "petal_kernels/tools/memory/html.py"
+_PLOT = "petal_kernels/tools/memory/plot.py"
 _PRESETS = "petal_kernels/tools/memory/presets.py"
 _SCRIPT = "petal_kernels/tools/memory/script.py"
 _WHAT_IF = "petal_kernels/tools/memory/whatif.py"
@@ -77,7 +77,7 @@ MUTANTS = [
     (_RECORDS, "MIB = 2**20", "MIB = 10**6"),
     (_RECORDS, 'f"{count / 1024:.1f} KiB"', 'f"{count / 1000:.1f} KiB"'),
     (_TEXT, "sum(row.bytes for row in rows[limit:])", "sum(row.bytes for row in rows)"),
-    (_HTML, "if name in stacked(curve)]", "if name in stacked(curve)][:2]"),
+    (_PLOT, "for name in RESIDENT if name in parts]", "for name in RESIDENT if name in parts][:2]"),
     # The command
     (_WHAT_IF, "2 * getattr(options, option)", "4 * getattr(options, option)"),
     (_WHAT_IF, 'return f"{subject} has no {option}"', 'return ""'),

@@ -14,6 +14,7 @@ TESTS = [
 
 _LIB = "petal_kernels/_runtime/triton_lib.py"
 _KERNELS = "petal_kernels/ops/lowrank_linear/triton_kernels.py"
+_SUMS = "petal_kernels/ops/lowrank_linear/triton_kernels_weights.py"
 _EXTENDED = "petal_kernels/ops/lowrank_linear/triton_gemm_ext.py"
 _LAUNCH = "petal_kernels/ops/lowrank_linear/triton_launch.py"
 _CONFIGS = "petal_kernels/ops/lowrank_linear/triton_configs.py"
@@ -48,14 +49,14 @@ MUTANTS = [
         "dropout_keep(seed, stream, offs_m, k0, BLOCK_K",
         "dropout_keep(seed, stream, offs_m, 0, BLOCK_K",
     ),
-    (_KERNELS, "tl.where(keep | is_x, s, 0.0)", "tl.where(keep, s, 0.0)"),
+    (_SUMS, "tl.where(keep | is_x, s, 0.0)", "tl.where(keep, s, 0.0)"),
     # sums: only the last output, splits that overlap, only the first split
     (_KERNELS, "total += acc", "total = acc"),
-    (_KERNELS, "split.to(tl.int64) * rows_per_split", "split.to(tl.int64) * (rows_per_split - 1)"),
-    (_KERNELS, "part += stride_part", "part += 0"),
+    (_SUMS, "split.to(tl.int64) * rows_per_split", "split.to(tl.int64) * (rows_per_split - 1)"),
+    (_SUMS, "part += stride_part", "part += 0"),
     # scale, layout, bias, keep scale
     (_KERNELS, "y = acc * alpha", "y = acc"),
-    (_KERNELS, "offs = r * O + o if P_TRANSPOSED else o * R + r", "offs = o * R + r"),
+    (_SUMS, "offs = r * O + o if P_TRANSPOSED else o * R + r", "offs = o * R + r"),
     (_EXTENDED, "acc *= alpha", "acc *= 1.0"),
     (
         _EXTENDED,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -11,8 +12,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from petal_kernels.tools import page, svg
+from petal_kernels.tools import charts, exits, page
 from petal_kernels.tools.bench import app, ceilings
+from petal_kernels.tools.bench.outputs import Outputs
 
 SVG = "{http://www.w3.org/2000/svg}"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -25,6 +27,10 @@ needs_browser = pytest.mark.skipif(
 
 def parse(document: str) -> ElementTree.Element:
     return ElementTree.fromstring(document.removeprefix("<!DOCTYPE html>"))
+
+
+def tips(chart: ElementTree.Element) -> list[str]:
+    return [tip.text or "" for tip in chart.iter(f"{SVG}title")]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +54,7 @@ def test_the_report_is_well_formed_and_self_contained(report: Path) -> None:
     # Nothing is fetched: no address but the name space of SVG, no script, no style from elsewhere.
     addresses = set(re.findall(r"(?:https?:)?//[\w.]+[^\s\"'<]*", text))
     assert addresses == {"http://www.w3.org/2000/svg"}
-    assert not re.search(r"@import|url\(", text)
+    assert not re.search(r"@import|url\((?!#)", text)
     assert not list(root.iter("script"))
     assert all(e.get("href") == "data:," for e in root.iter("link"))
     assert not [e for e in root.iter() if "src" in e.attrib]
@@ -61,18 +67,15 @@ def test_the_report_has_environment_plots_and_commands(report: Path) -> None:
     assert [e.tag for e in body][:2] == ["h1", "table"]  # the environment comes first
     cells = [e.text for e in body[1].iter("td")]
     assert {"cpu", "torch", "commit", "threads"} <= set(cells)
-    charts = list(root.iter(f"{SVG}svg"))
-    titles = [chart.get("aria-label") for chart in charts]
+    drawn = list(root.iter(f"{SVG}svg"))
+    titles = [chart.get("aria-label") for chart in drawn]
     assert titles[0] == "Times as fast as the published form"
-    lines = [c for c in charts if list(c.iter(f"{SVG}polyline"))]
+    swept = {"forward as in training", "forward and backward"}
+    lines = [c for c in drawn if c.get("aria-label") in swept]
     assert len(lines) == 2  # both modes were swept
-    assert [c.get("aria-label") for c in lines] == [
-        "forward as in training",
-        "forward and backward",
-    ]
     for chart in lines:
-        points = list(chart.iter(f"{SVG}circle"))
-        names = {p.find(f"{SVG}title").text.split(":")[0] for p in points}  # type: ignore[union-attr]
+        points = tips(chart)
+        names = {tip.split(":")[0] for tip in points}
         assert {"published", "eager", "petal torch"} <= names
         assert len(points) == 2 * len(names)
     rows = [r for t in root.iter("tbody") for r in t.iter("tr") if r.find(".//code") is not None]
@@ -149,61 +152,61 @@ def test_text_is_escaped_and_markup_is_not() -> None:
     assert [c.text for c in document.iter("td")][:4] == ["gpu", "none", "cpu", "<AMD>"]
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "ticks"),
-    [
-        (0.0, 27.0, [0, 10, 20, 30]),
-        (0.3, 0.9, [0.2, 0.4, 0.6, 0.8, 1.0]),
-        (-3.0, 4.0, [-4, -2, 0, 2, 4]),
-        (5.0, 5.0, [5, 6, 7, 8, 9, 10]),
-    ],
-)
-def test_ticks_are_round_and_enclose_the_data(low: float, high: float, ticks: list[float]) -> None:
-    assert svg.round_ticks(low, high) == ticks
-
-
-def test_logarithmic_ticks() -> None:
-    assert svg.log_ticks(512, 4096) == [500, 1000, 2000, 5000]
-    assert svg.log_ticks(1, 27000) == [1, 10, 100, 1000, 10000, 100000]
-    assert svg.log_ticks(7, 7) == [5, 10]
-
-
-def test_points_lie_where_the_axes_say() -> None:
-    chart = ElementTree.fromstring(
-        svg.lines({"a": [(0, 0), (10, 5), (20, 10)]}, title="t", x_label="x", y_label="ms")
-    )
-    points = [(float(p.get("cx", 0)), float(p.get("cy", 0))) for p in chart.iter(f"{SVG}circle")]
-    (left, bottom), (middle, half), (right, top) = points
-    assert middle == pytest.approx((left + right) / 2)
-    assert half == pytest.approx((bottom + top) / 2)
-    assert left < right
-    assert top < bottom
+def test_a_chart_says_what_its_points_are() -> None:
+    series = {"a": [(1, 0), (2, 5), (4, 1.0e6)], "b<": [(1, 2)]}
+    figure = charts.lines(series, title="t&", x_label="x", y_label="ms", log_x=True)
+    chart = ElementTree.fromstring(charts.inline(figure))
+    named = chart.iter(f"{SVG}title")
+    assert [t.text for t in named] == [
+        "a: 0 ms at 1 x", "a: 5 ms at 2 x", "a: 1M ms at 4 x", "b<: 2 ms at 1 x",
+    ]  # fmt: skip
     labels = [t.text for t in chart.iter(f"{SVG}text")]
-    assert {"t", "a", "x", "ms", "0", "20"} <= set(labels)
+    assert {"t&", "a", "b<", "x", "ms", "1", "2", "4"} <= set(labels)
+    assert "1.5" not in labels  # ticks stand where points are
+    assert chart.get("aria-label") == "t&"
+    assert "#b5651d" not in charts.inline(figure)  # the theme says what the second colour is
+
+
+def test_a_number_has_three_digits() -> None:
+    said = {0.123456: "0.123", 9999.4: "9999", 12345: "12.3k", -2.5e6: "-2.5M", 3e9: "3G", 0: "0"}
+    assert {value: charts.number(value) for value in said} == said
 
 
 def test_areas_are_stacked() -> None:
-    series = {"a": [(0.0, 1.0), (1.0, 3.0)], "b": [(0.0, 1.0), (1.0, 1.0)]}
-    chart = ElementTree.fromstring(svg.areas(series, title="t", x_label="step", y_label="MiB"))
-    lower, upper = (p.get("points", "").split() for p in chart.iter(f"{SVG}polygon"))
-    assert upper[2:] == lower[:2][::-1]  # the second stands on the first
-    tips = [t.text for t in chart.iter(f"{SVG}title")]
-    assert "b: 1 of 4 MiB at 1 step" in tips
-    with pytest.raises(ValueError, match="the same x values"):
-        svg.areas({"a": [(0, 1)], "b": [(1, 1)]}, title="", x_label="", y_label="")
+    series = {"a": [1.0, 3.0, 3.0], "b": [1.0, 1.0, 0.0]}
+    words = {"title": "t", "x_label": "step", "y_label": "MiB"}
+    figure = charts.areas([0, 1, 2], series, marks={"backward": 1}, **words)
+    lower, upper = (area.get_paths()[0].vertices for area in figure.axes[0].collections)
+    assert lower[:, 1].max() == 3.0
+    assert upper[:, 1].max() == 4.0  # the second stands on the first
+    chart = ElementTree.fromstring(charts.inline(figure))
+    assert tips(chart) == ["a: at most 3 MiB", "b: at most 1 MiB"]
+    assert "backward" in [t.text for t in chart.iter(f"{SVG}text")]
 
 
 def test_bars_are_as_long_as_their_values() -> None:
-    rows = {"g": {"a": 2.0, "b": 8.0}}
-    chart = ElementTree.fromstring(svg.bars(rows, title="t", unit="ms"))
-    a, b = (float(r.get("width", 0)) for r in chart.iter(f"{SVG}rect"))
-    assert b == pytest.approx(4 * a, rel=0.01)
+    figure = charts.bars({"g": {"a": 2.0, "b": 8.0}, "": {"a": 1.0}}, title="t", unit="ms")
+    a, b, again = figure.axes[0].patches
+    assert [bar.get_width() for bar in (a, b, again)] == [2.0, 8.0, 1.0]
+    assert a.get_facecolor() == again.get_facecolor() != b.get_facecolor()
+    chart = ElementTree.fromstring(charts.inline(figure))
+    assert tips(chart) == ["g, a: 2 ms", "g, b: 8 ms", "a: 1 ms"]
     assert "8 ms" in [t.text for t in chart.iter(f"{SVG}text")]
 
 
-@pytest.mark.parametrize("y", [float("nan"), float("inf"), -1.0])
-def test_what_cannot_be_drawn_is_refused(y: float) -> None:
-    with pytest.raises(ValueError, match="series: want"):
-        svg.lines({"a": [(1, 1), (2, y)]}, title="", x_label="", y_label="", log_y=True)
+def test_what_cannot_be_drawn_is_refused() -> None:
+    with pytest.raises(ValueError, match="series: want at least one point, and finite"):
+        charts.lines({"a": [(1, 1), (2, float("nan"))]}, title="", x_label="", y_label="")
     with pytest.raises(ValueError, match="series: want at least one point"):
-        svg.bars({}, title="", unit="")
+        charts.bars({}, title="", unit="")
+
+
+def test_without_matplotlib_a_page_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    path = tmp_path / "a.html"
+    with pytest.raises(exits.Refusal, match="--html: want matplotlib: pip install"):
+        Outputs.of({"json": None, "html": path}, "bench")
+    assert not path.exists()
+    Outputs.of({"json": path, "html": None}, "bench")

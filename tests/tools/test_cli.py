@@ -248,17 +248,3 @@ def test_a_default_backend_that_is_none_is_a_mistake(
         cli.main([name, *words])
     assert stopped.value.code == 2
     assert "want one of" in capsys.readouterr().err
-
-
-def test_the_gpu_suite_ends_by_the_table(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_text("kept")
-    for words, why in (
-        (["--out", str(file)], "it is a file"),
-        (["--out", str(tmp_path), "--minutes", "nan"], "want minutes >= 0, got nan"),
-        (["--out", str(tmp_path), "--workers", "0"], "want a number >= 1, got 0"),
-    ):
-        command = [sys.executable, "-m", "petal_kernels.tools.gpu", "--dry-run", *words]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert run.returncode == 2
-        assert why in run.stderr.splitlines()[-1]

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import petal_kernels as pk
 from petal_kernels import memory
-from petal_kernels.memory import profiler
+from petal_kernels.memory import recording
 from petal_kernels.memory.advice import advise
 from petal_kernels.memory.calibrate import margins
 from petal_kernels.memory.reasons import why
@@ -391,7 +391,7 @@ def test_the_allocators_figures_are_taken_per_phase(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(allocated))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
-    meter = profiler._Meter(cuda=True)
+    meter = recording.Meter(cuda=True)
     for phase in ("forward", "backward"):
         with meter.measure(phase):
             pass

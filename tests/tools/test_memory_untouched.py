@@ -16,7 +16,7 @@ from torch.utils import checkpoint as checkpoints
 from torch.utils.checkpoint import checkpoint
 
 from petal_kernels import memory
-from petal_kernels.memory import leaves, profiler
+from petal_kernels.memory import leaves, recording
 
 
 class Moving(nn.Module):
@@ -135,11 +135,11 @@ def test_the_callers_graph_is_neither_counted_nor_used_up() -> None:
 def test_the_generators_of_every_gpu_that_holds_a_part_are_put_back() -> None:
     """With stand-ins for tensors on GPUs: there are none here."""
     on = [mock.Mock(is_cuda=i >= 0, get_device=lambda i=i: i) for i in (3, -1, 0, 3)]
-    assert profiler._devices(on) == [0, 3]
+    assert recording._devices(on) == [0, 3]
 
 
 def test_a_buffer_too_large_to_be_copied_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiler, "_LARGEST_BUFFER", 8 * 4 - 1)
+    monkeypatch.setattr(recording, "LARGEST_BUFFER", 8 * 4 - 1)
     model = nn.Sequential(nn.BatchNorm1d(8)).train()
     model.register_buffer("count", torch.zeros(8))
 
@@ -349,7 +349,7 @@ def test_a_leaf_is_asked_after_it_became_a_result() -> None:
     """A view of fake tensors is a leaf until autograd has heard of it; held, it would live as long
     as the step."""
     model, x = memory.fake_tensors(nn.Linear(8, 8), torch.randn(2, 4, 8))
-    timeline = profiler.Timeline(profiler.ModuleStack(model))
+    timeline = recording.Timeline(recording.ModuleStack(model))
     seen = leaves.Leaves(model, set(), timeline)
     with x.fake_mode, seen:
         y = model(x)

@@ -24,7 +24,8 @@ from petal_kernels.hf.report import Row, Rows
 from petal_kernels.hf.twins import base_twin, twin_of
 from petal_kernels.hf.walk import device_of
 from petal_kernels.hf.wrappers import AdaptedLinear
-from petal_kernels.nn.experts import ExpertAdapter, ExpertLoRALinear, LowRankExperts
+from petal_kernels.nn.experts import ExpertAdapter, ExpertLoRALinear
+from petal_kernels.nn.low_rank_experts import LowRankExperts
 from petal_kernels.nn.published import published_experts
 
 _WHY_KEPT = {

@@ -27,8 +27,9 @@ from petal_kernels.hf.routing import Routings
 from petal_kernels.hf.tokens import Tokens, named
 from petal_kernels.hf.twins import twin_of
 from petal_kernels.hf.walk import device_of, is_a, joined
-from petal_kernels.nn.experts import InstructionExperts, LowRankExperts
+from petal_kernels.nn.experts import InstructionExperts
 from petal_kernels.nn.frozen_linear import compute_dtype
+from petal_kernels.nn.low_rank_experts import LowRankExperts
 from petal_kernels.nn.mode_approximation import ModeApproximation
 from petal_kernels.nn.published import published_context, published_instruction
 from petal_kernels.nn.residual import ScaleShift, batch_context

@@ -138,6 +138,32 @@ def forward(x: Tensor, down: Tensor, up: Tensor, **options: object) -> tuple[Ten
     return (_forward(x, down, up, **options)[0],)  # type: ignore[arg-type]
 
 
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a.reshape(-1, a.shape[-1]).t() @ b.reshape(-1, b.shape[-1])
+
+
+def _router_backward(
+    x: Tensor,
+    dgates: Tensor,
+    logits: Tensor,
+    chosen: Tensor | None,
+    options: dict[str, object],
+    grads: dict[str, Tensor],
+) -> Tensor:
+    """Adds the gradients of the router's arguments; what x gets through it."""
+    router, mask = options["router"], options.get("mask")
+    assert isinstance(router, Tensor)
+    mask = mask if isinstance(mask, Tensor) else None
+    pooled = options.get("router_input", "token") == "pooled"
+    dl = dgates.sum(-2) if pooled else dgates
+    dl = routing.weights_backward(dl, logits, chosen, bool(options.get("renormalize", True)))
+    seen = _router_input(x, "pooled" if pooled else "token", mask)
+    grads["router"], grads["router_bias"] = _outer(dl, seen), dl.sum(tuple(range(dl.dim() - 1)))
+    grads["noise"] = dl
+    into = dl @ router
+    return token_weights(mask, x).unsqueeze(-1) * into.unsqueeze(-2) if pooled else into
+
+
 def backward(
     dout: Tensor,
     x: Tensor,
@@ -157,10 +183,6 @@ def backward(
     if per_token is not None and per_token.dim() < x.dim():
         per_token = per_token.unsqueeze(-2).expand(*x.shape[:-1], experts)
     dy = mix * dout
-
-    def outer(a: Tensor, b: Tensor) -> Tensor:
-        return a.reshape(-1, a.shape[-1]).t() @ b.reshape(-1, b.shape[-1])
-
     lead = tuple(range(dout.dim() - 1))
     dx = keep * dout if isinstance(base, str) else torch.zeros_like(x)
     ddown, dup = torch.zeros_like(down), torch.zeros_like(up)
@@ -175,33 +197,24 @@ def backward(
             dgates[..., e] += dy @ up_bias[e]
         dz = weight * t * derivative(activation, z[e])
         dx = dx + dz @ down[own]
-        ddown[own] += outer(dz, x)
+        ddown[own] += _outer(dz, x)
         ddown_bias[own] += dz.sum(lead)
-        dup[e] = outer(weight * dy, a)
+        dup[e] = _outer(weight * dy, a)
         dup_bias[e] = (weight * dy).sum(lead)
     if per_token is not None:
         dgates = dgates.masked_fill(~per_token, 0.0)
     grads = {"down": ddown, "up": dup, "down_bias": ddown_bias, "up_bias": dup_bias}
     if isinstance(base, Tensor):
         grads["base"] = keep * dout
-    gates, indices, router = get("gates"), get("indices"), get("router")
+    gates, indices = get("gates"), get("indices")
     if isinstance(gates, Tensor):
         if gates.dim() < x.dim():
             dgates = dgates.sum(-2)
-        picked = isinstance(indices, Tensor)
-        grads["gates"] = dgates.gather(-1, indices.long()) if picked else dgates  # type: ignore[union-attr]
+        grads["gates"] = (
+            dgates.gather(-1, indices.long()) if isinstance(indices, Tensor) else dgates
+        )
     if logits is not None:
-        assert isinstance(router, Tensor)
-        pooled = get("router_input", "token") == "pooled"
-        dl = dgates.sum(-2) if pooled else dgates
-        dl = routing.weights_backward(dl, logits, chosen, bool(get("renormalize", True)))
-        mask = get("mask")
-        mask = mask if isinstance(mask, Tensor) else None
-        seen = _router_input(x, "pooled" if pooled else "token", mask)
-        grads["router"], grads["router_bias"] = outer(dl, seen), dl.sum(tuple(range(dl.dim() - 1)))
-        grads["noise"] = dl
-        into = dl @ router
-        dx = dx + (token_weights(mask, x).unsqueeze(-1) * into.unsqueeze(-2) if pooled else into)
+        dx = dx + _router_backward(x, dgates, logits, chosen, options, grads)
     grads["x"] = dx
     given = {"x": x, "down": down, "up": up, "down_bias": down_bias, "up_bias": up_bias, **options}
     return {name: grad for name, grad in grads.items() if isinstance(given.get(name), Tensor)}

@@ -278,7 +278,7 @@ def _weights_launch(
 ) -> None:
     t, s = p.t, p.s
     rows, small, width = (dout, saved.z, p.out) if up else (t.x, d.z, p.width)
-    matrix, vector, wide = (sections.get(n) for n in (("up", None, "up_bias") if up else DOWN_SIDE))
+    matrix, vector, wide = (sections.get(n) for n in (("up", "", "up_bias") if up else DOWN_SIDE))
     experts = 0 if matrix is None and vector is None else p.experts if up else p.downs
     chosen = t.chosen if saved.chosen is None else saved.chosen
     if not up and (p.sorted or p.shared):

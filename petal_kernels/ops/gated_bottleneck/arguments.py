@@ -227,6 +227,45 @@ def _check_route(route: str, first: Tensor, rank: int, vision: Any) -> None:
         raise ValueError(f"vision: want V >= 1, got {list(vision.shape)}")
 
 
+def _check_sums(
+    x: Any, bottleneck: Any, base: Any, residual: Any, gate_input: Any, shape: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """What the update and the output are added to; the rows found."""
+    rows: dict[str, Tensor] = {}
+    if isinstance(base, str):
+        checks.check_choice("base", base, ("input",))
+        if x is None:
+            raise TypeError("x: want a Tensor with base='input', got None")
+        if bottleneck is not None:
+            checks.check_floating("x", x)
+            rows["x"] = x
+        _size("x", x, shape)
+    else:
+        if bottleneck is not None:
+            _absent("when bottleneck is given and base is not 'input'", x=x)
+        if base is not None:
+            rows["base"] = _size("base", base, shape)
+    if isinstance(residual, str):
+        checks.check_choice("residual", residual, ("gate_input",))
+        if gate_input is None:
+            raise TypeError("gate_input: want a Tensor with residual='gate_input', got None")
+    elif residual is not None:
+        rows["residual"] = _size("residual", residual, shape)
+    return rows
+
+
+def _check_alike(first: Tensor, rows: dict[str, Tensor], parameters: dict[str, Any]) -> None:
+    for name, t in rows.items():
+        checks.check_dtype(name, t, (first.dtype,), " like the activations")
+        checks.check_device(name, t, first.device)
+    for name, p in parameters.items():
+        if p is not None:
+            checks.check_dtype(
+                name, p, (first.dtype, torch.float32), " (the activations' or float32)"
+            )
+            checks.check_device(name, p, first.device)
+
+
 def columns_to_update(first: Any, given: dict[str, Any]) -> Tensor:
     """The columns of base that ``update_at`` names; raises unless the call is a plain sum."""
     if not isinstance(first, int) or isinstance(first, bool):
@@ -301,25 +340,7 @@ def check(
         raise ValueError(f"up: want O >= 1, got {list(up.shape)}")
     if up_bias is not None:
         _size("up_bias", up_bias, (out,))
-    if isinstance(base, str):
-        checks.check_choice("base", base, ("input",))
-        if x is None:
-            raise TypeError("x: want a Tensor with base='input', got None")
-        if bottleneck is not None:
-            checks.check_floating("x", x)
-            rows["x"] = x
-        _size("x", x, (*lead, out))
-    else:
-        if bottleneck is not None:
-            _absent("when bottleneck is given and base is not 'input'", x=x)
-        if base is not None:
-            rows["base"] = _size("base", base, (*lead, out))
-    if isinstance(residual, str):
-        checks.check_choice("residual", residual, ("gate_input",))
-        if gate_input is None:
-            raise TypeError("gate_input: want a Tensor with residual='gate_input', got None")
-    elif residual is not None:
-        rows["residual"] = _size("residual", residual, (*lead, out))
+    rows |= _check_sums(x, bottleneck, base, residual, gate_input, (*lead, out))
     given = {
         "gate_input": gate_input,
         "gate_down": gate_down,
@@ -354,15 +375,7 @@ def check(
         "norm_weight": norm_weight,
         "norm_bias": norm_bias,
     }
-    for name, t in rows.items():
-        checks.check_dtype(name, t, (first.dtype,), " like the activations")
-        checks.check_device(name, t, first.device)
-    for name, p in parameters.items():
-        if p is not None:
-            checks.check_dtype(
-                name, p, (first.dtype, torch.float32), " (the activations' or float32)"
-            )
-            checks.check_device(name, p, first.device)
+    _check_alike(first, rows, parameters)
     if mask is not None:
         checks.check_device("mask", mask, first.device)
     checks.check_number("scale", scale)

@@ -45,12 +45,7 @@ import torch
 from torch import Tensor
 
 from petal_kernels.ops.gated_bottleneck import settings
-from petal_kernels.ops.gated_bottleneck.arguments import (
-    Call,
-    Saved,
-    Settings,
-    Tensors,
-)
+from petal_kernels.ops.gated_bottleneck.arguments import Call, Saved, Settings, Tensors
 
 MAX_RANK = 256
 ROWS_PER_SPLIT = 256

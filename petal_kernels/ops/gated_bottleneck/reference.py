@@ -231,40 +231,22 @@ def _route_backward(
     return dz, (dpooled / vision.shape[1]).expand_as(vision)
 
 
-def backward(
-    dout: Tensor, x: Tensor | None, down: Tensor | None, up: Tensor, **options: object
-) -> dict[str, Tensor]:
-    """Gradients by the written-out formulas, for fp32 and wider.
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a.reshape(-1, a.shape[-1]).t() @ b.reshape(-1, b.shape[-1])
 
-    dv = mask * du;  dY = s G dv;  dlogit = s dv Y G (1 - G) (large), its sum over channels
-    (middleX), over the sample times the token's weight (small);  da = dY U;
-    dz = route'(da act'(q));  dH = dY (+ dlogit w);  dU = dY^T a;  dE = dz^T x;  the gate alike.
-    """
-    v = _values(x, down, up, **options)  # type: ignore[arg-type]
+
+def _add(grads: dict[str, Tensor], name: str, value: Tensor) -> None:
+    grads[name] = grads[name] + value if name in grads else value
+
+
+def _gate_backward(
+    v: _Values, dv: Tensor, options: dict[str, object], grads: dict[str, Tensor]
+) -> Tensor | None:
+    """Adds the gradients of the gate's arguments; that of what it sees beside its input, if any."""
     get = options.get
-    assert v.u is not None
     gate, variant = get("gate", "none"), str(get("variant", "paper"))
     scale, activation = float(get("scale", 1.0)), str(get("activation", "gelu_tanh"))  # type: ignore[arg-type]
-    lead = tuple(range(dout.dim() - 1))
-    grads: dict[str, Tensor] = {}
-
-    def outer(a: Tensor, b: Tensor) -> Tensor:
-        return a.reshape(-1, a.shape[-1]).t() @ b.reshape(-1, b.shape[-1])
-
-    def add(name: str, value: Tensor) -> None:
-        grads[name] = grads[name] + value if name in grads else value
-
-    du = dout
-    weight = get("norm_weight")
-    if isinstance(weight, Tensor):
-        eps = float(get("norm_eps", 1e-5))  # type: ignore[arg-type]
-        du = _norm_backward(dout, v.u, weight, eps, grads)
-    residual = get("residual")
-    if residual is not None:
-        add("gate_input" if isinstance(residual, str) else "residual", du)
-    dv = du if v.mask is None else du * v.mask
-    dy = scale * v.gate * dv
-    dh = dy
+    lead = tuple(range(dv.dim() - 1))
     x_gate = get("gate_input")
     w = get("gate_weight")
     if gate == "large":
@@ -274,12 +256,12 @@ def backward(
         assert isinstance(x_gate, Tensor)
         assert v.zg is not None
         dlogit = scale * dv * v.y * v.gate * (1 - v.gate)
-        grads["gate_up"] = outer(dlogit, activate(activation, v.zg))
+        grads["gate_up"] = _outer(dlogit, activate(activation, v.zg))
         grads["gate_up_bias"] = dlogit.sum(lead)
         dzg = (dlogit @ gate_up) * derivative(activation, v.zg)
-        grads["gate_down"] = outer(dzg, x_gate)
+        grads["gate_down"] = _outer(dzg, x_gate)
         grads["gate_down_bias"] = dzg.sum(lead)
-        add("gate_input", dzg @ gate_down)
+        _add(grads, "gate_input", dzg @ gate_down)
     elif gate == "middleY":
         assert isinstance(w, Tensor)
         dw = (scale * dv * v.y).sum(lead)
@@ -302,15 +284,48 @@ def backward(
         dwx, dwh = (dt * x_gate).sum(lead), (dt * seen).sum(lead)
         grads["gate_weight"] = dwx + dwh if gate == "middleX" else torch.cat((dwx, dwh))
         grads["gate_bias"] = dt.sum().view(1)
-        add("gate_input", dt * wx)
-        dh = dy + dt * wh
+        _add(grads, "gate_input", dt * wx)
+        return dt * wh
+    return None
+
+
+def backward(
+    dout: Tensor, x: Tensor | None, down: Tensor | None, up: Tensor, **options: object
+) -> dict[str, Tensor]:
+    """Gradients by the written-out formulas, for fp32 and wider.
+
+    dv = mask * du;  dY = s G dv;  dlogit = s dv Y G (1 - G) (large), its sum over channels
+    (middleX), over the sample times the token's weight (small);  da = dY U;
+    dz = route'(da act'(q));  dH = dY (+ dlogit w);  dU = dY^T a;  dE = dz^T x;  the gate alike.
+    """
+    v = _values(x, down, up, **options)  # type: ignore[arg-type]
+    get = options.get
+    assert v.u is not None
+    variant, scale = str(get("variant", "paper")), float(get("scale", 1.0))  # type: ignore[arg-type]
+    activation = str(get("activation", "gelu_tanh"))
+    lead = tuple(range(dout.dim() - 1))
+    grads: dict[str, Tensor] = {}
+    du = dout
+    weight = get("norm_weight")
+    if isinstance(weight, Tensor):
+        eps = float(get("norm_eps", 1e-5))  # type: ignore[arg-type]
+        du = _norm_backward(dout, v.u, weight, eps, grads)
+    residual = get("residual")
+    if residual is not None:
+        _add(grads, "gate_input" if isinstance(residual, str) else "residual", du)
+    dv = du if v.mask is None else du * v.mask
+    dy = scale * v.gate * dv
+    dh = dy
+    dseen = _gate_backward(v, dv, options, grads)
+    if dseen is not None:
+        dh = dy + dseen
         if variant == "release":
             dy = dh
     if isinstance(get("base", "input"), str):
-        add("x", dh)
+        _add(grads, "x", dh)
     else:
         grads["base"] = dh
-    grads["up"] = outer(dy, v.a)
+    grads["up"] = _outer(dy, v.a)
     grads["up_bias"] = dy.sum(lead)
     dq = (dy @ up) * derivative(activation, v.q)
     vision = get("vision")
@@ -324,8 +339,8 @@ def backward(
     else:
         assert x is not None
         assert down is not None
-        grads["down"] = outer(dz, x)
+        grads["down"] = _outer(dz, x)
         grads["down_bias"] = dz.sum(lead)
-        add("x", dz @ down)
+        _add(grads, "x", dz @ down)
     given = {"x": x, "down": down, "up": up, **options}
     return {name: g for name, g in grads.items() if isinstance(given.get(name), Tensor)}

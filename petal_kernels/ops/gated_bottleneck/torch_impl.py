@@ -204,6 +204,28 @@ def forward(
     return u, Saved(None if t.bottleneck is not None else z, zg, logits, moments)
 
 
+def _norm_backward(
+    t: Tensors, saved: Saved, u: Tensor, dout: Tensor, need: frozenset[str]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of the norm's input u, its weight and its bias."""
+    assert saved.moments is not None
+    assert t.norm_weight is not None
+    assert t.norm_bias is not None
+    mean, rstd = saved.moments.t().contiguous().unsqueeze(2)
+    found: tuple[Tensor, Tensor | None, Tensor | None]
+    found = torch.ops.aten.native_layer_norm_backward(
+        dout,
+        u,
+        [dout.shape[1]],
+        mean.to(dout.dtype) if dout.device.type == "cpu" else mean,
+        rstd.to(dout.dtype) if dout.device.type == "cpu" else rstd,
+        t.norm_weight.to(dout.dtype),
+        t.norm_bias.to(dout.dtype),
+        [True, "norm_weight" in need, "norm_bias" in need],
+    )
+    return found
+
+
 def backward(
     call: Call, saved: Saved, dout: Tensor, rng: Tensor | None, need: frozenset[str]
 ) -> dict[str, Tensor]:
@@ -218,18 +240,8 @@ def backward(
     keep = _keep(rng, s, dout)
     du = dout
     if t.norm_weight is not None:
-        assert saved.moments is not None
-        assert t.norm_bias is not None
-        mean, rstd = saved.moments.t().contiguous().unsqueeze(2)
-        du, grads["norm_weight"], grads["norm_bias"] = torch.ops.aten.native_layer_norm_backward(
-            dout,
-            _sum(call, m, keep),
-            [dout.shape[1]],
-            mean.to(dtype) if dout.device.type == "cpu" else mean,
-            rstd.to(dtype) if dout.device.type == "cpu" else rstd,
-            t.norm_weight.to(dtype),
-            t.norm_bias.to(dtype),
-            [True, "norm_weight" in need, "norm_bias" in need],
+        du, grads["norm_weight"], grads["norm_bias"] = _norm_backward(
+            t, saved, _sum(call, m, keep), dout, need
         )
     dx_gate = du if s.add_gate_input and "gate_input" in need else None
     if "residual" in need:

@@ -184,11 +184,11 @@ def _gated_bottleneck_bwd_weights_kernel(  # type: ignore[no-untyped-def]
                     half = gate_weight_ptr + O if GATE == "small" else gate_weight_ptr
                     dy += dt[:, None] * load_vector(half, offs_o, O)[None, :]
                 if WEIGHT:
-                    d_weight_x += dt[:, None] * g.to(tl.float32)
+                    d_weight_x += dt[:, None] * g.to(tl.float32)  # type: ignore[union-attr]
                     if SEES_OUTPUT:
                         d_weight_h += dt[:, None] * y
                     elif h_ptr is not None:
-                        d_weight_h += dt[:, None] * h.to(tl.float32)
+                        d_weight_h += dt[:, None] * h.to(tl.float32)  # type: ignore[union-attr]
             if WEIGHT and GATE == "middleY":
                 d_weight_x += dv * y
             if LOGIT:

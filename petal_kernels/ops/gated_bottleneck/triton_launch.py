@@ -45,7 +45,7 @@ class Problem:
         """Row tensors stay as they are; the others are copied only where they are not dense."""
         t = call.tensors
         kept = ("x", "bottleneck", "base", "gate_input", "residual")
-        dense = {n: _dense(v) for n, v in t._asdict().items() if n not in kept}
+        dense: dict[str, Any] = {n: _dense(v) for n, v in t._asdict().items() if n not in kept}
         return cls(t._replace(**dense), call.settings, rows)
 
     @property
@@ -164,7 +164,7 @@ def forward(
     if not given and (keep or small or slices):
         z = first.new_empty(p.rows, p.rank)
     zg = first.new_empty(p.rows, p.gate_rank) if s.gate == "large" and keep else None
-    wide = {"dtype": torch.float32, "device": first.device}
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": first.device}
     logits = torch.empty(p.rows, **wide) if p.row_gate and (keep or small) else None
     moments = torch.empty(p.rows, 2, **wide) if p.normed and keep else None
     seen = _seen_output(p) if p.row_gate and s.gate_sees_output else None
@@ -302,6 +302,7 @@ def weights_backward(
         n: v.sum(0, dtype=torch.float64) for n, v in small.items() if n in need and v is not None
     }
     if "gate_bias" in need:
+        assert d.stats is not None
         grads["gate_bias"] = d.stats[4].sum().view(1)
     names = [n for n in SECTIONS if n in need]
     if not names:

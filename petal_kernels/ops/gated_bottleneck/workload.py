@@ -1,17 +1,16 @@
-"""Inputs, traffic, flops and baselines of ``gated_bottleneck``, for tests and benchmarks only."""
+"""Inputs, traffic and flops of ``gated_bottleneck``, for tests and benchmarks only."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from petal_kernels._runtime import philox
-from petal_kernels._runtime.numerics import activate
-from petal_kernels.ops.gated_bottleneck import reference
+from petal_kernels.ops.gated_bottleneck.baselines import BASELINES as BASELINES
 
 DIFFERENTIABLE = (
     "x",
@@ -78,7 +77,7 @@ class Case:
 
 def _bart(name: str, lead: tuple[int, ...], width: int, rank: int, gate: str, **more: Any) -> Case:
     """VL-PET on BART: dropout, residual = gate input, LayerNorm."""
-    rest = {"dropout": 0.1, "residual": "gate_input", "norm": True} | more
+    rest: dict[str, Any] = {"dropout": 0.1, "residual": "gate_input", "norm": True} | more
     return Case(name, lead, width, rank, gate=gate, **rest)
 
 
@@ -156,6 +155,23 @@ def _layout(t: Tensor, layout: str) -> Tensor:
     return t
 
 
+def _gate_parameters(case: Case, parameter: Callable[..., Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    o, rg = case.outs, case.gate_rank or case.rank
+    if case.gate == "large":
+        width = case.gate_width or o
+        found["gate_down"] = parameter(rg, width, divisor=width**0.5)
+        found["gate_up"] = parameter(o, rg, divisor=rg**0.5)
+        if case.bias:
+            found["gate_down_bias"] = parameter(rg)
+            found["gate_up_bias"] = parameter(o)
+    elif case.gate != "none":
+        found["gate_weight"] = parameter(2 * o if case.gate == "small" else o, divisor=o**0.5)
+        if case.gate != "middleY" and case.bias:
+            found["gate_bias"] = parameter(1)
+    return found
+
+
 def make_inputs(
     case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> dict[str, Any]:
@@ -170,7 +186,7 @@ def make_inputs(
         wide = case.float_parameters and dtype.itemsize == 2
         return t.to(torch.float32 if wide else dtype).to(device)
 
-    d, r, o, rg = case.width, case.rank, case.outs, case.gate_rank or case.rank
+    d, r, o = case.width, case.rank, case.outs
     inputs: dict[str, Any] = {"x": None, "down": None, "up": parameter(o, r, divisor=r**0.5)}
     if not case.bottleneck or case.base == "input":
         inputs["x"] = _layout(rows(*case.lead, d), case.layout)
@@ -189,17 +205,7 @@ def make_inputs(
         inputs["vision"] = rows(case.lead[0], case.vision, r)
     if case.gate not in ("none", "middleY") or case.residual == "gate_input":
         inputs["gate_input"] = _layout(rows(*case.lead, case.gate_width or o), case.layout)
-    if case.gate == "large":
-        width = case.gate_width or o
-        inputs["gate_down"] = parameter(rg, width, divisor=width**0.5)
-        inputs["gate_up"] = parameter(o, rg, divisor=rg**0.5)
-        if case.bias:
-            inputs["gate_down_bias"] = parameter(rg)
-            inputs["gate_up_bias"] = parameter(o)
-    elif case.gate != "none":
-        inputs["gate_weight"] = parameter(2 * o if case.gate == "small" else o, divisor=o**0.5)
-        if case.gate != "middleY" and case.bias:
-            inputs["gate_bias"] = parameter(1)
+    inputs |= _gate_parameters(case, parameter)
     if case.mask:
         length = torch.randint(1, case.lead[1] + 1, (case.lead[0], 1), generator=g)
         inputs["mask"] = (torch.arange(case.lead[1]) < length).to(device)
@@ -264,108 +270,6 @@ def flops(case: Case) -> tuple[int, int]:
     if case.route in ("gram", "gram_relu"):
         products += 2 * n * r * min(case.vision, r)
     return 2 * products, 4 * products + 2 * again
-
-
-def _drop(t: Tensor, inputs: dict[str, Any]) -> Tensor:
-    return F.dropout(t, inputs["dropout"]) if inputs["dropout"] else t
-
-
-def _heads(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Four down-projections and their concatenation, as released."""
-    if weight.shape[0] % 4:
-        return F.linear(x, weight, bias)
-    parts = zip(weight.chunk(4), bias.chunk(4) if bias is not None else [None] * 4, strict=True)
-    return torch.cat([F.linear(x, w, b) for w, b in parts], dim=-1)
-
-
-def _routed(z: Tensor, inputs: dict[str, Any]) -> Tensor:
-    v, route = inputs.get("vision"), inputs["route"]
-    if v is None:
-        return z
-    if route == "expand":
-        pooled = v.mean(1, keepdim=True)
-        return z @ pooled.expand(-1, z.shape[-1], -1).contiguous()
-    return reference.route_values(route, z, v, "paper")
-
-
-def _finish(y: Tensor, gate: Tensor | None, inputs: dict[str, Any]) -> Tensor:
-    y = y if gate is None else y * gate
-    y = y * inputs["scale"] if inputs["scale"] != 1.0 else y
-    y = _drop(y, inputs)
-    residual = inputs.get("residual")
-    if residual is not None:
-        y = (inputs["gate_input"] if isinstance(residual, str) else residual) + y
-    if inputs.get("norm_weight") is None:
-        return y
-    return F.layer_norm(y, y.shape[-1:], inputs["norm_weight"], inputs["norm_bias"])
-
-
-def _new_gelu(z: Tensor) -> Tensor:
-    """gelu_new as the authors' transformers computes it: eight element-wise operators."""
-    inner = (2 / torch.pi) ** 0.5 * (z + 0.044715 * torch.pow(z, 3.0))
-    return 0.5 * z * (1.0 + torch.tanh(inner))
-
-
-def _adapter(inputs: dict[str, Any], published: bool) -> tuple[Tensor, Any]:
-    name = inputs["activation"]
-
-    def act(q: Tensor) -> Tensor:
-        if published and name == "gelu_tanh":
-            return _new_gelu(q)
-        return activate(name, q)
-
-    z = inputs.get("bottleneck")
-    if z is None:
-        down = _heads if published and inputs["gate"] != "none" else F.linear
-        z = down(inputs["x"], inputs["down"], inputs.get("down_bias"))
-    y = F.linear(act(_routed(z, inputs)), inputs["up"], inputs.get("up_bias"))
-    base = inputs["base"]
-    if base is not None:
-        y = (inputs["x"] if isinstance(base, str) else base) + y
-    return y, act
-
-
-def published(**inputs: Any) -> tuple[Tensor]:
-    """As the released code does it: a product per head, concatenations, every gate a matrix."""
-    y, act = _adapter(inputs, True)
-    x, w, gate = inputs.get("gate_input"), inputs.get("gate_weight"), None
-    if inputs["gate"] == "large":
-        zg = F.linear(x, inputs["gate_down"], inputs.get("gate_down_bias"))
-        logits = F.linear(act(zg), inputs["gate_up"], inputs.get("gate_up_bias"))
-        gate = torch.sigmoid(logits)
-    elif inputs["gate"] == "middleX":
-        gate = torch.sigmoid(F.linear(x + y, w.unsqueeze(0), inputs.get("gate_bias")))
-    elif inputs["gate"] == "middleY":
-        gate = 1 + w
-    elif inputs["gate"] == "small":
-        both = torch.cat((x, y), dim=-1)
-        gate = torch.sigmoid(F.linear(both, w.unsqueeze(0), inputs.get("gate_bias")))
-        gate = gate.mean(-2, keepdim=True)
-    if gate is not None:
-        gate = gate.expand_as(y)
-    return (_finish(y, gate, inputs),)
-
-
-def well_written(**inputs: Any) -> tuple[Tensor]:
-    """One product per projection, torch's own activation, gates by matrix-vector products."""
-    y, act = _adapter(inputs, False)
-    x, w, gate = inputs.get("gate_input"), inputs.get("gate_weight"), None
-    seen = inputs["x"] if isinstance(inputs["base"], str) else inputs["base"]
-    bias = inputs.get("gate_bias")
-    if inputs["gate"] == "large":
-        zg = F.linear(x, inputs["gate_down"], inputs.get("gate_down_bias"))
-        gate = F.linear(act(zg), inputs["gate_up"], inputs.get("gate_up_bias")).sigmoid()
-    elif inputs["gate"] == "middleY":
-        gate = 1 + w.sigmoid()
-    elif inputs["gate"] != "none":
-        o = y.shape[-1]
-        logits = F.linear(x, w[None, :o], bias) + F.linear(seen, w[None, -o:])
-        gate = logits.sigmoid()
-        gate = gate.mean(-2, keepdim=True) if inputs["gate"] == "small" else gate
-    return (_finish(y, gate, inputs),)
-
-
-BASELINES = {"published": published, "eager": well_written}
 
 
 def saved_bytes(case: Case, dtype: torch.dtype) -> int:

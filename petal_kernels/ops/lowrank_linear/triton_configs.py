@@ -17,6 +17,7 @@ from petal_kernels._runtime.triton_lib import Machine, Shipped, Tile, padded_ran
 from petal_kernels._runtime.triton_tuned import overlay
 from petal_kernels.ops.lowrank_linear import triton_gemm_ext as gx
 from petal_kernels.ops.lowrank_linear import triton_kernels as tk
+from petal_kernels.ops.lowrank_linear import triton_kernels_weights as tw
 
 SMALL_ROWS = 2048
 ARCHS = (80, 90, 100)
@@ -150,8 +151,8 @@ _KERNELS = {
     "shrink": tk._lowrank_linear_shrink_kernel,
     "expand": tk._lowrank_linear_expand_kernel,
     "dh": tk._lowrank_linear_bwd_dh_kernel,
-    "tn": tk._lowrank_linear_bwd_tn_kernel,
-    "reduce": tk._lowrank_linear_bwd_reduce_kernel,
+    "tn": tw._lowrank_linear_bwd_tn_kernel,
+    "reduce": tw._lowrank_linear_bwd_reduce_kernel,
     "gemm_ext": gx._lowrank_linear_gemm_ext_kernel,
     "dx": gx._lowrank_linear_bwd_dx_kernel,
 }

@@ -51,7 +51,7 @@ extend needs weights with a unit stride, all in the same dim; a CUDA device of c
 patterns).
 
 Source: mode approximation of PETAL (arXiv 2312.12458) and Aurora (arXiv 2305.08381); LoRA (arXiv
-2106.09685). Kernels: ``triton_kernels.py``, ``triton_gemm_ext.py``; launch tables:
+2106.09685). Kernels: ``triton_kernels*.py``, ``triton_gemm_ext.py``; launch tables:
 ``triton_configs.py``; launches: ``triton_launch.py``.
 """
 

@@ -16,6 +16,7 @@ from petal_kernels._runtime import philox
 from petal_kernels._runtime import triton_lib as lib
 from petal_kernels.ops.lowrank_linear import triton_gemm_ext as gx
 from petal_kernels.ops.lowrank_linear import triton_kernels as tk
+from petal_kernels.ops.lowrank_linear import triton_kernels_weights as tw
 from petal_kernels.ops.lowrank_linear.arguments import Settings
 from petal_kernels.ops.lowrank_linear.triton_configs import RANK_SLICE, REDUCE, choose, swaps
 
@@ -230,7 +231,7 @@ class Reduction:
         assert dh is not None
         drop_small = drop.on_middle and bool(self.bigs)
         drop_x = drop.on_input and self.x is not None
-        tk._lowrank_linear_bwd_tn_kernel[(tiles, splits)](
+        tw._lowrank_linear_bwd_tn_kernel[(tiles, splits)](
             *lib.four(bigs), x, small, dh, part, drop.rng if drop_small or drop_x else None,
             rows, rank, width, *outs, *lib.four([b.stride(0) for b in bigs]), x.stride(0),
             small.stride(0), self.offset, per_split, drop.threshold,
@@ -251,7 +252,7 @@ class Reduction:
         block_r = min(lib.padded_rank(self.rank), RANK_SLICE)
         block_o = dict(REDUCE.blocks)["BLOCK_O"]
         tiles = sum(triton.cdiv(o, block_o) for o in [*outs, width])
-        tk._lowrank_linear_bwd_reduce_kernel[(tiles, triton.cdiv(self.rank, block_r))](
+        tw._lowrank_linear_bwd_reduce_kernel[(tiles, triton.cdiv(self.rank, block_r))](
             part, *lib.four(list(douts) or [some]), some, self.rank, width, *outs,
             part.shape[0], part.stride(0), self.alpha, self.alpha_u,
             HAS_UPS=bool(douts), HAS_DOWN=ddown is not None, P_TRANSPOSED=transposed,

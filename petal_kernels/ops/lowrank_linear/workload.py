@@ -1,4 +1,4 @@
-"""Inputs, traffic, flops and baselines of ``lowrank_linear``; read by tests and benchmarks only."""
+"""Inputs, traffic and flops of ``lowrank_linear``; read by tests and benchmarks only."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from petal_kernels._runtime import philox
+from petal_kernels.ops.lowrank_linear.baselines import BASELINES as BASELINES
 
 DIFFERENTIABLE = ("x", "down", "ups", "biases", "base", "hidden", "core")
 
@@ -203,70 +203,6 @@ def flops(case: Case) -> tuple[int, int]:
     base = 2 * n * d * wide if case.base == "weights" else 0
     dx = 0 if case.frozen_x or case.hidden else base + shrink
     return shrink + expand + base, 2 * expand + shrink + dx
-
-
-def _rebase(y: Tensor, k: int, inputs: dict[str, Any]) -> Tensor:
-    if inputs.get("base") is not None:
-        return inputs["base"][k] + y
-    if inputs.get("weights") is not None:
-        biases = inputs.get("biases")
-        return F.linear(inputs["x"], inputs["weights"][k], biases and biases[k]) + y
-    return y
-
-
-def _drop(t: Tensor, inputs: dict[str, Any], site: str) -> Tensor:
-    return F.dropout(t, inputs["dropout"]) if inputs["dropout_at"] == site else t
-
-
-def published(**inputs: Any) -> tuple[Tensor, ...]:
-    """Every output by itself: its own down-projection, dropout, core product and up-projection,
-    then the add.
-
-    The released code multiplies by M_k and V separately; the folded P_k = V M_k^T stands for both
-    when no factors are given, so ``published`` is asked for the factored form through
-    ``factors=(modes' M [K, R, R], V [O, R])``.
-    """
-    outs = []
-    for k, up in enumerate(inputs["ups"]):
-        x = inputs["x"]
-        z = inputs.get("hidden")
-        z = F.linear(_drop(x, inputs, "input"), inputs["down"]) if z is None else z
-        z = _drop(z, inputs, "bottleneck")
-        if inputs.get("core") is not None:
-            z = _drop(z @ inputs["core"][k], inputs, "mode")
-        if inputs.get("factors") is not None:
-            m, v = inputs["factors"]
-            y = F.linear(z @ m[k], v)
-        else:
-            y = F.linear(z, up)
-        outs.append(_rebase(inputs["scale"] * y if inputs["scale"] != 1.0 else y, k, inputs))
-    return tuple(outs)
-
-
-def well_written(**inputs: Any) -> tuple[Tensor, ...]:
-    """The shared algebra in eager torch: one h, P_k folded, updates by addmm."""
-    x, hidden = inputs["x"], inputs.get("hidden")
-    h = F.linear(_drop(x, inputs, "input"), inputs["down"]) if hidden is None else hidden
-    outs = []
-    for k, up in enumerate(inputs["ups"]):
-        z = _drop(h, inputs, "bottleneck")
-        if inputs.get("core") is not None:
-            z = _drop(z @ inputs["core"][k], inputs, "mode")
-        z2 = z.reshape(-1, z.shape[-1])
-        if inputs.get("base") is not None:
-            y = inputs["base"][k]
-        elif inputs.get("weights") is not None:
-            biases = inputs.get("biases")
-            y = F.linear(x, inputs["weights"][k], biases and biases[k])
-        else:
-            outs.append(inputs["scale"] * F.linear(z, up))
-            continue
-        flat = torch.addmm(y.reshape(-1, y.shape[-1]), z2, up.t(), alpha=inputs["scale"])
-        outs.append(flat.view(y.shape))
-    return tuple(outs)
-
-
-BASELINES = {"published": published, "eager": well_written}
 
 
 def saved_bytes(case: Case, dtype: torch.dtype) -> int:

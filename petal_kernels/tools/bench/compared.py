@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from petal_kernels.memory.text import columns
+from petal_kernels._runtime.columns import columns
 from petal_kernels.tools import exits
 from petal_kernels.tools.bench.judge import change
 from petal_kernels.tools.colours import BOLD, GREEN, RED, painted

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 
-from petal_kernels.memory.text import columns as aligned
+from petal_kernels._runtime.columns import columns as aligned
 from petal_kernels.tools.bench.results import Report, Row, Table
 from petal_kernels.tools.bench.scenarios import IN_WORDS
 from petal_kernels.tools.colours import BOLD, FAINT, RED, painted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from petal_kernels.tools import page, svg
+from petal_kernels.tools import charts, page
 from petal_kernels.tools.bench import console
 from petal_kernels.tools.bench.results import Report, Table
 from petal_kernels.tools.bench.scenarios import IN_WORDS
@@ -42,7 +42,8 @@ def _summary(report: Report) -> str:
         parts.insert(0, page.paragraph(f"Partial: {report.partial}."))
     parts += [page.paragraph(f"{name}: {why}", "faint") for name, why in report.absent.items()]
     if gains:
-        parts.append(svg.bars(gains, title="Times as fast as the published form", unit="x"))
+        title = "Times as fast as the published form"
+        parts.append(charts.inline(charts.bars(gains, title=title, unit="x")))
     return page.section("Summary", *parts)
 
 
@@ -53,21 +54,21 @@ def _sweeps(report: Report) -> Iterator[str]:
         if table.swept is not None:
             shapes.setdefault(table.shape, {}).setdefault(table.mode, []).append(table)
     for shape, modes in shapes.items():
-        charts = []
+        parts = []
         for mode, tables in modes.items():
             series: dict[str, list[tuple[float, float]]] = {}
             for table in sorted(tables, key=lambda t: t.swept or 0.0):
                 for label, row in table.rows.items():
                     series.setdefault(label, []).append((table.swept or 0.0, row.timing.median))
-            chart = svg.lines(
+            chart = charts.lines(
                 series,
                 title=IN_WORDS[mode],
                 x_label=str(report.axis),
                 y_label="ms",
                 log_x=len(tables) > 1,
             )
-            charts.append(chart)
-        yield page.section(f"Sweep over {report.axis}: {shape}", *charts)
+            parts.append(charts.inline(chart))
+        yield page.section(f"Sweep over {report.axis}: {shape}", *parts)
 
 
 def _scenarios(report: Report) -> Iterator[str]:
@@ -85,9 +86,10 @@ def _scenarios(report: Report) -> Iterator[str]:
             for label, row in t.rows.items()
             if row.saved_bytes is not None
         }
-        parts: list[str] = [svg.bars(times, title="Median milliseconds", unit="ms")]
+        figures = [charts.bars(times, title="Median milliseconds", unit="ms")]
         if kept:
-            parts.append(svg.bars({"": kept}, title="Saved for backward", unit="MB"))
+            figures.append(charts.bars({"": kept}, title="Saved for backward", unit="MB"))
+        parts: list[str] = [charts.inline(figure) for figure in figures]
         for table in tables:
             parts += [page.paragraph(IN_WORDS[table.mode]), _table(table)]
             parts.append(page.paragraph(console.notes(table), "faint"))

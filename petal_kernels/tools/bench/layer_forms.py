@@ -23,7 +23,9 @@ from petal_kernels.nn import (
     frozen_lowrank,
 )
 from petal_kernels.nn.published import published_adapter, published_instruction, published_lora
+from petal_kernels.ops.expert_dispatch import baselines as expert_baselines
 from petal_kernels.ops.expert_dispatch import workload as expert_workload
+from petal_kernels.ops.gated_bottleneck import baselines as gated_baselines
 from petal_kernels.ops.gated_bottleneck import workload as gated_workload
 from petal_kernels.ops.lowrank_linear import workload as lowrank_workload
 from petal_kernels.ops.mode_contract import workload as mode_workload
@@ -181,7 +183,7 @@ class GatedLayer(Layer):
     def without_norm(self, x: Tensor, h: Tensor) -> Tensor:
         """What is normalised, in well-written torch."""
         named = {k: v.to(x.dtype) for k, v in self.adapter.named_parameters()}
-        (y,) = gated_workload.well_written(
+        (y,) = gated_baselines.well_written(
             x=h,
             base="input",
             route="none",
@@ -248,7 +250,7 @@ class RoutedLayer(Layer):
         pieces = list(m.base(x).split(self.case.width, dim=-1))
         for n, target in enumerate(m.targets):
             columns = slice(n * m.r, (n + 1) * m.r)
-            (pieces[target],) = gated_workload.well_written(
+            (pieces[target],) = gated_baselines.well_written(
                 bottleneck=z[..., columns],
                 vision=v[..., columns],
                 up=m.up[n].to(x.dtype),
@@ -345,7 +347,7 @@ class ExpertsLayer(Layer):
     def eager(self, x: Tensor) -> tuple[Tensor]:
         named = {k: v.to(x.dtype) for k, v in self.experts.named_parameters()}
         m = self.experts
-        return expert_workload.well_written(
+        return expert_baselines.well_written(
             x=x, base="input", keep=m.keep, mix=m.mix, gate=m.gate, activation="identity", **named
         )
 

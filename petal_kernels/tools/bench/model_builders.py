@@ -40,7 +40,7 @@ class Subject(nn.Module):
         from transformers.utils import logging
 
         super().__init__()
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it comments on word ids that are not used here
+        logging.set_verbosity_error()  # it comments on word ids that are not used here
         self.size = size
         self.vocabulary = size.vocabulary or self.words
 

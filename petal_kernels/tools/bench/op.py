@@ -150,18 +150,7 @@ def build(name: str, case: Any, request: Request, shape: str, value: float | Non
 
         return check
 
-    providers: dict[str, Provider] = {}
-    others: dict[str, Forward] = getattr(load, "optional_baselines", lambda *_: {})(
-        case, request.device
-    )
-    for label, forward in (load.BASELINES | others).items():
-        if request.wants(label):
-            providers[label] = Provider(forward, check=without(forward))
-    if request.wants("compile"):
-        torch._dynamo.reset()  # else the shapes before this one use up the limit of recompilations
-        torch._dynamo.config.recompile_limit = 64  # a loop over experts compiles each on its own
-        forward = torch.compile(load.BASELINES["published"], dynamic=False)
-        providers["compile"] = Provider(forward, check=without(forward), compiled=True)
+    providers = _baselines(load, case, request, without)
     if made.get("weights") is not None and request.wants("base"):
         floor = lambda **a: _floor(a["weights"], a.get("biases"), a["x"])  # noqa: E731
         providers["base"] = Provider(floor, floor=True)
@@ -186,6 +175,25 @@ def build(name: str, case: Any, request: Request, shape: str, value: float | Non
         [f"auto {pk.explain(op.public, **made).choice}"],
         fresh,
     )
+
+
+def _baselines(
+    load: Any, case: Any, request: Request, check: Callable[[Forward], Check]
+) -> dict[str, Provider]:
+    """The eager forms, other packages' and the compiled one, those that are asked for."""
+    providers: dict[str, Provider] = {}
+    others: dict[str, Forward] = getattr(load, "optional_baselines", lambda *_: {})(
+        case, request.device
+    )
+    for label, forward in (load.BASELINES | others).items():
+        if request.wants(label):
+            providers[label] = Provider(forward, check=check(forward))
+    if request.wants("compile"):
+        torch._dynamo.reset()  # else the shapes before this one use up the limit of recompilations
+        torch._dynamo.config.recompile_limit = 64  # a loop over experts compiles each on its own
+        forward = torch.compile(load.BASELINES["published"], dynamic=False)
+        providers["compile"] = Provider(forward, check=check(forward), compiled=True)
+    return providers
 
 
 def _results(forward: Forward, inputs: Inputs, gradients: bool) -> Results:

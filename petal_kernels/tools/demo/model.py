@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration, LlamaConfig
 from transformers.utils import logging as transformers_logging
@@ -78,23 +78,8 @@ def build(seed: int = 0) -> InstructBlipForConditionalGeneration:
             model.vision_model.embeddings.position_embedding.normal_(std=0.1)
     finally:
         torch.random.set_rng_state(state)
-    return model.eval()
-
-
-def save_weights(model: InstructBlipForConditionalGeneration, path: Path) -> None:
-    """Half-precision weights, tied ones once."""
-    names: dict[int, str] = {}
-    tensors: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        if value.data_ptr() not in names:
-            names[value.data_ptr()] = name
-            tensors[name] = value.detach().to(torch.float16).contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    # safetensors makes a file for its owner only; this one is installed with the package.
-    temporary.chmod(0o644)
-    temporary.replace(path)
+    model.eval()
+    return model
 
 
 def load(path: Path = WEIGHTS) -> InstructBlipForConditionalGeneration:
@@ -102,7 +87,7 @@ def load(path: Path = WEIGHTS) -> InstructBlipForConditionalGeneration:
     if not path.exists():
         raise FileNotFoundError(
             f"weights of the demo: want {path}, which is missing; "
-            "make them with: python -m petal_kernels.tools.demo.pretrain"
+            "in a checkout, python -m benchmarks.demo.pretrain makes them"
         )
     transformers_logging.set_verbosity_error()
     model = build()
@@ -113,7 +98,8 @@ def load(path: Path = WEIGHTS) -> InstructBlipForConditionalGeneration:
         raise ValueError(
             f"{path.name}: missing {sorted(set(missing) - tied)}, unexpected {unexpected}"
         )
-    return model.eval()
+    model.eval()
+    return model
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ def write_curves(path: Path, figures: dict[str, Any]) -> None:
 
 def _draw_both(axes: Axes, comparison: dict[str, Any]) -> None:
     steps = range(1, comparison["steps"] + 1)
-    style = {"color": _PUBLISHED, "lw": 5, "alpha": 0.4}
+    style: dict[str, Any] = {"color": _PUBLISHED, "lw": 5, "alpha": 0.4}
     axes.plot(steps, comparison["published_losses"], label="eager published", **style)
     axes.plot(steps, comparison["fused_losses"], color=_FUSED, lw=1.5, label="fused")
     axes.set(title="Same seed, dropout off: one curve", xlabel="step", ylabel="loss")

@@ -1,14 +1,18 @@
-"""Terminal output of the demo: headings, and a progress bar that becomes plain lines where there is
-no terminal.
+"""The demo at a terminal: headings, a progress bar that becomes plain lines where there is no
+terminal, and Ctrl-C.
 """
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
-from petal_kernels.memory.text import columns
+from petal_kernels._runtime.columns import columns
 
 _WIDTH = 28
 
@@ -74,3 +78,27 @@ def ticker(label: str) -> Callable[[int, int], None]:
         progress[0].update(done)
 
     return tick
+
+
+class Interrupt:
+    """Between `with` and its end, the first Ctrl-C only sets `asked`; the second one raises."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[Interrupt]:
+        # Python lets only the main thread set a handler; elsewhere Ctrl-C never arrives.
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGINT, before)

@@ -8,6 +8,7 @@ for bit.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,6 @@ from transformers import InstructBlipForConditionalGeneration
 import petal_kernels as pk
 from petal_kernels.tools.demo import data, tasks
 from petal_kernels.tools.demo import model as small
-from petal_kernels.tools.demo.pretrain import rate
 
 _EVALUATION_SEED = 7
 
@@ -65,6 +65,13 @@ class Curve:
     # At the accuracy steps: the mean gate of each expert by instruction, and 1 where all are equal.
     expert_usage: list[dict[str, list[float]]] = field(default_factory=list)
     expert_balance: list[float] = field(default_factory=list)
+
+
+def rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def cache(model: InstructBlipForConditionalGeneration, settings: Settings) -> tuple[Cached, Cached]:
@@ -165,7 +172,7 @@ class Trainer:
         self.curve = Curve()
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Any:  # of the class that the form was made of
         return self.form.model
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import shlex
 import shutil
@@ -18,11 +17,12 @@ from typing import Any
 import torch
 
 from petal_kernels import memory
+from petal_kernels._runtime.columns import columns
 from petal_kernels.memory import calibrate
 from petal_kernels.memory.optimizer import Settings, settings_of
 from petal_kernels.memory.records import mib
-from petal_kernels.memory.text import columns, report
-from petal_kernels.tools import environment, exits
+from petal_kernels.memory.text import report
+from petal_kernels.tools import charts, environment, exits
 from petal_kernels.tools.exits import Refusal
 from petal_kernels.tools.memory import arguments, compare, html, plot, script, whatif
 from petal_kernels.tools.memory.presets import (
@@ -60,9 +60,9 @@ def _check_files(args: argparse.Namespace) -> None:
     for name, path in (("--html", args.html), ("--png", args.png)):
         if path is not None and str(path) == "-":
             raise Refusal(f"{name}: want a file, got '-'")
+        if path is not None:
+            charts.need(name)
     exits.writable(*files)
-    if args.png is not None and importlib.util.find_spec("matplotlib") is None:
-        raise Refusal("--png: want matplotlib: pip install matplotlib")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +273,7 @@ def _write(
     if args.html is not None:
         _save(args.html, html.report(title, profile, answers, command, where, optimizer))
     if args.png is not None:
-        plot.timeline(profile, title, args.png)
+        plot.timeline(profile, title).savefig(args.png, dpi=120, format="png")
 
 
 def _save(path: Path, text: str) -> None:

@@ -87,6 +87,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help=f"run again with one change each: all, or some of {','.join(whatif.QUESTIONS)}",
     )
+    _add_outputs(made)
+    return made
+
+
+def _add_outputs(made: argparse.ArgumentParser) -> None:
     made.add_argument("--rows", type=positive, metavar="N", help="of the table (default: 16)")
     made.add_argument("--json", type=Path, metavar="FILE", help="'-' for the terminal")
     made.add_argument("--html", type=Path, metavar="FILE")
@@ -97,7 +102,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="MIB",
         help="exit code 1 if more MiB (2^20 bytes) are saved for backward",
     )
-    return made
 
 
 def regex(text: str) -> str:

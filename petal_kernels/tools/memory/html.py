@@ -8,12 +8,10 @@ from typing import Any
 from petal_kernels import memory
 from petal_kernels.memory.advice import advise
 from petal_kernels.memory.optimizer import Settings
-from petal_kernels.memory.profile import Curve
 from petal_kernels.memory.records import MODEL, mib
 from petal_kernels.memory.text import HEADERS, cells, totals
-from petal_kernels.memory.timeline import CATEGORIES, RESIDENT
-from petal_kernels.tools import page, svg
-from petal_kernels.tools.memory import whatif
+from petal_kernels.tools import charts, page
+from petal_kernels.tools.memory import plot, whatif
 from petal_kernels.tools.memory.compare import Kept
 
 _BARS = 12
@@ -62,7 +60,7 @@ def comparison(title: str, kept: Sequence[Kept], command: str, environment: Any)
         ("form", "kept", "times x"),
         [(k.label, mib(k.bytes), f"{k.times_x:.2f}x") for k in kept],
     )
-    bars = svg.bars(largest, title="Kept for backward", unit="MiB")
+    bars = charts.inline(charts.bars(largest, title="Kept for backward", unit="MiB"))
     sections = [page.section(title, bars, table, page.paragraph(f"Reproduce: {command}", "faint"))]
     return page.document(title, sections, environment=environment)
 
@@ -73,31 +71,14 @@ def _bars(profile: memory.Profile) -> str:
         group = groups.setdefault(row.place or MODEL, {})
         role = row.role or "no parameters"
         group[role] = group.get(role, 0.0) + row.bytes / 2**20
-    return svg.bars(groups, title="Kept for backward by the largest modules", unit="MiB")
-
-
-def stacked(curve: Curve) -> dict[str, list[int]]:
-    """The curve's parts from the bottom up, those that are never there left out."""
-    return {c: curve.parts[c] for c in CATEGORIES if any(curve.parts.get(c, []))}
+    title = "Kept for backward by the largest modules"
+    return charts.inline(charts.bars(groups, title=title, unit="MiB"))
 
 
 def _timeline(profile: memory.Profile) -> list[str]:
-    curve = profile.curve()
-    # The model itself does not change during a step, and would dwarf what does.
-    parts = {
-        name: [(step, value / 2**20) for step, value in zip(curve.steps, values, strict=True)]
-        for name, values in stacked(curve).items()
-        if name not in RESIDENT
-    }
-    out: list[str] = []
-    if parts:
-        phases = ", ".join(f"{name} from {at}" for name, at in profile.phases.items())
-        there = [name for name in RESIDENT if name in stacked(curve)]
-        below = sum(curve.parts[name][0] for name in there)
-        title = f"Above the {mib(below)} of {', '.join(there)}"
-        label = f"operation ({phases})"
-        out.append(svg.areas(parts, title=title, x_label=label, y_label="MiB"))
     alive = [(mib(size), category, where) for category, where, size in profile.at_peak(12)]
-    out.append(page.paragraph(f"Alive at the peak ({mib(profile.peak_bytes)}):"))
-    out.append(page.table(("bytes", "what", "where"), alive))
-    return out
+    return [
+        *(charts.inline(figure) for figure in plot.changes(profile)),
+        page.paragraph(f"Alive at the peak ({mib(profile.peak_bytes)}):"),
+        page.table(("bytes", "what", "where"), alive),
+    ]

@@ -1,33 +1,53 @@
-"""The timeline of a profile as a PNG."""
+"""The live bytes of a profile over its step, as charts."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from petal_kernels import memory
+from petal_kernels.memory.profile import Curve
 from petal_kernels.memory.records import mib
-from petal_kernels.tools.memory.html import stacked
+from petal_kernels.memory.timeline import CATEGORIES, RESIDENT
+from petal_kernels.tools import charts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_POINTS = 1000  # of a file of its own
 
 
-def timeline(profile: memory.Profile, title: str, path: Path) -> None:
-    """Writes the stacked curve of live bytes; raises ImportError where matplotlib is missing."""
-    import matplotlib
+def stacked(curve: Curve) -> dict[str, list[int]]:
+    """The curve's parts from the bottom up, those that are never there left out."""
+    return {c: curve.parts[c] for c in CATEGORIES if any(curve.parts.get(c, []))}
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    curve = profile.curve(points=1000)
-    parts = stacked(curve)
-    figure, axes = pyplot.subplots(figsize=(10, 5), layout="constrained")
-    values = [[v / 2**20 for v in part] for part in parts.values()]
-    axes.stackplot(curve.steps, values, labels=list(parts), step="post")
-    for name, at in profile.phases.items():
-        axes.axvline(at, color="0.5", linewidth=0.8)
-        axes.annotate(name, (at, 0), xytext=(4, 4), textcoords="offset points")
-    axes.set(title=title, xlabel="operation", ylabel="live MiB", xlim=(0, curve.steps[-1]))
-    peak = f"peak {mib(profile.peak_bytes)}"
+def _areas(profile: memory.Profile, curve: Curve, parts: list[str], title: str) -> Figure:
+    series = {name: [v / 2**20 for v in curve.parts[name]] for name in parts}
+    labels = {"x_label": "operation", "y_label": "MiB"}
+    return charts.areas(curve.steps, series, title=title, marks=profile.phases, **labels)
+
+
+def changes(profile: memory.Profile) -> list[Figure]:
+    """One chart, or none where nothing changes: the model itself does not during a step, and would
+    dwarf what does."""
+    curve = profile.curve()
+    parts = list(stacked(curve))
+    there = [name for name in RESIDENT if name in parts]
+    below = sum(curve.parts[name][0] for name in there)
+    title = f"Above the {mib(below)} of {', '.join(there)}"
+    others = [name for name in parts if name not in RESIDENT]
+    return [_areas(profile, curve, others, title)] if others else []
+
+
+def timeline(profile: memory.Profile, title: str) -> Figure:
+    """Everything that is there, and the peak."""
+    curve = profile.curve(_POINTS)
+    figure = _areas(profile, curve, list(stacked(curve)), title)
     top = (profile.peak_step, profile.peak_bytes / 2**20)
-    axes.annotate(peak, top, xytext=(8, 4), textcoords="offset points", annotation_clip=False)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
-    figure.savefig(path, dpi=120, format="png")
-    pyplot.close(figure)
+    style: dict[str, Any] = {
+        "xytext": (8, 4),
+        "textcoords": "offset points",
+        "annotation_clip": False,
+    }
+    figure.axes[0].annotate(f"peak {mib(profile.peak_bytes)}", top, **style)
+    return figure

@@ -134,9 +134,7 @@ def adapt(model: nn.Module, options: Options) -> list[Any]:
     if options.method == "peft-lora":
         return [_peft_lora(target, options)]
     config = CONFIGS[options.method](options)
-    attachment = pk.attach(  # type: ignore[operator]
-        target, config, implementation=options.implementation
-    )
+    attachment = pk.attach(target, config, implementation=options.implementation)
     if getattr(config, "function", "none") != "none":
         model.__dict__["attachment"] = attachment
     return [attachment]

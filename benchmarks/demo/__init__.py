@@ -1,0 +1,1 @@
+"""How the weights of `petal-kernels demo` are made."""
