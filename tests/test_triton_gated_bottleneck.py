@@ -17,6 +17,7 @@ from torch import Tensor
 
 import petal_kernels as pk
 from petal_kernels._runtime import device
+from petal_kernels._runtime.backends import bound
 from tests import traffic, triton_audit
 
 if device.triton_reason() is not None or torch.cuda.is_available():
@@ -56,9 +57,8 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 7) -> Tens
 
 def prepare(case: Any, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Call, Any]:
     """What the backend receives for a case, and the generator's state."""
-    inputs = {**op._DEFAULTS, "down_bias": None, "up_bias": None}
-    inputs |= workload.make_inputs(case, dtype) | changes
-    call, rng, _, _ = op._prepare(**inputs)
+    inputs = workload.make_inputs(case, dtype) | changes
+    call, rng, _, _ = op.prepare(bound(op.gated_bottleneck, **inputs))
     return call, rng
 
 
