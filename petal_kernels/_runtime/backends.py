@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -162,6 +163,11 @@ def default_backend() -> str:
     return check_name(os.environ.get(ENVIRONMENT_VARIABLE, AUTO))
 
 
+def name_of(backend: str | None) -> str:
+    """The backend that a call names, or the default's."""
+    return default_backend() if backend is None else check_name(backend)
+
+
 class use_backend:  # noqa: N801 - used like a function, and as a context manager
     """Set the default backend, at once; as a context manager, until the block ends.
 
@@ -238,12 +244,24 @@ def explanation(
     return Explanation(operator, rows, chosen.name, plan, notes, requested)
 
 
-_explainers: dict[Callable[..., Any], Callable[..., Explanation]] = {}
+# Of each public function: the record of its arguments, and what explains a call of it.
+_explainers: dict[Callable[..., Any], tuple[Any, Callable[[Any], Explanation]]] = {}
 
 
-def register_explainer(public: Callable[..., Any], explainer: Callable[..., Explanation]) -> None:
-    """Tell ``explain`` how to explain the public function of an operator."""
-    _explainers[public] = explainer
+def register_explainer(
+    public: Callable[..., Any], record: Any, explainer: Callable[[Any], Explanation]
+) -> None:
+    """Tell ``explain`` how to explain the public function of an operator, whose arguments are the
+    fields of ``record``."""
+    assert tuple(inspect.signature(public).parameters) == record._fields
+    _explainers[public] = record, explainer
+
+
+def bound(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The record of a call's arguments, as the public function makes it."""
+    found = inspect.signature(operator).bind(*args, **kwargs)
+    found.apply_defaults()
+    return _explainers[operator][0](**found.arguments)
 
 
 def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -255,11 +273,10 @@ def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     a named backend that cannot run.
     """
     # By identity: what is asked about may have no hash.
-    explainer = next((e for known, e in _explainers.items() if known is operator), None)
-    if explainer is None:
+    if not any(known is operator for known in _explainers):
         known = ", ".join(sorted(f.__name__ for f in _explainers))
         raise TypeError(f"operator: want one of {known}, got {operator!r}")
-    found = explainer(*args, **kwargs)
+    found = _explainers[operator][1](bound(operator, *args, **kwargs))
     if found.refusal is not None:
         raise BackendUnavailable(found.refusal)
     return found

@@ -89,7 +89,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, change: Any, op: str = "lowrank_line
 def one(stage: Any, *, kind: str | None = None, op: str = "lowrank_linear") -> dict[str, Any]:
     """The first rehearsal case of a stage for an operator, on the torch backend."""
     found = stage.cases(DRY, Journal(Path("/nonexistent/none")))
-    case = next(c for c in found if c["op"] == op and kind in (None, c.get("kind")))
+    case: dict[str, Any] = next(c for c in found if c["op"] == op and kind in (None, c.get("kind")))
     return case | {"backend": "torch"}
 
 

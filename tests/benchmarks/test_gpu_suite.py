@@ -59,7 +59,11 @@ def test_a_rehearsal_survives_a_kill(tmp_path: Path) -> None:
     begun, out = tmp_path / "begun", tmp_path / "out"
     journal = begun / "results.jsonl"
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    start = {"cwd": environment.ROOT, "env": variables, "stdout": subprocess.DEVNULL}
+    start: dict[str, Any] = {
+        "cwd": environment.ROOT,
+        "env": variables,
+        "stdout": subprocess.DEVNULL,
+    }
     first = subprocess.Popen([sys.executable, *words, str(begun)], **start)
     until(lambda: first.poll() is not None or len(lines(journal)) >= 20)
     (worker,) = children(first.pid)

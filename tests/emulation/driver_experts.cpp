@@ -193,39 +193,39 @@ void experts(const Config& c) {
   s.splits = splits;
   check(launch_expert_sums(s, nullptr));
   Matrix dup(t, e_all * c.outs, r), ddown(f32, downs * r, c.width), dup_bias(f32, e_all, c.outs);
-  ExpertFoldParams fold = {};
-  fold.jobs = 3;
-  fold.job[0] = {up_partial.data(), splits, e_all * c.outs * r, c.outs * r, c.outs, r,
-                 dup.memory.get(),  t,      c.outs * r,         r,          1,      2.0f,
-                 c.experts};
+  ExpertReduceParams reduce = {};
+  reduce.jobs = 3;
+  reduce.job[0] = {up_partial.data(), splits, e_all * c.outs * r, c.outs * r, c.outs, r,
+                   dup.memory.get(),  t,      c.outs * r,         r,          1,      2.0f,
+                   c.experts};
   const int64_t each = c.width * r;
-  fold.job[1] = {down_partial.data(),
-                 c.shared ? splits * e_all : splits,
-                 c.shared ? each : e_all * each,
-                 each,
-                 c.width,
-                 r,
-                 ddown.memory.get(),
-                 f32,
-                 each,
-                 1,
-                 c.width,
-                 1.0f,
-                 static_cast<int32_t>(downs)};
-  fold.job[2] = {sum_partial.data(),
-                 splits,
-                 e_all * c.outs,
-                 c.outs,
-                 1,
-                 c.outs,
-                 dup_bias.memory.get(),
-                 f32,
-                 c.outs,
-                 0,
-                 1,
-                 2.0f,
-                 c.experts};
-  check(launch_expert_fold(fold, nullptr));
+  reduce.job[1] = {down_partial.data(),
+                   c.shared ? splits * e_all : splits,
+                   c.shared ? each : e_all * each,
+                   each,
+                   c.width,
+                   r,
+                   ddown.memory.get(),
+                   f32,
+                   each,
+                   1,
+                   c.width,
+                   1.0f,
+                   static_cast<int32_t>(downs)};
+  reduce.job[2] = {sum_partial.data(),
+                   splits,
+                   e_all * c.outs,
+                   c.outs,
+                   1,
+                   c.outs,
+                   dup_bias.memory.get(),
+                   f32,
+                   c.outs,
+                   0,
+                   1,
+                   2.0f,
+                   c.experts};
+  check(launch_expert_reduce(reduce, nullptr));
   const auto over_rows = [&](const std::function<double(int64_t)>& term) {
     double sum = 0;
     for (int64_t i = 0; i < n; ++i) sum += term(i);

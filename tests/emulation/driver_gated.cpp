@@ -48,14 +48,14 @@ void gated(const Config& c) {
   Matrix gate_down(t, rg, c.outs, c.pad), gate_up(t, c.outs, rg, c.pad);
   Matrix left(t, c.samples, c.rank), right(t, c.samples, c.rank);
   Matrix up_bias(f32, 1, c.outs), down_bias(t, 1, c.rank);
-  Matrix zeros(f32, 1, 2 * c.outs), fold(f32, 1, c.rank);
+  Matrix zeros(f32, 1, 2 * c.outs), weight_a(f32, 1, c.rank);
   Matrix z(t, rows, c.rank, c.pad), zg(t, rows, rg, c.pad), out(t, rows, c.outs, c.pad);
   Matrix logits(f32, rows, 1), pooled(f32, c.samples, 1);
   unsigned salt = 0;
   for (Matrix* m :
        {&x, &h, &gate_input, &down, &up, &gate_down, &left, &up_bias, &down_bias, &right})
     m->fill(salt++);
-  for (Matrix* m : {&gate_up, &zeros, &fold})
+  for (Matrix* m : {&gate_up, &zeros, &weight_a})
     for (int64_t r = 0; r < m->rows; ++r)
       for (int64_t k = 0; k < m->cols; ++k) m->set(r, k, 0.0f);
 
@@ -69,7 +69,7 @@ void gated(const Config& c) {
   p.kind = c.gate;
   p.sees_output = row_gate && c.sees_output;
   p.adds_gate_input = true;
-  p.fold = floats(fold);
+  p.weight_a = floats(weight_a);
   p.down = {x.view(), down.view(), z.view(), vector(down_bias), c.width, c.rank, true};
   if (large)
     p.gate = {gate_input.view(), gate_down.view(), zg.view(), {}, c.outs, c.gate_rank, true};
@@ -200,22 +200,22 @@ void gated(const Config& c) {
   w.down[0] = {x.view(), dz.view(), c.width, c.rank, partial_down.data()};
   w.splits = splits;
   check(launch_gated_weights(w, nullptr));
-  GatedFoldParams fold_all = {};
-  fold_all.splits = splits;
-  fold_all.jobs = 3;
-  fold_all.job[0] = {
+  GatedReduceParams reduce_all = {};
+  reduce_all.splits = splits;
+  reduce_all.jobs = 3;
+  reduce_all.job[0] = {
       partial_up.data(), c.outs * c.rank, c.outs, c.rank, dup.memory.get(), t, c.rank, 1};
-  fold_all.job[1] = {partial_sums.data() + kSumUpBias * c.outs,
-                     c.outs * kColumnSums,
-                     1,
-                     c.outs,
-                     dup_bias.memory.get(),
-                     f32,
-                     0,
-                     1};
-  fold_all.job[2] = {
+  reduce_all.job[1] = {partial_sums.data() + kSumUpBias * c.outs,
+                       c.outs * kColumnSums,
+                       1,
+                       c.outs,
+                       dup_bias.memory.get(),
+                       f32,
+                       0,
+                       1};
+  reduce_all.job[2] = {
       partial_down.data(), c.width * c.rank, c.width, c.rank, ddown.memory.get(), f32, 1, c.width};
-  check(launch_gated_fold(fold_all, nullptr));
+  check(launch_gated_reduce(reduce_all, nullptr));
   const auto over_rows = [&](const std::function<double(int64_t)>& term) {
     double sum = 0;
     for (int64_t r = 0; r < rows; ++r) sum += term(r);

@@ -217,10 +217,10 @@ def _equal(one: list[tuple[int, str]], other: list[tuple[int, str]], i: int, j: 
 
 
 def kernel_files() -> list[Path]:
-    """Triton kernel modules, CUDA sources and the headers of the CPU kernels."""
+    """Triton kernel modules, CUDA sources and CPU kernels."""
     found = [p for p in files(".py", trees=("petal_kernels/ops",)) if _has_kernel(p)]
     csrc = files(*CPP, trees=("csrc",))
-    found += [p for p in csrc if p.suffix == ".cu" or ("cpu" in str(p) and "kernel.h" in p.name)]
+    found += [p for p in csrc if p.suffix == ".cu" or p.match("*/cpu/kernel.cpp")]
     return found
 
 

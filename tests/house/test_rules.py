@@ -137,13 +137,13 @@ def test_a_silent_kernel_is_seen(tree: Path) -> None:
     comment = "".join(f"// {point}   such\n" for point in POINTS[1:])
     write(tree, "csrc/o/cuda/forward.cu", f"// A kernel.\n//   y = x + 1\n{comment}#include <a>\n")
     write(tree, "csrc/o/cuda/backward.cu", f"#include <a>\n{comment}")
-    write(tree, "csrc/o/cpu/kernel.h", f"// A kernel.\n{comment}")
-    write(tree, "csrc/o_cpu_kernel.h", "// A kernel. Grid and so on.\n")
+    write(tree, "csrc/o/cpu/kernel.cpp", f"// A kernel.\n{comment}")
+    write(tree, "csrc/p/cpu/kernel.cpp", "// A kernel. Grid and so on.\n")
     assert places("kernel text") == [
         ("petal_kernels/ops/o/c.py", 7),
-        ("csrc/o/cpu/kernel.h", 1),
+        ("csrc/o/cpu/kernel.cpp", 1),
         ("csrc/o/cuda/backward.cu", 7),
-        ("csrc/o_cpu_kernel.h", 7),
+        ("csrc/p/cpu/kernel.cpp", 7),
     ]
 
 

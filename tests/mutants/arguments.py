@@ -70,10 +70,10 @@ MUTANTS = [
     (_CONTRACT_KERNELS, "dm *= scale", "dm *= 1.0"),
     (_EXPERTS_SETTINGS, "[s.keep,", "[abs(s.keep),"),
     # An argument lost on its way.
-    (_GATED_OP, 'float(given["norm_eps"])', "1e-5"),
-    (_GATED_OP, 'float(given["scale"])', 'abs(float(given["scale"]))'),
-    (_EXPERTS_OP, 'float(given["keep"])', 'abs(float(given["keep"]))'),
-    (_EXPERTS_OP, 'given["renormalize"],\n        length', "True,\n        length"),
+    (_GATED_OP, "float(given.norm_eps)", "1e-5"),
+    (_GATED_OP, "float(given.scale)", "abs(float(given.scale))"),
+    (_EXPERTS_OP, "float(given.keep)", "abs(float(given.keep))"),
+    (_EXPERTS_OP, "given.renormalize,\n        length", "True,\n        length"),
     (_ADAPTER, "norm_eps=1e-5 if norm is None else norm.eps,", "norm_eps=1e-5,"),
     (_ADAPTER, "scale=self.scale,\n                dropout", "scale=1.0,\n                dropout"),
     (
@@ -122,7 +122,11 @@ MUTANTS = [
     (_MIXTURES, "float(alpha) / r\n        self.reset", "float(alpha)\n        self.reset"),
     (_INFORMATION, "objective - self.beta * self.mine", "objective - 0.1 * self.mine"),
     # A view read as if it were dense.
-    (_GATED_OP, "if rng is None else rng.contiguous()", "if rng is None else rng"),
+    (
+        _GATED_OP,
+        "if given.rng is None else given.rng.contiguous()",
+        "if given.rng is None else given.rng",
+    ),
     (_LINEAR_OP, "if rng is None else rng.contiguous()", "if rng is None else rng"),
     (_GATED_OP, ".clamp_min(1)).reshape(-1)", ".clamp_min(1)).view(-1)"),
     # Storage that is somebody else's.
@@ -168,12 +172,12 @@ MUTANTS = [
     (_FIRST, "functorch.is_legacy_batchedtensor(t) or", ""),
     (_FIRST, "        if functorch:\n            refuse", "        if False:\n            refuse"),
     (_FIRST, "if not functorch and forward_ad", "if False and forward_ad"),
-    (_GATED_OP, "    check_transforms(NAME, given.values())\n", ""),
-    (_EXPERTS_OP, "    check_transforms(NAME, (*given, indices))\n", ""),
-    (_CONTRACT_OP, "    check_transforms(_NAME, (core, modes, up))\n", ""),
+    (_GATED_OP, "    check_transforms(NAME, given)\n", ""),
+    (_EXPERTS_OP, "    check_transforms(NAME, given)\n", ""),
+    (_CONTRACT_OP, "    check_transforms(_NAME, given)\n", ""),
     (
         _LINEAR_OP,
-        "    check_transforms(NAME, (x, down, ups,",
-        "    check_transforms(NAME, (x, down,",
+        "    check_transforms(NAME, given)\n",
+        "",
     ),
 ]

@@ -8,7 +8,6 @@ _ARGUMENTS = "petal_kernels/nn/arguments.py"
 _LINEAR = "petal_kernels/ops/lowrank_linear/arguments.py"
 _GATED = "petal_kernels/ops/gated_bottleneck/arguments.py"
 _EXPERTS = "petal_kernels/ops/expert_dispatch/arguments.py"
-_DISPATCH = "petal_kernels/ops/expert_dispatch/op.py"
 _CONTRACT = "petal_kernels/ops/mode_contract/arguments.py"
 _FROZEN = "petal_kernels/nn/frozen_linear.py"
 _MODES = "petal_kernels/nn/mode_approximation.py"
@@ -33,20 +32,20 @@ MUTANTS = [
     (_CHECKS, "    check_shape(name, tensor, (2,))\n", ""),
     (_CHECKS, "    check_dtype(name, tensor, (torch.int64,))\n", ""),
     (_BACKENDS, "if not isinstance(name, str) or name not in", "if name not in"),
-    (_BACKENDS, "if known is operator", "if known == operator"),
+    (_BACKENDS, "any(known is operator", "any(known == operator"),
     (_ARGUMENTS, "if dtype is not None and dtype not in checks.FLOATING:", "if False:"),
     (_ARGUMENTS, "        if tensor.is_meta and not like.is_meta:", "        if False:"),
     (_ARGUMENTS, "    if least < low or most > high:", "    if most > high:"),
     (_ARGUMENTS, "or not 0 <= value < count:", "or not 0 <= value <= count:"),
-    (_LINEAR, '    checks.check_bool("training", training)\n', ""),
+    (_LINEAR, '    checks.check_bool("training", given.training)\n', ""),
     (_LINEAR, "        if each is not None:  # whether", "        if False:  # whether"),
-    (_LINEAR, "    philox.check_probability(dropout)\n", ""),
-    (_GATED, '    checks.check_bool("training", training)\n', ""),
-    (_GATED, '    checks.check_number("scale", scale)\n', ""),
+    (_LINEAR, "    philox.check_probability(given.dropout)\n", ""),
+    (_GATED, '    checks.check_bool("training", given.training)\n', ""),
+    (_GATED, '    checks.check_number("scale", given.scale)\n', ""),
     (_GATED, "        if value is None and got is not None:", "        if False:"),
-    (_EXPERTS, '    checks.check_number("mix", mix)\n', ""),
-    (_EXPERTS, '    checks.check_bool("renormalize", renormalize)\n', ""),
-    (_DISPATCH, '    checks.check_bool("return_routing", return_routing)\n', ""),
+    (_EXPERTS, '    checks.check_number("mix", given.mix)\n', ""),
+    (_EXPERTS, '    checks.check_bool("renormalize", given.renormalize)\n', ""),
+    (_EXPERTS, '    checks.check_bool("return_routing", given.return_routing)\n', ""),
     (_CONTRACT, "        checks.check_device(name, tensor, core.device)\n", ""),
     (_FROZEN, "    _check_group(x, bases, down, ups, hidden, training)\n", ""),
     (

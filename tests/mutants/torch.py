@@ -68,7 +68,7 @@ MUTANTS = [
     (_GATED, "        dz = (d * t.left).view_as(z)\n", "        dz = d.reshape_as(z)\n"),
     (_GATED, "dz = torch.ops.aten.threshold_backward(dz, z, 0)", "pass"),
     (_GATED, "    if keep is not None:\n        dv = dv * keep\n", ""),
-    (_GATED, "seen = m.y if s.gate_sees_output else t.x", "seen = t.x"),
+    (_GATED, "logit_h = m.y if s.gate_sees_output else t.x", "logit_h = t.x"),
     (_GATED, "both = dwx + dwh if s.gate", "both = dwx if s.gate"),
     (_GATED, "return dh, dh if s.gate_sees_output else dy, gate_dx", "return dh, dh, gate_dx"),
     (_GATED, "share = 1.0 / length", "share = 1.0"),

@@ -146,7 +146,7 @@ MUTANTS = [
     (_DISPATCH_ROWS, "dg += mix * column(through, e)", "dg += column(through, e)"),
     # sums: memory that nobody wrote, one expert's slots for all, splits that overlap, a shared
     # bottleneck of the tokens of expert 0 alone
-    (_DISPATCH_WEIGHTS, "mask = mask & (seen != 0)", "mask = mask & (seen == seen)"),
+    (_DISPATCH_WEIGHTS, "mask = mask & (chosen != 0)", "mask = mask & (chosen == chosen)"),
     (_DISPATCH_WEIGHTS, "tl.where(experts == 1, E, e + 1)", "e + 1"),
     (
         _DISPATCH_WEIGHTS,

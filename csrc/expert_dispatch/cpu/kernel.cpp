@@ -9,9 +9,13 @@
 // the block and added back into it, so that nothing N k D leaves the cache and no two threads add
 // to one row. z of a block lies expert by expert until the host, knowing every block's counts,
 // moves those runs (r wide) to the experts' places: tokens ascend within an expert by themselves.
-// Traffic: x and base read once, out and z written once (sorted z twice). fp32 accumulation in
-// index order; z, g and g act(z) are rounded to storage, out is rounded once.
-// Backward: backward.h; weight gradients: sums.h.
+//
+// Shapes   x [N, D], base and out [N, O] of any row stride, unit column stride; parameters of any.
+// Grid     a task: a block of at most 192 rows, all experts.
+// Traffic  x and base read once, out and z written once (sorted z twice).
+// Numerics fp32 accumulation in index order; z, g and g act(z) are rounded to storage, out once.
+// Limits   fp32, fp16, bf16; parameters fp32 too. Same bits for any number of threads.
+// Source   ops/expert_dispatch/reference.py. Backward: backward.h; weight gradients: sums.h.
 #include "backward.h"
 #include "sums.h"
 

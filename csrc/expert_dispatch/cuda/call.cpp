@@ -113,8 +113,8 @@ struct Weights {
   const int32_t *order, *offsets;
   MatrixView dout, x, dz, ga;
   const float* factors[kMaxExpertSums];
-  int64_t widths[kMaxExpertFolds];
-  int64_t first[kMaxExpertFolds + 1];  // each starts on 16 bytes
+  int64_t widths[kMaxExpertReduces];
+  int64_t first[kMaxExpertReduces + 1];  // each starts on 16 bytes
   float* partial;
 };
 
@@ -144,7 +144,7 @@ Weights weights_of(const Tensor& dout, const MaybeTensor& x, const MaybeTensors&
   p.factors[0] = floats(work[kWeights], p.rows * experts, "weights");
   p.factors[1] = floats(work[kDgates], p.rows * experts, "dgates");
   const int64_t widths[] = {outs, width, outs, width, rank};
-  for (int j = 0; j < kMaxExpertFolds; ++j) {
+  for (int j = 0; j < kMaxExpertReduces; ++j) {
     const int64_t each = widths[j] * (j < kProducts ? rank : 1);
     p.widths[j] = widths[j];
     p.first[j + 1] =
@@ -189,11 +189,11 @@ ExpertSumsParams sums_of(const Weights& w, const MaybeTensors& grads, int64_t sp
 }
 
 // Where the sum of a gradient's partials goes.
-ExpertFold fold_of(const Tensor& grad, int j, const Weights& w, double mix, int64_t splits) {
+ExpertReduce reduce_of(const Tensor& grad, int j, const Weights& w, double mix, int64_t splits) {
   const bool product = j < kProducts, down = j == 1 || j == 4;
   // One down-projection for all: the experts are added like splits.
   const bool add = down && grad.size(0) != w.experts;
-  ExpertFold job = {};
+  ExpertReduce job = {};
   job.partial = w.partial + w.first[j];
   job.rows = product ? w.widths[j] : 1;
   job.cols = product ? w.rank : w.widths[j];
@@ -220,23 +220,24 @@ ExpertFold fold_of(const Tensor& grad, int j, const Weights& w, double mix, int6
 
 void expert_dispatch_bwd_weights(Tensor dout, MaybeTensor x, MaybeTensors work, MaybeTensors grads,
                                  int64_t experts, int64_t rank, double mix, int64_t splits) {
-  STD_TORCH_CHECK(splits >= 1 && grads.size() == kMaxExpertFolds && work.size() == kWork,
-                  "expert_dispatch_bwd_weights: want a split and ", kMaxExpertFolds, " gradients");
+  STD_TORCH_CHECK(splits >= 1 && grads.size() == kMaxExpertReduces && work.size() == kWork,
+                  "expert_dispatch_bwd_weights: want a split and ", kMaxExpertReduces,
+                  " gradients");
   Weights w = weights_of(dout, x, work, grads, experts, rank, splits);
-  Tensor partial = torch::stable::new_empty(dout, {w.first[kMaxExpertFolds]}, ScalarType::Float);
+  Tensor partial = torch::stable::new_empty(dout, {w.first[kMaxExpertReduces]}, ScalarType::Float);
   w.partial = static_cast<float*>(partial.data_ptr());
   const ExpertWeightsParams products = products_of(w, grads, splits);
   const ExpertSumsParams sums = sums_of(w, grads, splits);
-  ExpertFoldParams fold = {};
-  for (int j = 0; j < kMaxExpertFolds; ++j) {
-    if (grads[j].has_value()) fold.job[fold.jobs++] = fold_of(*grads[j], j, w, mix, splits);
+  ExpertReduceParams reduce = {};
+  for (int j = 0; j < kMaxExpertReduces; ++j) {
+    if (grads[j].has_value()) reduce.job[reduce.jobs++] = reduce_of(*grads[j], j, w, mix, splits);
   }
   const Device device(dout);
   const char* const name = "expert_dispatch_bwd_weights";
   if (products.product[0].width + products.product[1].width > 0)
     check_launch(launch_expert_weights(products, device.stream()), name);
   if (sums.jobs > 0) check_launch(launch_expert_sums(sums, device.stream()), name);
-  if (fold.jobs > 0) check_launch(launch_expert_fold(fold, device.stream()), name);
+  if (reduce.jobs > 0) check_launch(launch_expert_reduce(reduce, device.stream()), name);
 }
 
 // What the largest block asks for.

@@ -89,7 +89,7 @@ struct ExpertSumsParams {
 };
 
 // out[e] = scale * the sum over splits of partial[splits, E, rows, cols][:, e].
-struct ExpertFold {
+struct ExpertReduce {
   const float* partial;
   int64_t splits, split_stride, expert_stride;
   int64_t rows, cols;
@@ -99,11 +99,11 @@ struct ExpertFold {
   float scale;
   int32_t experts;
 };
-constexpr int kMaxExpertFolds = 2 + kMaxExpertSums;
-struct ExpertFoldParams {
-  ExpertFold job[kMaxExpertFolds];
+constexpr int kMaxExpertReduces = 2 + kMaxExpertSums;
+struct ExpertReduceParams {
+  ExpertReduce job[kMaxExpertReduces];
   int32_t jobs;
-  int64_t first_tile[kMaxExpertFolds + 1];  // filled by the launcher
+  int64_t first_tile[kMaxExpertReduces + 1];  // filled by the launcher
 };
 
 // Tokens by expert. counts: [blocks, E], scratch.
@@ -125,6 +125,6 @@ const char* launch_expert_fwd(const ExpertFwdParams& params, void* stream);
 const char* launch_expert_rows(const ExpertRowsParams& params, void* stream);
 const char* launch_expert_weights(ExpertWeightsParams params, void* stream);
 const char* launch_expert_sums(ExpertSumsParams params, void* stream);
-const char* launch_expert_fold(ExpertFoldParams params, void* stream);
+const char* launch_expert_reduce(ExpertReduceParams params, void* stream);
 
 }  // namespace petal

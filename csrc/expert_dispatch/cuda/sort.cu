@@ -1,6 +1,8 @@
 // expert_dispatch: tokens by expert, a stable counting sort on the device. Legend: N tokens, E
 // experts, S the number of (token, expert) pairs chosen, at most `slots`.
 //
+// Maths    slot(n, e) = offsets[e] + the number of tokens before n that chose e.
+//
 //   order    [slots]  the tokens of expert 0 ascending, then those of expert 1, ..., then -1
 //   offsets  [E + 1]  where each expert's slots begin, and the end
 //   inverse  [N, E]   the slot of a token and an expert that it chose; else not written
@@ -11,6 +13,7 @@
 //          expert begin and ranks them by ballot, so the order is the tokens' own. invert: a thread
 //          per slot (backward, where only the order was kept).
 // Traffic  chosen twice, order and inverse once; counts [N / 1024, E].
+// Numerics integers: exact.
 // Limits   E <= 64. No atomics: same bits on every run.
 // Source   ops/expert_dispatch/routing.py, sort_by_expert.
 #include "common/cuda/device.cuh"

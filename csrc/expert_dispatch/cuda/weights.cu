@@ -4,14 +4,14 @@
 //   dB_e = mix dout^T ga_e, dA_e^T = x^T dz_e;  db_e = mix sum g_e dout, dW = dl^T x, da_e = sum
 //   dz_e (sorted)
 //
-// Shapes   as there; targets of the fold at any strides, in T or fp32.
+// Shapes   as there; targets of the reduce at any strides, in T or fp32.
 // Grid     weights: (64 columns of O or D, 64 of the bottlenecks, splits of the tokens), stationary
 //          over all tokens and E r columns, sorted over one expert's slots, whose rows of dout and
-//          x are gathered. sums: (256 columns, four experts or the slots of one, splits). fold:
+//          x are gathered. sums: (256 columns, four experts or the slots of one, splits). reduce:
 //          (32 x 32 tiles of all targets).
 // Traffic  dout and x from DRAM once (sorted: k times, gathered), from L2 by the tiles that run
 //          side by side; ga, dz, gates and dl; fp32 partials [splits, E, O r + D r + sums].
-// Numerics fp32 accumulators and partials; the fold adds splits in ascending order and rounds
+// Numerics fp32 accumulators and partials; the reduce adds splits in ascending order and rounds
 //          once. The number of splits depends on shapes alone, an expert's slots are dealt evenly.
 // Limits   r <= 256. Same bits on every run.
 // Source   ops/expert_dispatch/reference.py.
@@ -145,18 +145,18 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    expert_fold_kernel(const __grid_constant__ ExpertFoldParams p) {
+    expert_reduce_kernel(const __grid_constant__ ExpertReduceParams p) {
   int j = 0;
   while (static_cast<int64_t>(blockIdx.x) >= p.first_tile[j + 1]) ++j;
-  const ExpertFold& job = p.job[j];
-  const int64_t across = (job.cols + kFoldTile - 1) / kFoldTile,
-                tiles = (job.rows + kFoldTile - 1) / kFoldTile * across,
+  const ExpertReduce& job = p.job[j];
+  const int64_t across = (job.cols + kReduceTile - 1) / kReduceTile,
+                tiles = (job.rows + kReduceTile - 1) / kReduceTile * across,
                 tile = static_cast<int64_t>(blockIdx.x) - p.first_tile[j], e = tile / tiles;
   const size_t size = job.dtype == DType::kFloat32 ? 4 : 2;
-  const FoldTarget target{static_cast<char*>(job.out) + e * job.stride_expert * size, job.dtype,
-                          job.stride_row, job.stride_col, job.scale};
-  fold_tile(job.partial + e * job.expert_stride, job.split_stride, job.splits, job.rows, job.cols,
-            tile % tiles / across * kFoldTile, tile % across * kFoldTile, target);
+  const ReduceTarget target{static_cast<char*>(job.out) + e * job.stride_expert * size, job.dtype,
+                            job.stride_row, job.stride_col, job.scale};
+  reduce_tile(job.partial + e * job.expert_stride, job.split_stride, job.splits, job.rows, job.cols,
+              tile % tiles / across * kReduceTile, tile % across * kReduceTile, target);
 }
 
 }  // namespace
@@ -195,15 +195,16 @@ const char* launch_expert_sums(ExpertSumsParams params, void* stream) {
   return launch(&expert_sums_kernel, grid, kSumBytes, stream, params);
 }
 
-const char* launch_expert_fold(ExpertFoldParams params, void* stream) {
+const char* launch_expert_reduce(ExpertReduceParams params, void* stream) {
   params.first_tile[0] = 0;
   for (int j = 0; j < params.jobs; ++j) {
-    const ExpertFold& job = params.job[j];
-    params.first_tile[j + 1] = params.first_tile[j] + job.experts * ceil_div(job.rows, kFoldTile) *
-                                                          ceil_div(job.cols, kFoldTile);
+    const ExpertReduce& job = params.job[j];
+    params.first_tile[j + 1] = params.first_tile[j] + job.experts *
+                                                          ceil_div(job.rows, kReduceTile) *
+                                                          ceil_div(job.cols, kReduceTile);
   }
   const dim3 grid(static_cast<unsigned>(params.first_tile[params.jobs]));
-  return launch(&expert_fold_kernel, grid, kFoldBytes, stream, params);
+  return launch(&expert_reduce_kernel, grid, kReduceBytes, stream, params);
 }
 
 }  // namespace petal

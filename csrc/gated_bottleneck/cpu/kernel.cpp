@@ -10,9 +10,14 @@
 //   out = u, or (u - mean) * rstd * w + b  the variance in a second pass over the block
 // Gate "small" needs the sample's logits first: a block holds whole samples, or a longer sample is
 // walked twice.
-// Traffic: every row tensor is read once (gate_input serves gate and residual), out and z, zg are
-// written once. fp32 accumulation in index order; z and zg are rounded to storage, out is rounded
-// once. Backward: backward.h.
+//
+// Shapes   row tensors [N, width] of any row stride, unit column stride; parameters of any strides.
+// Grid     a task: a block of at most 128 rows, all columns.
+// Traffic  every row tensor is read once (gate_input serves gate and residual), out, z and zg are
+//          written once.
+// Numerics fp32 accumulation in index order; z and zg are rounded to storage, out once.
+// Limits   fp32, fp16, bf16; parameters fp32 too. Same bits for any number of threads.
+// Source   ops/gated_bottleneck/reference.py. Backward: backward.h.
 #include "backward.h"
 
 namespace petal {

@@ -22,7 +22,7 @@ void gated_bottleneck_fwd(MaybeTensors tensors, MaybeTensors work, MaybeTensor o
   if (!form_zg) p.gate.rank = p.gate.z.data != nullptr ? p.gate.rank : 0;
   if (form_logits) {
     want(p.gate_input.data != nullptr, "gate_input");
-    want(!p.sees_output || p.fold != nullptr, "fold");
+    want(!p.sees_output || p.weight_a != nullptr, "weight_a");
   }
   if (out.has_value()) {
     want(p.kind != Gate::kLarge || p.gate.rank > 0, "zg");
@@ -95,7 +95,7 @@ void gated_bottleneck_bwd_rows(Tensor dout, MaybeTensors tensors, MaybeTensors w
 }
 
 // `grads`: dU, dGu, dD, dGd, then one per ColumnSum.
-constexpr int kMatrices = kMaxFolds - kColumnSums;
+constexpr int kMatrices = kMaxReduces - kColumnSums;
 
 // What the wanted gradients are formed of; their partials are placed later.
 GatedWeightsParams weights_params(const Call& call, const Tensor& dout, const MaybeTensors& grads) {
@@ -145,10 +145,11 @@ Partials partials_of(const GatedWeightsParams& p) {
 }
 
 // Where the sum of a gradient's partials goes.
-GatedFold fold_of(const Tensor& grad, int j, const Partials& at, const float* data, int64_t outs) {
+GatedReduce reduce_of(const Tensor& grad, int j, const Partials& at, const float* data,
+                      int64_t outs) {
   const bool sum = j >= kMatrices, down = j == 2 || j == 3;
   const int source = sum ? kMatrices : j;
-  GatedFold job = {};
+  GatedReduce job = {};
   job.rows = sum ? 1 : at.widths[source];
   job.cols = sum ? outs : at.ranks[source];
   job.partial = data + at.first[source] + (sum ? (j - kMatrices) * outs : 0);
@@ -168,8 +169,8 @@ GatedFold fold_of(const Tensor& grad, int j, const Partials& at, const float* da
 void gated_bottleneck_bwd_weights(Tensor dout, MaybeTensors tensors, MaybeTensors work,
                                   MaybeTensors grads, MaybeTensor rng, std::vector<int64_t> codes,
                                   std::vector<double> numbers, int64_t splits) {
-  STD_TORCH_CHECK(splits >= 1 && grads.size() == kMaxFolds,
-                  "gated_bottleneck_bwd_weights: want a split and ", kMaxFolds, " gradients");
+  STD_TORCH_CHECK(splits >= 1 && grads.size() == kMaxReduces,
+                  "gated_bottleneck_bwd_weights: want a split and ", kMaxReduces, " gradients");
   const Call call{tensors, work, rng, gated_settings(codes, numbers)};
   GatedWeightsParams p = weights_params(call, dout, grads);
   p.splits = splits;
@@ -181,15 +182,15 @@ void gated_bottleneck_bwd_weights(Tensor dout, MaybeTensors tensors, MaybeTensor
   p.down[0].partial = data + at.first[2];
   p.down[1].partial = data + at.first[3];
   p.partial_sums = data + at.first[4];
-  GatedFoldParams fold = {};
-  fold.splits = splits;
-  for (int j = 0; j < kMaxFolds; ++j) {
+  GatedReduceParams reduce = {};
+  reduce.splits = splits;
+  for (int j = 0; j < kMaxReduces; ++j) {
     if (!grads[j].has_value() || at.widths[j < kMatrices ? j : kMatrices] == 0) continue;
-    fold.job[fold.jobs++] = fold_of(*grads[j], j, at, data, p.f.outs);
+    reduce.job[reduce.jobs++] = reduce_of(*grads[j], j, at, data, p.f.outs);
   }
   const Device device(dout);
   check_launch(launch_gated_weights(p, device.stream()), "gated_bottleneck_bwd_weights");
-  check_launch(launch_gated_fold(fold, device.stream()), "gated_bottleneck_bwd_weights");
+  check_launch(launch_gated_reduce(reduce, device.stream()), "gated_bottleneck_bwd_weights");
 }
 
 // What the largest block asks for: sm_80, sm_90 and sm_100 have it for every rank.

@@ -15,7 +15,7 @@ enum Work {
   kLogits,
   kPooled,
   kMoments,
-  kFold,
+  kWeightA,
   kSums,
   kTotals,
   kA,
@@ -117,7 +117,7 @@ void add_columns(GatedParams& p, const Call& call) {
   p.gate_bias = vector(t[Input::kGateBias], dtype, 1, "gate_bias");
   p.logits = floats(w[kLogits], p.rows, "logits");
   p.pooled = floats(w[kPooled], call.settings.samples, "pooled");
-  p.fold = floats(w[kFold], p.down.rank, "fold");
+  p.weight_a = floats(w[kWeightA], p.down.rank, "weight_a");
 }
 
 GatedParams params_of(const Call& call, DType dtype, int64_t rows) {

@@ -70,7 +70,7 @@ __device__ __forceinline__ void route_outer(T* tile, const GatedParams& p, int64
   }
 }
 
-// The logits of the rows of a warp, eight at most at a time: w_x . X + w_h . H (+ fold . a) + bias.
+// The logits of the rows of a warp, eight at most at a time: w_x . X + w_h . H (+ weight_a . a) + bias.
 template <typename T, int RANK>
 __device__ __forceinline__ void form_logits(RowInfo* info, const T* a, const GatedParams& p,
                                             int64_t row0) {
@@ -103,10 +103,10 @@ __device__ __forceinline__ void form_logits(RowInfo* info, const T* a, const Gat
   }
   if (p.sees_output) {
     for (int c = lane; c < p.down.rank; c += kWarp) {
-      const float fold = p.fold[c];
+      const float weight_a = p.weight_a[c];
 #pragma unroll
       for (int r = 0; r < kMine; ++r)
-        sum[r] += fold * to_float(a[hidden_offset<T, RANK>(first + r, c)]);
+        sum[r] += weight_a * to_float(a[hidden_offset<T, RANK>(first + r, c)]);
     }
   }
 #pragma unroll

@@ -35,9 +35,9 @@ struct GatedParams {
   MatrixView left, right;  // [B, r]; right: product
   Gate kind;
   bool gate_linear;      // middleY: 1 + w in place of 1 + sigmoid(w)
-  bool sees_output;      // middleX, small: Y in place of H; then fold = U^T w_h, fp32 [r]
+  bool sees_output;      // middleX, small: Y in place of H; then weight_a = U^T w_h, fp32 [r]
   bool adds_gate_input;  // the residual is gate_input
-  const float* fold;
+  const float* weight_a;
   VectorView columns[kColumns];  // kGateColumn: the large gate's second bias, or w of middleY
   VectorView gate_bias;
   MatrixView h, gate_input, residual;  // [N, O]; h: Y = h + a U^T + b; no address: zero
@@ -73,7 +73,7 @@ struct GatedRowsParams {
 };
 
 // dU, dGu, the sums over rows of column vectors, and dD, dGd, by row splits.
-enum ColumnSum { kSumUpBias, kSumGate, kSumSeen, kSumNormWeight, kSumNormBias, kColumnSums };
+enum ColumnSum { kSumUpBias, kSumGate, kSumLogitH, kSumNormWeight, kSumNormBias, kColumnSums };
 
 // partial[splits, width, rank] = in^T dz.
 struct DownGrad {
@@ -97,19 +97,19 @@ struct GatedWeightsParams {
 };
 
 // target = sum over splits of partial [splits, rows, cols], split_stride elements apart.
-struct GatedFold {
+struct GatedReduce {
   const float* partial;
   int64_t split_stride, rows, cols;
   void* out;
   DType dtype;
   int64_t stride_row, stride_col;
 };
-constexpr int kMaxFolds = 4 + kColumnSums;
-struct GatedFoldParams {
-  GatedFold job[kMaxFolds];
+constexpr int kMaxReduces = 4 + kColumnSums;
+struct GatedReduceParams {
+  GatedReduce job[kMaxReduces];
   int32_t jobs;
   int64_t splits;
-  int64_t first_tile[kMaxFolds + 1];  // filled by the launcher
+  int64_t first_tile[kMaxReduces + 1];  // filled by the launcher
 };
 
 // out[b] = sum over the tokens of sample b, in index order, of values (sigmoid: of weight times
@@ -131,6 +131,6 @@ const char* launch_gated_fwd(const GatedParams& params, void* stream);
 const char* launch_gated_pool(const GatedPoolParams& params, void* stream);
 const char* launch_gated_rows(const GatedRowsParams& params, void* stream);
 const char* launch_gated_weights(GatedWeightsParams params, void* stream);
-const char* launch_gated_fold(GatedFoldParams params, void* stream);
+const char* launch_gated_reduce(GatedReduceParams params, void* stream);
 
 }  // namespace petal

@@ -4,17 +4,17 @@
 //   dU = dY^T a, dGu = dlogit^T ag, dD^T = x^T dz, dGd^T = X^T dzg, and sums over rows: dY, dlogit
 //   (large), s dv Y (middleY), dlogit X and dlogit H or Y (row gates), dout xhat, dout (norm)
 //
-// Shapes   as there; targets of the fold at any two strides, in T or fp32.
+// Shapes   as there; targets of the reduce at any two strides, in T or fp32.
 // Grid     weights: (column tiles of 128 bytes of O, D and Dg, 128 columns of the ranks, splits of
 //          the rows). A block of O keeps its columns' weights in shared memory, goes through its
 //          rows in blocks of 32 (16 in fp32 with a rank above 128), forms dY and dlogit of its
 //          columns again and multiplies them from shared memory; a block of D or Dg is a plain
-//          product. fold: (32 x 32 tiles of all targets).
+//          product. reduce: (32 x 32 tiles of all targets).
 // Traffic  x, X, H, residual, dout from DRAM once: blocks of the same rows run side by side, so
 //          that what several of them read comes from L2. a, ag, dz, dzg once per column tile, from
 //          L2; fp32 partials [splits, O (r + rg + sums) + D r + Dg rg] written and read once.
 // Numerics dY and dlogit rounded to T as operands; fp32 accumulators, partials and column sums; the
-//          fold adds the splits in ascending order and rounds once.
+//          reduce adds the splits in ascending order and rounds once.
 // Limits   ranks <= 256. Same bits on every run: the splits depend on N alone.
 // Source   ops/gated_bottleneck/reference.py.
 #include "block.cuh"
@@ -92,17 +92,17 @@ __device__ __forceinline__ void form_operands(const GatedWeightsParams& p, float
       float v[8];
       if (has_row_gate(f)) {
         if (p.wanted >> kSumGate & 1u) {
-          float seen[8] = {};
+          float logit_h[8] = {};
           load8<T>(v, at<T>(f.gate_input, at_.row, at_.col), at_.valid, f.gate_input.vec);
           if (!f.sees_output && f.h.data != nullptr)
-            load8<T>(seen, at<T>(f.h, at_.row, at_.col), at_.valid, f.h.vec);
+            load8<T>(logit_h, at<T>(f.h, at_.row, at_.col), at_.valid, f.h.vec);
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
-            seen[j] = row.dlogit * (f.sees_output ? g.y[j] : seen[j]);
-            v[j] = row.dlogit * v[j] + (f.kind == Gate::kMiddleX ? seen[j] : 0.0f);
+            logit_h[j] = row.dlogit * (f.sees_output ? g.y[j] : logit_h[j]);
+            v[j] = row.dlogit * v[j] + (f.kind == Gate::kMiddleX ? logit_h[j] : 0.0f);
           }
           add_slot(slots, kSumGate, v);
-          if (f.kind == Gate::kSmall) add_slot(slots, kSumSeen, seen);
+          if (f.kind == Gate::kSmall) add_slot(slots, kSumLogitH, logit_h);
         }
         if (f.sees_output) {
           read_column(v, columns, Shape::kD, kSeenWeight, at_.local_col);
@@ -302,15 +302,15 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    gated_fold_kernel(const __grid_constant__ GatedFoldParams p) {
+    gated_reduce_kernel(const __grid_constant__ GatedReduceParams p) {
   int j = 0;
   while (static_cast<int64_t>(blockIdx.x) >= p.first_tile[j + 1]) ++j;
-  const GatedFold& job = p.job[j];
+  const GatedReduce& job = p.job[j];
   const int64_t tile = static_cast<int64_t>(blockIdx.x) - p.first_tile[j],
-                across = (job.cols + kFoldTile - 1) / kFoldTile;
-  const FoldTarget target{job.out, job.dtype, job.stride_row, job.stride_col, 1.0f};
-  fold_tile(job.partial, job.split_stride, p.splits, job.rows, job.cols, tile / across * kFoldTile,
-            tile % across * kFoldTile, target);
+                across = (job.cols + kReduceTile - 1) / kReduceTile;
+  const ReduceTarget target{job.out, job.dtype, job.stride_row, job.stride_col, 1.0f};
+  reduce_tile(job.partial, job.split_stride, p.splits, job.rows, job.cols,
+              tile / across * kReduceTile, tile % across * kReduceTile, target);
 }
 
 }  // namespace
@@ -344,13 +344,13 @@ size_t gated_weights_bytes(DType dtype, int rank, int gate_rank) {
   return bytes;
 }
 
-const char* launch_gated_fold(GatedFoldParams params, void* stream) {
+const char* launch_gated_reduce(GatedReduceParams params, void* stream) {
   params.first_tile[0] = 0;
   for (int j = 0; j < params.jobs; ++j)
-    params.first_tile[j + 1] = params.first_tile[j] + ceil_div(params.job[j].rows, kFoldTile) *
-                                                          ceil_div(params.job[j].cols, kFoldTile);
+    params.first_tile[j + 1] = params.first_tile[j] + ceil_div(params.job[j].rows, kReduceTile) *
+                                                          ceil_div(params.job[j].cols, kReduceTile);
   const dim3 grid(static_cast<unsigned>(params.first_tile[params.jobs]));
-  return launch(&gated_fold_kernel, grid, kFoldBytes, stream, params);
+  return launch(&gated_reduce_kernel, grid, kReduceBytes, stream, params);
 }
 
 }  // namespace petal

@@ -9,10 +9,17 @@
 //   g_k  = scale * mask_k * (dy_k P_k),  dP_k^T += m_k^T dy_k,  dx += dy_k W_k (weights given)
 //   dh   = sum_k g_k  (mode: g_k core_k^T, dcore_k += h^T g_k)
 //   dU  += dh^T drop(x),  dx += mask * (dh U)
-// Traffic: forward reads x and base and writes y and h once; backward reads dy, x, h and writes dx
-// once. fp32 accumulation in index order; results are rounded to storage once. The weight gradients
-// are fp32 partials, one per split of the rows; the splits depend on N alone, so the bits do not
-// depend on the number of threads.
+//
+// Shapes   x [N, D], y_k, base_k and dy_k [N, O_k] of any row stride, unit column stride;
+//          parameters of any strides.
+// Grid     a task: a block of at most 192 rows, in backward a split of the rows; all outputs.
+// Traffic  forward reads x and base and writes y and h once; backward reads dy, x, h and writes dx
+//          once.
+// Numerics fp32 accumulation in index order; h and h core_k are rounded to storage, results once.
+//          Weight gradients are fp32 partials, one per split.
+// Limits   fp32, fp16, bf16; parameters fp32 too. The splits depend on N alone: same bits for any
+//          number of threads.
+// Source   ops/lowrank_linear/reference.py.
 #include "common/cpu/block.h"
 #include "common/cpu/dropout.h"
 #include "params.h"

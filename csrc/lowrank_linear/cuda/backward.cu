@@ -7,7 +7,7 @@
 // Shapes   big_j [N, C_j] and small_j [N, R] row-major with any row stride; out_j at any two
 //          strides, in T or fp32: both layouts of a parameter.
 // Grid     param_grad: (64-column tiles of all jobs, tiles of R, splits of the rows);
-//          fold: (32 x 32 tiles of all outputs).
+//          reduce: (32 x 32 tiles of all outputs).
 // Traffic  big_j from DRAM once (read once per 64 columns of R, in fp32 per 32), small_j once per
 //          column tile from L2, fp32 partials [splits, sum C_j, R] written and read once (in L2).
 // Numerics fp32 accumulators and partials; the second stage adds the splits in ascending order and
@@ -92,15 +92,15 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 // out_j = s_j * sum over splits of the partials, written along whichever stride of the parameter
 // is 1.
 __global__ void __launch_bounds__(kThreads)
-    lowrank_param_fold_kernel(const __grid_constant__ ParamGradParams p) {
+    lowrank_param_reduce_kernel(const __grid_constant__ ParamGradParams p) {
   int j = 0;
   while (static_cast<int64_t>(blockIdx.x) >= p.first_tile[j + 1]) ++j;
-  const int64_t col0 = (static_cast<int64_t>(blockIdx.x) - p.first_tile[j]) * kFoldTile,
-                rank0 = static_cast<int64_t>(blockIdx.y) * kFoldTile;
-  const FoldTarget target{p.job[j].out, p.job[j].out_dtype, p.job[j].out_stride_width,
-                          p.job[j].out_stride_rank, p.job[j].scale};
-  fold_tile(p.partial + p.first_column[j] * p.rank, p.first_column[p.jobs] * p.rank, p.splits,
-            p.job[j].width, p.rank, col0, rank0, target);
+  const int64_t col0 = (static_cast<int64_t>(blockIdx.x) - p.first_tile[j]) * kReduceTile,
+                rank0 = static_cast<int64_t>(blockIdx.y) * kReduceTile;
+  const ReduceTarget target{p.job[j].out, p.job[j].out_dtype, p.job[j].out_stride_width,
+                            p.job[j].out_stride_rank, p.job[j].scale};
+  reduce_tile(p.partial + p.first_column[j] * p.rank, p.first_column[p.jobs] * p.rank, p.splits,
+              p.job[j].width, p.rank, col0, rank0, target);
 }
 
 void fill_tiles(ParamGradParams& p, int64_t tile) {
@@ -138,10 +138,10 @@ const char* launch_lowrank_param_grad(ParamGradParams params, void* stream) {
     return launch(&lowrank_param_grad_kernel<T>, grid, Shape::kShared, stream, params);
   });
   if (error != nullptr) return error;
-  fill_tiles(params, kFoldTile);
+  fill_tiles(params, kReduceTile);
   const dim3 grid(static_cast<unsigned>(params.first_tile[params.jobs]),
-                  static_cast<unsigned>(ceil_div(params.rank, kFoldTile)));
-  return launch(&lowrank_param_fold_kernel, grid, kFoldBytes, stream, params);
+                  static_cast<unsigned>(ceil_div(params.rank, kReduceTile)));
+  return launch(&lowrank_param_reduce_kernel, grid, kReduceBytes, stream, params);
 }
 
 }  // namespace petal

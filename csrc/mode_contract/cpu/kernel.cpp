@@ -6,9 +6,15 @@
 // Backward, per slab, from D = dPT[:, a, :] [K, O]:
 //   dM_a = s D V  (CP: t_k = s D_k . V[:, a]),   dV^T += M_a^T D
 //   dC[a] = dM_a^T p,   dp += dM_a C[a]  (CP: dlambda_a = sum_k p_k[a] t_k, dp_k[a] = lambda_a t_k)
-// Traffic: the core, p and V are read once per task (V and p packed once per call), PT is written
-// or dPT read once. M is never stored. fp32 accumulation, results rounded once; dp and dV are
-// partials per range of slabs that R alone fixes, summed in order.
+//
+// Shapes   core [R, R, R] or [R], p [K, R], V [O, R], PT [K, R, O]; contiguous.
+// Grid     a task: slabs C[a, :, :] for all modes, in backward a range of them.
+// Traffic  the core, p and V are read once per task (V and p packed once per call), PT is written or
+//          dPT read once. M is never stored.
+// Numerics fp32 accumulation, results rounded once; dp and dV are fp32 partials per range.
+// Limits   fp32, fp16, bf16. R alone fixes the ranges, summed in order: same bits for any number of
+//          threads.
+// Source   ops/mode_contract/reference.py.
 #include "common/cpu/block.h"
 #include "params.h"
 

@@ -227,25 +227,25 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
 }
 
-struct ModeFoldParams {
+struct ModeReduceParams {
   const float* partial;  // [splits, rows, cols]
   int64_t splits, rows, cols;
-  FoldTarget target;
+  ReduceTarget target;
 };
 
 __global__ void __launch_bounds__(kThreads)
-    mode_contract_fold_kernel(const __grid_constant__ ModeFoldParams p) {
-  fold_tile(p.partial, p.rows * p.cols, p.splits, p.rows, p.cols,
-            static_cast<int64_t>(blockIdx.x) * kFoldTile,
-            static_cast<int64_t>(blockIdx.y) * kFoldTile, p.target);
+    mode_contract_reduce_kernel(const __grid_constant__ ModeReduceParams p) {
+  reduce_tile(p.partial, p.rows * p.cols, p.splits, p.rows, p.cols,
+              static_cast<int64_t>(blockIdx.x) * kReduceTile,
+              static_cast<int64_t>(blockIdx.y) * kReduceTile, p.target);
 }
 
-const char* fold(const float* partial, int64_t splits, int64_t rows, int64_t cols, float scale,
-                 void* out, DType dtype, void* stream) {
-  const ModeFoldParams p{partial, splits, rows, cols, {out, dtype, cols, 1, scale}};
-  const dim3 grid(static_cast<unsigned>(ceil_div(rows, kFoldTile)),
-                  static_cast<unsigned>(ceil_div(cols, kFoldTile)));
-  return launch(&mode_contract_fold_kernel, grid, kFoldBytes, stream, p);
+const char* reduce(const float* partial, int64_t splits, int64_t rows, int64_t cols, float scale,
+                   void* out, DType dtype, void* stream) {
+  const ModeReduceParams p{partial, splits, rows, cols, {out, dtype, cols, 1, scale}};
+  const dim3 grid(static_cast<unsigned>(ceil_div(rows, kReduceTile)),
+                  static_cast<unsigned>(ceil_div(cols, kReduceTile)));
+  return launch(&mode_contract_reduce_kernel, grid, kReduceBytes, stream, p);
 }
 
 // A block owns one a. Shared memory: q[K] and lambda[a] p_k[a] [K].
@@ -319,8 +319,8 @@ const char* launch_mode_contract_bwd(const ModeParams& params, void* stream) {
       error = launch(&mode_contract_bwd_core_kernel<T>, dim3(static_cast<unsigned>(params.rank)),
                      bytes, stream, params);
       if (error == nullptr && params.dmodes != nullptr) {
-        error = fold(params.modes_partial, params.rank, params.modes_count, params.rank,
-                     params.scale, params.dmodes, params.dtype, stream);
+        error = reduce(params.modes_partial, params.rank, params.modes_count, params.rank,
+                       params.scale, params.dmodes, params.dtype, stream);
       }
     }
     if (error == nullptr && params.dup != nullptr) {
@@ -330,8 +330,8 @@ const char* launch_mode_contract_bwd(const ModeParams& params, void* stream) {
       error = launch(&mode_contract_bwd_up_kernel<T>, grid,
                      Shape::Tiles::kBytes + Shape::kStageBytes + kBlockBytes<T>, stream, params);
       if (error == nullptr)
-        error = fold(params.up_partial, params.up_splits, params.columns, params.rank, params.scale,
-                     params.dup, params.dtype, stream);
+        error = reduce(params.up_partial, params.up_splits, params.columns, params.rank,
+                       params.scale, params.dup, params.dtype, stream);
     }
     return error;
   });

@@ -16,6 +16,34 @@ from petal_kernels._runtime.numerics import ACTIVATIONS
 from petal_kernels.ops.expert_dispatch import planner
 
 GATES = ("mean", "softmax", "given")
+PARAMETERS = ("down", "up", "down_bias", "up_bias", "router", "router_bias", "noise", "gates")
+
+
+class Given(NamedTuple):
+    """The public function's arguments, as they came."""
+
+    x: Any
+    down: Any
+    up: Any
+    down_bias: Any
+    up_bias: Any
+    base: Any
+    keep: Any
+    mix: Any
+    activation: Any
+    gate: Any
+    router: Any
+    router_bias: Any
+    noise: Any
+    top_k: Any
+    renormalize: Any
+    router_input: Any
+    mask: Any
+    gates: Any
+    indices: Any
+    return_routing: Any
+    plan: Any
+    backend: Any
 
 
 class Tensors(NamedTuple):
@@ -130,7 +158,8 @@ def _shape(name: str, value: Any, want: tuple[Any, ...]) -> Tensor:
     return tensor
 
 
-def _check_experts(x: Any, down: Any, up: Any, down_bias: Any, up_bias: Any) -> None:
+def _check_experts(given: Given) -> None:
+    x, down, up, down_bias, up_bias = given[:5]
     checks.check_floating("x", x)
     if x.dim() < 1:
         raise ValueError(f"x: want shape [..., D], got {list(x.shape)}")
@@ -149,21 +178,14 @@ def _check_experts(x: Any, down: Any, up: Any, down_bias: Any, up_bias: Any) -> 
         _shape("up_bias", up_bias, tuple(up.shape[:2]))
 
 
-def _check_router(
-    x: Tensor,
-    experts: int,
-    router: Any,
-    router_bias: Any,
-    noise: Any,
-    router_input: str,
-    mask: Any,
-) -> None:
-    if router is None:
+def _check_router(given: Given, experts: int) -> None:
+    x, noise, mask = given.x, given.noise, given.mask
+    if given.router is None:
         raise TypeError("router: want a Tensor [E, D] with gate='softmax', got None")
-    _shape("router", router, (experts, x.shape[-1]))
-    if router_bias is not None:
-        _shape("router_bias", router_bias, (experts,))
-    pooled = router_input == "pooled"
+    _shape("router", given.router, (experts, x.shape[-1]))
+    if given.router_bias is not None:
+        _shape("router_bias", given.router_bias, (experts,))
+    pooled = given.router_input == "pooled"
     if pooled and x.dim() != 3:
         raise ValueError(f"x: want shape [B, L, D] with router_input='pooled', got {list(x.shape)}")
     lead = (x.shape[0],) if pooled else tuple(x.shape[:-1])
@@ -175,7 +197,8 @@ def _check_router(
         checks.check_mask("mask", mask, tuple(x.shape[:-1]))
 
 
-def _check_given(x: Tensor, experts: int, gates: Any, indices: Any) -> None:
+def _check_gates(given: Given, experts: int) -> None:
+    x, gates, indices = given.x, given.gates, given.indices
     if gates is None and indices is None:
         raise TypeError("gates: want a Tensor (or indices) with gate='given', got None")
     leads = [tuple(x.shape[:-1])] + ([(x.shape[0],)] if x.dim() == 3 else [])
@@ -195,35 +218,16 @@ def _check_given(x: Tensor, experts: int, gates: Any, indices: Any) -> None:
             _shape("gates", gates, tuple(indices.shape))
 
 
-def check(
-    x: Any,
-    down: Any,
-    up: Any,
-    down_bias: Any,
-    up_bias: Any,
-    base: Any,
-    keep: Any,
-    mix: Any,
-    activation: Any,
-    gate: Any,
-    router: Any,
-    router_bias: Any,
-    noise: Any,
-    top_k: Any,
-    renormalize: Any,
-    router_input: Any,
-    mask: Any,
-    gates: Any,
-    indices: Any,
-    plan: Any,
-) -> None:
+def check(given: Given) -> None:
     """Raise TypeError or ValueError, naming the argument, what is wanted and what came."""
-    checks.check_choice("activation", activation, ACTIVATIONS)
+    x, up, base, gate, top_k = given.x, given.up, given.base, given.gate, given.top_k
+    checks.check_bool("return_routing", given.return_routing)
+    checks.check_choice("activation", given.activation, ACTIVATIONS)
     checks.check_choice("gate", gate, GATES)
-    checks.check_choice("router_input", router_input, ("token", "pooled"))
-    checks.check_choice("plan", plan, ("auto", *planner.PLANS))
-    checks.check_bool("renormalize", renormalize)
-    _check_experts(x, down, up, down_bias, up_bias)
+    checks.check_choice("router_input", given.router_input, ("token", "pooled"))
+    checks.check_choice("plan", given.plan, ("auto", *planner.PLANS))
+    checks.check_bool("renormalize", given.renormalize)
+    _check_experts(given)
     experts, out = up.shape[:2]
     rows = {"x": x}
     if isinstance(base, str):
@@ -231,45 +235,43 @@ def check(
         _shape("x", x, (*x.shape[:-1], out))
     elif base is not None:
         rows["base"] = _shape("base", base, (*x.shape[:-1], out))
-    if gate != "softmax":
-        _absent(f"with gate={gate!r}", router=router, router_bias=router_bias, noise=noise)
-        _absent(f"with gate={gate!r}", top_k=top_k, mask=mask)
-        if router_input != "token":
-            raise ValueError(f"router_input: want 'token' with gate={gate!r}, got {router_input!r}")
-    if gate != "given":
-        _absent(f"with gate={gate!r}", gates=gates, indices=indices)
-    if gate == "softmax":
-        _check_router(x, experts, router, router_bias, noise, router_input, mask)
-    elif gate == "given":
-        _check_given(x, experts, gates, indices)
+    _check_gate(given, experts)
     if top_k is not None:
         if isinstance(top_k, bool) or not isinstance(top_k, int):
             raise TypeError(f"top_k: want an int, got {type(top_k).__name__}")
         if not 1 <= top_k <= experts:
             raise ValueError(f"top_k: want 1 <= top_k <= {experts} experts, got {top_k}")
-    if plan == "sorted" and top_k is None and indices is None:
+    if given.plan == "sorted" and top_k is None and given.indices is None:
         raise ValueError(
             "plan: want 'stationary' or 'auto' where every expert is used, got 'sorted'"
         )
-    parameters = {
-        "down": down,
-        "up": up,
-        "down_bias": down_bias,
-        "up_bias": up_bias,
-        "router": router,
-        "router_bias": router_bias,
-        "noise": noise,
-        "gates": gates,
-    }
     for name, t in rows.items():
         checks.check_dtype(name, t, (x.dtype,), " like x")
         checks.check_device(name, t, x.device)
-    for name, p in parameters.items():
+    for name in PARAMETERS:
+        p = getattr(given, name)
         if p is not None:
             checks.check_dtype(name, p, (x.dtype, torch.float32), " (x's or float32)")
             checks.check_device(name, p, x.device)
-    for name, t in (("mask", mask), ("indices", indices)):
+    for name, t in (("mask", given.mask), ("indices", given.indices)):
         if t is not None:
             checks.check_device(name, t, x.device)
-    checks.check_number("keep", keep)
-    checks.check_number("mix", mix)
+    checks.check_number("keep", given.keep)
+    checks.check_number("mix", given.mix)
+
+
+def _check_gate(given: Given, experts: int) -> None:
+    gate = given.gate
+    if gate != "softmax":
+        names = ("router", "router_bias", "noise", "top_k", "mask")
+        _absent(f"with gate={gate!r}", **{name: getattr(given, name) for name in names})
+        if given.router_input != "token":
+            raise ValueError(
+                f"router_input: want 'token' with gate={gate!r}, got {given.router_input!r}"
+            )
+    if gate != "given":
+        _absent(f"with gate={gate!r}", gates=given.gates, indices=given.indices)
+    if gate == "softmax":
+        _check_router(given, experts)
+    elif gate == "given":
+        _check_gates(given, experts)

@@ -36,12 +36,12 @@ def _gates(inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         if indices is None:
             return gates, None
         return torch.ones_like(indices, dtype=x.dtype) if gates is None else gates, indices
-    seen = x
+    router_in = x
     if inputs.get("router_input") == "pooled":
         mask = inputs.get("mask")
-        seen = x.mean(1) if mask is None else reference.token_weights(mask, x).unsqueeze(1) @ x
-        seen = seen.reshape(x.shape[0], x.shape[-1])
-    logits = F.linear(seen, inputs["router"], inputs.get("router_bias"))
+        router_in = x.mean(1) if mask is None else reference.token_weights(mask, x).unsqueeze(1) @ x
+        router_in = router_in.reshape(x.shape[0], x.shape[-1])
+    logits = F.linear(router_in, inputs["router"], inputs.get("router_bias"))
     if inputs.get("noise") is not None:
         logits = logits + inputs["noise"]
     k = inputs.get("top_k")

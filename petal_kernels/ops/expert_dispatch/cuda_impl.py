@@ -1,7 +1,7 @@
 """``expert_dispatch`` on CUDA: CUDA C++ kernels.
 
 Kernels, in ``csrc/expert_dispatch/cuda``: ``sort.cu`` (sort, invert), ``forward.cu`` (fwd),
-``backward.cu`` (rows), ``weights.cu`` (weights, sums, fold).
+``backward.cu`` (rows), ``weights.cu`` (weights, sums, reduce).
 
 Maths (N tokens, E experts, r rank of each, D input width, O output width, S slots = (token, expert)
 pairs that were chosen; T = x.dtype):
@@ -11,7 +11,7 @@ pairs that were chosen; T = x.dtype):
     rows     t_e = dout B_e; dz_e = mix g_e t_e act'; dg_e = mix (<t_e, act> + <dout, b_e>); dl;
              dx = keep dout + sum_e dz_e A_e + dl W
     weights  dB_e = mix dout^T (g_e act(z_e)), dA_e = dz_e^T x;  sums: db_e, dW, sorted da_e
-    fold     the splits of both in order
+    reduce     the splits of both in order
 
 Stationary: one launch forward, four backward. Sorted: logits (top-k), sort (three small launches),
 z by slots, out by tokens; backward inverts the order and has rows by slots before rows by tokens.

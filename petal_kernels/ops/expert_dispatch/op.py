@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from petal_kernels._runtime import backends as rt
-from petal_kernels._runtime import checks
 from petal_kernels._runtime.first_order import check_transforms
 from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.ops.expert_dispatch import planner, routing
-from petal_kernels.ops.expert_dispatch.arguments import Call, Settings, Tensors, check
+from petal_kernels.ops.expert_dispatch.arguments import Call, Given, Settings, Tensors, check
 from petal_kernels.ops.expert_dispatch.function import BACKENDS as BACKENDS
 from petal_kernels.ops.expert_dispatch.function import (
     NAME,
@@ -101,15 +98,9 @@ def expert_dispatch(
     projection of it is trained, z (N E r values, or N k r sorted), the logits and the choice.
     Deterministic: of equal inputs, the same bits. Source: see ``reference.py``.
     """
-    checks.check_bool("return_routing", return_routing)
-    given = (x, down, up, down_bias, up_bias, base, router, router_bias, noise, mask, gates)
-    check_transforms(NAME, (*given, indices))
-    call, name, lead, pooled = _prepare(
-        x, down, up, down_bias, up_bias, base=base, keep=keep, mix=mix, activation=activation,
-        gate=gate, router=router, router_bias=router_bias, noise=noise, top_k=top_k,
-        renormalize=renormalize, router_input=router_input, mask=mask, gates=gates,
-        indices=indices, plan=plan, backend=backend,
-    )  # fmt: skip
+    given = Given(**locals())
+    check_transforms(NAME, given)
+    call, name, lead, pooled = prepare(given)
     grads = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.tensors)
     if grads:
         out, logits, chosen = ExpertDispatchFunction.apply(name, *call.settings, *call.tensors)
@@ -128,32 +119,24 @@ def expert_dispatch(
     )
 
 
-def _prepare(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    down_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    *,
-    backend: str | None,
-    **given: Any,
+def prepare(
+    given: Given,
 ) -> tuple[Call, str, tuple[int, ...], routing.Routing | None]:
     """Check, flatten and reduce: the call, the backend's name, the leading dims, and the routing
     where it was settled before the call."""
-    check(x, down, up, down_bias, up_bias, **given)
-    name = rt.default_backend() if backend is None else rt.check_name(backend)
-    experts, rank = up.shape[0], up.shape[2]
-    gate, gates, top_k, base = given["gate"], given["gates"], given["top_k"], given["base"]
-    router, router_bias, noise = given["router"], given["router_bias"], given["noise"]
+    check(given)
+    name, x, base, top_k = rt.name_of(given.backend), given.x, given.base, given.top_k
+    experts, rank = given.up.shape[0], given.up.shape[2]
+    gate, gates, indices = given.gate, given.gates, given.indices
+    router, router_bias, noise = given.router, given.router_bias, given.noise
     chosen, settled, k = None, None, top_k or 0
-    if given["router_input"] == "pooled":
-        logits = PooledLogitsFunction.apply(x, router, router_bias, given["mask"], noise)
+    if given.router_input == "pooled":
+        logits = PooledLogitsFunction.apply(x, router, router_bias, given.mask, noise)
         chosen = None if top_k is None else routing.choose(logits, top_k)
-        gates = routing.weights(logits, chosen, given["renormalize"])
+        gates = routing.weights(logits, chosen, given.renormalize)
         settled = routing.Routing(logits, chosen)
         gate, router, router_bias, noise = "given", None, None, None
-    elif gate == "given" and given["indices"] is not None:
-        indices = given["indices"]
+    elif gate == "given" and indices is not None:
         k, chosen = indices.shape[-1], choice_op(indices, experts)
         hit = indices.unsqueeze(-1) == torch.arange(experts, device=x.device)
         hit = hit.to(wide_dtype(x.dtype) if gates is None else gates.dtype)
@@ -164,26 +147,26 @@ def _prepare(
         gate = "topk"
     shared = gates is not None and gates.dim() < x.dim()
     length = x.shape[1] if shared else 1
-    plan = given["plan"]
+    plan = given.plan
     if plan == "auto":
         plan = planner.choose(x.device.type, experts, rank, k, length)
     settings = Settings(
-        given["activation"],
+        given.activation,
         gate,
         k,
-        given["renormalize"],
+        given.renormalize,
         length,
         isinstance(base, str),
-        float(given["keep"]),
-        float(given["mix"]),
+        float(given.keep),
+        float(given.mix),
         plan,
     )
     tensors = Tensors(
         _rows(x),
-        down,
-        down_bias,
-        up,
-        up_bias,
+        given.down,
+        given.down_bias,
+        given.up,
+        given.up_bias,
         _rows(base) if isinstance(base, Tensor) else None,
         router,
         router_bias,
@@ -195,19 +178,9 @@ def _prepare(
     return Call(tensors, settings, tensors.x), name, tuple(x.shape[:-1]), settled
 
 
-def _explain(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    down_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    **options: Any,
-) -> rt.Explanation:
-    given = _DEFAULTS | options
-    checks.check_bool("return_routing", given.pop("return_routing"))
-    call, name, _, _ = _prepare(x, down, up, down_bias, up_bias, **given)
+def _explain(given: Given) -> rt.Explanation:
+    call, name, _, _ = prepare(given)
     return explanation(call, name)
 
 
-_DEFAULTS: dict[str, Any] = expert_dispatch.__kwdefaults__ or {}
-rt.register_explainer(expert_dispatch, _explain)
+rt.register_explainer(expert_dispatch, Given, _explain)

@@ -123,8 +123,10 @@ def _forward(
         y = F.linear(activate(activation, z[-1]), up[e].to(dtype), bias)
         weighted = g[..., e, None].to(dtype) * y
         # An expert that was not chosen contributes nothing, not 0 times what may be infinite.
-        seen = chosen if chosen is None or chosen.dim() == x.dim() else chosen.unsqueeze(-2)
-        out = out + (weighted if seen is None else weighted.masked_fill(~seen[..., e, None], 0.0))
+        if chosen is not None:
+            per_token = chosen if chosen.dim() == x.dim() else chosen.unsqueeze(-2)
+            weighted = weighted.masked_fill(~per_token[..., e, None], 0.0)
+        out = out + weighted
     out = mix * out
     h = x if isinstance(base, str) else base
     if h is not None:
@@ -157,8 +159,9 @@ def _router_backward(
     pooled = options.get("router_input", "token") == "pooled"
     dl = dgates.sum(-2) if pooled else dgates
     dl = routing.weights_backward(dl, logits, chosen, bool(options.get("renormalize", True)))
-    seen = _router_input(x, "pooled" if pooled else "token", mask)
-    grads["router"], grads["router_bias"] = _outer(dl, seen), dl.sum(tuple(range(dl.dim() - 1)))
+    router_in = _router_input(x, "pooled" if pooled else "token", mask)
+    grads["router"] = _outer(dl, router_in)
+    grads["router_bias"] = dl.sum(tuple(range(dl.dim() - 1)))
     grads["noise"] = dl
     into = dl @ router
     return token_weights(mask, x).unsqueeze(-1) * into.unsqueeze(-2) if pooled else into

@@ -158,7 +158,7 @@ def backward(
     t, s = call.tensors, call.settings
     chosen = saved.chosen if s.gate == "topk" else t.chosen
     gates = _gates(call, saved.logits, chosen)
-    seen = None if chosen is None else _per_token(chosen, s)
+    per_token = None if chosen is None else _per_token(chosen, s)
     if s.plan == "sorted" and not call.is_cuda:
         grads, dgates = _backward_sorted(call, saved, gates, dout, need)
     else:
@@ -166,11 +166,11 @@ def backward(
         assert z is not None
         if s.plan == "sorted":
             z = _slots_to_blocks(call, saved)
-        grads, dgates = _backward_stationary(call, z, gates, seen, dout, need)
+        grads, dgates = _backward_stationary(call, z, gates, per_token, dout, need)
     if dgates is None:
         return grads
-    if seen is not None:
-        dgates = dgates.masked_fill(~seen, 0.0)
+    if per_token is not None:
+        dgates = dgates.masked_fill(~per_token, 0.0)
     if "gates" in need:
         grads["gates"] = dgates.view(-1, s.tokens_per_gate, call.experts).sum(1)
     if saved.logits is not None:

@@ -48,12 +48,12 @@ def _store_routing(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     store_tile(logits_ptr, E, offs_m, offs_e, mask_m, E, logits)
     if GATE == "topk":
-        seen = choose(logits, K, E)
-        store_tile(chosen_ptr, E, offs_m, offs_e, mask_m, E, seen.to(tl.int8))
-        seen = seen & mask_m[:, None]
+        chosen = choose(logits, K, E)
+        store_tile(chosen_ptr, E, offs_m, offs_e, mask_m, E, chosen.to(tl.int8))
+        chosen = chosen & mask_m[:, None]
     else:
-        seen = mask_m[:, None] & (offs_e < E)[None, :]
-    return logits, seen
+        chosen = mask_m[:, None] & (offs_e < E)[None, :]
+    return logits, chosen
 
 
 @triton.jit
@@ -196,21 +196,21 @@ def _expert_dispatch_fwd_kernel(  # type: ignore[no-untyped-def]
     offs_e = tl.arange(0, BLOCK_E)
     CHOICE: tl.constexpr = chosen_ptr is not None
     if router_ptr is not None and place_ptr is None:
-        logits, seen = _store_routing(
+        logits, chosen = _store_routing(
             logits_ptr, chosen_ptr, x_ptr, router_ptr, router_bias_ptr, noise_ptr, offs_m, mask_m,
             D, E, K, stride_xm, GATE, PRECISION, BLOCK_K, BLOCK_E,
         )  # fmt: skip
-        g = tl.where(seen, softmax(logits, seen, E, RENORM and CHOICE), 0.0)
+        g = tl.where(chosen, softmax(logits, chosen, E, RENORM and CHOICE), 0.0)
     else:
-        g, _, seen = gates_tile(
+        g, _, chosen = gates_tile(
             logits_ptr, gates_ptr, chosen_ptr, offs_m, mask_m, L, E,
             GATE, RENORM and CHOICE, BLOCK_E,
         )  # fmt: skip
-    seen = seen.to(tl.int32)
+    chosen = chosen.to(tl.int32)
     if place_ptr is None:
         for i in range(A):
             e = tl.cast(i, tl.int64)
-            mask_e = mask_m if SHARED else column(seen, e) > 0
+            mask_e = mask_m if SHARED else column(chosen, e) > 0
             if SHARED or not CHOICE or tl.max(mask_e.to(tl.int32), 0) > 0:
                 bias_ptr = down_bias_ptr
                 if down_bias_ptr is not None:
@@ -229,7 +229,7 @@ def _expert_dispatch_fwd_kernel(  # type: ignore[no-untyped-def]
             acc = tl.dot(g.to(b.dtype), b, acc, input_precision=PRECISION)
         for i in range(E):
             e = tl.cast(i, tl.int64)
-            mask_e = column(seen, e) > 0
+            mask_e = column(chosen, e) > 0
             if not CHOICE or tl.max(mask_e.to(tl.int32), 0) > 0:
                 acc = _add_expert(
                     acc, z_ptr, place_ptr, up_ptr, e, column(g, e), mask_e, offs_m, offs_o,

@@ -136,10 +136,10 @@ def _expert_dispatch_bwd_rows_kernel(  # type: ignore[no-untyped-def]
     SORTED: tl.constexpr = place_ptr is not None
     CHOICE: tl.constexpr = chosen_ptr is not None
     DG: tl.constexpr = dl_ptr is not None or dgates_ptr is not None
-    g, p, seen = gates_tile(
+    g, p, chosen = gates_tile(
         logits_ptr, gates_ptr, chosen_ptr, offs_m, mask_m, L, E, GATE, RENORM and CHOICE, BLOCK_E
     )
-    used = seen.to(tl.int32)
+    used = chosen.to(tl.int32)
     dg = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     if not SORTED:
         if DG and up_bias_ptr is not None:
@@ -166,10 +166,10 @@ def _expert_dispatch_bwd_rows_kernel(  # type: ignore[no-untyped-def]
                     store_tile(dz_ptr, R, rows, offs_r, mask_e, R, dz)
         if SHARED and dz_ptr is not None:
             store_tile(dz_ptr, R, offs_m, offs_r, mask_m, R, total)
-        dg = tl.where(seen, dg, 0.0)
+        dg = tl.where(chosen, dg, 0.0)
     elif DG:
         dg_all = dg_ptr + offs_m[:, None] * E + offs_e[None, :]
-        dg = tl.load(dg_all, mask=seen, other=0.0)
+        dg = tl.load(dg_all, mask=chosen, other=0.0)
     if dgates_ptr is not None:
         store_tile(dgates_ptr, E, offs_m, offs_e, mask_m, E, dg)
     if dl_ptr is not None:

@@ -87,11 +87,11 @@ def choose(logits, K, E):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def softmax(logits, seen, E, RENORM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Over the experts seen where RENORM, else over all; an infinity or NaN spoils its row."""
+def softmax(logits, chosen, E, RENORM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Over the experts chosen where RENORM, else over all; an infinity or NaN spoils its row."""
     over = tl.broadcast_to((tl.arange(0, logits.shape[1]) < E)[None, :], logits.shape)
     if RENORM:
-        over = over & seen
+        over = over & chosen
     logits = tl.where(over, logits, float("-inf"))
     p = tl.exp(logits - tl.max(logits, 1)[:, None])
     return p / tl.sum(p, 1)[:, None]
@@ -113,16 +113,16 @@ def gates_tile(  # type: ignore[no-untyped-def]
     """Of tokens offs_m: g, 0 where not chosen; the softmax before the choice; who is chosen."""
     offs_e = tl.arange(0, BLOCK_E)
     rows = offs_m // L
-    seen = mask_m[:, None] & (offs_e < E)[None, :]
+    chosen = mask_m[:, None] & (offs_e < E)[None, :]
     if chosen_ptr is not None:
-        seen = load_tile(chosen_ptr, E, rows, offs_e, mask_m, E) != 0
+        chosen = load_tile(chosen_ptr, E, rows, offs_e, mask_m, E) != 0
     if GATE == "mean":
-        p = tl.zeros(seen.shape, tl.float32) + 1.0 / E
+        p = tl.zeros(chosen.shape, tl.float32) + 1.0 / E
     elif GATE == "given":
         p = load_tile(gates_ptr, E, rows, offs_e, mask_m, E).to(tl.float32)
     else:
-        p = softmax(load_tile(logits_ptr, E, rows, offs_e, mask_m, E), seen, E, RENORM)
-    return tl.where(seen, p, 0.0), p, seen
+        p = softmax(load_tile(logits_ptr, E, rows, offs_e, mask_m, E), chosen, E, RENORM)
+    return tl.where(chosen, p, 0.0), p, chosen
 
 
 @triton.jit

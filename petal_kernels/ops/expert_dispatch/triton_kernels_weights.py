@@ -70,8 +70,8 @@ def _expert_sum(  # type: ignore[no-untyped-def]
             tokens = tl.load(order_ptr + offs, mask=mask, other=0).to(tl.int64)
             z_row = offs
         elif chosen_ptr is not None:
-            seen = tl.load(chosen_ptr + tokens // L * E + e, mask=mask, other=0)
-            mask = mask & (seen != 0)
+            chosen = tl.load(chosen_ptr + tokens // L * E + e, mask=mask, other=0)
+            mask = mask & (chosen != 0)
         if chosen_ptr is None or order_ptr is not None or tl.max(mask.to(tl.int32), 0) > 0:
             small = load_tile(small_ptr, R, z_row, offs_r, mask, R)
             if UP:

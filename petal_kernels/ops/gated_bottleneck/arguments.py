@@ -20,6 +20,41 @@ GATES = ("none", "large", "middleX", "middleY", "small")
 VARIANTS = ("paper", "release")
 
 
+class Given(NamedTuple):
+    """The public function's arguments, as they came."""
+
+    x: Any
+    down: Any
+    up: Any
+    down_bias: Any
+    up_bias: Any
+    base: Any
+    bottleneck: Any
+    activation: Any
+    route: Any
+    vision: Any
+    gate: Any
+    gate_input: Any
+    gate_down: Any
+    gate_down_bias: Any
+    gate_up: Any
+    gate_up_bias: Any
+    gate_weight: Any
+    gate_bias: Any
+    mask: Any
+    scale: Any
+    dropout: Any
+    residual: Any
+    norm_weight: Any
+    norm_bias: Any
+    norm_eps: Any
+    variant: Any
+    update_at: Any
+    training: Any
+    rng: Any
+    backend: Any
+
+
 class Tensors(NamedTuple):
     """Every tensor argument, None where it is not given.
 
@@ -125,16 +160,23 @@ def _size(name: str, value: Any, want: tuple[Any, ...]) -> Tensor:
     return value  # type: ignore[no-any-return]
 
 
+def _sizes(given: Given, **wanted: int) -> None:
+    """Vectors, where they are given."""
+    for name, size in wanted.items():
+        value = getattr(given, name)
+        if value is not None:
+            _size(name, value, (size,))
+
+
 def _absent(reason: str, **given: Any) -> None:
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"{name}: want None {reason}, got a {type(value).__name__}")
 
 
-def _check_source(
-    x: Any, down: Any, down_bias: Any, bottleneck: Any
-) -> tuple[Tensor, int, dict[str, Tensor]]:
+def _check_source(given: Given) -> tuple[Tensor, int, dict[str, Tensor]]:
     """The first tensor, the rank, and the rows found."""
+    x, down, down_bias, bottleneck = given.x, given.down, given.down_bias, given.bottleneck
     if bottleneck is not None:
         _absent("when bottleneck is given", down=down, down_bias=down_bias)
         checks.check_floating("bottleneck", bottleneck)
@@ -159,10 +201,8 @@ def _check_source(
     return x, down.shape[0], {"x": x}
 
 
-def _check_gate(
-    gate: str, lead: tuple[int, ...], out: int, given: dict[str, Any], variant: str
-) -> None:
-    names = ("gate_input", "gate_down", "gate_up", "gate_weight")
+def _check_gate(given: Given, lead: tuple[int, ...], out: int) -> None:
+    gate, mask = given.gate, given.mask
     wanted = {
         "none": (),
         "large": ("gate_input", "gate_down", "gate_up"),
@@ -171,43 +211,34 @@ def _check_gate(
         "small": ("gate_input", "gate_weight"),
     }[gate]
     for name in wanted:
-        if given[name] is None:
+        if getattr(given, name) is None:
             raise TypeError(f"{name}: want a Tensor with gate={gate!r}, got None")
-    for name in names:
-        if name not in wanted and not (name == "gate_input" and isinstance(given["residual"], str)):
-            _absent(f"with gate={gate!r}", **{name: given[name]})
-    if gate != "large":
-        _absent(
-            f"with gate={gate!r}",
-            gate_down_bias=given["gate_down_bias"],
-            gate_up_bias=given["gate_up_bias"],
-        )
-    if gate not in ("middleX", "small"):
-        _absent(f"with gate={gate!r}", gate_bias=given["gate_bias"])
-    if given["mask"] is not None:
+    others = {"gate_input", "gate_down", "gate_up", "gate_weight"}.difference(wanted)
+    others -= {"gate_input"} if isinstance(given.residual, str) else set()
+    others |= set() if gate == "large" else {"gate_down_bias", "gate_up_bias"}
+    others |= set() if gate in ("middleX", "small") else {"gate_bias"}
+    _absent(f"with gate={gate!r}", **{n: getattr(given, n) for n in Given._fields if n in others})
+    if mask is not None:
         if gate != "small":
             raise ValueError(f"mask: want None with gate={gate!r}, got a Tensor")
-        if variant == "release":
+        if given.variant == "release":
             raise ValueError(
                 "mask: want None with variant='release', whose mean includes padding, got a Tensor"
             )
-        checks.check_mask("mask", given["mask"], lead)
-    if given["gate_input"] is not None:
-        width = "Dg" if gate == "large" and not isinstance(given["residual"], str) else out
-        _size("gate_input", given["gate_input"], (*lead, width))
+        checks.check_mask("mask", mask, lead)
+    if given.gate_input is not None:
+        width = "Dg" if gate == "large" and not isinstance(given.residual, str) else out
+        _size("gate_input", given.gate_input, (*lead, width))
     if gate == "large":
-        _size("gate_down", given["gate_down"], ("rg", given["gate_input"].shape[-1]))
-        rank = given["gate_down"].shape[0]
-        _size("gate_up", given["gate_up"], (out, rank))
+        _size("gate_down", given.gate_down, ("rg", given.gate_input.shape[-1]))
+        rank = given.gate_down.shape[0]
+        _size("gate_up", given.gate_up, (out, rank))
         if rank < 1:
-            raise ValueError(f"gate_down: want rg >= 1, got {list(given['gate_down'].shape)}")
-        for name, size in (("gate_down_bias", rank), ("gate_up_bias", out)):
-            if given[name] is not None:
-                _size(name, given[name], (size,))
+            raise ValueError(f"gate_down: want rg >= 1, got {list(given.gate_down.shape)}")
+        _sizes(given, gate_down_bias=rank, gate_up_bias=out)
     elif gate != "none":
-        _size("gate_weight", given["gate_weight"], (2 * out if gate == "small" else out,))
-        if given["gate_bias"] is not None:
-            _size("gate_bias", given["gate_bias"], (1,))
+        _size("gate_weight", given.gate_weight, (2 * out if gate == "small" else out,))
+        _sizes(given, gate_bias=1)
 
 
 def _check_route(route: str, first: Tensor, rank: int, vision: Any) -> None:
@@ -227,50 +258,12 @@ def _check_route(route: str, first: Tensor, rank: int, vision: Any) -> None:
         raise ValueError(f"vision: want V >= 1, got {list(vision.shape)}")
 
 
-def _check_sums(
-    x: Any, bottleneck: Any, base: Any, residual: Any, gate_input: Any, shape: tuple[int, ...]
-) -> dict[str, Tensor]:
-    """What the update and the output are added to; the rows found."""
-    rows: dict[str, Tensor] = {}
-    if isinstance(base, str):
-        checks.check_choice("base", base, ("input",))
-        if x is None:
-            raise TypeError("x: want a Tensor with base='input', got None")
-        if bottleneck is not None:
-            checks.check_floating("x", x)
-            rows["x"] = x
-        _size("x", x, shape)
-    else:
-        if bottleneck is not None:
-            _absent("when bottleneck is given and base is not 'input'", x=x)
-        if base is not None:
-            rows["base"] = _size("base", base, shape)
-    if isinstance(residual, str):
-        checks.check_choice("residual", residual, ("gate_input",))
-        if gate_input is None:
-            raise TypeError("gate_input: want a Tensor with residual='gate_input', got None")
-    elif residual is not None:
-        rows["residual"] = _size("residual", residual, shape)
-    return rows
-
-
-def _check_alike(first: Tensor, rows: dict[str, Tensor], parameters: dict[str, Any]) -> None:
-    for name, t in rows.items():
-        checks.check_dtype(name, t, (first.dtype,), " like the activations")
-        checks.check_device(name, t, first.device)
-    for name, p in parameters.items():
-        if p is not None:
-            checks.check_dtype(
-                name, p, (first.dtype, torch.float32), " (the activations' or float32)"
-            )
-            checks.check_device(name, p, first.device)
-
-
-def columns_to_update(first: Any, given: dict[str, Any]) -> Tensor:
+def columns_to_update(given: Given) -> Tensor:
     """The columns of base that ``update_at`` names; raises unless the call is a plain sum."""
+    first, base = given.update_at, given.base
     if not isinstance(first, int) or isinstance(first, bool):
         raise TypeError(f"update_at: want an int, got {type(first).__name__}")
-    base, up = given["base"], checks.check_tensor("up", given["up"])
+    up = checks.check_tensor("up", given.up)
     if not isinstance(base, Tensor):
         raise TypeError(f"base: want a Tensor with update_at, got {type(base).__name__}")
     checks.check_tensor("base", base)
@@ -288,7 +281,7 @@ def columns_to_update(first: Any, given: dict[str, Any]) -> Tensor:
         )
     plain = {"gate": "none", "scale": 1.0, "dropout": 0.0, "residual": None, "norm_weight": None}
     for name, value in plain.items():
-        got = given[name]
+        got = getattr(given, name)
         if value is None and got is not None:
             raise ValueError(f"{name}: want None with update_at, got a {type(got).__name__}")
         # What is no number or name is the check's to refuse, by its type.
@@ -297,91 +290,69 @@ def columns_to_update(first: Any, given: dict[str, Any]) -> Tensor:
     return base[..., first : first + up.shape[0]]
 
 
-def check(
-    x: Any,
-    down: Any,
-    up: Any,
-    down_bias: Any,
-    up_bias: Any,
-    base: Any,
-    bottleneck: Any,
-    activation: Any,
-    route: Any,
-    vision: Any,
-    gate: Any,
-    gate_input: Any,
-    gate_down: Any,
-    gate_down_bias: Any,
-    gate_up: Any,
-    gate_up_bias: Any,
-    gate_weight: Any,
-    gate_bias: Any,
-    mask: Any,
-    scale: Any,
-    dropout: Any,
-    residual: Any,
-    norm_weight: Any,
-    norm_bias: Any,
-    norm_eps: Any,
-    variant: Any,
-    training: Any,
-    rng: Any,
-) -> None:
+def check(given: Given) -> None:
     """Raise TypeError or ValueError, naming the argument, what is wanted and what came."""
-    checks.check_choice("activation", activation, ACTIVATIONS)
-    checks.check_choice("route", route, ROUTES)
-    checks.check_choice("gate", gate, GATES)
-    checks.check_choice("variant", variant, VARIANTS)
-    first, rank, rows = _check_source(x, down, down_bias, bottleneck)
+    checks.check_choice("activation", given.activation, ACTIVATIONS)
+    checks.check_choice("route", given.route, ROUTES)
+    checks.check_choice("gate", given.gate, GATES)
+    checks.check_choice("variant", given.variant, VARIANTS)
+    first, rank, rows = _check_source(given)
     lead = tuple(first.shape[:-1])
-    _size("up", up, ("O", rank))
-    out = up.shape[0]
+    _size("up", given.up, ("O", rank))
+    out = given.up.shape[0]
     if out < 1:
-        raise ValueError(f"up: want O >= 1, got {list(up.shape)}")
-    if up_bias is not None:
-        _size("up_bias", up_bias, (out,))
-    rows |= _check_sums(x, bottleneck, base, residual, gate_input, (*lead, out))
-    given = {
-        "gate_input": gate_input,
-        "gate_down": gate_down,
-        "gate_down_bias": gate_down_bias,
-        "gate_up": gate_up,
-        "gate_up_bias": gate_up_bias,
-        "gate_weight": gate_weight,
-        "gate_bias": gate_bias,
-        "mask": mask,
-        "residual": residual,
-    }
-    _check_gate(gate, lead, out, given, variant)
-    if gate == "small" and first.dim() != 3:
+        raise ValueError(f"up: want O >= 1, got {list(given.up.shape)}")
+    _sizes(given, up_bias=out)
+    rows |= _check_base(given, lead, out)
+    _check_gate(given, lead, out)
+    if given.gate == "small" and first.dim() != 3:
         raise ValueError(f"x: want shape [B, L, D] with gate='small', got {list(first.shape)}")
-    if gate_input is not None:
-        rows["gate_input"] = gate_input
-    _check_route(route, first, rank, vision)
-    if vision is not None:
-        rows["vision"] = vision
-    if (norm_weight is None) != (norm_bias is None):
-        missing = "norm_bias" if norm_bias is None else "norm_weight"
+    _check_route(given.route, first, rank, given.vision)
+    if (given.norm_weight is None) != (given.norm_bias is None):
+        missing = "norm_bias" if given.norm_bias is None else "norm_weight"
         raise TypeError(f"{missing}: want norm_weight and norm_bias together, got None")
-    for name, t in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if t is not None:
-            _size(name, t, (out,))
-    parameters = {
-        "down": down,
-        "down_bias": down_bias,
-        "up": up,
-        "up_bias": up_bias,
-        **{k: v for k, v in given.items() if k not in ("gate_input", "mask", "residual")},
-        "norm_weight": norm_weight,
-        "norm_bias": norm_bias,
-    }
-    _check_alike(first, rows, parameters)
-    if mask is not None:
-        checks.check_device("mask", mask, first.device)
-    checks.check_number("scale", scale)
-    philox.check_probability(dropout)
-    if checks.check_number("norm_eps", norm_eps) < 0:
-        raise ValueError(f"norm_eps: want a number >= 0, got {norm_eps}")
-    checks.check_bool("training", training)
-    if rng is not None:
-        checks.check_rng("rng", rng, first.device)
+    _sizes(given, norm_weight=out, norm_bias=out)
+    rows |= {n: t for n in ("gate_input", "vision") if (t := getattr(given, n)) is not None}
+    for name, t in rows.items():
+        checks.check_dtype(name, t, (first.dtype,), " like the activations")
+        checks.check_device(name, t, first.device)
+    allowed = (first.dtype, torch.float32)
+    for name in PARAMETERS:
+        p = getattr(given, name)
+        if p is not None:
+            checks.check_dtype(name, p, allowed, " (the activations' or float32)")
+            checks.check_device(name, p, first.device)
+    if given.mask is not None:
+        checks.check_device("mask", given.mask, first.device)
+    checks.check_number("scale", given.scale)
+    philox.check_probability(given.dropout)
+    if checks.check_number("norm_eps", given.norm_eps) < 0:
+        raise ValueError(f"norm_eps: want a number >= 0, got {given.norm_eps}")
+    checks.check_bool("training", given.training)
+    if given.rng is not None:
+        checks.check_rng("rng", given.rng, first.device)
+
+
+def _check_base(given: Given, lead: tuple[int, ...], out: int) -> dict[str, Tensor]:
+    """H and the residual; the rows found."""
+    x, base, residual, rows = given.x, given.base, given.residual, {}
+    if isinstance(base, str):
+        checks.check_choice("base", base, ("input",))
+        if x is None:
+            raise TypeError("x: want a Tensor with base='input', got None")
+        if given.bottleneck is not None:
+            checks.check_floating("x", x)
+            rows["x"] = x
+        _size("x", x, (*lead, out))
+    else:
+        if given.bottleneck is not None:
+            _absent("when bottleneck is given and base is not 'input'", x=x)
+        if base is not None:
+            rows["base"] = _size("base", base, (*lead, out))
+    if isinstance(residual, str):
+        checks.check_choice("residual", residual, ("gate_input",))
+        if given.gate_input is None:
+            raise TypeError("gate_input: want a Tensor with residual='gate_input', got None")
+    elif residual is not None:
+        rows["residual"] = _size("residual", residual, (*lead, out))
+    return rows

@@ -101,7 +101,7 @@ def well_written(**inputs: Any) -> tuple[Tensor]:
     x: Any = inputs.get("gate_input")
     w: Any = inputs.get("gate_weight")
     gate: Tensor | None = None
-    seen = inputs["x"] if isinstance(inputs["base"], str) else inputs["base"]
+    logit_h = inputs["x"] if isinstance(inputs["base"], str) else inputs["base"]
     bias = inputs.get("gate_bias")
     if inputs["gate"] == "large":
         zg = F.linear(x, inputs["gate_down"], inputs.get("gate_down_bias"))
@@ -110,7 +110,7 @@ def well_written(**inputs: Any) -> tuple[Tensor]:
         gate = 1 + w.sigmoid()
     elif inputs["gate"] != "none":
         o = y.shape[-1]
-        logits = F.linear(x, w[None, :o], bias) + F.linear(seen, w[None, -o:])
+        logits = F.linear(x, w[None, :o], bias) + F.linear(logit_h, w[None, -o:])
         gate = logits.sigmoid()
         gate = gate.mean(-2, keepdim=True) if inputs["gate"] == "small" else gate
     return (_finish(y, gate, inputs),)

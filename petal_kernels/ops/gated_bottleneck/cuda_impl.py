@@ -1,7 +1,7 @@
 """``gated_bottleneck`` on CUDA: CUDA C++ kernels, the library's products for routes by a matrix.
 
 Kernels, in ``csrc/gated_bottleneck/cuda``: ``forward.cu`` (fwd, pool), ``backward.cu`` (rows),
-``weights.cu`` (weights, fold).
+``weights.cu`` (weights, reduce).
 
 Maths (N rows, D input width, r rank, O output width, Dg and rg of the gate; T = x.dtype):
 
@@ -12,7 +12,7 @@ Maths (N rows, D input width, r rank, O output width, Dg and rg of the gate; T =
              dzg = (dlogit Gu) act'; dx = dH + dz D, dX = du + dlogit w_x + dzg Gd
     weights  dU = dY^T a, dGu = dlogit^T ag and all sums over rows, dY and dlogit formed again;
              dD = dz^T x, dGd = dzg^T X
-    fold     the splits of weights in order
+    reduce     the splits of weights in order
 
 One launch forward, three backward. "small" adds one before a pool in both directions; a product
 route through more than one vision token one for z, and every product route one for dx after its own
@@ -66,7 +66,7 @@ class Work(NamedTuple):
     logits: Tensor | None = None
     pooled: Tensor | None = None  # small: the samples' gates
     moments: Tensor | None = None
-    fold: Tensor | None = None  # U^T w_h, where the logit reads Y
+    weight_a: Tensor | None = None  # U^T w_h, where the logit reads Y
     sums: Tensor | None = None  # [N, 3]: mean(g), mean(g xhat), dlogit
     totals: Tensor | None = None  # small: the samples' gradients
     a: Tensor | None = None
@@ -165,14 +165,14 @@ def _pool(values: Tensor, token_weights: Tensor | None, samples: int, sigmoid: b
     return out
 
 
-def _fold(t: Tensors, work: Work) -> tuple[Tensors, Work]:
+def _read_output(t: Tensors, work: Work) -> tuple[Tensors, Work]:
     """w_h . Y = w_h . H + (U^T w_h) . a + w_h . b: the logit's second half without Y."""
     assert t.gate_weight is not None
     weight = t.gate_weight[-t.up.shape[0] :].float()
     bias = weight.new_zeros(1) if t.gate_bias is None else t.gate_bias.float()
     if t.up_bias is not None:
         bias = bias + weight.dot(t.up_bias.float())
-    return t._replace(gate_bias=bias), work._replace(fold=t.up.float().t().mv(weight))
+    return t._replace(gate_bias=bias), work._replace(weight_a=t.up.float().t().mv(weight))
 
 
 def forward(
@@ -197,7 +197,7 @@ def forward(
         moments = first.new_empty(n, 2, dtype=torch.float32)
     work = Work(z=z, zg=zg, logits=logits, moments=moments)
     if s.gate in _ROW_GATES and s.gate_sees_output:
-        t, work = _fold(t, work)
+        t, work = _read_output(t, work)
     numbers = _numbers(s, outer)
 
     def run(out: Tensor | None, z: bool, zg: bool, logits: bool) -> None:
@@ -323,13 +323,13 @@ def _weight_gradients(
     for name in need & _WEIGHTS:
         given: Tensor = getattr(t, name)
         grads[name] = given.new_empty(given.shape)
-    gate = seen = grads.get("gate_up_bias")
+    gate = weight_h = grads.get("gate_up_bias")
     if "gate_weight" in need:
         assert t.gate_weight is not None
         # The curve of middleY's gate is applied to the sum before it is rounded.
         gate = t.gate_weight.new_empty(t.gate_weight.shape, dtype=torch.float32)
         grads["gate_weight"] = gate
-        gate, seen = gate[:outs], gate[outs:]
+        gate, weight_h = gate[:outs], gate[outs:]
     targets = [
         grads.get("up"),
         grads.get("gate_up"),
@@ -337,7 +337,7 @@ def _weight_gradients(
         grads.get("gate_down"),
         grads.get("up_bias"),
         gate,
-        seen if s.gate == "small" and gate is not None else None,
+        weight_h if s.gate == "small" and gate is not None else None,
         grads.get("norm_weight"),
         grads.get("norm_bias"),
     ]

@@ -77,11 +77,11 @@ def _derived(call: Call) -> list[Tensor | None]:
     bias = None if t.gate_bias is None else t.gate_bias.float()
     if not s.gate_sees_output:
         return [None, None, bias]
-    _, seen = _halves(call)
+    _, weight_h = _halves(call)
     if t.up_bias is not None:
-        through = (seen @ t.up_bias.float()).view(1)
+        through = (weight_h @ t.up_bias.float()).view(1)
         bias = through if bias is None else bias + through
-    return [None, t.up.float().t() @ seen, bias]
+    return [None, t.up.float().t() @ weight_h, bias]
 
 
 def _arguments(call: Call, rng: Tensor | None) -> list[Any]:

@@ -14,6 +14,7 @@ from petal_kernels._runtime.first_order import check_transforms
 from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels.ops.gated_bottleneck.arguments import (
     Call,
+    Given,
     Settings,
     Tensors,
     check,
@@ -156,9 +157,9 @@ def gated_bottleneck(
     infinite number may make its whole row NaN where a saturated gate or relu would be finite.
     Deterministic. Source: see ``reference.py``.
     """
-    given = locals()
-    check_transforms(NAME, given.values())
-    call, state, name, lead = _prepare(**given)
+    given = Given(**locals())
+    check_transforms(NAME, given)
+    call, state, name, lead = prepare(given)
     if update_at is not None:
         return _update_columns(call, base, update_at, name)
     grads = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.tensors)
@@ -179,36 +180,27 @@ def _update_columns(call: Call, base: Any, first: int, backend: str) -> Tensor:
     return base  # type: ignore[no-any-return]
 
 
-def _prepare(
-    *,
-    update_at: int | None = None,
-    training: bool,
-    rng: Tensor | None,
-    backend: str | None,
-    **given: Any,
-) -> tuple[Call, Tensor | None, str, tuple[int, ...]]:
+def prepare(given: Given) -> tuple[Call, Tensor | None, str, tuple[int, ...]]:
     """Check, flatten and reduce: the call, the generator's state, the backend's name, the leading
     dims."""
-    if update_at is None:
-        check(**given, training=training, rng=rng)
+    if given.update_at is None:
+        check(given)
     else:
-        columns = columns_to_update(update_at, given)
-        check(**given | {"base": columns}, training=training, rng=rng)
-        given["base"] = None
-    name = rt.default_backend() if backend is None else rt.check_name(backend)
-    x, bottleneck, vision = given["x"], given["bottleneck"], given["vision"]
-    first: Tensor = x if x is not None else bottleneck
-    p = float(given["dropout"]) if training and philox.threshold(given["dropout"]) > 0 else 0.0
+        check(given._replace(base=columns_to_update(given)))
+        given = given._replace(base=None)
+    name = rt.name_of(given.backend)
+    first: Tensor = given.x if given.x is not None else given.bottleneck
+    drops = given.training and philox.threshold(given.dropout) > 0
     state = None
-    if p > 0.0:
-        state = philox.draw(first.device) if rng is None else rng.contiguous()
+    if drops:
+        state = philox.draw(first.device) if given.rng is None else given.rng.contiguous()
     length = first.shape[1] if first.dim() == 3 else 0
-    kind, relu, left, right = _route_factors(given["route"], vision, length, given["variant"])
-    release = given["variant"] == "release"
-    gate, base, residual = given["gate"], given["base"], given["residual"]
+    kind, relu, left, right = _route_factors(given.route, given.vision, length, given.variant)
+    release = given.variant == "release"
+    gate, base, residual = given.gate, given.base, given.residual
     per_sample = kind != "none" or gate == "small"
     settings = Settings(
-        given["activation"],
+        given.activation,
         isinstance(base, str),
         kind,
         relu,
@@ -217,52 +209,42 @@ def _prepare(
         release,
         isinstance(residual, str),
         first.shape[0] if per_sample else 1,
-        float(given["scale"]),
-        p,
-        float(given["norm_eps"]),
+        float(given.scale),
+        float(given.dropout) if drops else 0.0,
+        float(given.norm_eps),
     )
     tensors = Tensors(
-        flat_rows(x),
-        given["down"],
-        given["down_bias"],
-        flat_rows(bottleneck),
-        given["up"],
-        given["up_bias"],
+        flat_rows(given.x),
+        given.down,
+        given.down_bias,
+        flat_rows(given.bottleneck),
+        given.up,
+        given.up_bias,
         None if isinstance(base, str) else flat_rows(base),
         left,
         right,
-        flat_rows(given["gate_input"]),
-        given["gate_down"],
-        given["gate_down_bias"],
-        given["gate_up"],
-        given["gate_up_bias"],
-        given["gate_weight"],
-        given["gate_bias"],
-        _token_weights(given["mask"], first.dtype),
+        flat_rows(given.gate_input),
+        given.gate_down,
+        given.gate_down_bias,
+        given.gate_up,
+        given.gate_up_bias,
+        given.gate_weight,
+        given.gate_bias,
+        _token_weights(given.mask, first.dtype),
         None if isinstance(residual, str) else flat_rows(residual),
-        given["norm_weight"],
-        given["norm_bias"],
+        given.norm_weight,
+        given.norm_bias,
     )
     return Call(tensors, settings), state, name, tuple(first.shape[:-1])
 
 
-def _explain(
-    x: Tensor | None,
-    down: Tensor | None,
-    up: Tensor,
-    down_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    **options: Any,
-) -> rt.Explanation:
-    given = _DEFAULTS | options
-    if given["rng"] is None:  # an explanation draws nothing from the generator
-        first = given["bottleneck"] if x is None else x
-        given["rng"] = torch.zeros(2, dtype=torch.int64, device=getattr(first, "device", None))
-    call, _, name, _ = _prepare(
-        x=x, down=down, up=up, down_bias=down_bias, up_bias=up_bias, **given
-    )
+def _explain(given: Given) -> rt.Explanation:
+    if given.rng is None:  # an explanation draws nothing from the generator
+        first = given.bottleneck if given.x is None else given.x
+        nothing = torch.zeros(2, dtype=torch.int64, device=getattr(first, "device", None))
+        given = given._replace(rng=nothing)
+    call, _, name, _ = prepare(given)
     return explanation(call, name)
 
 
-_DEFAULTS: dict[str, Any] = gated_bottleneck.__kwdefaults__ or {}
-rt.register_explainer(gated_bottleneck, _explain)
+rt.register_explainer(gated_bottleneck, Given, _explain)

@@ -131,7 +131,7 @@ def _values(
     if h is not None:
         y = h + y
     v = _Values(h, z, q, a, y, y.new_ones(()))
-    seen = y if variant == "release" else h if h is not None else torch.zeros_like(y)
+    logit_h = y if variant == "release" else h if h is not None else torch.zeros_like(y)
     if gate == "large":
         assert gate_input is not None
         assert gate_down is not None
@@ -148,9 +148,9 @@ def _values(
         assert gate_weight is not None
         w = wide(gate_weight.to(dtype))
         if gate == "middleX":
-            t = (wide(gate_input) + wide(seen)) @ w
+            t = (wide(gate_input) + wide(logit_h)) @ w
         else:
-            t = wide(gate_input) @ w[: y.shape[-1]] + wide(seen) @ w[y.shape[-1] :]
+            t = wide(gate_input) @ w[: y.shape[-1]] + wide(logit_h) @ w[y.shape[-1] :]
         if gate_bias is not None:
             t = t + wide(gate_bias.to(dtype))
         v.logits = t.unsqueeze(-1)
@@ -278,10 +278,10 @@ def _gate_backward(
             weights = _token_weights(mask if isinstance(mask, Tensor) else None, v.y)
             dgate = dgate.sum(-2, keepdim=True) * weights
         dt = dgate * s * (1 - s)
-        seen = v.y if variant == "release" else v.h if v.h is not None else torch.zeros_like(v.y)
+        logit_h = v.y if variant == "release" else v.h if v.h is not None else torch.zeros_like(v.y)
         d = v.y.shape[-1]
         wx, wh = (w, w) if gate == "middleX" else (w[:d], w[d:])
-        dwx, dwh = (dt * x_gate).sum(lead), (dt * seen).sum(lead)
+        dwx, dwh = (dt * x_gate).sum(lead), (dt * logit_h).sum(lead)
         grads["gate_weight"] = dwx + dwh if gate == "middleX" else torch.cat((dwx, dwh))
         grads["gate_bias"] = dt.sum().view(1)
         _add(grads, "gate_input", dt * wx)

@@ -135,10 +135,10 @@ def _logits(call: Call, y: Tensor | None) -> Tensor:
     assert t.gate_input is not None
     assert y is not None
     wx, wh = (w.to(y.dtype) for w in _gate_halves(t, s))
-    seen = y if s.gate_sees_output else t.x if s.add_input else t.base
+    logit_h = y if s.gate_sees_output else t.x if s.add_input else t.base
     logits = wide(t.gate_input) @ wide(wx)
-    if seen is not None:
-        logits = logits + wide(seen) @ wide(wh)
+    if logit_h is not None:
+        logits = logits + wide(logit_h) @ wide(wh)
     if t.gate_bias is not None:
         logits = logits + wide(t.gate_bias.to(y.dtype))
     return logits
@@ -346,15 +346,15 @@ def _gate_backward(
     assert saved.logits is not None
     dt = dgate * _sigmoid_slope(saved.logits).unsqueeze(1)
     wx, wh = (w.to(dtype) for w in _gate_halves(t, s))
-    seen = m.y if s.gate_sees_output else t.x if s.add_input else t.base
+    logit_h = m.y if s.gate_sees_output else t.x if s.add_input else t.base
     if "gate_weight" in need:
         assert t.gate_input is not None
         dwx = dt.t() @ wide(t.gate_input)
-        dwh = torch.zeros_like(dwx) if seen is None else dt.t() @ wide(seen)
+        dwh = torch.zeros_like(dwx) if logit_h is None else dt.t() @ wide(logit_h)
         both = dwx + dwh if s.gate == "middleX" else torch.cat((dwx, dwh), 1)
         grads["gate_weight"] = both[0]
     grads["gate_bias"] = dt.sum().view(1) if "gate_bias" in need else None
     small = dt.to(dtype)
-    dh = dy if seen is None else torch.addcmul(dy, small, wh.unsqueeze(0))
+    dh = dy if logit_h is None else torch.addcmul(dy, small, wh.unsqueeze(0))
     gate_dx = small * wx if "gate_input" in need else None
     return dh, dh if s.gate_sees_output else dy, gate_dx

@@ -132,7 +132,7 @@ _KERNELS = {
 }
 # Argument types that do not follow from a row's dtype: trained parameters are float32 by default.
 _TYPES = {
-    **dict.fromkeys(("logits", "moments", "stats", "seen", "token_weights", "part"), "*fp32"),
+    **dict.fromkeys(("logits", "moments", "stats", "weight_a", "token_weights", "part"), "*fp32"),
     **dict.fromkeys(("down", "down_bias", "up", "up_bias", "norm_weight", "norm_bias"), "*fp32"),
     **dict.fromkeys(("gate_down", "gate_down_bias", "gate_up", "gate_up_bias"), "*fp32"),
     **dict.fromkeys(("gate_weight", "gate_bias"), "*fp32"),
@@ -171,7 +171,7 @@ def _absent(kernel: str, form: str) -> set[str]:
     """Pointers that are None in a form."""
     gate, route, norm, _ = _FORMS[form]
     row_gate = gate in ("middleX", "small")
-    absent = {"seen"}
+    absent = {"weight_a"}
     if gate != "large":
         absent |= {"zg", "gate_down", "gate_down_bias", "gate_up", "gate_up_bias", "dzg", "ag"}
     if not row_gate:

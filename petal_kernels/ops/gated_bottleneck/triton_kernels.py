@@ -78,7 +78,7 @@ def _gated_bottleneck_fwd_kernel(  # type: ignore[no-untyped-def]
     gate_up_bias_ptr,
     gate_weight_ptr,
     gate_bias_ptr,
-    seen_ptr,
+    weight_a_ptr,
     token_weights_ptr,
     res_ptr,
     norm_weight_ptr,
@@ -91,7 +91,7 @@ def _gated_bottleneck_fwd_kernel(  # type: ignore[no-untyped-def]
     D,
     R,
     O,  # noqa: E741
-    G,
+    DG,
     RG,
     stride_xm,
     stride_zm,
@@ -143,7 +143,7 @@ def _gated_bottleneck_fwd_kernel(  # type: ignore[no-untyped-def]
     row_gate = tl.zeros((BLOCK_M,), tl.float32)
     if GATE == "large":
         zg = project(
-            g_ptr, stride_gm, gate_down_ptr, gate_down_bias_ptr, offs_m, mask_m, G, RG,
+            g_ptr, stride_gm, gate_down_ptr, gate_down_bias_ptr, offs_m, mask_m, DG, RG,
             PRECISION, BLOCK_K, BLOCK_G,
         ).to(z.dtype)  # fmt: skip
         if zg_ptr is not None:
@@ -154,8 +154,9 @@ def _gated_bottleneck_fwd_kernel(  # type: ignore[no-untyped-def]
             g_ptr, stride_gm, h_ptr, stride_hm, gate_weight_ptr, gate_bias_ptr, offs_m, mask_m, O,
             GATE, BLOCK_K,
         )  # fmt: skip
-        if seen_ptr is not None:
-            t += tl.sum(a * load_vector(seen_ptr, offs_r, R)[None, :], 1) + tl.load(seen_ptr + R)
+        if weight_a_ptr is not None:
+            weight_a = load_vector(weight_a_ptr, offs_r, R)[None, :]
+            t += tl.sum(a * weight_a, 1) + tl.load(weight_a_ptr + R)
         if logits_ptr is not None:
             tl.store(logits_ptr + offs_m, t, mask=mask_m)
         row_gate = tl.sigmoid(t)

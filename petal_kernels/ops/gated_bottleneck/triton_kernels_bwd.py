@@ -139,7 +139,7 @@ def _gated_bottleneck_bwd_rows_kernel(  # type: ignore[no-untyped-def]
     D,
     R,
     O,  # noqa: E741
-    G,
+    DG,
     RG,
     stride_dm,
     stride_zm,
@@ -355,6 +355,6 @@ def _gated_bottleneck_bwd_rows_kernel(  # type: ignore[no-untyped-def]
             if dg_ptr is not None:
                 tl.debug_barrier()
                 _add_product(
-                    dg_ptr, dzg, gate_down_ptr, offs_m, mask_m, G, RG, ADD_GATE_INPUT,
+                    dg_ptr, dzg, gate_down_ptr, offs_m, mask_m, DG, RG, ADD_GATE_INPUT,
                     PRECISION, BLOCK_O, BLOCK_G,
                 )  # fmt: skip

@@ -143,8 +143,9 @@ def _stride(*tensors: Tensor | None) -> int:
     return next((t.stride(0) for t in tensors if t is not None), 0)
 
 
-def _seen_output(p: Problem) -> Tensor:
-    """What the released gates read of Y beyond H: U^T w_h, then w_h . b; fp32 [r + 1]."""
+def _weight_a(p: Problem) -> Tensor:
+    """What the released gates read of Y beyond H: U^T w_h, the weight of a, then w_h . b; fp32
+    [r + 1]."""
     assert p.t.gate_weight is not None
     w = p.t.gate_weight[-p.out :].float()
     constant = w.new_zeros(1) if p.t.up_bias is None else (w @ p.t.up_bias.float()).view(1)
@@ -167,7 +168,7 @@ def forward(
     wide: dict[str, Any] = {"dtype": torch.float32, "device": first.device}
     logits = torch.empty(p.rows, **wide) if p.row_gate and (keep or small) else None
     moments = torch.empty(p.rows, 2, **wide) if p.normed and keep else None
-    seen = _seen_output(p) if p.row_gate and s.gate_sees_output else None
+    weight_a = _weight_a(p) if p.row_gate and s.gate_sees_output else None
     config = p.config("fwd", first)
     programs, *parts = p.grid(config["BLOCK_M"])
 
@@ -176,7 +177,7 @@ def forward(
             out, z, zg, logits, moments,
             x, t.down, t.down_bias, p.base, t.up, t.up_bias, t.left, t.right,
             t.gate_input, t.gate_down, t.gate_down_bias, t.gate_up, t.gate_up_bias,
-            t.gate_weight, t.gate_bias, seen, t.token_weights, p.residual,
+            t.gate_weight, t.gate_bias, weight_a, t.token_weights, p.residual,
             t.norm_weight, t.norm_bias, drop.rng,
             *parts, p.tokens, p.width, p.rank, p.out, p.gate_width, p.gate_rank,
             _stride(x), _stride(z), _stride(p.base), _stride(t.gate_input), _stride(p.residual),

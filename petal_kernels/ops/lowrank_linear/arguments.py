@@ -15,6 +15,26 @@ from petal_kernels.ops.lowrank_linear.planner import PLANS
 DROPOUT_SITES = ("bottleneck", "input", "mode")
 
 
+class Given(NamedTuple):
+    """The public function's arguments, as they came."""
+
+    x: Any
+    down: Any
+    ups: Any
+    weights: Any
+    biases: Any
+    base: Any
+    hidden: Any
+    core: Any
+    scale: Any
+    dropout: Any
+    dropout_at: Any
+    training: Any
+    rng: Any
+    plan: Any
+    backend: Any
+
+
 class Tensors(NamedTuple):
     """Every tensor argument; None or an empty sequence where it is not given.
 
@@ -163,23 +183,9 @@ def _check_base(
     return found
 
 
-def check(
-    x: Any,
-    down: Any,
-    ups: Any,
-    weights: Any,
-    biases: Any,
-    base: Any,
-    hidden: Any,
-    core: Any,
-    scale: Any,
-    dropout: Any,
-    dropout_at: Any,
-    training: Any,
-    rng: Any,
-    plan: Any,
-) -> Call:
+def check(given: Given) -> Call:
     """Raise TypeError or ValueError, naming the argument, or return the call."""
+    x, down, ups, weights, biases, base, hidden, core = given[:8]
     ups = _check_sequence("ups", ups)
     if not ups:
         raise ValueError("ups: want at least one tensor, got none")
@@ -201,19 +207,19 @@ def check(
             raise ValueError(f"ups[{k}]: want O >= 1, got {list(up.shape)}")
         parameters.append((f"ups[{k}]", up))
     same += _check_base(first, x, ups, weights, biases, base)
-    checks.check_choice("dropout_at", dropout_at, DROPOUT_SITES)
-    philox.check_probability(dropout)
+    checks.check_choice("dropout_at", given.dropout_at, DROPOUT_SITES)
+    philox.check_probability(given.dropout)
     if core is not None:
         checks.check_shape("core", checks.check_tensor("core", core), (len(ups), rank, rank))
         parameters.append(("core", core))
-    if (core is not None) != (dropout_at == "mode"):
+    if (core is not None) != (given.dropout_at == "mode"):
         want = "[K, R, R]" if core is None else "None"
         raise ValueError(
-            f"core: want {want} with dropout_at={dropout_at!r}, got "
+            f"core: want {want} with dropout_at={given.dropout_at!r}, got "
             f"{'None' if core is None else 'a Tensor'}; elsewhere fold it into ups with "
             "mode_contract"
         )
-    if hidden is not None and dropout_at == "input":
+    if hidden is not None and given.dropout_at == "input":
         raise ValueError(
             "dropout_at: want 'bottleneck' or 'mode' when hidden is given, got 'input'"
         )
@@ -223,12 +229,13 @@ def check(
         checks.check_dtype(name, t, (first.dtype, torch.float32), " (the activations' or float32)")
     for name, t in same + parameters:
         checks.check_device(name, t, first.device)
-    if rng is not None:
-        checks.check_rng("rng", rng, first.device)
-    checks.check_bool("training", training)
-    number = checks.check_number("scale", scale)
-    checks.check_choice("plan", plan, ("auto", *PLANS))
-    p = float(dropout) if training and philox.threshold(dropout) > 0 else 0.0
+    if given.rng is not None:
+        checks.check_rng("rng", given.rng, first.device)
+    checks.check_bool("training", given.training)
+    number = checks.check_number("scale", given.scale)
+    checks.check_choice("plan", given.plan, ("auto", *PLANS))
+    drops = given.training and philox.threshold(given.dropout) > 0
     return Call(
-        Tensors(x, down, hidden, ups, weights, biases, base, core), Settings(number, p, dropout_at)
+        Tensors(x, down, hidden, ups, weights, biases, base, core),
+        Settings(number, float(given.dropout) if drops else 0.0, given.dropout_at),
     )

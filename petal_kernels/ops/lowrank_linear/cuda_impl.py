@@ -202,15 +202,21 @@ def backward(
             gs, [h] * k, [d.t() for d in dcore], None, [1.0] * k, 0.0, [_NO_MASK] * k, 0
         )
 
-    dx = None
-    if "x" in need:
-        for dy, w in zip(dys, t.weights, strict=False):
-            dx = torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
-        if down is not None:
-            bases = [] if dx is None else [dx]
-            dx = h.new_empty(h.shape[0], down.shape[1]) if dx is None else dx
-            narrow = _row_major(down, dtype)
-            _ops().lowrank_linear_expand(
-                [dh], [narrow.t()], bases, [dx], rng, 1.0, p, False, at_input
-            )
+    dx = _input_gradient(call, dh, dys, rng) if "x" in need else None
     return Gradients(dx, ddown, dh, dups, dcore)
+
+
+def _input_gradient(call: Call, dh: Tensor, dys: list[Tensor], rng: Tensor | None) -> Tensor | None:
+    """dx = sum_k dy_k W_k + mask (dh U)."""
+    t, s = call
+    dx = None
+    for dy, w in zip(dys, t.weights, strict=False):
+        dx = torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
+    if t.down is not None:
+        bases = [] if dx is None else [dx]
+        dx = dh.new_empty(dh.shape[0], t.down.shape[1]) if dx is None else dx
+        narrow, at_input = _row_major(t.down, dh.dtype), s.dropout_at == "input"
+        _ops().lowrank_linear_expand(
+            [dh], [narrow.t()], bases, [dx], rng, 1.0, s.dropout, False, at_input
+        )
+    return dx

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime import philox
 from petal_kernels._runtime.first_order import check_transforms
-from petal_kernels.ops.lowrank_linear.arguments import check
+from petal_kernels.ops.lowrank_linear.arguments import Given, check
 from petal_kernels.ops.lowrank_linear.function import BACKENDS as BACKENDS
 from petal_kernels.ops.lowrank_linear.function import (
     NAME,
@@ -82,24 +81,10 @@ def lowrank_linear(
     Differentiable once (not in weights). Saved for backward: x where down is trained, N x R values,
     the state of the generator and the parameters. Deterministic. Source: see ``reference.py``.
     """
-    check_transforms(NAME, (x, down, ups, weights, biases, base, hidden, core, rng))
-    call = check(
-        x,
-        down,
-        ups,
-        weights,
-        biases,
-        base,
-        hidden,
-        core,
-        scale,
-        dropout,
-        dropout_at,
-        training,
-        rng,
-        plan,
-    )
-    name = rt.default_backend() if backend is None else rt.check_name(backend)
+    given = Given(**locals())
+    check_transforms(NAME, given)
+    call = check(given)
+    name = rt.name_of(backend)
     t, settings = call
     state = None
     if settings.dropout > 0.0:
@@ -119,22 +104,11 @@ def _any_trained(tensors: Sequence[Tensor | None]) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _explain(
-    x: Tensor | None,
-    down: Tensor | None,
-    ups: Sequence[Tensor],
-    weights: Sequence[Tensor] | None = None,
-    biases: Sequence[Tensor | None] | None = None,
-    **options: Any,
-) -> rt.Explanation:
-    given = _DEFAULTS | options
-    backend, plan = given.pop("backend"), given["plan"]
-    call = check(x, down, ups, weights, biases, **given)
-    name = rt.default_backend() if backend is None else rt.check_name(backend)
+def _explain(given: Given) -> rt.Explanation:
+    call = check(given)
     trains = torch.is_grad_enabled() and _any_trained(flatten(call.tensors))
     inference = not trains and call.tensors.hidden is None
-    return explanation(call, inference, plan, name)
+    return explanation(call, inference, given.plan, rt.name_of(given.backend))
 
 
-_DEFAULTS: dict[str, Any] = lowrank_linear.__kwdefaults__ or {}
-rt.register_explainer(lowrank_linear, _explain)
+rt.register_explainer(lowrank_linear, Given, _explain)

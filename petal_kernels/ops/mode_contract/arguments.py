@@ -11,6 +11,17 @@ from torch import Tensor
 from petal_kernels._runtime import checks
 
 
+class Given(NamedTuple):
+    """The public function's arguments, as they came."""
+
+    core: Any
+    modes: Any
+    up: Any
+    scale: Any
+    dtype: Any
+    backend: Any
+
+
 class Call(NamedTuple):
     """One call as a backend gets it, in the order of the raw operator's schema."""
 
@@ -45,8 +56,9 @@ class Gradients(NamedTuple):
     up: Tensor | None = None
 
 
-def check(core: Any, modes: Any, up: Any, scale: Any, dtype: Any) -> Call:
+def check(given: Given) -> Call:
     """Raise TypeError or ValueError, naming the argument, or return the call."""
+    core, modes, up, scale, dtype, _ = given
     checks.check_floating("core", core)
     checks.check_floating("modes", modes)
     if core.dim() == 3:

@@ -12,7 +12,7 @@ from torch import Tensor
 from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime.first_order import FirstOrderFunction, check_transforms
 from petal_kernels._runtime.library import define
-from petal_kernels.ops.mode_contract.arguments import Call, Gradients, check
+from petal_kernels.ops.mode_contract.arguments import Call, Given, Gradients, check
 
 _NAME = "mode_contract"
 _FUSED_MODES = 12
@@ -202,11 +202,12 @@ def mode_contract(
     Differentiable once, in core, modes and up; nothing but the inputs is saved. Deterministic.
     Source: PETAL arXiv 2312.12458, Aurora arXiv 2305.08381.
     """
-    check_transforms(_NAME, (core, modes, up))
-    call = check(core, modes, up, scale, dtype)
-    name = rt.default_backend() if backend is None else rt.check_name(backend)
-    tensors = (core, modes) if up is None else (core, modes, up)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    given = Given(**locals())
+    check_transforms(_NAME, given)
+    call = check(given)
+    name = rt.name_of(backend)
+    trained = any(t is not None and t.requires_grad for t in (core, modes, up))
+    if trained and torch.is_grad_enabled():
         out = ModeContractFunction.apply(*call, name)
     else:
         out = _forward_op(*call, name)
@@ -214,18 +215,8 @@ def mode_contract(
     return result
 
 
-def _explain(
-    core: Tensor,
-    modes: Tensor,
-    up: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    dtype: torch.dtype | None = None,
-    backend: str | None = None,
-) -> rt.Explanation:
-    call = check(core, modes, up, scale, dtype)
-    name = rt.default_backend() if backend is None else rt.check_name(backend)
-    return _explanation(call, name)
+def _explain(given: Given) -> rt.Explanation:
+    return _explanation(check(given), rt.name_of(given.backend))
 
 
-rt.register_explainer(mode_contract, _explain)
+rt.register_explainer(mode_contract, Given, _explain)

@@ -13,7 +13,8 @@ Results modes(const ModeKernels& kernel, bool diagonal, bool has_up) {
   const CpuOperands& ops = kernel.operands;
   const int64_t width = has_up ? kUp : kRank;
   const int64_t cells = diagonal ? kRank : kRank * kRank * kRank;
-  const Floats core = numbers(cells, 1), p = numbers(kModes * kRank, 2), v = numbers(kUp * kRank, 3);
+  const Floats core = numbers(cells, 1), p = numbers(kModes * kRank, 2),
+               v = numbers(kUp * kRank, 3);
   const Floats dout = numbers(kModes * kRank * width, 4);
   Floats out(kModes * kRank * width), dcore(cells);
   const auto partial = [&](int64_t height, int64_t cols) {

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from petal_kernels._runtime.backends import bound
 from petal_kernels._runtime.numerics import ACTIVATIONS
 from petal_kernels.ops.expert_dispatch import (
     cuda_impl,
@@ -179,9 +180,8 @@ def test_nobody_chooses(plan: str) -> None:
     inputs = {"x": torch.randn(70, 24), "down": torch.randn(5, 9, 24), "up": torch.randn(5, 24, 9)}
     given = inputs | {"down_bias": torch.randn(5, 9), "up_bias": torch.randn(5, 24)}
     indices = torch.zeros(70, 2, dtype=torch.int64)
-    options = op._DEFAULTS | {"gate": "given", "indices": indices, "plan": plan, "keep": 0.5}
-    options.pop("return_routing")
-    call, *_ = op._prepare(**given, **options)
+    given |= {"gate": "given", "indices": indices, "plan": plan, "keep": 0.5}
+    call, *_ = op.prepare(bound(op.expert_dispatch, **given))
     call = call._replace(tensors=call.tensors._replace(chosen=torch.zeros(70, 5, dtype=torch.bool)))
     out, saved = cuda_impl.forward(call, True)
     assert torch.equal(out, 0.5 * inputs["x"])
@@ -378,8 +378,7 @@ def test_shared_memory_of_the_shipped_architectures(dtype: torch.dtype, replaced
 def test_unsupported_says_everything() -> None:
     case = Case("wide", (5,), 8, 70, 300)
     inputs = workload.make_inputs(case, torch.float64)
-    options = {k: v for k, v in (op._DEFAULTS | inputs).items() if k != "return_routing"}
-    call, *_ = op._prepare(**options)
+    call, *_ = op.prepare(bound(op.expert_dispatch, **inputs))
     reasons = cuda_impl.unsupported(call)
     for part in ("CUDA", "float64", "a rank of at most 256, got 300", "64 experts, got 70"):
         assert any(part in reason for reason in reasons), part

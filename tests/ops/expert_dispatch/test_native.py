@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import petal_kernels as pk
 from petal_kernels._runtime import device
+from petal_kernels._runtime.backends import bound
 from petal_kernels.ops.expert_dispatch import native_impl, op, routing, torch_impl, workload
 from petal_kernels.ops.expert_dispatch.arguments import Call, Saved
 from tests.ops import discovery
@@ -54,10 +55,9 @@ def by_name(case: Case) -> str:
 
 def prepare(case: Case, dtype: torch.dtype = torch.float32, **changes: Any) -> Call:
     """What the backend receives for a case."""
-    inputs = {**op._DEFAULTS, "down_bias": None, "up_bias": None, **workload.options(case)}
-    inputs |= workload.make_inputs(case, dtype) | changes
-    del inputs["return_routing"]
-    return op._prepare(**inputs)[0]
+    inputs = workload.options(case) | workload.make_inputs(case, dtype) | changes
+    call: Call = op.prepare(bound(op.expert_dispatch, **inputs))[0]
+    return call
 
 
 def needs(call: Call) -> frozenset[str]:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import petal_kernels as pk
+from petal_kernels._runtime.backends import bound
 from petal_kernels.ops.expert_dispatch import op as op_module
 from petal_kernels.ops.expert_dispatch import planner, routing, workload
 from petal_kernels.ops.expert_dispatch.routing import Routing
@@ -164,9 +165,8 @@ def test_sorted_holds_nothing_of_every_pair(backend: str) -> None:
     inputs = workload.make_inputs(case, torch.float32)
     if backend not in backends(inputs):
         pytest.skip(f"{backend} cannot run here")
-    given = op_module._DEFAULTS | inputs | {"plan": "sorted", "backend": backend}
-    given.pop("return_routing")
-    call = op_module._prepare(**given)[0]
+    given = inputs | {"plan": "sorted", "backend": backend}
+    call = op_module.prepare(bound(op_module.expert_dispatch, **given))[0]
     module = importlib.import_module(f"petal_kernels.ops.expert_dispatch.{backend}_impl")
     need = {name for name, t in call.tensors._asdict().items() if t is not None} - {"noise"}
     with Largest() as largest:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import device
+from petal_kernels._runtime.backends import bound
 from tests.ops import triton_audit
 
 if device.triton_reason() is not None or torch.cuda.is_available():
@@ -51,10 +52,9 @@ named = attrgetter("name")
 
 def prepare(case: workload.Case, dtype: torch.dtype = torch.float32, **changes: Any) -> Call:
     """What the backend receives for a case."""
-    inputs = {**op._DEFAULTS, "down_bias": None, "up_bias": None, **workload.options(case)}
-    inputs |= workload.make_inputs(case, dtype) | changes
-    del inputs["return_routing"]
-    return op._prepare(**inputs)[0]
+    inputs = workload.options(case) | workload.make_inputs(case, dtype) | changes
+    call: Call = op.prepare(bound(op.expert_dispatch, **inputs))[0]
+    return call
 
 
 def needs(call: Call) -> frozenset[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import petal_kernels as pk
 from petal_kernels._runtime import philox
+from petal_kernels._runtime.backends import bound
 from petal_kernels._runtime.numerics import ACTIVATIONS
 from petal_kernels.ops.gated_bottleneck import cuda_impl, op, settings, workload
 from petal_kernels.ops.gated_bottleneck.arguments import GATES, ROUTES
@@ -265,14 +266,8 @@ def test_shared_memory_of_the_shipped_architectures(dtype: torch.dtype, replaced
 def test_unsupported_says_everything() -> None:
     case = Case("wide", (5,), 8, 300, gate="large", gate_rank=400)
     inputs = workload.make_inputs(case, torch.float64)
-    options = {n: v for n, v in inputs.items() if n not in ("x", "down", "up")}
-    prepared = op._prepare(
-        **{**op._DEFAULTS, "down_bias": None, "up_bias": None, **options},
-        x=inputs["x"],
-        down=inputs["down"],
-        up=inputs["up"],
-    )
-    reasons = cuda_impl.unsupported(prepared[0])
+    call, *_ = op.prepare(bound(op.gated_bottleneck, **inputs))
+    reasons = cuda_impl.unsupported(call)
     for part in ("CUDA", "float64", "a rank of at most 256, got 300", "gate rank"):
         assert any(part in reason for reason in reasons), part
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import petal_kernels as pk
 from petal_kernels._runtime import device
+from petal_kernels._runtime.backends import bound
 from tests.ops import triton_audit
 from tests.ops.gated_bottleneck import traffic
 
@@ -47,9 +48,8 @@ SQUARE = replace(GRAM, name="square", rank=40, vision=60)
 
 def prepare(case: Any, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Call, Any]:
     """What the backend receives for a case, and the generator's state."""
-    inputs = {**op._DEFAULTS, "down_bias": None, "up_bias": None}
-    inputs |= workload.make_inputs(case, dtype) | changes
-    call, rng, _, _ = op._prepare(**inputs)
+    inputs = workload.make_inputs(case, dtype) | changes
+    call, rng, _, _ = op.prepare(bound(op.gated_bottleneck, **inputs))
     return call, rng
 
 
