@@ -16,7 +16,10 @@ EXCEPTIONS: dict[str, dict[str, tuple[int, str]]] = {
         "tests/hf/test_files.py": (404, "not split yet"),
     },
     "function": {
-        "petal_kernels/ops/gated_bottleneck/triton_kernels_bwd.py:_gated_bottleneck_bwd_rows_kernel": (
+        (
+            "petal_kernels/ops/gated_bottleneck/triton_kernels_bwd.py:"
+            "_gated_bottleneck_bwd_rows_kernel"
+        ): (
             257,
             "its arguments are a quarter of it or more; its loops share tiles",
         ),
@@ -28,7 +31,10 @@ EXCEPTIONS: dict[str, dict[str, tuple[int, str]]] = {
             196,
             "one form of the call after the other, each on its own lines",
         ),
-        "petal_kernels/ops/gated_bottleneck/triton_kernels_weights.py:_gated_bottleneck_bwd_weights_kernel": (
+        (
+            "petal_kernels/ops/gated_bottleneck/triton_kernels_weights.py:"
+            "_gated_bottleneck_bwd_weights_kernel"
+        ): (
             190,
             "its arguments are a quarter of it or more; its loops share tiles",
         ),
