@@ -306,3 +306,19 @@ def test_a_folder_that_somebody_holds_is_saved_into_all_the_same(
         stack.enter_context(pair.alone(tmp_path))
         saves.save(0)
     assert saves.holds() == 0
+
+
+@pytest.mark.skipif(pair.fcntl is None, reason="folders cannot be locked here")
+def test_a_save_waits_for_the_one_that_is_at_it(tmp_path: Path) -> None:
+    entered = threading.Event()
+
+    def save() -> None:
+        with pair.alone(tmp_path):
+            entered.set()
+
+    second = threading.Thread(target=save)
+    with pair.alone(tmp_path):
+        second.start()
+        assert not entered.wait(0.2)
+    second.join(10)
+    assert entered.is_set()
