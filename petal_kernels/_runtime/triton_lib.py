@@ -143,8 +143,8 @@ def project(  # type: ignore[no-untyped-def]
     acc = tl.zeros((offs_m.shape[0], BLOCK_R), tl.float32)
     for k0 in range(0, D, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, stride, offs_m, offs_k, mask_m, D)  # [BLOCK_M, BLOCK_K]
-        w = load_tile(w_ptr, D, offs_r, offs_k, offs_r < R, D).to(x.dtype)
+        x = load_tile(x_ptr, stride, offs_m, offs_k, mask_m, D)  # [M, K]
+        w = load_tile(w_ptr, D, offs_r, offs_k, offs_r < R, D).to(x.dtype)  # [R, K]
         acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
     return acc + load_vector(bias_ptr, offs_r, R)[None, :]
 

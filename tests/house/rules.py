@@ -255,6 +255,22 @@ def silent_kernels() -> Iterator[Finding]:
             yield Finding("kernel text", name_of(path), len(missing), what)
 
 
+_TILE = re.compile(r"\bload_tile\(|\btl\.load\(.*(?:\[None, :\]|\[:, None\])")
+
+
+def tiles_without_a_shape() -> Iterator[Finding]:
+    """Tiles that a Triton kernel loads without saying their shape, on the line or above it."""
+    for path in files(".py", trees=("petal_kernels/ops",)):
+        if not _has_kernel(path):
+            continue
+        above = ""
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            loads = _TILE.search(line) and not line.lstrip().startswith("return")
+            if loads and "# [" not in line and not above.lstrip().startswith("# ["):
+                yield Finding("tile", f"{name_of(path)}:{number}", 1, "no shape is said")
+            above = line
+
+
 # Types.
 
 
@@ -278,5 +294,6 @@ RULES = {
     "function": long_functions,
     "copy": copies,
     "kernel text": silent_kernels,
+    "tile": tiles_without_a_shape,
     "types": unchecked,
 }

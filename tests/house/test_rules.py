@@ -147,6 +147,21 @@ def test_a_silent_kernel_is_seen(tree: Path) -> None:
     ]
 
 
+def test_a_tile_without_a_shape_is_seen(tree: Path) -> None:
+    lines = [
+        "@triton.jit",
+        "def f():",
+        "    x = load_tile(x_ptr)  # [M, K]",
+        "    # [M, K]",
+        "    y = tl.load(y_ptr + offs_k[None, :])",
+        "    n = tl.load(n_ptr)",
+        "    z = load_tile(z_ptr)",
+        "    w = tl.load(w_ptr + offs_k[None, :])",
+    ]
+    write(tree, "petal_kernels/ops/o/a.py", "\n".join(lines))
+    assert places("tile") == [(f"petal_kernels/ops/o/a.py:{n}", 1) for n in (7, 8)]
+
+
 def test_what_mypy_is_not_told_is_seen(tree: Path) -> None:
     write(tree, "pyproject.toml", '[tool.mypy]\nfiles = ["petal_kernels/ops/*/op.py", "tests/a"]\n')
     for name in ("petal_kernels/ops/o/op.py", "petal_kernels/ops/o/other.py", "petal_kernels/x.py"):

@@ -138,9 +138,9 @@ def _add_expert(  # type: ignore[no-untyped-def]
 ):
     """acc + (g_e act(z_e)) B_e^T."""
     offs_r = tl.arange(0, BLOCK_R)
-    z = load_tile(z_ptr, R, z_rows(place_ptr, offs_m, mask_e, e, N, A), offs_r, mask_e, R)
+    z = load_tile(z_ptr, R, z_rows(place_ptr, offs_m, mask_e, e, N, A), offs_r, mask_e, R)  # [M, R]
     a = (activate(z.to(tl.float32), ACT) * g[:, None]).to(z.dtype)
-    up = load_tile(up_ptr + e * O * R, R, offs_o, offs_r, offs_o < O, R).to(z.dtype)
+    up = load_tile(up_ptr + e * O * R, R, offs_o, offs_r, offs_o < O, R).to(z.dtype)  # [O, R]
     return tl.dot(a, tl.trans(up), acc, input_precision=PRECISION)
 
 
@@ -225,6 +225,7 @@ def _expert_dispatch_fwd_kernel(  # type: ignore[no-untyped-def]
         offs_o = o0 + tl.arange(0, BLOCK_O)
         acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
         if up_bias_ptr is not None:
+            # [E, O]
             b = load_tile(up_bias_ptr, O, offs_e, offs_o, offs_e < E, O).to(z_ptr.dtype.element_ty)
             acc = tl.dot(g.to(b.dtype), b, acc, input_precision=PRECISION)
         for i in range(E):
@@ -237,5 +238,6 @@ def _expert_dispatch_fwd_kernel(  # type: ignore[no-untyped-def]
                 )  # fmt: skip
         acc *= mix
         if h_ptr is not None:
+            # [M, O]
             acc += keep * load_tile(h_ptr, stride_hm, offs_m, offs_o, mask_m, O).to(tl.float32)
         store_tile(out_ptr, stride_om, offs_m, offs_o, mask_m, O, acc)

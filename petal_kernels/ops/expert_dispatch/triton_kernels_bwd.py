@@ -57,7 +57,7 @@ def _expert_dispatch_bwd_slots_kernel(  # type: ignore[no-untyped-def]
         g, _, _ = gates_tile(
             logits_ptr, gates_ptr, chosen_ptr, tokens, mask_s, L, E, GATE, RENORM, BLOCK_E
         )
-        z = load_tile(z_ptr, R, offs_s, offs_r, mask_s, R)
+        z = load_tile(z_ptr, R, offs_s, offs_r, mask_s, R)  # [S, R]
         dg, dz = expert_gradient(
             dout_ptr, stride_dm, up_ptr + e * O * R, z, column(g, e), tokens, mask_s, R, O, mix,
             ACT, PRECISION, BLOCK_O, BLOCK_R,
@@ -81,7 +81,7 @@ def _softmax_backward(dg, g, p, dlogits_ptr, offs_m, mask_m, E):  # type: ignore
     offs_e = tl.arange(0, dg.shape[1])
     dl = p * (dg - tl.sum(g * dg, 1)[:, None])
     if dlogits_ptr is not None:
-        dl += load_tile(dlogits_ptr, E, offs_m, offs_e, mask_m, E)
+        dl += load_tile(dlogits_ptr, E, offs_m, offs_e, mask_m, E)  # [M, E]
     return tl.where((offs_e < E)[None, :], dl, 0.0)
 
 
@@ -153,7 +153,7 @@ def _expert_dispatch_bwd_rows_kernel(  # type: ignore[no-untyped-def]
             mask_e = column(used, e) > 0
             if not CHOICE or tl.max(mask_e.to(tl.int32), 0) > 0:
                 rows = z_rows(place_ptr, offs_m, mask_e, e, N, A)
-                z = load_tile(z_ptr, R, rows, offs_r, mask_e, R)
+                z = load_tile(z_ptr, R, rows, offs_r, mask_e, R)  # [M, R]
                 dge, dz = expert_gradient(
                     dout_ptr, stride_dm, up_ptr + e * O * R, z, column(g, e), offs_m, mask_m, R, O,
                     mix, ACT, PRECISION, BLOCK_O, BLOCK_R,
@@ -182,10 +182,10 @@ def _expert_dispatch_bwd_rows_kernel(  # type: ignore[no-untyped-def]
             offs_d = d0 + tl.arange(0, BLOCK_O)
             acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
             if ADD_INPUT:
-                dout = load_tile(dout_ptr, stride_dm, offs_m, offs_d, mask_m, O)
+                dout = load_tile(dout_ptr, stride_dm, offs_m, offs_d, mask_m, O)  # [M, O]
                 acc += keep * dout.to(tl.float32)
             if dl_ptr is not None:
-                w = load_tile(router_ptr, D, offs_e, offs_d, offs_e < E, D)
+                w = load_tile(router_ptr, D, offs_e, offs_d, offs_e < E, D)  # [E, O]
                 w = w.to(dz_ptr.dtype.element_ty)
                 acc = tl.dot(dl.to(w.dtype), w, acc, input_precision=PRECISION)
             for i in range(blocks):
@@ -193,7 +193,8 @@ def _expert_dispatch_bwd_rows_kernel(  # type: ignore[no-untyped-def]
                 mask_e = mask_m if SHARED and not SORTED else column(used, e) > 0
                 if not CHOICE or tl.max(mask_e.to(tl.int32), 0) > 0:
                     rows = z_rows(place_ptr, offs_m, mask_e, e, N, A)
-                    dz = load_tile(dz_ptr, R, rows, offs_r, mask_e, R)
+                    dz = load_tile(dz_ptr, R, rows, offs_r, mask_e, R)  # [M, R]
+                    # [R, O]
                     down = load_tile(down_ptr + e % A * R * D, D, offs_r, offs_d, offs_r < R, D)
                     acc = tl.dot(dz, down.to(dz.dtype), acc, input_precision=PRECISION)
             store_tile(dx_ptr, D, offs_m, offs_d, mask_m, D, acc)

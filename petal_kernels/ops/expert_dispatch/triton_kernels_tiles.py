@@ -57,15 +57,15 @@ def logit_tile(  # type: ignore[no-untyped-def]
     acc = tl.zeros((offs_m.shape[0], BLOCK_E), tl.float32)
     for k0 in range(0, D, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, stride_xm, offs_m, offs_k, mask_m, D)
-        w = load_tile(router_ptr, D, offs_e, offs_k, offs_e < E, D)
+        x = load_tile(x_ptr, stride_xm, offs_m, offs_k, mask_m, D)  # [M, K]
+        w = load_tile(router_ptr, D, offs_e, offs_k, offs_e < E, D)  # [E, K]
         if SAME:
             acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
         else:
             acc = tl.dot(x.to(tl.float32), tl.trans(w), acc, input_precision="tf32x3")
     acc += load_vector(bias_ptr, offs_e, E)[None, :]
     if noise_ptr is not None:
-        acc += load_tile(noise_ptr, E, offs_m, offs_e, mask_m, E).to(tl.float32)
+        acc += load_tile(noise_ptr, E, offs_m, offs_e, mask_m, E).to(tl.float32)  # [M, E]
     return acc
 
 
@@ -115,13 +115,13 @@ def gates_tile(  # type: ignore[no-untyped-def]
     rows = offs_m // L
     chosen = mask_m[:, None] & (offs_e < E)[None, :]
     if chosen_ptr is not None:
-        chosen = load_tile(chosen_ptr, E, rows, offs_e, mask_m, E) != 0
+        chosen = load_tile(chosen_ptr, E, rows, offs_e, mask_m, E) != 0  # [M, E]
     if GATE == "mean":
         p = tl.zeros(chosen.shape, tl.float32) + 1.0 / E
     elif GATE == "given":
-        p = load_tile(gates_ptr, E, rows, offs_e, mask_m, E).to(tl.float32)
+        p = load_tile(gates_ptr, E, rows, offs_e, mask_m, E).to(tl.float32)  # [M, E]
     else:
-        p = softmax(load_tile(logits_ptr, E, rows, offs_e, mask_m, E), chosen, E, RENORM)
+        p = softmax(load_tile(logits_ptr, E, rows, offs_e, mask_m, E), chosen, E, RENORM)  # [M, E]
     return tl.where(chosen, p, 0.0), p, chosen
 
 
@@ -176,8 +176,8 @@ def expert_gradient(  # type: ignore[no-untyped-def]
     t = tl.zeros((offs_m.shape[0], BLOCK_R), tl.float32)
     for o0 in range(0, O, BLOCK_O):
         offs_o = o0 + tl.arange(0, BLOCK_O)
-        dout = load_tile(dout_ptr, stride_dm, offs_m, offs_o, mask_m, O)
-        up = load_tile(up_ptr, R, offs_o, offs_r, offs_o < O, R).to(dout.dtype)
+        dout = load_tile(dout_ptr, stride_dm, offs_m, offs_o, mask_m, O)  # [M, O]
+        up = load_tile(up_ptr, R, offs_o, offs_r, offs_o < O, R).to(dout.dtype)  # [O, R]
         t = tl.dot(dout, up, t, input_precision=PRECISION)
     t *= mix
     q = z.to(tl.float32)

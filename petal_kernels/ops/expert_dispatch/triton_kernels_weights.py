@@ -73,7 +73,7 @@ def _expert_sum(  # type: ignore[no-untyped-def]
             chosen = tl.load(chosen_ptr + tokens // L * E + e, mask=mask, other=0)
             mask = mask & (chosen != 0)
         if chosen_ptr is None or order_ptr is not None or tl.max(mask.to(tl.int32), 0) > 0:
-            small = load_tile(small_ptr, R, z_row, offs_r, mask, R)
+            small = load_tile(small_ptr, R, z_row, offs_r, mask, R)  # [M, R]
             if UP:
                 g, _, _ = gates_tile(
                     logits_ptr, gates_ptr, chosen_ptr, tokens, mask, L, E, GATE, RENORM, BLOCK_E
@@ -83,7 +83,7 @@ def _expert_sum(  # type: ignore[no-untyped-def]
             elif p_vector_ptr is not None and pid_o == 0:
                 bias += tl.sum(small.to(tl.float32), 0)
             if p_matrix_ptr is not None:
-                rows = load_tile(rows_ptr, stride_rows, tokens, offs_o, mask, W)
+                rows = load_tile(rows_ptr, stride_rows, tokens, offs_o, mask, W)  # [M, O]
                 acc = tl.dot(tl.trans(rows), small, acc, input_precision=PRECISION)
     if p_matrix_ptr is not None:
         matrix_ptr = p_matrix_ptr + part + e * R * W
@@ -130,14 +130,14 @@ def _gate_sum(  # type: ignore[no-untyped-def]
     for s0 in range(start, stop, BLOCK_M):
         tokens = (s0 + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask = tokens < stop
-        rows = load_tile(rows_ptr, stride_rows, tokens, offs_o, mask, W)
+        rows = load_tile(rows_ptr, stride_rows, tokens, offs_o, mask, W)  # [M, O]
         if UP:
             small, _, _ = gates_tile(
                 logits_ptr, gates_ptr, chosen_ptr, tokens, mask, L, E, GATE, RENORM, BLOCK_E
             )
             small *= mix
         else:
-            small = load_tile(dl_ptr, E, tokens, offs_e, mask, E)
+            small = load_tile(dl_ptr, E, tokens, offs_e, mask, E)  # [M, E]
         small = small.to(rows.dtype)
         acc = tl.dot(tl.trans(rows), small, acc, input_precision=PRECISION)
     store_tile(p_wide_ptr + part, W, offs_e, offs_o, offs_e < E, W, tl.trans(acc))

@@ -45,10 +45,11 @@ def _logit_rows(  # type: ignore[no-untyped-def]
     for k0 in range(0, O, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
         w = load_vector(weight_ptr, offs_k, O)[None, :]
-        terms = load_tile(g_ptr, stride_g, offs_m, offs_k, mask_m, O).to(tl.float32) * w
+        terms = load_tile(g_ptr, stride_g, offs_m, offs_k, mask_m, O).to(tl.float32) * w  # [M, K]
         if h_ptr is not None:
             if GATE == "small":
                 w = load_vector(weight_ptr + O, offs_k, O)[None, :]
+            # [M, K]
             terms += load_tile(h_ptr, stride_h, offs_m, offs_k, mask_m, O).to(tl.float32) * w
         t += tl.sum(terms, 1)
     if bias_ptr is not None:
@@ -133,7 +134,7 @@ def _gated_bottleneck_fwd_kernel(  # type: ignore[no-untyped-def]
             if ROUTE == "product" and right_ptr is None:
                 tl.debug_barrier()
     else:
-        z = load_tile(z_ptr, stride_zm, offs_m, offs_r, mask_m, R)
+        z = load_tile(z_ptr, stride_zm, offs_m, offs_r, mask_m, R)  # [M, R]
     q = route(
         z, z_ptr, stride_zm, left_ptr, right_ptr, sample, length, offs_m, mask_m, V, R,
         ROUTE, RELU, PRECISION, BLOCK_V, BLOCK_R,
@@ -172,14 +173,15 @@ def _gated_bottleneck_fwd_kernel(  # type: ignore[no-untyped-def]
         for o0 in range(0, O, BLOCK_O):
             offs_o = o0 + tl.arange(0, BLOCK_O)
             mask_o = offs_o < O
-            up = load_tile(up_ptr, R, offs_o, offs_r, mask_o, R).to(z.dtype)
+            up = load_tile(up_ptr, R, offs_o, offs_r, mask_o, R).to(z.dtype)  # [O, R]
             h = None
             if h_ptr is not None:
-                h = load_tile(h_ptr, stride_hm, offs_m, offs_o, mask_m, O)
+                h = load_tile(h_ptr, stride_hm, offs_m, offs_o, mask_m, O)  # [M, O]
             y = output_tile(a, up, up_bias_ptr, h, offs_o, O, PRECISION)
             gate_up = None
             if GATE == "large":
                 offs_g = tl.arange(0, BLOCK_G)
+                # [O, G]
                 gate_up = load_tile(gate_up_ptr, RG, offs_o, offs_g, mask_o, RG).to(z.dtype)
             u = scale * y * gate_tile(
                 ag, row_gate, gate_up, gate_up_bias_ptr, gate_weight_ptr, offs_o, O,
@@ -188,6 +190,7 @@ def _gated_bottleneck_fwd_kernel(  # type: ignore[no-untyped-def]
             if rng_ptr is not None:
                 u = tl.where(dropout_keep(seed, stream, offs_m, o0, BLOCK_O, threshold), u, 0.0)
             if res_ptr is not None:
+                # [M, O]
                 u += load_tile(res_ptr, stride_rm, offs_m, offs_o, mask_m, O).to(tl.float32)
             store_tile(out_ptr, stride_om, offs_m, offs_o, mask_m, O, u)
             if norm_weight_ptr is not None:
@@ -207,6 +210,7 @@ def _gated_bottleneck_fwd_kernel(  # type: ignore[no-untyped-def]
             tl.debug_barrier()  # u was stored by other threads than those that read it
             for o0 in range(0, O, BLOCK_O):
                 offs_o = o0 + tl.arange(0, BLOCK_O)
+                # [M, O]
                 u = load_tile(out_ptr, stride_om, offs_m, offs_o, mask_m, O).to(tl.float32)
                 w = load_vector(norm_weight_ptr, offs_o, O)[None, :]
                 b = load_vector(norm_bias_ptr, offs_o, O)[None, :]

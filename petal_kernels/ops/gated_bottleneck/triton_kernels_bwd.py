@@ -57,18 +57,20 @@ def _route_backward(  # type: ignore[no-untyped-def]
         for v0 in range(0, V, BLOCK_V):
             offs_v = v0 + tl.arange(0, BLOCK_V)
             if right_ptr is None:
-                dp = load_tile(dq_ptr, R, offs_m, offs_v, mask_m, R)  # [BLOCK_M, BLOCK_V]
+                dp = load_tile(dq_ptr, R, offs_m, offs_v, mask_m, R)  # [M, V]
             else:
+                # [V, R]
                 right = load_tile(right_ptr + sample * V * R, R, offs_v, offs_r, offs_v < V, R)
                 dp = tl.dot(d, tl.trans(right), input_precision=PRECISION).to(z.dtype)
-            left = load_tile(left_ptr + sample * V * R, R, offs_v, offs_r, offs_v < V, R)
+            left = load_tile(left_ptr + sample * V * R, R, offs_v, offs_r, offs_v < V, R)  # [V, R]
             dz = tl.dot(dp, left, dz, input_precision=PRECISION)
     else:
         dz = dq
         if ROUTE == "outer":
-            right = load_tile(right_ptr, R, offs_m // length, offs_r, mask_m, R)
+            right = load_tile(right_ptr, R, offs_m // length, offs_r, mask_m, R)  # [M, R]
             dz = tl.sum(dz * right.to(tl.float32), 1)[:, None]
         if ROUTE == "outer" or ROUTE == "mul":
+            # [M, R]
             dz *= load_tile(left_ptr, R, offs_m // length, offs_r, mask_m, R).to(tl.float32)
     if RELU:
         dz = tl.where(z <= 0, 0.0, dz)
@@ -93,10 +95,10 @@ def _add_product(  # type: ignore[no-untyped-def]
     offs_r = tl.arange(0, BLOCK_R)
     for o0 in range(0, D, BLOCK_O):
         offs_o = o0 + tl.arange(0, BLOCK_O)
-        w = load_tile(w_ptr, D, offs_r, offs_o, offs_r < R, D).to(small.dtype)
+        w = load_tile(w_ptr, D, offs_r, offs_o, offs_r < R, D).to(small.dtype)  # [R, O]
         d = tl.dot(small, w, input_precision=PRECISION)
         if ADD:
-            d += load_tile(d_ptr, D, offs_m, offs_o, mask_m, D).to(tl.float32)
+            d += load_tile(d_ptr, D, offs_m, offs_o, mask_m, D).to(tl.float32)  # [M, O]
         store_tile(d_ptr, D, offs_m, offs_o, mask_m, D, d)
 
 
@@ -175,7 +177,7 @@ def _gated_bottleneck_bwd_rows_kernel(  # type: ignore[no-untyped-def]
     offs_g = tl.arange(0, BLOCK_G)
     NORM: tl.constexpr = norm_weight_ptr is not None
     ROW_GATE: tl.constexpr = GATE == "middleX" or GATE == "small"
-    z = load_tile(z_ptr, stride_zm, offs_m, offs_r, mask_m, R)
+    z = load_tile(z_ptr, stride_zm, offs_m, offs_r, mask_m, R)  # [M, R]
     q = route(
         z, z_ptr, stride_zm, left_ptr, right_ptr, sample, length, offs_m, mask_m, V, R,
         ROUTE, RELU, PRECISION, BLOCK_V, BLOCK_R,
@@ -183,7 +185,7 @@ def _gated_bottleneck_bwd_rows_kernel(  # type: ignore[no-untyped-def]
     a = activate(q, ACT).to(z.dtype)
     ag = a
     if GATE == "large":
-        zg = load_tile(zg_ptr, RG, offs_m, offs_g, mask_m, RG)
+        zg = load_tile(zg_ptr, RG, offs_m, offs_g, mask_m, RG)  # [M, G]
         ag = activate(zg.to(tl.float32), ACT).to(z.dtype)
     if rng_ptr is not None:
         seed = tl.load(rng_ptr)
@@ -210,21 +212,22 @@ def _gated_bottleneck_bwd_rows_kernel(  # type: ignore[no-untyped-def]
         for o0 in range(0, O, BLOCK_O):
             offs_o = o0 + tl.arange(0, BLOCK_O)
             mask_o = offs_o < O
-            up = load_tile(up_ptr, R, offs_o, offs_r, mask_o, R).to(z.dtype)
+            up = load_tile(up_ptr, R, offs_o, offs_r, mask_o, R).to(z.dtype)  # [O, R]
             h = None
             if h_ptr is not None:
-                h = load_tile(h_ptr, stride_hm, offs_m, offs_o, mask_m, O)
+                h = load_tile(h_ptr, stride_hm, offs_m, offs_o, mask_m, O)  # [M, O]
             y = output_tile(a, up, up_bias_ptr, h, offs_o, O, PRECISION)
             keep = None
             if rng_ptr is not None:
                 keep = dropout_keep(seed, stream, offs_m, o0, BLOCK_O, threshold)
-            d = load_tile(dout_ptr, stride_dm, offs_m, offs_o, mask_m, O).to(tl.float32)
+            d = load_tile(dout_ptr, stride_dm, offs_m, offs_o, mask_m, O).to(tl.float32)  # [M, O]
             kept = scale * y
             if rng_ptr is not None:
                 kept = tl.where(keep, kept, 0.0)
             if NORM:
                 gate_up = None
                 if GATE == "large":
+                    # [O, G]
                     gate_up = load_tile(gate_up_ptr, RG, offs_o, offs_g, mask_o, RG).to(z.dtype)
                 gate = gate_tile(
                     ag, row_gate, gate_up, gate_up_bias_ptr, gate_weight_ptr, offs_o, O,
@@ -232,7 +235,7 @@ def _gated_bottleneck_bwd_rows_kernel(  # type: ignore[no-untyped-def]
                 )  # fmt: skip
                 res = None
                 if res_ptr is not None:
-                    res = load_tile(res_ptr, stride_rm, offs_m, offs_o, mask_m, O)
+                    res = load_tile(res_ptr, stride_rm, offs_m, offs_o, mask_m, O)  # [M, O]
                 xhat = normalised(y, gate, keep, res, mean, rstd, scale)
                 d *= load_vector(norm_weight_ptr, offs_o, O)[None, :]
                 c1 += tl.sum(d, 1)
@@ -277,13 +280,14 @@ def _gated_bottleneck_bwd_rows_kernel(  # type: ignore[no-untyped-def]
         for o0 in range(0, O, BLOCK_O):
             offs_o = o0 + tl.arange(0, BLOCK_O)
             mask_o = offs_o < O
-            up = load_tile(up_ptr, R, offs_o, offs_r, mask_o, R).to(z.dtype)
-            du = load_tile(dout_ptr, stride_dm, offs_m, offs_o, mask_m, O).to(tl.float32)
+            up = load_tile(up_ptr, R, offs_o, offs_r, mask_o, R).to(z.dtype)  # [O, R]
+            du = load_tile(dout_ptr, stride_dm, offs_m, offs_o, mask_m, O).to(tl.float32)  # [M, O]
             keep = None
             if rng_ptr is not None:
                 keep = dropout_keep(seed, stream, offs_m, o0, BLOCK_O, threshold)
             gate_up = None
             if GATE == "large":
+                # [O, G]
                 gate_up = load_tile(gate_up_ptr, RG, offs_o, offs_g, mask_o, RG).to(z.dtype)
             gate = gate_tile(
                 ag, row_gate, gate_up, gate_up_bias_ptr, gate_weight_ptr, offs_o, O,
@@ -292,12 +296,12 @@ def _gated_bottleneck_bwd_rows_kernel(  # type: ignore[no-untyped-def]
             if NORM or GATE == "large":
                 h = None
                 if h_ptr is not None:
-                    h = load_tile(h_ptr, stride_hm, offs_m, offs_o, mask_m, O)
+                    h = load_tile(h_ptr, stride_hm, offs_m, offs_o, mask_m, O)  # [M, O]
                 y = output_tile(a, up, up_bias_ptr, h, offs_o, O, PRECISION)
             if NORM:
                 res = None
                 if res_ptr is not None:
-                    res = load_tile(res_ptr, stride_rm, offs_m, offs_o, mask_m, O)
+                    res = load_tile(res_ptr, stride_rm, offs_m, offs_o, mask_m, O)  # [M, O]
                 xhat = normalised(y, gate, keep, res, mean, rstd, scale)
                 du *= load_vector(norm_weight_ptr, offs_o, O)[None, :]
                 du = rstd[:, None] * (du - c1[:, None] - xhat * c2[:, None])
@@ -329,7 +333,7 @@ def _gated_bottleneck_bwd_rows_kernel(  # type: ignore[no-untyped-def]
                 dlogit = (dv * y * gate * (1.0 - gate)).to(z.dtype)
                 dag = tl.dot(dlogit, gate_up, dag, input_precision=PRECISION)
         if dz_ptr is not None:
-            z = load_tile(z_ptr, stride_zm, offs_m, offs_r, mask_m, R)
+            z = load_tile(z_ptr, stride_zm, offs_m, offs_r, mask_m, R)  # [M, R]
             q = route(
                 z, z_ptr, stride_zm, left_ptr, right_ptr, sample, length, offs_m, mask_m, V, R,
                 ROUTE, RELU, PRECISION, BLOCK_V, BLOCK_R,
@@ -349,7 +353,7 @@ def _gated_bottleneck_bwd_rows_kernel(  # type: ignore[no-untyped-def]
                     PRECISION, BLOCK_O, BLOCK_R,
                 )  # fmt: skip
         if dzg_ptr is not None:
-            zg = load_tile(zg_ptr, RG, offs_m, offs_g, mask_m, RG)
+            zg = load_tile(zg_ptr, RG, offs_m, offs_g, mask_m, RG)  # [M, G]
             dzg = activate_backward(zg.to(tl.float32), dag, ACT).to(z.dtype)
             store_tile(dzg_ptr, RG, offs_m, offs_g, mask_m, RG, dzg)
             if dg_ptr is not None:

@@ -64,27 +64,30 @@ def route(  # type: ignore[no-untyped-def]
             left = left_ptr + sample * R * R
             for k0 in range(0, R, BLOCK_V):
                 offs_k = k0 + tl.arange(0, BLOCK_V)
-                f = rectify(load_tile(z_ptr, stride_z, offs_m, offs_k, mask_m, R), RELU)
-                m = load_tile(left, R, offs_r, offs_k, offs_r < R, R)  # [BLOCK_R, BLOCK_V]
+                f = rectify(load_tile(z_ptr, stride_z, offs_m, offs_k, mask_m, R), RELU)  # [M, V]
+                m = load_tile(left, R, offs_r, offs_k, offs_r < R, R)  # [R, V]
                 q = tl.dot(f, tl.trans(m), q, input_precision=PRECISION)
         else:
             f = rectify(z, RELU)
             for v0 in range(0, V, BLOCK_V):
                 offs_v = v0 + tl.arange(0, BLOCK_V)
+                # [V, R]
                 left = load_tile(left_ptr + sample * V * R, R, offs_v, offs_r, offs_v < V, R)
+                # [V, R]
                 right = load_tile(right_ptr + sample * V * R, R, offs_v, offs_r, offs_v < V, R)
                 p = tl.dot(f, tl.trans(left), input_precision=PRECISION).to(z.dtype)
                 q = tl.dot(p, right, q, input_precision=PRECISION)
     else:
         q = rectify(z, RELU).to(tl.float32)
         if ROUTE != "none":
+            # [M, R]
             left = load_tile(left_ptr, R, offs_m // length, offs_r, mask_m, R).to(tl.float32)
             if ROUTE == "add":
                 q += left
             else:
                 q *= left
             if ROUTE == "outer":
-                right = load_tile(right_ptr, R, offs_m // length, offs_r, mask_m, R)
+                right = load_tile(right_ptr, R, offs_m // length, offs_r, mask_m, R)  # [M, R]
                 q = tl.sum(q, 1)[:, None] * right.to(tl.float32)
     return q
 

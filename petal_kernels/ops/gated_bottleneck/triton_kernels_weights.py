@@ -117,10 +117,11 @@ def _gated_bottleneck_bwd_weights_kernel(  # type: ignore[no-untyped-def]
     d_norm_bias = tile
     if OUT:
         if USES_Y:
+            # [O, R]
             up = load_tile(up_ptr, R, offs_o, offs_r, mask_o, R).to(a_ptr.dtype.element_ty)
         gate_up = None
         if GATE == "large":
-            gate_up = load_tile(gate_up_ptr, RG, offs_o, offs_g, mask_o, RG)
+            gate_up = load_tile(gate_up_ptr, RG, offs_o, offs_g, mask_o, RG)  # [O, G]
             gate_up = gate_up.to(ag_ptr.dtype.element_ty)
         if rng_ptr is not None:
             seed = tl.load(rng_ptr)
@@ -130,28 +131,28 @@ def _gated_bottleneck_bwd_weights_kernel(  # type: ignore[no-untyped-def]
         mask_m = offs_m < N
         h = None
         if USES_H or (p_down_ptr is not None and x_ptr is None):
-            h = load_tile(h_ptr, stride_hm, offs_m, offs_o, mask_m, O)
+            h = load_tile(h_ptr, stride_hm, offs_m, offs_o, mask_m, O)  # [M, O]
         res = None
         if USES_RES or (USES_G and g_ptr is None):
-            res = load_tile(res_ptr, stride_rm, offs_m, offs_o, mask_m, O)
+            res = load_tile(res_ptr, stride_rm, offs_m, offs_o, mask_m, O)  # [M, O]
         if p_down_ptr is not None:
-            dz = load_tile(dz_ptr, R, offs_m, offs_r, mask_m, R)
+            dz = load_tile(dz_ptr, R, offs_m, offs_r, mask_m, R)  # [M, R]
             x = h
             if x_ptr is not None:
-                x = load_tile(x_ptr, stride_xm, offs_m, offs_o, mask_m, O)
+                x = load_tile(x_ptr, stride_xm, offs_m, offs_o, mask_m, O)  # [M, O]
             d_down = tl.dot(tl.trans(x), dz, d_down, input_precision=PRECISION)
         if USES_G:
             g = res
             if g_ptr is not None:
-                g = load_tile(g_ptr, stride_gm, offs_m, offs_o, mask_m, O)
+                g = load_tile(g_ptr, stride_gm, offs_m, offs_o, mask_m, O)  # [M, O]
         if p_gate_down_ptr is not None:
-            dzg = load_tile(dzg_ptr, RG, offs_m, offs_g, mask_m, RG)
+            dzg = load_tile(dzg_ptr, RG, offs_m, offs_g, mask_m, RG)  # [M, G]
             d_gate_down = tl.dot(tl.trans(g), dzg, d_gate_down, input_precision=PRECISION)
         if OUT:
-            a = load_tile(a_ptr, R, offs_m, offs_r, mask_m, R)
+            a = load_tile(a_ptr, R, offs_m, offs_r, mask_m, R)  # [M, R]
             ag = a
             if GATE == "large":
-                ag = load_tile(ag_ptr, RG, offs_m, offs_g, mask_m, RG)
+                ag = load_tile(ag_ptr, RG, offs_m, offs_g, mask_m, RG)  # [M, G]
             row_gate = load_row(stats_ptr + 2 * N, offs_m, mask_m) if ROW_GATE else 0.0
             gate = gate_tile(
                 ag, row_gate, gate_up, gate_up_bias_ptr, gate_weight_ptr, offs_o, O,
@@ -161,7 +162,7 @@ def _gated_bottleneck_bwd_weights_kernel(  # type: ignore[no-untyped-def]
             if rng_ptr is not None:
                 first = pid_o * BLOCK_O
                 keep = dropout_keep(seed, stream, offs_m, first, BLOCK_O, threshold)
-            du = load_tile(dout_ptr, stride_dm, offs_m, offs_o, mask_m, O).to(tl.float32)
+            du = load_tile(dout_ptr, stride_dm, offs_m, offs_o, mask_m, O).to(tl.float32)  # [M, O]
             if USES_Y:
                 y = output_tile(a, up, up_bias_ptr, h, offs_o, O, PRECISION)
             if NORM:

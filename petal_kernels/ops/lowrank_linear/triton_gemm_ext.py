@@ -100,6 +100,7 @@ def _lowrank_linear_gemm_ext_kernel(  # type: ignore[no-untyped-def]
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     for r0 in range(0, R, BLOCK_R):
         offs_r = r0 + tl.arange(0, BLOCK_R)
+        # [M, R]
         h = tl.load(h_rows + offs_r[None, :], mask=mask_m & (offs_r < R)[None, :], other=0.0)
         p = _load_up(p_ptr, offs_o, offs_r, O, R, stride_p, P_TRANSPOSED).to(h.dtype)
         if DROPOUT:
@@ -110,16 +111,16 @@ def _lowrank_linear_gemm_ext_kernel(  # type: ignore[no-untyped-def]
     for k0 in range(0, D, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
         mask_k = offs_k < D
-        x = tl.load(x_rows + offs_k[None, :], mask=mask_m & mask_k[None, :], other=0.0)
+        x = tl.load(x_rows + offs_k[None, :], mask=mask_m & mask_k[None, :], other=0.0)  # [M, K]
         if W_TRANSPOSED:
             w_offs = offs_k.to(tl.int64)[:, None] * stride_w + offs_o[None, :]  # [BLOCK_K, BLOCK_O]
         else:
             w_offs = offs_o.to(tl.int64)[None, :] * stride_w + offs_k[:, None]
-        w = tl.load(w_ptr + w_offs, mask=mask_k[:, None] & mask_o[None, :], other=0.0)
+        w = tl.load(w_ptr + w_offs, mask=mask_k[:, None] & mask_o[None, :], other=0.0)  # [K, O]
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
     if HAS_BIAS:
         b_ptr = pick(k, b0_ptr, b1_ptr, b2_ptr, b3_ptr)
-        acc += tl.load(b_ptr + offs_o, mask=mask_o, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(b_ptr + offs_o, mask=mask_o, other=0.0).to(tl.float32)[None, :]  # [1, O]
     y_offs = offs_m[:, None] * O + offs_o[None, :]
     tl.store(y_ptr + y_offs, acc.to(y_ptr.dtype.element_ty), mask=mask_m & mask_o[None, :])
 
@@ -179,9 +180,9 @@ def _lowrank_linear_bwd_dx_kernel(  # type: ignore[no-untyped-def]
         offs_r = r0 + tl.arange(0, BLOCK_R)
         mask_r = offs_r < R
         dh_offs = offs_m[:, None] * R + offs_r[None, :]
-        dh = tl.load(dh_ptr + dh_offs, mask=mask_m & mask_r[None, :], other=0.0)
+        dh = tl.load(dh_ptr + dh_offs, mask=mask_m & mask_r[None, :], other=0.0)  # [M, R]
         u_offs = offs_r.to(tl.int64)[:, None] * stride_ur + offs_d[None, :]
-        u = tl.load(u_ptr + u_offs, mask=mask_r[:, None] & mask_d, other=0.0)
+        u = tl.load(u_ptr + u_offs, mask=mask_r[:, None] & mask_d, other=0.0)  # [R, K]
         acc = tl.dot(dh, u.to(dh.dtype), acc, input_precision=PRECISION)
     if DROPOUT:
         seed = tl.load(rng_ptr)
@@ -197,12 +198,13 @@ def _lowrank_linear_bwd_dx_kernel(  # type: ignore[no-untyped-def]
         for o0 in range(0, O, BLOCK_O):
             offs_o = o0 + tl.arange(0, BLOCK_O)
             mask_o = offs_o < O
+            # [M, O]
             dy = tl.load(dy_rows + offs_o[None, :], mask=mask_m & mask_o[None, :], other=0.0)
             if W_TRANSPOSED:
                 w_offs = offs_d.to(tl.int64)[None, :] * stride_w + offs_o[:, None]
             else:  # [BLOCK_O, BLOCK_K]
                 w_offs = offs_o.to(tl.int64)[:, None] * stride_w + offs_d[None, :]
-            w = tl.load(w_ptr + w_offs, mask=mask_o[:, None] & mask_d, other=0.0)
+            w = tl.load(w_ptr + w_offs, mask=mask_o[:, None] & mask_d, other=0.0)  # [O, K]
             acc = tl.dot(dy, w, acc, input_precision=PRECISION)
     dx_offs = offs_m[:, None] * D + offs_d[None, :]
     tl.store(dx_ptr + dx_offs, acc.to(dx_ptr.dtype.element_ty), mask=mask_m & mask_d)

@@ -71,8 +71,8 @@ def _lowrank_linear_shrink_kernel(  # type: ignore[no-untyped-def]
     for k0 in range(0, D, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
         mask_k = (offs_k < D)[None, :]
-        x = tl.load(x_rows + offs_k[None, :], mask=mask_m & mask_k, other=0.0)  # [BLOCK_M, BLOCK_K]
-        u = tl.load(u_rows + offs_k[None, :], mask=mask_r & mask_k, other=0.0).to(x.dtype)
+        x = tl.load(x_rows + offs_k[None, :], mask=mask_m & mask_k, other=0.0)  # [M, K]
+        u = tl.load(u_rows + offs_k[None, :], mask=mask_r & mask_k, other=0.0).to(x.dtype)  # [R, K]
         if DROPOUT:
             x = tl.where(dropout_keep(seed, stream, offs_m, k0, BLOCK_K, threshold), x, 0.0)
         if SWAP:
@@ -156,6 +156,7 @@ def _lowrank_linear_expand_kernel(  # type: ignore[no-untyped-def]
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     for r0 in range(0, R, BLOCK_R):
         offs_r = r0 + tl.arange(0, BLOCK_R)
+        # [M, R]
         h = tl.load(h_rows + offs_r[None, :], mask=mask_m & (offs_r < R)[None, :], other=0.0)
         p = _load_up(p_ptr, offs_o, offs_r, O, R, stride_p, P_TRANSPOSED).to(h.dtype)
         if DROP_H:
@@ -169,7 +170,7 @@ def _lowrank_linear_expand_kernel(  # type: ignore[no-untyped-def]
         base_ptr = pick(k, base0_ptr, base1_ptr, base2_ptr, base3_ptr)
         stride_base = pick(k, stride_base0, stride_base1, stride_base2, stride_base3)
         base_offs = offs_m[:, None] * stride_base + offs_o[None, :]
-        y += tl.load(base_ptr + base_offs, mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(base_ptr + base_offs, mask=mask, other=0.0).to(tl.float32)  # [M, O]
     y_offs = offs_m[:, None] * O + offs_o[None, :]
     tl.store(y_ptr + y_offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -242,6 +243,7 @@ def _lowrank_linear_bwd_dh_kernel(  # type: ignore[no-untyped-def]
             acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for o0 in range(0, O, BLOCK_O):
             offs_o = o0 + tl.arange(0, BLOCK_O)
+            # [M, O]
             dy = tl.load(dy_rows + offs_o[None, :], mask=mask_m & (offs_o < O)[None, :], other=0.0)
             p = _load_up(p_ptr, offs_o, offs_r, O, R, stride_p, P_TRANSPOSED).to(dy.dtype)
             if SWAP:

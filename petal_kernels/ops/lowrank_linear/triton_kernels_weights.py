@@ -97,9 +97,9 @@ def _lowrank_linear_bwd_tn_kernel(  # type: ignore[no-untyped-def]
         offs_m = row0 + step * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = (offs_m < N)[:, None]
         big_offs = offs_m[:, None] * stride_big + offs_o[None, :]
-        big = tl.load(big_ptr + big_offs, mask=mask_m & mask_o[None, :], other=0.0)
+        big = tl.load(big_ptr + big_offs, mask=mask_m & mask_o[None, :], other=0.0)  # [M, O]
         s_offs = offs_m[:, None] * stride_small + offs_r[None, :]
-        s = tl.load(small + s_offs, mask=mask_m & mask_r[None, :], other=0.0)
+        s = tl.load(small + s_offs, mask=mask_m & mask_r[None, :], other=0.0)  # [M, R]
         if DROP_SMALL:
             keep = dropout_keep(seed, stream + k, offs_m, 0, BLOCK_R, threshold)
             s = tl.where(keep | is_x, s, 0.0)
@@ -147,7 +147,7 @@ def _lowrank_linear_bwd_reduce_kernel(  # type: ignore[no-untyped-def]
     part = part_ptr + (row + offs_o).to(tl.int64)[:, None] * R + offs_r[None, :]
     acc = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)
     for _ in range(splits):
-        acc += tl.load(part, mask=mask, other=0.0)
+        acc += tl.load(part, mask=mask, other=0.0)  # [O, R]
         part += stride_part
     o = offs_o.to(tl.int64)[:, None]
     r = offs_r.to(tl.int64)[None, :]

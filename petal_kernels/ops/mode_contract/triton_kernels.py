@@ -38,7 +38,9 @@ def _mode_matrix(  # type: ignore[no-untyped-def]
     for c0 in range(0, R, BLOCK_C):
         offs_c = c0 + tl.arange(0, BLOCK_C)
         mask_c = (offs_c < R)[None, :]
+        # [K, C]
         p = tl.load(rows + offs_c[None, :], mask=(offs_k < K)[:, None] & mask_c, other=0.0)
+        # [B, C]
         c = tl.load(slab + offs_c[None, :], mask=(offs_b < R)[:, None] & mask_c, other=0.0)
         m = tl.dot(p, tl.trans(c), m, input_precision=PRECISION)
     return m
@@ -84,7 +86,7 @@ def _mode_contract_fwd_kernel(  # type: ignore[no-untyped-def]
             )
             offs_b = b0 + tl.arange(0, BLOCK_B)
             v_ptrs = _v_pointers(up_ptr, offs_b, offs_o, stride_vb, stride_vo)
-            v = tl.load(v_ptrs, mask=(offs_b < R)[:, None] & mask_o[None, :], other=0.0)
+            v = tl.load(v_ptrs, mask=(offs_b < R)[:, None] & mask_o[None, :], other=0.0)  # [B, O]
             acc = tl.dot(m, v.to(tl.float32), acc, input_precision=FOLD_PRECISION)
     else:
         acc = _mode_matrix(
@@ -133,7 +135,7 @@ def _mode_contract_bwd_slab_kernel(  # type: ignore[no-untyped-def]
     mask_c = (offs_c < R)[None, :]
     tile_offs = (a * R + offs_b)[:, None] * R + offs_c[None, :]
     if NEED_MODES:
-        core = tl.load(core_ptr + tile_offs, mask=mask_b[:, None] & mask_c, other=0.0)
+        core = tl.load(core_ptr + tile_offs, mask=mask_b[:, None] & mask_c, other=0.0)  # [B, B]
         core = core.to(tl.float32)
     dcore = tl.zeros((BLOCK_B, BLOCK_B), tl.float32)
     for k0 in range(0, K, BLOCK_K):
@@ -144,19 +146,22 @@ def _mode_contract_bwd_slab_kernel(  # type: ignore[no-untyped-def]
             dm = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
             for o0 in range(0, O, BLOCK_O):
                 offs_o = o0 + tl.arange(0, BLOCK_O)
+                # [K, O]
                 d = tl.load(rows + offs_o[None, :], mask=mask_k & (offs_o < O)[None, :], other=0.0)
                 v_ptrs = _v_pointers(up_ptr, offs_o, offs_b, stride_vo, stride_vb)
+                # [O, B]
                 v = tl.load(v_ptrs, mask=(offs_o < O)[:, None] & mask_b[None, :], other=0.0)
                 if d.dtype != v.dtype:
                     d = d.to(tl.float32)
                     v = v.to(tl.float32)
                 dm = tl.dot(d, v, dm, input_precision=PRECISION)
         else:
-            dm = tl.load(rows + offs_b[None, :], mask=mask_k & mask_b[None, :], other=0.0)
+            dm = tl.load(rows + offs_b[None, :], mask=mask_k & mask_b[None, :], other=0.0)  # [K, B]
             dm = dm.to(tl.float32)
         dm *= scale
         if NEED_CORE:
             p_offs = offs_k.to(tl.int64)[:, None] * R + offs_c[None, :]
+            # [K, B]
             p = tl.load(modes_ptr + p_offs, mask=mask_k & mask_c, other=0.0).to(tl.float32)
             dcore = tl.dot(tl.trans(dm), p, dcore, input_precision=FOLD_PRECISION)
         if NEED_MODES:
@@ -202,7 +207,7 @@ def _mode_contract_bwd_up_kernel(  # type: ignore[no-untyped-def]
             offs_k = k0 + tl.arange(0, BLOCK_K)
             d_offs = (offs_k.to(tl.int64) * R + a)[:, None] * O + offs_o[None, :]
             mask = (offs_k < K)[:, None] & (offs_o < O)[None, :]
-            d = tl.load(dout_ptr + d_offs, mask=mask, other=0.0).to(tl.float32)
+            d = tl.load(dout_ptr + d_offs, mask=mask, other=0.0).to(tl.float32)  # [K, O]
             acc = tl.dot(tl.trans(d), m, acc, input_precision=FOLD_PRECISION)
     part_offs = (group * O + offs_o)[:, None] * R + offs_b[None, :]
     tl.store(part_ptr + part_offs, acc, mask=(offs_o < O)[:, None] & (offs_b < R)[None, :])
@@ -250,13 +255,13 @@ def _mode_contract_cp_fwd_kernel(  # type: ignore[no-untyped-def]
     mask = mask_a[:, None] & (offs_o < O)[None, :]
     if FOLD:
         v_ptrs = _v_pointers(up_ptr, offs_a, offs_o, stride_vb, stride_vo)
-        v = tl.load(v_ptrs, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(v_ptrs, mask=mask, other=0.0).to(tl.float32)  # [A, O]
     else:
         v = tl.where(offs_a[:, None] == offs_o[None, :], 1.0, 0.0)
-    core = tl.load(core_ptr + offs_a, mask=mask_a, other=0.0).to(tl.float32) * scale
+    core = tl.load(core_ptr + offs_a, mask=mask_a, other=0.0).to(tl.float32) * scale  # [A]
     first = tl.program_id(1).to(tl.int64) * modes_each
     for k in range(first, tl.minimum(first + modes_each, K)):
-        p = tl.load(modes_ptr + k * R + offs_a, mask=mask_a, other=0.0).to(tl.float32)
+        p = tl.load(modes_ptr + k * R + offs_a, mask=mask_a, other=0.0).to(tl.float32)  # [A]
         factor = (core * p)[:, None]
         # Off the diagonal a select, not a product: Inf times zero would be NaN.
         out = factor * v if FOLD else tl.where(v > 0, factor, 0.0)
@@ -292,17 +297,17 @@ def _mode_contract_cp_bwd_modes_kernel(  # type: ignore[no-untyped-def]
         for o0 in range(0, O, BLOCK_O):
             offs_o = o0 + tl.arange(0, BLOCK_O)
             mask = mask_a[:, None] & (offs_o < O)[None, :]
-            d = tl.load(dout_ptr + rows[:, None] + offs_o[None, :], mask=mask, other=0.0)
+            d = tl.load(dout_ptr + rows[:, None] + offs_o[None, :], mask=mask, other=0.0)  # [A, O]
             v_ptrs = _v_pointers(up_ptr, offs_a, offs_o, stride_vb, stride_vo)
-            v = tl.load(v_ptrs, mask=mask, other=0.0)
+            v = tl.load(v_ptrs, mask=mask, other=0.0)  # [A, O]
             acc += d.to(tl.float32) * v.to(tl.float32)
         t = tl.sum(acc, axis=1) * scale
     else:
-        t = tl.load(dout_ptr + rows + offs_a, mask=mask_a, other=0.0).to(tl.float32) * scale
+        t = tl.load(dout_ptr + rows + offs_a, mask=mask_a, other=0.0).to(tl.float32) * scale  # [A]
     offs = k * R + offs_a
     tl.store(diagonal_ptr + offs, t, mask=mask_a)
     if NEED_MODES:
-        core = tl.load(core_ptr + offs_a, mask=mask_a, other=0.0).to(tl.float32)
+        core = tl.load(core_ptr + offs_a, mask=mask_a, other=0.0).to(tl.float32)  # [A]
         tl.store(dmodes_ptr + offs, (t * core).to(dmodes_ptr.dtype.element_ty), mask=mask_a)
 
 
@@ -316,7 +321,7 @@ def _mode_contract_cp_bwd_core_kernel(  # type: ignore[no-untyped-def]
     acc = tl.zeros((BLOCK_A,), tl.float32)
     row = offs_a.to(tl.int64)
     for _ in range(K):
-        t = tl.load(diagonal_ptr + row, mask=mask_a, other=0.0)
+        t = tl.load(diagonal_ptr + row, mask=mask_a, other=0.0)  # [A]
         acc += t * tl.load(modes_ptr + row, mask=mask_a, other=0.0).to(tl.float32)
         row += R
     tl.store(dcore_ptr + offs_a, acc.to(dcore_ptr.dtype.element_ty), mask=mask_a)
@@ -344,11 +349,11 @@ def _mode_contract_cp_bwd_up_kernel(  # type: ignore[no-untyped-def]
     acc = tl.zeros((BLOCK_A, BLOCK_O), tl.float32)
     row = offs_a.to(tl.int64)
     for _ in range(K):
-        p = tl.load(modes_ptr + row, mask=mask_a, other=0.0).to(tl.float32)
-        d = tl.load(dout_ptr + row[:, None] * O + offs_o[None, :], mask=mask, other=0.0)
+        p = tl.load(modes_ptr + row, mask=mask_a, other=0.0).to(tl.float32)  # [A]
+        d = tl.load(dout_ptr + row[:, None] * O + offs_o[None, :], mask=mask, other=0.0)  # [A, O]
         acc += p[:, None] * d.to(tl.float32)
         row += R
-    core = tl.load(core_ptr + offs_a, mask=mask_a, other=0.0).to(tl.float32)
+    core = tl.load(core_ptr + offs_a, mask=mask_a, other=0.0).to(tl.float32)  # [A]
     grad = acc * (core * scale)[:, None]
     dup_offs = offs_o.to(tl.int64)[None, :] * R + offs_a[:, None]
     tl.store(dup_ptr + dup_offs, grad.to(dup_ptr.dtype.element_ty), mask=mask)
