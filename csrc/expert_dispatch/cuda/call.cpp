@@ -102,9 +102,17 @@ void expert_dispatch_bwd_invert(Tensor order, Tensor offsets, Tensor inverse) {
   check_launch(launch_expert_invert(p, device.stream()), "expert_dispatch_bwd_invert");
 }
 
-// `grads` and what forms them: up (dout, ga), down (x, dz), up_bias (dout, the gates), router (x,
-// the logits' gradient) and, sorted, down_bias (dz).
-constexpr int kProducts = 2;
+// The gradients of the weights, in the order of `grads`: products, then sums over rows.
+enum WeightGradient {
+  kGradUp,    // of dout and ga
+  kGradDown,  // of x and dz
+  kProducts,
+  kGradUpBias = kProducts,  // of dout and the gates
+  kGradRouter,              // of x and the logits' gradient
+  kGradDownBias,            // sorted: of dz
+  kGradients
+};
+static_assert(kGradients == kMaxExpertReduces);
 
 // What the products and sums read; their partials lie behind each other in one tensor.
 struct Weights {
@@ -134,7 +142,7 @@ Weights weights_of(const Tensor& dout, const MaybeTensor& x, const MaybeTensors&
                 kept_cols = sorted ? rank : experts * rank;
   p.dout = matrix(dout, p.rows, outs, "dout");
   int64_t width = 0;
-  if (grads[1].has_value() || grads[3].has_value()) {
+  if (grads[kGradDown].has_value() || grads[kGradRouter].has_value()) {
     want(x.has_value() && x->dim() == 2, "x");
     width = x->size(1);
     p.x = view(x, p.dtype, p.rows, width, "x");
@@ -165,7 +173,7 @@ ExpertWeightsParams products_of(const Weights& w, const MaybeTensors& grads, int
   const MatrixView inputs[] = {w.dout, w.x}, sides[] = {w.ga, w.dz};
   for (int j = 0; j < kProducts; ++j) {
     if (!grads[j].has_value()) continue;
-    want(sides[j].data != nullptr, j == 0 ? "ga" : "dz");
+    want(sides[j].data != nullptr, j == kGradUp ? "ga" : "dz");
     p.product[j] = {inputs[j], sides[j], w.widths[j], w.partial + w.first[j]};
   }
   return p;
@@ -179,18 +187,18 @@ ExpertSumsParams sums_of(const Weights& w, const MaybeTensors& grads, int64_t sp
   p.splits = splits;
   const MatrixView inputs[] = {w.dout, w.x, w.dz};
   for (int j = 0; j < kMaxExpertSums; ++j) {
-    if (!grads[kProducts + j].has_value()) continue;
-    want(inputs[j].data != nullptr && (j == 2 ? w.order != nullptr : w.factors[j] != nullptr),
-         "what a sum is formed of");
-    p.job[p.jobs++] = {inputs[j], w.dtype, w.widths[kProducts + j], w.factors[j],
-                       w.partial + w.first[kProducts + j]};
+    const int grad = kProducts + j;
+    if (!grads[grad].has_value()) continue;
+    const bool formed = grad == kGradDownBias ? w.order != nullptr : w.factors[j] != nullptr;
+    want(inputs[j].data != nullptr && formed, "what a sum is formed of");
+    p.job[p.jobs++] = {inputs[j], w.dtype, w.widths[grad], w.factors[j], w.partial + w.first[grad]};
   }
   return p;
 }
 
 // Where the sum of a gradient's partials goes.
 ExpertReduce reduce_of(const Tensor& grad, int j, const Weights& w, double mix, int64_t splits) {
-  const bool product = j < kProducts, down = j == 1 || j == 4;
+  const bool product = j < kProducts, down = j == kGradDown || j == kGradDownBias;
   // One down-projection for all: the experts are added like splits.
   const bool add = down && grad.size(0) != w.experts;
   ExpertReduce job = {};
@@ -204,7 +212,7 @@ ExpertReduce reduce_of(const Tensor& grad, int j, const Weights& w, double mix, 
   const int64_t sizes[] = {down && product ? w.rank
                            : product       ? w.widths[j]
                                            : job.cols,
-                           down ? w.widths[1] : w.rank};
+                           down ? w.widths[kGradDown] : w.rank};
   STD_TORCH_CHECK(grad.dim() == (product ? 3 : 2) && grad.size(0) == job.experts &&
                       grad.size(1) == sizes[0] && (!product || grad.size(2) == sizes[1]),
                   "expert_dispatch_bwd_weights: gradient ", j,
@@ -214,7 +222,8 @@ ExpertReduce reduce_of(const Tensor& grad, int j, const Weights& w, double mix, 
   job.stride_expert = grad.stride(0);
   job.stride_row = product ? grad.stride(down ? 2 : 1) : 0;
   job.stride_col = grad.stride(product && !down ? 2 : 1);
-  job.scale = j == 0 || j == 2 ? static_cast<float>(mix) : 1.0f;
+  const bool up = j == kGradUp || j == kGradUpBias;
+  job.scale = up ? static_cast<float>(mix) : 1.0f;
   return job;
 }
 

@@ -94,8 +94,9 @@ void gated_bottleneck_bwd_rows(Tensor dout, MaybeTensors tensors, MaybeTensors w
   check_launch(launch_gated_rows(p, device.stream()), "gated_bottleneck_bwd_rows");
 }
 
-// `grads`: dU, dGu, dD, dGd, then one per ColumnSum.
-constexpr int kMatrices = kMaxReduces - kColumnSums;
+// The gradients of the weights, in the order of `grads`: matrices, then one per ColumnSum.
+enum WeightGradient { kGradUp, kGradGateUp, kGradDown, kGradGateDown, kMatrices };
+static_assert(kMatrices + kColumnSums == kMaxReduces);
 
 // What the wanted gradients are formed of; their partials are placed later.
 GatedWeightsParams weights_params(const Call& call, const Tensor& dout, const MaybeTensors& grads) {
@@ -105,8 +106,8 @@ GatedWeightsParams weights_params(const Call& call, const Tensor& dout, const Ma
   const GatedParams& f = p.f;
   p.dout = matrix(dout, f.rows, f.outs, "dout");
   p.sums = floats(work[kSums], f.rows * kRowSums, "sums");
-  p.need_up = grads[0].has_value();
-  p.need_gate_up = grads[1].has_value() && f.gate.rank > 0;
+  p.need_up = grads[kGradUp].has_value();
+  p.need_gate_up = grads[kGradGateUp].has_value() && f.gate.rank > 0;
   for (int k = 0; k < kColumnSums; ++k) p.wanted |= grads[kMatrices + k].has_value() ? 1u << k : 0u;
   if (p.need_up || p.need_gate_up || p.wanted != 0) {
     check_saved(f);
@@ -117,7 +118,7 @@ GatedWeightsParams weights_params(const Call& call, const Tensor& dout, const Ma
                     dzs[] = {work[kDz], work[kDzg]};
   const Bottleneck sources[] = {f.down, f.gate};
   for (int j = 0; j < 2; ++j) {
-    if (!grads[2 + j].has_value()) continue;
+    if (!grads[kGradDown + j].has_value()) continue;
     DownGrad& d = p.down[j];
     d.width = sources[j].width;
     d.rank = sources[j].rank;
@@ -147,7 +148,7 @@ Partials partials_of(const GatedWeightsParams& p) {
 // Where the sum of a gradient's partials goes.
 GatedReduce reduce_of(const Tensor& grad, int j, const Partials& at, const float* data,
                       int64_t outs) {
-  const bool sum = j >= kMatrices, down = j == 2 || j == 3;
+  const bool sum = j >= kMatrices, down = j == kGradDown || j == kGradGateDown;
   const int source = sum ? kMatrices : j;
   GatedReduce job = {};
   job.rows = sum ? 1 : at.widths[source];
