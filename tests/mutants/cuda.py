@@ -14,7 +14,7 @@ TESTS = [
 
 _COMMON = "csrc/common"
 _FWD = "csrc/lowrank_linear/cuda/forward.cu"
-_BWD = "csrc/lowrank_linear/cuda/backward.cu"
+_BWD = "csrc/lowrank_linear/cuda/weights.cu"
 _HOST = "csrc/lowrank_linear/cuda/call.cpp"
 _MODE_FWD = "csrc/mode_contract/cuda/forward.cu"
 _MODE_BWD = "csrc/mode_contract/cuda/backward.cu"

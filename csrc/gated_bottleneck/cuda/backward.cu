@@ -1,5 +1,4 @@
-// gated_bottleneck, backward over rows. Legend: N rows, L of one sample, D input width, r rank, O
-// output width, Dg and rg of the large gate; T = fp32, fp16, bf16.
+// gated_bottleneck, backward over rows. Legend as in forward.cu.
 //
 //   u, Y, G again from z, zg and the rows;  xhat = (u - mean) rstd, g = dout w
 //   du = rstd (g - mean(g) - xhat mean(g xhat)), or dout;   dv = drop(du);   dY = s G dv

@@ -237,7 +237,7 @@ __device__ __forceinline__ void form_sum(float (&u)[8], const float (&y)[8], con
   for (int j = 0; j < 8; ++j) u[j] += (keep >> j) & 1u ? scale * gate[j] * y[j] : 0.0f;
 }
 
-// What backward forms of one group; zero beyond the matrix. dy: s G dv; dgate: the gradient of the
+// What backward forms of one group; zero beyond the matrix. dy: G dv, where dv = s drop(du); dgate: the gradient of the
 // large gate's logits, or of G itself where that is one value per column.
 struct Gradients {
   float dout[8], y[8], xhat[8], du[8], dy[8], dgate[8];

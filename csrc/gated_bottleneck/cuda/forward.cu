@@ -1,5 +1,6 @@
 // gated_bottleneck, forward. Legend: N rows, L of one sample, D input width, r rank, O output
-// width, Dg and rg of the large gate; T = fp32, fp16, bf16.
+// width, Dg and rg of the large gate; X gate_input, H base or x, s scale; D down, U up, Gd and Gu
+// those of the gate; T = fp32, fp16, bf16.
 //
 //   z = x D^T + c, zg = X Gd^T + cg        rounded to T and stored
 //   Y = H + act(route(z)) U^T + b          route: none, + left, * left, or (f(z) . left) right of

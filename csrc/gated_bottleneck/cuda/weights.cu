@@ -1,10 +1,10 @@
-// gated_bottleneck, the reductions over rows. Legend as in backward.cu, which leaves
+// gated_bottleneck, the reductions over rows. Legend as in forward.cu; backward.cu leaves
 // a = act(q), ag = act(zg), dz, dzg and the row sums.
 //
 //   dU = dY^T a, dGu = dlogit^T ag, dD^T = x^T dz, dGd^T = X^T dzg, and sums over rows: dY, dlogit
 //   (large), s dv Y (middleY), dlogit X and dlogit H or Y (row gates), dout xhat, dout (norm)
 //
-// Shapes   as there; targets of the reduce at any two strides, in T or fp32.
+// Shapes   as in forward.cu; targets of the reduce at any two strides, in T or fp32.
 // Grid     weights: (column tiles of 128 bytes of O, D and Dg, 128 columns of the ranks, splits of
 //          the rows). A block of O keeps its columns' weights in shared memory, goes through its
 //          rows in blocks of 32 (16 in fp32 with a rank above 128), forms dY and dlogit of its

@@ -20,7 +20,7 @@
 //          before it is expanded (T is what is saved). Dropped operand elements become exact zeros,
 //          the factor of the kept ones is applied to the fp32 result. fp32 products are IEEE FMAs.
 // Limits   K <= 4, R <= 256 (update: R <= 64). Every sum has a fixed order: same bits on every run.
-// Source   METHODS: y_k = x W_k^T + b_k + s drop_k(x U^T) P_k^T.
+// Source   ops/lowrank_linear/reference.py: y_k = x W_k^T + b_k + s drop_k(x U^T) P_k^T.
 #include "common/cuda/launchers.cuh"
 #include "common/cuda/pipeline.cuh"
 #include "params.h"

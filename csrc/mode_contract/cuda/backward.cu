@@ -15,10 +15,10 @@
 //          64 columns of R, C once per column tile of O (L2), partials of dV [groups, O, R]. All
 //          partials are written and read once.
 // Numerics fp32 accumulators and partials, added in ascending order (no atomics: same bits on every
-//          run of a device); dM and M enter the 16-bit products as hi + lo (common/parts.cuh); one
+//          run of a device); dM and M enter the 16-bit products as hi + lo (common/cuda/parts.cuh); one
 //          rounding per gradient element.
 // Limits   as forward.
-// Source   METHODS: P_k = s V M_k^T, differentiated.
+// Source   ops/mode_contract/reference.py: P_k = s V M_k^T, differentiated.
 #include "common/cuda/launchers.cuh"
 #include "common/cuda/parts.cuh"
 #include "common/cuda/pipeline.cuh"

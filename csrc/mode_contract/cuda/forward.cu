@@ -11,10 +11,10 @@
 // Traffic  C from DRAM once (again from L2 by every further column group: as many groups as fill
 //          the device), PT once; modes and V from L2. M_k is never stored.
 // Numerics fp32 accumulators, one rounding at the store. With 16-bit inputs M enters the second
-//          product as hi + lo (common/parts.cuh) on tensor cores; fp32 products are IEEE FMAs.
+//          product as hi + lo (common/cuda/parts.cuh) on tensor cores; fp32 products are IEEE FMAs.
 //          Fixed order of every sum: same bits on every run of a device.
 // Limits   ceil(K / 64) ceil(R / 64) <= 4 (Tucker: M of one slab in shared memory), K <= 1024 (CP).
-// Source   METHODS: P_k = s V M_k^T.
+// Source   ops/mode_contract/reference.py: P_k = s V M_k^T.
 #include "common/cuda/launchers.cuh"
 #include "common/cuda/parts.cuh"
 #include "common/cuda/pipeline.cuh"

@@ -1,6 +1,6 @@
 """``lowrank_linear`` on CUDA: CUDA C++ kernels for the update, the library's GEMM for the base.
 
-Kernels, in ``csrc/lowrank_linear/cuda``: ``forward.cu`` (shrink, expand, update), ``backward.cu``.
+Kernels, in ``csrc/lowrank_linear/cuda``: ``forward.cu`` (shrink, expand, update), ``weights.cu``.
 
 Maths (N rows, D input width, R rank, K outputs of widths O_k; T = x.dtype):
 

@@ -2,15 +2,14 @@
 
 With U = down [R, D], P_k = ups[k] [O_k, R], W_k = weights[k] [O_k, D] and x [..., D]:
 
-    h    = drop_0(x) U^T   if dropout_at == "input", else x U^T          [..., R]
-    m_k  = drop_k(h)       dropout_at == "bottleneck": PETAL, Aurora's BERT (the mask acts before
-    the core,
-                           which is folded into P_k = s V M_k^T by mode_contract)
-    m_k  = drop_k(h M_k)   dropout_at == "mode": Aurora's ViT (core[k] = M_k, the mask acts after
-    it, P_k = V) m_k  = h               dropout_at == "input": LoRA
+    h    = drop_0(x) U^T   where dropout_at == "input", else x U^T       [..., R]
+    m_k  = h               where dropout_at == "input": LoRA
+    m_k  = drop_k(h)       where it is "bottleneck": PETAL, Aurora's BERT; the mask acts before the
+                           core, which mode_contract folds into P_k = s V M_k^T
+    m_k  = drop_k(h M_k)   where it is "mode": Aurora's ViT; core[k] = M_k, P_k = V
     y_k  = base_k + scale * m_k P_k^T,   base_k = x W_k^T + b_k | base[k] | 0
 
-``drop_j`` multiplies by the mask of stream j of ``_runtime/philox.py``. Source: METHODS of PETAL
+``drop_j`` multiplies by the mask of stream j of ``_runtime/philox.py``. Source: PETAL
 arXiv 2312.12458 (release: Tucker core; paper: CP), Aurora arXiv 2305.08381, LoRA arXiv 2106.09685.
 """
 

@@ -14,7 +14,7 @@
 //          rounds once: no atomics, same bits on every run of a device. Masks are drawn again from
 //          (seed, offset); dropped elements are exact zeros, the factor of the kept ones is in s_j.
 // Limits   at most 5 jobs (4 outputs and the shared down-projection), R <= 256.
-// Source   METHODS: dP_k = s dy_k^T m_k, dU = dh^T drop(x).
+// Source   ops/lowrank_linear/reference.py: dP_k = s dy_k^T m_k, dU = dh^T drop(x).
 #include "common/cuda/launchers.cuh"
 #include "common/cuda/pipeline.cuh"
 #include "common/cuda/reduce.cuh"
