@@ -69,3 +69,17 @@ def test_a_stack_with_experts_compiles_and_keeps_its_routing() -> None:
         (out.square().sum() + attachment.auxiliary_loss()).backward()
         runs.append(compare.Run(out.detach(), compare.gradients(attachment)))
     compare.assert_close(runs[1], runs[0], 1e-5)
+
+
+def test_a_hook_on_the_embeddings_runs_in_a_compiled_model() -> None:
+    """The kind: a graph that leaves out the hook of checkpointing, and somebody else's with it."""
+    model: Any = tiny_text.build("llama").eval()
+    pk.attach(model, pk.RoutingConfig(r=2))
+    ids = tiny_text.batch("llama")["input_ids"]
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output: 2 * output)
+        want = model(ids, use_cache=False).logits
+        got = torch.compile(model, backend="aot_eager")(ids, use_cache=False).logits
+    assert not torch.allclose(want, plain)
+    torch.testing.assert_close(got, want)

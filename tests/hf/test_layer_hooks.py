@@ -39,10 +39,14 @@ def _is_image(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.dim() == 3 and x.shape[-1] == WIDTH
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_a_layer_that_owns_a_trained_parameter_binds_its_call(reentrant: bool) -> None:
-    """The kind: a recompute outside the block that runs the copy, where its forward did not."""
-    model: Any = tiny_text.build("llama")
+def test_a_layer_that_owns_a_trained_parameter_binds_its_call(
+    reentrant: bool, dtype: torch.dtype
+) -> None:
+    """The kind: a recompute outside the block that runs the copy, where its forward did not; or
+    under autocast, which a wider copy needs."""
+    model: Any = tiny_text.build("llama", dtype)
     layer: Any = model.model.layers[1]
 
     class Scaled(type(layer)):  # type: ignore[misc]
