@@ -5,6 +5,7 @@ TESTS = [
     "tests/hf/test_lifecycle.py",
     "tests/hf/test_attach.py",
     "tests/hf/test_whole.py",
+    "tests/hf/test_whole_follow.py",
     "tests/hf/test_merged.py",
     "tests/hf/test_holders.py",
     "tests/hf/test_report.py",
