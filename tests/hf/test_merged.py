@@ -219,3 +219,18 @@ def test_merge_freezes_what_is_folded_whole() -> None:
     names = [name for name, _ in attachment.named_parameters()]
     assert any(name.startswith("branches.text.") for name in names)
     assert not any(name.startswith("branches.image.") for name in names)
+
+
+def test_a_trained_bias_stands_in_the_bases_place_where_the_update_lies_in_the_weight() -> None:
+    model: Any = tiny_text.build("gpt2").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("c_attn.bias"):
+                parameter.normal_()
+    attachment = pk.attach(model, pk.RoutingConfig(r=3, train_bias=True))
+    tiny.randomise(attachment.adapter)
+    ids = tiny_text.batch("gpt2")["input_ids"]
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+        attachment.merge()
+        torch.testing.assert_close(model(ids, use_cache=False).logits, want)

@@ -192,3 +192,15 @@ def test_a_compiled_layer(config: AdapterConfig) -> None:
     assert len(runs[0]) > 8
     for got, want in zip(runs[1], runs[0], strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("watch", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_norm_that_somebody_watches_is_given_what_the_layer_gives_it(watch: str) -> None:
+    """The kind: one of two kinds of hooks that nobody looked for."""
+    model, _ = attached(CONFIGS["large"])
+    norm, seen = model.model.encoder.layers[1].final_layer_norm, []
+    getattr(norm, watch)(lambda module, args, *out: seen.append(tuple(args[0].shape)))
+    ids = tiny_text.batch("bart")["input_ids"]
+    with torch.no_grad():
+        model(**tiny_text.batch("bart"))
+    assert seen == [(*ids.shape, tiny_text.WIDTH)]
