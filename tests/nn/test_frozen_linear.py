@@ -217,3 +217,10 @@ def test_a_special_base_keeps_its_state_dict_form() -> None:
     wrapper = FrozenLinear(base)
     assert list(wrapper.state_dict()) == ["codes"]
     assert calls == ["save"]
+
+
+def test_a_class_of_the_same_name_is_not_plain() -> None:
+    """The kind: a library's own Linear, whose forward is another one."""
+    plain = nn.Linear(4, 5)
+    plain.__class__ = type("Linear", (nn.Linear,), {"forward": lambda self, x: 2 * x})
+    assert not weight_is_plain(plain)
