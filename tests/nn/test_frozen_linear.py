@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from petal_kernels.nn import FrozenLinear, frozen_linear, frozen_lowrank
-from petal_kernels.nn.frozen_linear import weight_is_plain, why_not_plain
+from petal_kernels.nn.frozen_linear import weight_is_plain, why_not_plain, why_not_readable
 
 
 class Quantised(nn.Module):
@@ -224,3 +224,4 @@ def test_a_class_of_the_same_name_is_not_plain() -> None:
     plain = nn.Linear(4, 5)
     plain.__class__ = type("Linear", (nn.Linear,), {"forward": lambda self, x: 2 * x})
     assert not weight_is_plain(plain)
+    assert "not a plain linear" in why_not_readable(plain)
