@@ -78,7 +78,7 @@ void gated(const Config& c) {
   p.right = right.view();
   p.columns[kUpBias] = vector(up_bias);
   if (c.gate == Gate::kMiddleY) p.columns[kGateColumn] = vector(zeros);
-  if (row_gate) p.columns[kInputWeight] = p.columns[kSeenWeight] = vector(zeros);
+  if (row_gate) p.columns[kInputWeight] = p.columns[kLogitHWeight] = vector(zeros);
   p.h = h.view();
   p.gate_input = p.residual = gate_input.view();
   p.up = up.view();

@@ -164,7 +164,7 @@ __device__ __forceinline__ void form_tile(const GatedRowsParams& p, const RowsMe
       if (has_row_gate(f)) {
         float wx[8], wh[8];
         read_column(wx, m.columns, kD, kInputWeight, at_.local_col);
-        read_column(wh, m.columns, kD, kSeenWeight, at_.local_col);
+        read_column(wh, m.columns, kD, kLogitHWeight, at_.local_col);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           dh[j] += row.dlogit * wh[j];

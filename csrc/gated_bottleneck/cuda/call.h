@@ -113,7 +113,7 @@ void add_columns(GatedParams& p, const Call& call) {
   const int64_t count = pair ? 2 * p.outs : p.outs;
   want(weight.has_value(), "gate_weight");
   p.columns[kInputWeight] = vector(weight, dtype, count, "gate_weight");
-  p.columns[kSeenWeight] = vector(weight, dtype, count, "gate_weight", pair ? p.outs : 0);
+  p.columns[kLogitHWeight] = vector(weight, dtype, count, "gate_weight", pair ? p.outs : 0);
   p.gate_bias = vector(t[Input::kGateBias], dtype, 1, "gate_bias");
   p.logits = floats(w[kLogits], p.rows, "logits");
   p.pooled = floats(w[kPooled], call.settings.samples, "pooled");

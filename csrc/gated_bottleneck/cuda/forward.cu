@@ -79,7 +79,7 @@ __device__ __forceinline__ void form_logits(RowInfo* info, const T* a, const Gat
   constexpr int kMine = Shape::kRows / (kThreads / kWarp);
   const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kMine;
   float sum[kMine] = {};
-  const VectorView wx = p.columns[kInputWeight], wh = p.columns[kSeenWeight];
+  const VectorView wx = p.columns[kInputWeight], wh = p.columns[kLogitHWeight];
   for (int64_t col = lane * 8; col < p.outs; col += kWarp * 8) {
     const int valid = valid_columns(col, p.outs, 8);
     float x[8], h[8];

@@ -12,7 +12,7 @@ namespace petal {
 constexpr int kMaxGatedRank = 256;
 
 // The vectors over the output columns, loaded for a tile at a time.
-enum Column { kUpBias, kGateColumn, kNormWeight, kNormBias, kInputWeight, kSeenWeight, kColumns };
+enum Column { kUpBias, kGateColumn, kNormWeight, kNormBias, kInputWeight, kLogitHWeight, kColumns };
 
 // One bottleneck: z = in weight^T + bias, formed here (and stored where z has an address) or read.
 struct Bottleneck {

@@ -105,7 +105,7 @@ __device__ __forceinline__ void form_operands(const GatedWeightsParams& p, float
           if (f.kind == Gate::kSmall) add_slot(slots, kSumLogitH, logit_h);
         }
         if (f.sees_output) {
-          read_column(v, columns, Shape::kD, kSeenWeight, at_.local_col);
+          read_column(v, columns, Shape::kD, kLogitHWeight, at_.local_col);
 #pragma unroll
           for (int j = 0; j < 8; ++j) g.dy[j] += row.dlogit * v[j];
         }
