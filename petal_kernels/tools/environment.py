@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,22 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def most_resident() -> int:
+    """Bytes of memory that this program has had at most; 0 where the system does not say. Not
+    `ru_maxrss` on Linux: a process inherits there what the one that started it had."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(next(x for x in status.splitlines() if x.startswith("VmHWM")).split()[1])
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def describe(threads: int, on: torch.device | str | None = None) -> dict[str, Any]:

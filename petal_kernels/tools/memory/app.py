@@ -200,7 +200,7 @@ def _profile(args: argparse.Namespace, command: str) -> int:
     for name, reason in left.items():
         say(f"  not asked: {name}: {reason}")
     _write(args, command, subject.title, profile, answers, left, optimizer)
-    say(f"\n{spent:.1f} s, this process at most {mib(_resident())}")
+    say(f"\n{spent:.1f} s, this process at most {mib(environment.most_resident())}")
     if args.fail_above is not None and profile.saved_bytes > args.fail_above * 2**20:
         print(
             f"{mib(profile.saved_bytes)} saved for backward, more than the "
@@ -236,16 +236,6 @@ def _wait(text: str, quiet: bool) -> None:
     """A line that a terminal shows while a run takes its seconds."""
     if sys.stderr.isatty() and not quiet:
         print(f"\r\x1b[K{text}\r", end="", file=sys.stderr, flush=True)
-
-
-def _resident() -> int:
-    """Most memory that this process has had."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return exits.FINE
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
 
 
 def _write(
