@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,23 +11,29 @@ from torch import Tensor, nn
 
 from petal_kernels.hf.context import now
 from petal_kernels.hf.parts import LayerPart
-from petal_kernels.nn.frozen_linear import MERGED_TRAINING, FrozenLinear
+from petal_kernels.nn.frozen_linear import MERGED_TRAINING, FrozenLinear, with_bias
 from petal_kernels.nn.routed_lora import linear_features
+
+if TYPE_CHECKING:
+    from petal_kernels.hf.method import Method
 
 
 class AdaptedLinear(FrozenLinear):
     """A linear with an adapter that is registered at the model's root.
 
-    Where the call is off, or the update is merged into the weight, the linear runs alone.
+    Where the call is off, or the update is merged into the weight, the linear runs alone; with
+    `bias`, the module whose bias is trained in place of its own, where the call is on.
     """
 
-    layer: LayerPart
+    method: Method
     merged: nn.Parameter | None  # the weight without the update that now lies in it
     partly: bool
 
-    def __init__(self, base: nn.Module, layer: LayerPart) -> None:
+    def __init__(self, base: nn.Module, method: Method, bias: nn.Module | None = None) -> None:
         super().__init__(base)
-        self.__dict__["layer"] = layer
+        self.__dict__["method"] = method
+        # A reference, no child: it is registered at the model's root.
+        self.__dict__["bias_of"] = bias
         self.__dict__["merged"] = None
         self.__dict__["partly"] = False  # merged, and other parts of the adapter stay beside it
 
@@ -40,7 +46,7 @@ class AdaptedLinear(FrozenLinear):
         return linear_features(self.base)[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        if not now(self.layer.method).on:
+        if not now(self.method).on:
             return self._without(x)
         if self.merged is None:
             return self.adapted(x)
@@ -53,8 +59,13 @@ class AdaptedLinear(FrozenLinear):
         """The linear's output with the update."""
 
     def with_merged(self, x: Tensor) -> Tensor:
-        """The same where the update lies in the weight."""
-        return super().forward(x)
+        """The same where the update lies in the weight: the linear alone, with its trained bias."""
+        return with_bias(super().forward(x), self.base, self.trained_bias())
+
+    def trained_bias(self) -> Tensor | None:
+        """The bias that is trained in place of the linear's own."""
+        holder: nn.Module | None = self.__dict__["bias_of"]
+        return None if holder is None else holder._parameters["bias"]
 
     def _without(self, x: Tensor) -> Tensor:
         if self.merged is None:
@@ -94,3 +105,13 @@ class AdaptedLinear(FrozenLinear):
     def used(self) -> nn.Module:
         """Whose parameters the update is made of."""
         raise NotImplementedError
+
+
+class LayerLinear(AdaptedLinear):
+    """One whose update depends on the layer's call."""
+
+    layer: LayerPart
+
+    def __init__(self, base: nn.Module, layer: LayerPart, bias: nn.Module | None = None) -> None:
+        super().__init__(base, layer.method, bias)
+        self.__dict__["layer"] = layer

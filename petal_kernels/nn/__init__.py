@@ -3,6 +3,7 @@
 from petal_kernels.nn.experts import ExpertAdapter, ExpertLoRALinear, InstructionExperts
 from petal_kernels.nn.frozen_linear import FrozenLinear, frozen_lowrank
 from petal_kernels.nn.gated_adapter import GatedAdapter, RoutedAdapter, VLAdapter
+from petal_kernels.nn.lora import LoRALinear
 from petal_kernels.nn.mode_approximation import ModeApproximation
 from petal_kernels.nn.mutual_information import MutualInformationLoss
 from petal_kernels.nn.residual import ScaleShift, batch_context
@@ -15,6 +16,7 @@ __all__ = [
     "FrozenLinear",
     "GatedAdapter",
     "InstructionExperts",
+    "LoRALinear",
     "ModeApproximation",
     "MutualInformationLoss",
     "RoutedAdapter",

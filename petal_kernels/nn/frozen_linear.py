@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from petal_kernels._runtime import checks
 from petal_kernels._runtime.autocast import autocast_off, autocast_on
-from petal_kernels.nn.arguments import check_module
+from petal_kernels.nn.arguments import check_module, check_values
 from petal_kernels.ops.lowrank_linear import lowrank_linear
 
 if TYPE_CHECKING:
@@ -83,6 +83,23 @@ def check_input(x: Tensor, base: nn.Module) -> None:
     if weight is not None and weight.dtype != x.dtype:
         want = checks.dtype_name(weight.dtype)
         raise TypeError(f"x: want dtype {want} like the base, got {checks.dtype_name(x.dtype)}")
+
+
+def check_bias(bias: Tensor | None, base: nn.Module, width: int, parameter: Tensor) -> None:
+    """Raise unless `bias` [width] can stand in place of the base's own."""
+    if bias is None:
+        return
+    checks.check_floating("bias", bias)
+    checks.check_shape("bias", bias, (width,))
+    check_values("bias", bias, parameter)
+    if base._parameters.get("bias") is None:
+        raise ValueError("bias: want a base with a bias of its own, got one without")
+
+
+def with_bias(y: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor:
+    """`y`, which `base` computed with its own bias, with `bias` in its place."""
+    own = base._parameters.get("bias")
+    return y if bias is None or own is None else y + (bias - own.to(bias)).to(y.dtype)
 
 
 class FrozenLinear(nn.Module):
@@ -215,8 +232,8 @@ def _update(
     **base: Any,
 ) -> tuple[Tensor, ...]:
     dtype = x.dtype
-    down = _near(down, x)
-    ups = [_near(up, x) for up in ups]
+    down = near(down, dtype, x.device)
+    ups = [near(up, dtype, x.device) for up in ups]
     if hidden is not None:
         hidden = hidden.to(device=x.device, dtype=dtype)
     kwargs = dict(base, hidden=hidden, dropout=dropout, training=training)
@@ -227,8 +244,9 @@ def _update(
         return lowrank_linear(x if needs_x else None, down_arg, ups, **kwargs)
 
 
-def _near(t: Tensor, x: Tensor) -> Tensor:
-    """`t` on x's device and in a dtype the operator takes beside x (its own or float32)."""
-    if t.dtype != torch.float32 or x.dtype == torch.float64:
-        t = t.to(x.dtype)
-    return t if t.device == x.device else t.to(x.device)
+def near(t: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A parameter on a device and in a dtype that the operator takes beside rows of `dtype`: theirs
+    or float32."""
+    if t.dtype != torch.float32 or dtype == torch.float64:
+        t = t.to(dtype)
+    return t if t.device == device else t.to(device)

@@ -16,6 +16,7 @@ from torch import Tensor
 from petal_kernels._runtime.autocast import autocast_off
 from petal_kernels.nn.experts import InstructionExperts
 from petal_kernels.nn.gated_adapter import GatedAdapter
+from petal_kernels.nn.lora import LoRALinear
 from petal_kernels.nn.low_rank_experts import LowRankExperts
 from petal_kernels.nn.mode_approximation import ModeApproximation
 from petal_kernels.nn.residual import CONTEXT_SCALE, RESIDUAL_SCALE, ScaleShift
@@ -145,6 +146,12 @@ def published_lora(m: RoutedLoRALinear, y: Tensor, x: Tensor, vision: Tensor | N
             q = _route(m.route, q, None if v is None else v[..., columns], m.variant)
         pieces[target] = pieces[target] + m.scale * _linear(q, m.up[n])
     return torch.cat(pieces, dim=-1)
+
+
+def published_update(m: LoRALinear, y: Tensor, x: Tensor) -> Tensor:
+    """y + s * B A drop(x)."""
+    z = _linear(F.dropout(x, m.dropout, m.training), m.down)
+    return y + m.scale * _linear(z, m.up)
 
 
 def _gates(

@@ -27,7 +27,13 @@ from petal_kernels.nn.arguments import (
     check_storage,
     check_values,
 )
-from petal_kernels.nn.frozen_linear import check_input, compute_dtype, why_not_readable
+from petal_kernels.nn.frozen_linear import (
+    check_bias,
+    check_input,
+    compute_dtype,
+    why_not_readable,
+    with_bias,
+)
 from petal_kernels.nn.gated_adapter import ROUTES, Near, check_vision, expand_vision
 from petal_kernels.ops.gated_bottleneck import gated_bottleneck
 
@@ -147,17 +153,14 @@ class RoutedLoRALinear(nn.Module):
         given. A plain frozen linear's output is nobody else's: it is updated where it lies."""
         check_module("base", base)
         self._check(x, vision)
-        self._check_bias(bias, base)
+        check_bias(bias, base, self.out_features, self.down)
         weight = base._parameters.get("weight")
         dtype = compute_dtype(x)
         plain = weight is not None and weight.dtype == dtype and not why_not_readable(base)
         if not plain or x.dtype != dtype:
             check_input(x, base)
             y: Tensor = base(x)
-            own = base._parameters.get("bias")
-            if bias is not None and own is not None:
-                y = y + (bias - own.to(bias)).to(y.dtype)
-            return self.update(y, x, vision)
+            return self.update(with_bias(y, base, bias), x, vision)
         assert weight is not None
         matrix = weight if isinstance(base, nn.Linear) else weight.t()
         added = base._parameters.get("bias") if bias is None else bias.to(dtype)
@@ -208,16 +211,6 @@ class RoutedLoRALinear(nn.Module):
         if own:
             return y
         return pieces[0] if self.parts == 1 else torch.cat(pieces, dim=-1)
-
-    def _check_bias(self, bias: Tensor | None, base: nn.Module) -> None:
-        if bias is None:
-            return
-        checks.check_floating("bias", bias)
-        if tuple(bias.shape) != (self.out_features,):
-            raise ValueError(f"bias: want shape [{self.out_features}], got {list(bias.shape)}")
-        check_values("bias", bias, self.down)
-        if base._parameters.get("bias") is None:
-            raise ValueError("bias: want a base with a bias of its own, got one without")
 
     def _check(self, x: Tensor, vision: Tensor | None) -> None:
         check_values("x", check_rows("x", x, self.in_features), self.down)

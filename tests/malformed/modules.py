@@ -46,6 +46,15 @@ CONSTRUCTORS: dict[type[nn.Module], Callable[[], dict[str, Any]]] = {
         "dropout": 0.1,
         "dtype": torch.float32,
     },
+    pk.nn.LoRALinear: lambda: {
+        "base": nn.Linear(D, OUT),
+        "r": R,
+        "alpha": 4.0,
+        "rslora": True,
+        "dropout": 0.1,
+        "init": "gaussian",
+        "dtype": torch.float32,
+    },
     pk.nn.ValueAdapter: lambda: (
         {"in_features": D, "out_features": OUT, "r": R, "layers": 2} | _KIND
     ),
@@ -101,6 +110,10 @@ def _lora(**more: Any) -> nn.Module:
     return pk.nn.RoutedLoRALinear(nn.Linear(D, OUT), R, **more)
 
 
+def _plain_lora() -> nn.Module:
+    return pk.nn.LoRALinear(nn.Linear(D, OUT).requires_grad_(False), R, dropout=0.1)
+
+
 def _instruction(**more: Any) -> nn.Module:
     return pk.nn.InstructionExperts(D, E, R, **more)
 
@@ -147,6 +160,15 @@ METHODS: list[Method] = [
     (_lora, "adapted", lambda: {"base": nn.Linear(D, OUT), "x": t(B, L, D)}, rows("x")),
     (_lora, "update", lambda: {"y": t(B, L, OUT), "x": t(B, L, D)}, ()),
     (_lora, "delta", lambda: {"dtype": torch.float32}, ()),
+    (
+        _plain_lora,
+        "forward",
+        lambda: {"x": t(B, L, D), "bias": t(OUT)},
+        rows("x"),
+    ),
+    (_plain_lora, "operands", lambda: {"x": t(B, L, D), "bias": t(OUT)}, rows("x")),
+    (_plain_lora, "reset_parameters", lambda: {"init": "gaussian"}, ()),
+    (_plain_lora, "delta", lambda: {"dtype": torch.float32}, ()),
     (
         lambda: pk.nn.ValueAdapter(D, OUT, R, 2),
         "forward",
@@ -255,6 +277,8 @@ LEGAL: dict[str, tuple[str, ...]] = {
     ),
     "RoutedLoRALinear.project": ("vision: half", *rows("vision")),
     "RoutedLoRALinear.update": ("y: half", "x: half"),
+    "LoRALinear.forward": ("bias: half",),
+    "LoRALinear.operands": ("bias: half", "x: half"),
     "ValueAdapter.forward": ("values: half", "values: meta", "middle: half", "layer: zero"),
     "ValueAdapter.project": ("encoded: half", "layer: zero"),
     "InstructionExperts.forward": ("embeddings: half", "queries: zero", *MASK),

@@ -213,7 +213,7 @@ MUTANTS = [
         "False",
     ),
     (_WHOLE, "            return output.to(narrow)", "            return output"),
-    (_WRAPPERS, "        if not now(self.layer.method).on:", "        if False:"),
+    (_WRAPPERS, "        if not now(self.method).on:", "        if False:"),
     (
         _WRAPPERS,
         "        if self.merged is None:\n            return super().forward(x)",

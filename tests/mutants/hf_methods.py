@@ -100,11 +100,7 @@ MUTANTS = [
         "        if True:",
     ),
     (_ROUTING, "        return reads == width", "        return True"),
-    (
-        _ROUTING,
-        "return y + (trained - own.to(trained)).to(y.dtype)",
-        "return y + trained.to(y.dtype)",
-    ),
+    (_LINEAR, "y + (bias - own.to(bias)).to(y.dtype)", "y + bias.to(y.dtype)"),
     (_VLPET, "(x is shared.source or x is source)", "x is shared.source"),
     (
         _VLPET,

@@ -46,7 +46,7 @@ from petal_kernels.hf.parts import Part, Run, StackPart
 from petal_kernels.hf.report import SHARED_FACTORS, Row, Rows
 from petal_kernels.hf.twins import base_twin, twin_of
 from petal_kernels.hf.walk import device_of
-from petal_kernels.hf.wrappers import AdaptedLinear
+from petal_kernels.hf.wrappers import LayerLinear
 from petal_kernels.nn.frozen_linear import compute_dtype, frozen_lowrank
 from petal_kernels.nn.mode_approximation import ModeApproximation
 from petal_kernels.nn.residual import CONTEXT_SCALE, ScaleShift
@@ -277,7 +277,7 @@ class Aurora(ModesMethod):
         return share
 
 
-class BlockLinear(AdaptedLinear):
+class BlockLinear(LayerLinear):
     """A projection of the image encoder with its modes."""
 
     layer: ModesLayer
@@ -287,7 +287,7 @@ class BlockLinear(AdaptedLinear):
         self.blocks = blocks
 
     def adapted(self, x: Tensor) -> Tensor:
-        shared, method = self.used(), self.layer.method
+        shared, method = self.used(), self.method
         if method.published:
             y: Tensor = self.base(x)
             return y + published_blocks(shared, self.blocks, x, self.drop)

@@ -23,7 +23,7 @@ from petal_kernels.hf.parts import LayerPart, Part, Run, running_call
 from petal_kernels.hf.report import Row, Rows
 from petal_kernels.hf.twins import base_twin, twin_of
 from petal_kernels.hf.walk import device_of
-from petal_kernels.hf.wrappers import AdaptedLinear
+from petal_kernels.hf.wrappers import LayerLinear
 from petal_kernels.nn.experts import ExpertAdapter, ExpertLoRALinear
 from petal_kernels.nn.low_rank_experts import LowRankExperts
 from petal_kernels.nn.published import published_experts
@@ -152,7 +152,7 @@ class ExpertBlock(Part):
         return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
 
 
-class ExpertLinear(AdaptedLinear):
+class ExpertLinear(LayerLinear):
     """A linear with a mixture of low-rank updates."""
 
     def __init__(self, base: nn.Module, mixture: Mixture) -> None:

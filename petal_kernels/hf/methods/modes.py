@@ -23,7 +23,7 @@ from petal_kernels.hf.method import Hand, Method
 from petal_kernels.hf.parts import LayerPart, Part, Run
 from petal_kernels.hf.report import SHARED_FACTORS, Row, Rows
 from petal_kernels.hf.twins import base_twin, twin_of
-from petal_kernels.hf.wrappers import AdaptedLinear
+from petal_kernels.hf.wrappers import LayerLinear
 from petal_kernels.nn.frozen_linear import compute_dtype, frozen_lowrank, weight_is_plain
 from petal_kernels.nn.mode_approximation import ModeApproximation
 from petal_kernels.nn.published import published_mode, published_residual
@@ -240,7 +240,7 @@ class ModeGroup:
         )
 
 
-class ModeLinear(AdaptedLinear):
+class ModeLinear(LayerLinear):
     """A projection with its mode, served by its group."""
 
     layer: ModesLayer
@@ -254,7 +254,7 @@ class ModeLinear(AdaptedLinear):
 
     def adapted(self, x: Tensor) -> Tensor:
         group: ModeGroup = self.__dict__["group"]
-        if not self.layer.method.published:
+        if not self.method.published:
             out: Tensor = group.run(self.position, x)
             return out
         y: Tensor = self.base(x)
@@ -266,7 +266,7 @@ class ModeLinear(AdaptedLinear):
         return F.dropout(z, float(p), self.training)  # type: ignore[arg-type]
 
     def unit(self) -> object:
-        return self if self.layer.method.published else self.__dict__["group"]
+        return self if self.method.published else self.__dict__["group"]
 
     def used(self) -> nn.Module:
         return self.__dict__["group"].factors  # type: ignore[no-any-return]

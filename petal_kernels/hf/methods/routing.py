@@ -19,7 +19,7 @@ from petal_kernels.hf.parts import LayerPart
 from petal_kernels.hf.report import Rows
 from petal_kernels.hf.twins import base_twin, twin_of
 from petal_kernels.hf.walk import device_of, is_norm
-from petal_kernels.hf.wrappers import AdaptedLinear
+from petal_kernels.hf.wrappers import LayerLinear
 from petal_kernels.nn.gated_adapter import GatedAdapter
 from petal_kernels.nn.published import published_lora
 from petal_kernels.nn.routed_lora import RoutedLoRALinear
@@ -142,7 +142,7 @@ class Routing(BlocksMethod):
         return key, run
 
 
-class RoutedLinear(AdaptedLinear):
+class RoutedLinear(LayerLinear):
     """A linear with a routed low-rank update."""
 
     def __init__(
@@ -153,11 +153,10 @@ class RoutedLinear(AdaptedLinear):
         lora: RoutedLoRALinear,
         bias: nn.Module | None,
     ) -> None:
-        super().__init__(base, layer)
+        super().__init__(base, layer, bias)
         self.role = role
-        # References, not children: both are registered at the model's root.
+        # A reference, no child: it is registered at the model's root.
         self.__dict__["lora"] = lora
-        self.__dict__["bias_of"] = bias  # holds the trained bias
 
     def adapted(self, x: Tensor) -> Tensor:
         route = self.used().route
@@ -168,7 +167,7 @@ class RoutedLinear(AdaptedLinear):
     def update(self, x: Tensor, vision: Tensor | None) -> Tensor:
         """The linear's output with its update, routed with `vision`."""
         lora = self.used()
-        if self.layer.method.published:
+        if self.method.published:
             return published_lora(lora, self.with_merged(x), x, vision)
         return self.fused(lora, x, vision)
 
@@ -177,22 +176,6 @@ class RoutedLinear(AdaptedLinear):
         projected = None if vision is None else lora.project(vision)
         # `forward` of the instance: an engine that loads the weights puts its own there.
         return lora.forward(x, projected, self.trained_bias())
-
-    def trained_bias(self) -> Tensor | None:
-        """The bias that is trained in place of the linear's own."""
-        holder: nn.Module | None = self.__dict__["bias_of"]
-        return None if holder is None else holder._parameters["bias"]
-
-    def with_merged(self, x: Tensor) -> Tensor:
-        """The linear alone, with its trained bias."""
-        y = super().with_merged(x)
-        holder: nn.Module | None = self.__dict__["bias_of"]
-        if holder is None:
-            return y
-        trained, own = holder._parameters["bias"], self.base._parameters["bias"]
-        assert trained is not None
-        assert own is not None
-        return y + (trained - own.to(trained)).to(y.dtype)
 
     def used(self) -> RoutedLoRALinear:
         lora: RoutedLoRALinear = self.__dict__["lora"]

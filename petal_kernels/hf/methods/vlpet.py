@@ -23,7 +23,7 @@ from petal_kernels.hf.parts import LayerPart, StackPart
 from petal_kernels.hf.report import Row, Rows
 from petal_kernels.hf.twins import base_twin, twin_of
 from petal_kernels.hf.walk import device_of
-from petal_kernels.hf.wrappers import AdaptedLinear
+from petal_kernels.hf.wrappers import LayerLinear
 from petal_kernels.nn.gated_adapter import GatedAdapter
 from petal_kernels.nn.published import published_value
 from petal_kernels.nn.value_adapter import ValueAdapter
@@ -121,7 +121,7 @@ class Middles:
         self.source, self.middles = source, middles
 
 
-class ValueLinear(AdaptedLinear):
+class ValueLinear(LayerLinear):
     """The values' projection of a cross-attention, with the value adapter of its layer."""
 
     def __init__(self, base: nn.Module, layer: LayerPart, number: int) -> None:
@@ -129,7 +129,7 @@ class ValueLinear(AdaptedLinear):
         self.number = number
 
     def adapted(self, x: Tensor) -> Tensor:
-        if self.layer.method.published:
+        if self.method.published:
             return published_value(self.used(), self.base(x), x, self.number)
         return self.fused(self.used(), x)
 
@@ -146,7 +146,7 @@ class ValueLinear(AdaptedLinear):
         return adapter.project(x, self.number)[0]
 
     def used(self) -> ValueAdapter:
-        method: Any = self.layer.method
+        method: Any = self.method
         adapter: ValueAdapter = method.adapter.value
         return adapter
 
