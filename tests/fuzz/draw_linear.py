@@ -50,23 +50,32 @@ def lowrank_linear(d: Draw) -> Case:
     lead = d.lead(most=300 if count < 4 else 130)
     width, rank = d.size(), d.size(most=130)
     args = c.arguments
+    own = count > 1 and not given and at != "mode" and d.chance(0.35)
+    ranks = [d.size(most=130) for _ in range(count)] if own else [rank] * count
     x = hidden = down = core = None
     if not given or source == "weights":
         x = d.row("x", *lead, width)
     if given:
         hidden = d.row("hidden", *lead, rank)
+    elif own:
+        down = [
+            d.parameter(f"down[{k}]", r, width, factor=width**-0.5) for k, r in enumerate(ranks)
+        ]
     else:
         down = d.parameter("down", rank, width, factor=width**-0.5)
     args |= {"x": x, "down": down, "hidden": hidden}
     outs = [d.size(most=200) for _ in range(count)]
-    stacked = d.chance(0.2)
+    stacked = not own and d.chance(0.2)
     if stacked:
         outs = [outs[0]] * count
         ups: list[Ref] = []
         joined = d.parameter("ups", count, outs[0], rank, factor=rank**-0.5)
         args["ups"] = joined
     else:
-        ups = [d.parameter(f"ups[{k}]", o, rank, factor=rank**-0.5) for k, o in enumerate(outs)]
+        ups = [
+            d.parameter(f"ups[{k}]", o, r, factor=r**-0.5)
+            for k, (o, r) in enumerate(zip(outs, ranks, strict=True))
+        ]
         args["ups"] = ups
     frozen_base: list[Ref | None] = []
     if source == "weights":
@@ -84,7 +93,8 @@ def lowrank_linear(d: Draw) -> Case:
         args["base"] = frozen_base
     if at == "mode":
         core = d.parameter("core", count, rank, rank, factor=rank**-0.5)
-    args |= {"core": core, "scale": d.number(), "dropout_at": at}
+    scale = [d.number() for _ in range(count)] if d.chance(0.2) else d.number()
+    args |= {"core": core, "scale": scale, "dropout_at": at}
     p = d.dropout()
     if p or d.chance(0.1):
         args |= {"dropout": p, "rng": d.state(), "training": not d.chance(0.1)}
@@ -94,5 +104,6 @@ def lowrank_linear(d: Draw) -> Case:
         more = ["augment"] if source == "weights" else []
         c.plans["torch"] = d.pick("update", *more, *(["merge"] if merge else []))
         c.plans["native"] = d.pick("update", *(["extend"] if source == "weights" else []))
-    trainable = [x, down, hidden, core, *(ups or [joined]), *frozen_base]
+    downs = down if isinstance(down, list) else [down]
+    trainable = [x, *downs, hidden, core, *(ups or [joined]), *frozen_base]
     return d.finish(trainable, [((*lead, o), c.dtype) for o in outs])
