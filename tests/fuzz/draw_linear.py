@@ -77,20 +77,7 @@ def lowrank_linear(d: Draw) -> Case:
             for k, (o, r) in enumerate(zip(outs, ranks, strict=True))
         ]
         args["ups"] = ups
-    frozen_base: list[Ref | None] = []
-    if source == "weights":
-        args["weights"] = [
-            d.tensor(f"weights[{k}]", o, width, factor=width**-0.5) for k, o in enumerate(outs)
-        ]
-        if d.chance(0.6):
-            frozen_base = [
-                d.maybe(0.8, lambda k=k, o=o: d.row(f"biases[{k}]", o))  # type: ignore[misc]
-                for k, o in enumerate(outs)
-            ]
-            args["biases"] = frozen_base
-    elif source == "base":
-        frozen_base = [d.row(f"base[{k}]", *lead, o) for k, o in enumerate(outs)]
-        args["base"] = frozen_base
+    frozen_base = _linear_base(d, source, lead, width, outs)
     if at == "mode":
         core = d.parameter("core", count, rank, rank, factor=rank**-0.5)
     scale = [d.number() for _ in range(count)] if d.chance(0.2) else d.number()
@@ -107,3 +94,25 @@ def lowrank_linear(d: Draw) -> Case:
     downs = down if isinstance(down, list) else [down]
     trainable = [x, *downs, hidden, core, *(ups or [joined]), *frozen_base]
     return d.finish(trainable, [((*lead, o), c.dtype) for o in outs])
+
+
+def _linear_base(
+    d: Draw, source: str, lead: tuple[int, ...], width: int, outs: list[int]
+) -> list[Ref | None]:
+    """Weights with biases or without, given outputs, or nothing; what of it may be trained."""
+    args = d.case.arguments
+    found: list[Ref | None] = []
+    if source == "weights":
+        args["weights"] = [
+            d.tensor(f"weights[{k}]", o, width, factor=width**-0.5) for k, o in enumerate(outs)
+        ]
+        if d.chance(0.6):
+            found = [
+                d.maybe(0.8, lambda k=k, o=o: d.row(f"biases[{k}]", o))  # type: ignore[misc]
+                for k, o in enumerate(outs)
+            ]
+            args["biases"] = found
+    elif source == "base":
+        found = [d.row(f"base[{k}]", *lead, o) for k, o in enumerate(outs)]
+        args["base"] = found
+    return found

@@ -85,10 +85,6 @@ EXCEPTIONS: dict[str, dict[str, tuple[int, str]]] = {
             14,
             "the arguments of two kernels over the same tiles",
         ),
-        "petal_kernels/ops/lowrank_linear: op.py = reference.py": (
-            12,
-            "the public signature is spelt out in both",
-        ),
     },
     "types": {
         "tests/fuzz": (1, "not typed strictly yet"),

@@ -181,14 +181,28 @@ def backward(
     else:
         assert x is not None
         x2 = x.reshape(-1, x.shape[-1])
-        inputs = _inputs(x2, downs, dropout, dropout_at, rng)
-        ddowns = [dh.t() @ each for dh, each in zip(dhs, inputs, strict=True)]
+        ddowns, through = _through_downs(x2, downs, dhs, dropout, dropout_at, rng)
         grads["down"] = ddowns[0] if isinstance(down, Tensor) and down.dim() == 2 else ddowns
-        for j, (dh, each) in enumerate(zip(dhs, downs, strict=True)):
-            through = dh @ each
-            if rng is not None and dropout_at == "input":
-                through = through * _masks(rng, dropout, len(downs), x2, x2.shape[1])[j]
-            dx = through if dx is None else dx + through
+        dx = through if dx is None else dx + through
     if dx is not None and x is not None:
         grads["x"] = dx.view(x.shape)
     return grads
+
+
+def _through_downs(
+    x: Tensor,
+    downs: Sequence[Tensor],
+    dhs: Sequence[Tensor],
+    dropout: float,
+    dropout_at: str,
+    rng: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
+    """Every dA_k, and what reaches x [N, D] by the down-projections."""
+    inputs = _inputs(x, downs, dropout, dropout_at, rng)
+    through = [dh @ down for dh, down in zip(dhs, downs, strict=True)]
+    if rng is not None and dropout_at == "input":
+        masks = _masks(rng, dropout, len(downs), x, x.shape[1])
+        through = [each * mask for each, mask in zip(through, masks, strict=True)]
+    return [dh.t() @ each for dh, each in zip(dhs, inputs, strict=True)], torch.stack(through).sum(
+        0
+    )
