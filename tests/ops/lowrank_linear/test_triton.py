@@ -25,7 +25,7 @@ if device.triton_reason() is not None or torch.cuda.is_available():
 
 from petal_kernels.ops.lowrank_linear import reference
 from petal_kernels.ops.lowrank_linear import triton_impl as lowrank
-from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Settings, Tensors
+from petal_kernels.ops.lowrank_linear.arguments import Call, Saved, Settings, Tensors
 from tests.ops.interpreted import clean, close, draw, expect
 
 triton_audit.hasten_interpreter()
@@ -58,7 +58,7 @@ def forward(p: dict[str, Any], plan: str = "update") -> tuple[list[Tensor], Save
 
 def backward(
     p: dict[str, Any], saved: Saved, dys: list[Tensor], need: Iterable[str] | None = None
-) -> Gradients:
+) -> Any:
     if need is None:
         need = (n for n in ("x", "down", "ups", "core") if p[n] is not None)
     return lowrank.backward(call_of(p), saved, dys, p["rng"], frozenset(need))
