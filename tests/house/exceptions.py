@@ -90,13 +90,4 @@ EXCEPTIONS: dict[str, dict[str, tuple[int, str]]] = {
             "the public signature is spelt out in both",
         ),
     },
-    "types": {
-        "tests/fuzz": (1, "not typed strictly yet"),
-        "tests/hf": (1, "not typed strictly yet"),
-        "tests/malformed": (1, "not typed strictly yet"),
-        "tests/nn": (1, "not typed strictly yet"),
-        "tests/ops": (1, "not typed strictly yet"),
-        "tests/runtime": (1, "not typed strictly yet"),
-        "tests/tools": (1, "not typed strictly yet"),
-    },
 }
