@@ -106,6 +106,7 @@ def mode_contract(a: dict[str, Any], loose: bool = False) -> Outputs:
 
 def lowrank_linear(a: dict[str, Any], loose: bool = False) -> Outputs:
     """y_k = base_k + scale * m_k P_k^T with m_k the bottleneck as output k sees it."""
+    x: Any
     x, hidden, ups = a.get("x"), a.get("hidden"), a["ups"]
     at = a.get("dropout_at", "bottleneck")
     count = len(ups)
@@ -156,6 +157,7 @@ def _route(a: dict[str, Any], z: Tensor, loose: bool) -> Tensor:
 def _gate(a: dict[str, Any], y: Tensor, h: Tensor | None, loose: bool) -> Tensor:
     """G, which broadcasts against y."""
     kind, release = a["gate"], a.get("variant", "paper") == "release"
+    x: Any
     dtype, x = y.dtype, a.get("gate_input")
 
     def cast(name: str) -> Tensor | None:

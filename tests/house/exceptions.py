@@ -86,13 +86,4 @@ EXCEPTIONS: dict[str, dict[str, tuple[int, str]]] = {
             "the arguments of two kernels over the same tiles",
         ),
     },
-    "types": {
-        "tests/fuzz": (1, "not typed strictly yet"),
-        "tests/hf": (1, "not typed strictly yet"),
-        "tests/malformed": (1, "not typed strictly yet"),
-        "tests/nn": (1, "not typed strictly yet"),
-        "tests/ops": (1, "not typed strictly yet"),
-        "tests/runtime": (1, "not typed strictly yet"),
-        "tests/tools": (1, "not typed strictly yet"),
-    },
 }

@@ -204,7 +204,7 @@ LEGAL: dict[str, tuple[str, ...]] = {
     "experts_indices": ("x: half", "base: [nN]one"),
     "experts_mean": (*ANY_ROWS, "x: half", "base: [nN]one"),
 }
-MORE = {
+MORE: dict[str, dict[str, Any]] = {
     "dropout": {"above 1": 1.5},
     "norm_eps": {"below 0": -1e-5},
     "indices": {

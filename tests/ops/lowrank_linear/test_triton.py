@@ -25,7 +25,7 @@ if device.triton_reason() is not None or torch.cuda.is_available():
 
 from petal_kernels.ops.lowrank_linear import reference
 from petal_kernels.ops.lowrank_linear import triton_impl as lowrank
-from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Settings, Tensors
+from petal_kernels.ops.lowrank_linear.arguments import Call, Saved, Settings, Tensors
 from tests.ops.interpreted import clean, close, draw, expect
 
 triton_audit.hasten_interpreter()
@@ -64,7 +64,7 @@ def forward(p: dict[str, Any], plan: str = "update") -> tuple[list[Tensor], Save
 
 def backward(
     p: dict[str, Any], saved: Saved, dys: list[Tensor], need: Iterable[str] | None = None
-) -> Gradients:
+) -> Any:
     if need is None:
         inputs = {"x": "x", "down": "downs", "ups": "ups", "core": "core"}
         need = {field for name, field in inputs.items() if p[name] is not None} | {"hidden"}
