@@ -52,7 +52,8 @@ def lowrank_linear(d: Draw) -> Case:
     args = c.arguments
     own = count > 1 and not given and at != "mode" and d.chance(0.35)
     ranks = [d.size(most=130) for _ in range(count)] if own else [rank] * count
-    x = hidden = down = core = None
+    x = hidden = core = None
+    down: Ref | list[Ref] | None = None
     if not given or source == "weights":
         x = d.row("x", *lead, width)
     if given:
