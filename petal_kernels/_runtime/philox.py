@@ -74,14 +74,15 @@ def _round(c: list[Tensor], k0: Tensor, k1: Tensor) -> list[Tensor]:
     ]
 
 
-def lanes(rng: Tensor, streams: int, rows: int, cols: int) -> Tensor:
-    """The raw 16-bit lanes of streams ``0 .. streams - 1``: int64 ``[streams, rows, cols]``."""
+def lanes(rng: Tensor, streams: int, rows: int, cols: int, first: int = 0) -> Tensor:
+    """The raw 16-bit lanes of ``streams`` streams from the ``first``: int64 ``[streams, rows,
+    cols]``."""
     device = rng.device
     seed, offset = rng[0], rng[1]
     groups = -(-cols // LANES)
     row = torch.arange(rows, device=device, dtype=torch.int64).view(1, rows, 1)
     group = torch.arange(groups, device=device, dtype=torch.int64).view(1, 1, groups)
-    stream = torch.arange(streams, device=device, dtype=torch.int64).view(streams, 1, 1)
+    stream = first + torch.arange(streams, device=device, dtype=torch.int64).view(streams, 1, 1)
     shape = (streams, rows, groups)
     c = [
         (row & _MASK32).expand(shape),
@@ -109,3 +110,11 @@ def scaled_masks(
     """The masks as multipliers, 0 or ``keep_scale(p)``: ``[streams, rows, cols]`` in ``dtype``."""
     scale = torch.tensor(keep_scale(p), dtype=torch.float32).item()
     return keep_masks(rng, p, streams, rows, cols).to(dtype) * scale
+
+
+def scaled_mask(
+    rng: Tensor, p: float, stream: int, rows: int, cols: int, dtype: torch.dtype
+) -> Tensor:
+    """The mask of one stream as multipliers: ``[rows, cols]`` in ``dtype``."""
+    scale = torch.tensor(keep_scale(p), dtype=torch.float32).item()
+    return (lanes(rng, 1, rows, cols, stream)[0] >= threshold(p)).to(dtype) * scale

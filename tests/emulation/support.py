@@ -120,6 +120,9 @@ def linear_call(**args: Any) -> Call:
     """What is not named is not given."""
     given: dict[str, Any] = {"hidden": None, "weights": [], "biases": [], "base": [], "core": None}
     given |= {"scale": 1.0, "dropout": 0.0, "dropout_at": "input"} | args
+    down, scale = given.pop("down", None), given.pop("scale")
+    given["downs"] = down if isinstance(down, list) else [] if down is None else [down]
+    given["scales"] = scale if isinstance(scale, list) else [scale] * len(given["ups"])
     return Call(
         Tensors(*(given[n] for n in Tensors._fields)),
         Settings(*(given[n] for n in Settings._fields)),
@@ -129,9 +132,11 @@ def linear_call(**args: Any) -> Call:
 def run_linear(impl: Any, args: dict[str, Any], dys: list[Tensor]) -> dict[str, Tensor]:
     call, rng = linear_call(**args), args["rng"]
     ys, saved = impl.forward(call, rng, "update")
-    need = frozenset(n for n in ("x", "down", "ups", "core") if args[n] is not None)
-    grads = impl.backward(call, saved, dys, rng, need)
+    inputs = {"x": "x", "down": "downs", "ups": "ups", "core": "core"}
+    need = {field for name, field in inputs.items() if args[name] is not None} | {"hidden"}
+    grads = impl.backward(call, saved, dys, rng, frozenset(need))
     found = {f"y{k}": y for k, y in enumerate(ys)} | {"h": saved.h}
-    found |= {"dx": grads.x, "dh": grads.hidden, "ddown": grads.down, "dcore": grads.core}
+    found |= {"dx": grads.x, "dh": grads.hidden, "dcore": grads.core}
     found |= {f"dup{k}": dup for k, dup in enumerate(grads.ups)}
+    found |= {f"ddown{k}": ddown for k, ddown in enumerate(grads.downs or [])}
     return {k: v for k, v in found.items() if v is not None}

@@ -223,13 +223,13 @@ class Draw:
         """A dropout probability, 0 with probability 1 - p."""
         if not self.chance(p):
             return 0.0
-        return self.pick(0.1, 0.5, 0.25, 0.9, 1e-6, 0.999, self.r.random())  # type: ignore[no-any-return]
+        return self.pick(0.1, 0.5, 0.25, 0.9, 1e-6, 0.999, self.r.random())
 
     def number(self, p: float = 0.5) -> float:
         """A scale: 1, or something else with probability p."""
         if not self.chance(p):
             return 1.0
-        return self.pick(0.5, -1.5, 0.3, 2, 0.0, 1, -1.0)  # type: ignore[no-any-return]
+        return self.pick(0.5, -1.5, 0.3, 2, 0.0, 1, -1.0)
 
     # --- the end ---
 

@@ -134,7 +134,8 @@ class Checker:
                 self._formula(self.arena.double(), exact=True, loose=True),
                 self._formula(self.arena),
             )
-            other = tuple(flatten([*r[0], *r[1]]) for r in readings)
+            first, second = (flatten([*r[0], *r[1]]) for r in readings)
+            other = first, second
         own = flatten([*plain[0], *plain[1]])
         constant = any(0 in slot.strides for slot in case.slots)
         self.judge = Judge(self.layout, flat, own, other, case.spoiled, constant)

@@ -50,41 +50,39 @@ def lowrank_linear(d: Draw) -> Case:
     lead = d.lead(most=300 if count < 4 else 130)
     width, rank = d.size(), d.size(most=130)
     args = c.arguments
-    x = hidden = down = core = None
+    own = count > 1 and not given and at != "mode" and d.chance(0.35)
+    ranks = [d.size(most=130) for _ in range(count)] if own else [rank] * count
+    x = hidden = core = None
+    down: Ref | list[Ref] | None = None
     if not given or source == "weights":
         x = d.row("x", *lead, width)
     if given:
         hidden = d.row("hidden", *lead, rank)
+    elif own:
+        down = [
+            d.parameter(f"down[{k}]", r, width, factor=width**-0.5) for k, r in enumerate(ranks)
+        ]
     else:
         down = d.parameter("down", rank, width, factor=width**-0.5)
     args |= {"x": x, "down": down, "hidden": hidden}
     outs = [d.size(most=200) for _ in range(count)]
-    stacked = d.chance(0.2)
+    stacked = not own and d.chance(0.2)
     if stacked:
         outs = [outs[0]] * count
         ups: list[Ref] = []
         joined = d.parameter("ups", count, outs[0], rank, factor=rank**-0.5)
         args["ups"] = joined
     else:
-        ups = [d.parameter(f"ups[{k}]", o, rank, factor=rank**-0.5) for k, o in enumerate(outs)]
-        args["ups"] = ups
-    frozen_base: list[Ref | None] = []
-    if source == "weights":
-        args["weights"] = [
-            d.tensor(f"weights[{k}]", o, width, factor=width**-0.5) for k, o in enumerate(outs)
+        ups = [
+            d.parameter(f"ups[{k}]", o, r, factor=r**-0.5)
+            for k, (o, r) in enumerate(zip(outs, ranks, strict=True))
         ]
-        if d.chance(0.6):
-            frozen_base = [
-                d.maybe(0.8, lambda k=k, o=o: d.row(f"biases[{k}]", o))  # type: ignore[misc]
-                for k, o in enumerate(outs)
-            ]
-            args["biases"] = frozen_base
-    elif source == "base":
-        frozen_base = [d.row(f"base[{k}]", *lead, o) for k, o in enumerate(outs)]
-        args["base"] = frozen_base
+        args["ups"] = ups
+    frozen_base = _linear_base(d, source, lead, width, outs)
     if at == "mode":
         core = d.parameter("core", count, rank, rank, factor=rank**-0.5)
-    args |= {"core": core, "scale": d.number(), "dropout_at": at}
+    scale = [d.number() for _ in range(count)] if d.chance(0.2) else d.number()
+    args |= {"core": core, "scale": scale, "dropout_at": at}
     p = d.dropout()
     if p or d.chance(0.1):
         args |= {"dropout": p, "rng": d.state(), "training": not d.chance(0.1)}
@@ -94,5 +92,28 @@ def lowrank_linear(d: Draw) -> Case:
         more = ["augment"] if source == "weights" else []
         c.plans["torch"] = d.pick("update", *more, *(["merge"] if merge else []))
         c.plans["native"] = d.pick("update", *(["extend"] if source == "weights" else []))
-    trainable = [x, down, hidden, core, *(ups or [joined]), *frozen_base]
+    downs = down if isinstance(down, list) else [down]
+    trainable = [x, *downs, hidden, core, *(ups or [joined]), *frozen_base]
     return d.finish(trainable, [((*lead, o), c.dtype) for o in outs])
+
+
+def _linear_base(
+    d: Draw, source: str, lead: tuple[int, ...], width: int, outs: list[int]
+) -> list[Ref | None]:
+    """Weights with biases or without, given outputs, or nothing; what of it may be trained."""
+    args = d.case.arguments
+    found: list[Ref | None] = []
+    if source == "weights":
+        args["weights"] = [
+            d.tensor(f"weights[{k}]", o, width, factor=width**-0.5) for k, o in enumerate(outs)
+        ]
+        if d.chance(0.6):
+            found = [
+                d.maybe(0.8, lambda k=k, o=o: d.row(f"biases[{k}]", o))  # type: ignore[misc]
+                for k, o in enumerate(outs)
+            ]
+            args["biases"] = found
+    elif source == "base":
+        found = [d.row(f"base[{k}]", *lead, o) for k, o in enumerate(outs)]
+        args["base"] = found
+    return found

@@ -70,7 +70,7 @@ class _Drop:
         p = float(a.get("dropout", 0.0))
         self.on = a.get("training", True) and masks.dropped_of_65536(p) > 0
         self.p, self.streams, self.loose, self.rng = p, streams, loose, a.get("rng")
-        self._kept: Tensor | None = None
+        self._kept: dict[int, Tensor] = {}
 
     def __call__(self, t: Tensor, stream: int = 0) -> Tensor:
         return self.select(t * masks.multiplier(self.p), stream) if self.on else t
@@ -79,10 +79,11 @@ class _Drop:
         """What is kept, as it is."""
         if not self.on:
             return t
-        if self._kept is None:
+        columns = t.shape[-1]
+        if columns not in self._kept:
             rows = t.shape[:-1].numel()
-            self._kept = masks.kept(self.rng, self.p, self.streams, rows, t.shape[-1])  # type: ignore[arg-type]
-        keep = self._kept[stream].view(t.shape)
+            self._kept[columns] = masks.kept(self.rng, self.p, self.streams, rows, columns)  # type: ignore[arg-type]
+        keep = self._kept[columns][stream].view(t.shape)
         return _only(keep, t, self.loose)
 
 
@@ -105,20 +106,25 @@ def mode_contract(a: dict[str, Any], loose: bool = False) -> Outputs:
 
 def lowrank_linear(a: dict[str, Any], loose: bool = False) -> Outputs:
     """y_k = base_k + scale * m_k P_k^T with m_k the bottleneck as output k sees it."""
+    x: Any
     x, hidden, ups = a.get("x"), a.get("hidden"), a["ups"]
     at = a.get("dropout_at", "bottleneck")
     count = len(ups)
-    drop = _Drop(a, 1 if at == "input" else count, loose)
-    if hidden is None:
-        hidden = F.linear(drop(x) if at == "input" else x, a["down"].to(x.dtype))
+    own = isinstance(a.get("down"), list)
+    drop = _Drop(a, count if own or at != "input" else 1, loose)
     outs = []
     for k in range(count):
         m = hidden
+        if m is None:
+            down = a["down"][k] if own else a["down"]
+            m = F.linear(drop(x, k if own else 0) if at == "input" else x, down.to(x.dtype))
         if at == "mode":
             m = m @ a["core"][k].to(m.dtype)
         if at != "input":
             m = drop(m, k)
-        y = _times(a.get("scale", 1.0), F.linear(m, ups[k].to(m.dtype)), loose)
+        scale = a.get("scale", 1.0)
+        scale = scale[k] if isinstance(scale, list) else scale
+        y = _times(scale, F.linear(m, ups[k].to(m.dtype)), loose)
         if a.get("weights") is not None:
             biases = a.get("biases")
             bias = None if biases is None else biases[k]
@@ -151,6 +157,7 @@ def _route(a: dict[str, Any], z: Tensor, loose: bool) -> Tensor:
 def _gate(a: dict[str, Any], y: Tensor, h: Tensor | None, loose: bool) -> Tensor:
     """G, which broadcasts against y."""
     kind, release = a["gate"], a.get("variant", "paper") == "release"
+    x: Any
     dtype, x = y.dtype, a.get("gate_input")
 
     def cast(name: str) -> Tensor | None:

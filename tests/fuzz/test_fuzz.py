@@ -150,7 +150,8 @@ def test_a_case_is_fixed_by_seed_and_index(operator: str) -> None:
 def test_a_worker_that_dies_is_reported_with_its_case_and_the_run_goes_on() -> None:
     options = parse(["--calls", "300", "--jobs", "1", "--operators", "mode_contract"])
     options.begin, options.spent = time.monotonic(), 0.0
-    totals, killed = Totals(), []
+    totals = Totals()
+    killed: list[Worker] = []
     run = Run("cpu", options, totals)
     give = Worker.give
 

@@ -14,6 +14,7 @@ from petal_kernels._runtime import philox
 from petal_kernels.hf import Attachment, PetalConfig, attach
 from petal_kernels.hf.methods.modes import ModeGroup, ModeLinear, group_of
 from petal_kernels.nn import frozen_linear
+from petal_kernels.ops.lowrank_linear import lowrank_linear
 from tests.hf import tiny
 
 OUTPUT_RATIO, GRADIENT_RATIO = 2.0, 3.0
@@ -99,7 +100,7 @@ class MaskRecorder:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.states: dict[tuple[int, str], Tensor] = {}
         compute: Callable[..., Any] = ModeGroup._compute
-        operator = frozen_linear.lowrank_linear
+        operator = lowrank_linear
         current: list[Tensor] = []
 
         def recording_compute(group: ModeGroup, *args: Any) -> Any:

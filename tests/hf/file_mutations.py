@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from petal_kernels.hf import files
+from petal_kernels.hf import files, pair
 
 VALUES: dict[str, Any] = {
     "null": None,
@@ -59,7 +59,7 @@ def with_header(header: Any, rest: bytes) -> bytes:
 
 def reseal(folder: Path) -> None:
     """Digests that fit what is there now."""
-    data, path = (folder / files.TENSORS).read_bytes(), folder / files.CONFIG
+    data, path = (folder / pair.TENSORS).read_bytes(), folder / pair.CONFIG
     values = json.loads(path.read_bytes())
     entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     if isinstance(values.get("tensors"), dict):
@@ -69,7 +69,7 @@ def reseal(folder: Path) -> None:
 
 def unseal(folder: Path) -> None:
     """The json as it was written before it had a digest of its own."""
-    path = folder / files.CONFIG
+    path = folder / pair.CONFIG
     values = json.loads(path.read_bytes())
     values.pop("sha256", None)
     path.write_text(json.dumps(values))
@@ -86,6 +86,14 @@ def _rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], No
     return apply
 
 
+def _head(length: int) -> Callable[[bytes], bytes]:
+    return lambda data: data[:length]
+
+
+def _always(content: bytes) -> Callable[[bytes], bytes]:
+    return lambda data: content
+
+
 def _flip(place: int, bit: int) -> Callable[[bytes], bytes]:
     def change(data: bytes) -> bytes:
         damaged = bytearray(data)
@@ -99,17 +107,17 @@ def cut_and_flipped(folder: Path, count: int, seed: int) -> Iterator[Mutation]:
     """Truncations and additions at every kind of place, and `count` flipped bits in each of the
     header's length, the header, the tensors and the json."""
     generator = random.Random(seed)
-    for name in (files.TENSORS, files.CONFIG):
+    for name in (pair.TENSORS, pair.CONFIG):
         data = (folder / name).read_bytes()
         regions = {"": (0, len(data))}
-        if name == files.TENSORS:
+        if name == pair.TENSORS:
             end = 8 + struct.unpack("<Q", data[:8])[0]
             regions = {"length": (0, 8), "header": (8, end), "tensors": (end, len(data))}
         cuts = {0, 1, len(data) // 2, len(data) - 1}
         for begin, end in regions.values():
             cuts |= {begin, begin + 1, (begin + end) // 2, end - 1}
         for cut in sorted(cuts):
-            yield Mutation(f"{name} cut at {cut}", _rewrite(name, lambda d, n=cut: d[:n]))
+            yield Mutation(f"{name} cut at {cut}", _rewrite(name, _head(cut)))
         yield Mutation(f"{name} with a byte more", _rewrite(name, lambda d: d + b"\0"))
         yield Mutation(f"{name} twice", _rewrite(name, lambda d: d + d))
         yield Mutation(f"{name} of zeros", _rewrite(name, lambda d: bytes(len(d))))
@@ -124,12 +132,12 @@ def cut_and_flipped(folder: Path, count: int, seed: int) -> Iterator[Mutation]:
 
 
 def _header(change: Callable[[dict[str, Any], bytes], bytes]) -> Callable[[Path], None]:
-    return _rewrite(files.TENSORS, lambda data: change(*header_of(data)))
+    return _rewrite(pair.TENSORS, lambda data: change(*header_of(data)))
 
 
 def headers(folder: Path) -> Iterator[Mutation]:
     """Every part of a header made wrong, with digests that fit."""
-    header, _ = header_of((folder / files.TENSORS).read_bytes())
+    header, _ = header_of((folder / pair.TENSORS).read_bytes())
     names = [name for name in header if name != "__metadata__"]
     first, last = names[0], names[-1]
     begin, end = header[first]["data_offsets"]
@@ -195,7 +203,7 @@ def _places(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]
 
 def _edit(path: tuple[str, ...], change: Callable[[dict[str, Any], str], None]) -> Any:
     def apply(folder: Path) -> None:
-        file = folder / files.CONFIG
+        file = folder / pair.CONFIG
         values = json.loads(file.read_bytes())
         within = values
         for key in path[:-1]:
@@ -213,7 +221,7 @@ def _set(value: Any) -> Callable[[dict[str, Any], str], None]:
 def _raw(path: tuple[str, ...], text: str) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         _edit(path, _set("@@"))(folder)
-        file = folder / files.CONFIG
+        file = folder / pair.CONFIG
         file.write_text(file.read_text().replace('"@@"', text))
 
     return apply
@@ -222,7 +230,7 @@ def _raw(path: tuple[str, ...], text: str) -> Callable[[Path], None]:
 def jsons(folder: Path) -> Iterator[Mutation]:
     """Every key gone, renamed, beside an unknown one, and of every other kind of value: as a stray
     edit, and in a file without a digest of its own."""
-    values = json.loads((folder / files.CONFIG).read_bytes())
+    values = json.loads((folder / pair.CONFIG).read_bytes())
     places = [place for place in _places(values) if place != ("sha256",)]
     for seal in ("kept", "none"):
         for path in places:
@@ -244,7 +252,7 @@ def jsons(folder: Path) -> Iterator[Mutation]:
     for version in (-1, 2, 1.5, "1", True):
         label = f"json: format_version {version!r}"
         yield Mutation(label, _edit(("format_version",), _set(version)), "none")
-    text = (folder / files.CONFIG).read_bytes()
+    data = (folder / pair.CONFIG).read_bytes()
     whole = {
         "empty": b"",
         "null": b"null",
@@ -252,15 +260,15 @@ def jsons(folder: Path) -> Iterator[Mutation]:
         "a number": b"1",
         "brackets": b"[" * 100_000,
         "objects": b'{"a":' * 100_000,
-        "utf-16": text.decode().encode("utf-16"),
-        "a byte-order mark": b"\xef\xbb\xbf" + text,
-        "no utf-8": text.replace(b"petal", b"\xff").replace(b"r", b"\xfe"),
-        "a key twice": text.replace(b'"format_version": 1', b'"format_version": 1, "method": "x"'),
-        "a lone surrogate": text.replace(b'"variant"', b'"variant\\ud800"'),
-        "single quotes": text.replace(b'"', b"'"),
+        "utf-16": data.decode().encode("utf-16"),
+        "a byte-order mark": b"\xef\xbb\xbf" + data,
+        "no utf-8": data.replace(b"petal", b"\xff").replace(b"r", b"\xfe"),
+        "a key twice": data.replace(b'"format_version": 1', b'"format_version": 1, "method": "x"'),
+        "a lone surrogate": data.replace(b'"variant"', b'"variant\\ud800"'),
+        "single quotes": data.replace(b'"', b"'"),
     }
     for label, content in whole.items():
-        yield Mutation(f"json: {label}", _rewrite(files.CONFIG, lambda d, c=content: c))
+        yield Mutation(f"json: {label}", _rewrite(pair.CONFIG, _always(content)))
 
 
 # -- whole files ----------------------------------------------------------------------------------
@@ -270,7 +278,11 @@ def folders(folder: Path) -> Iterator[Mutation]:
     """Files that are missing, folders, or one another."""
 
     def missing(*names: str) -> Callable[[Path], None]:
-        return lambda at: [(at / name).unlink() for name in names] and None  # type: ignore[func-returns-value]
+        def apply(at: Path) -> None:
+            for name in names:
+                (at / name).unlink()
+
+        return apply
 
     def as_folder(name: str) -> Callable[[Path], None]:
         def apply(at: Path) -> None:
@@ -287,12 +299,12 @@ def folders(folder: Path) -> Iterator[Mutation]:
         return apply
 
     def exchanged(at: Path) -> None:
-        first, second = (at / name for name in (files.TENSORS, files.CONFIG))
+        first, second = (at / name for name in (pair.TENSORS, pair.CONFIG))
         a, b = first.read_bytes(), second.read_bytes()
         first.write_bytes(b)
         second.write_bytes(a)
 
-    both = (files.TENSORS, files.CONFIG)
+    both = (pair.TENSORS, pair.CONFIG)
     yield Mutation("nothing there", missing(*both))
     for name in both:
         yield Mutation(f"{name} missing", missing(name))

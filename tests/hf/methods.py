@@ -135,7 +135,7 @@ class Row:
         generator = torch.Generator().manual_seed(seed + 50)
         around: Tensor | None = None
         if self.around in ("vision", "context"):
-            shape = (size, 3, family.width)
+            shape: tuple[int, ...] = (size, 3, family.width)
             around = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
             around.requires_grad_(leaves == "all")
         if self.around == "domains":
@@ -159,10 +159,10 @@ def around(attachment: Any, given: Given) -> contextlib.AbstractContextManager[A
     if given.around is None:
         return contextlib.nullcontext()
     if isinstance(attachment.config, pk.AuroraConfig):
-        return attachment.context(given.around)  # type: ignore[no-any-return]
+        return attachment.context(given.around)
     if isinstance(attachment.config, pk.ExpertConfig):
-        return attachment.domains(given.around, generated=2, image=1)  # type: ignore[no-any-return]
-    return attachment.vision(given.around)  # type: ignore[no-any-return]
+        return attachment.domains(given.around, generated=2, image=1)
+    return attachment.vision(given.around)
 
 
 _petal = partial(pk.PetalConfig, r=5, dropout=0.0)
@@ -361,12 +361,12 @@ def differences(got: Values, want: Values, tolerance: float = SAME) -> list[str]
         if a is None or b is None:
             if (a is None) != (b is None):
                 found.append(f"{name}: want {_norm(b)}, got {_norm(a)}")
-        elif a.shape != b.shape or not float((a - b).norm()) <= tolerance * max(1.0, _norm(b)):  # type: ignore[operator]
+        elif a.shape != b.shape or not float((a - b).norm()) <= tolerance * max(1.0, _norm(b)):
             found.append(f"{name}: off by {float((a - b).norm()):.3g} of {_norm(b):.3g}")
     return found
 
 
-def _norm(value: Tensor | None) -> float | None:
+def _norm(value: Tensor | None) -> Any:
     return None if value is None else float(value.norm())
 
 

@@ -68,7 +68,7 @@ def _faults(row: Row, rank: int) -> list[str]:
 def main(folder: Path, rank: int, names: list[str]) -> None:
     """One of the processes."""
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), RANKS)
+    store = dist.FileStore(str(folder / "store"), RANKS)  # type: ignore[attr-defined]
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=LIMIT / 2)
     )

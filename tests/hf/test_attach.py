@@ -55,7 +55,7 @@ def vicuna_7b() -> nn.Module:
 def test_full_size_counts(
     vicuna_7b: nn.Module, variant: str, trainable: int, stored: int, implementation: str
 ) -> None:
-    config = pk.PetalConfig(r=64, variant=variant)  # type: ignore[arg-type]
+    config = pk.PetalConfig(r=64, variant=variant)
     attachment = pk.attach(vicuna_7b, config, implementation=implementation)
     try:
         report = attachment.report()
@@ -85,7 +85,7 @@ def test_full_size_counts(
 def test_full_size_counts_with_experts(
     vicuna_7b: nn.Module, variant: str, trainable: int, stored: int
 ) -> None:
-    config = pk.PetalConfig(r=64, variant=variant, experts=6)  # type: ignore[arg-type]
+    config = pk.PetalConfig(r=64, variant=variant, experts=6)
     attachment = pk.attach(vicuna_7b, config)
     try:
         report = attachment.report()

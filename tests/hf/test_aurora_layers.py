@@ -51,7 +51,7 @@ def modes_of(attachment: Any, layer: str) -> dict[str, range]:
 def test_vision_layer_is_auroras(variant: str) -> None:
     """Pre-LN; dW of every block of qkv, of the projection, of fc1's rows and of fc2's columns."""
     model, attachment = attached("retrieval", config_of(variant=variant, layout="blocks"))
-    layer = model.vision_model.encoder.layers[1]  # type: ignore[union-attr, index]
+    layer: Any = model.vision_model.encoder.layers[1]  # type: ignore[union-attr, index]
     shared = attachment.adapter.shared
     modes = modes_of(attachment, "vision_model.encoder.layers.1.")
     assert {name: len(own) for name, own in modes.items()} == {
@@ -85,7 +85,7 @@ def test_vision_layer_is_auroras(variant: str) -> None:
 def test_text_layer_is_auroras(variant: str, with_image: bool) -> None:
     """Post-LN; image keys and values through the same U; residuals only with image features."""
     model, attachment = attached("retrieval", config_of(variant=variant))
-    layer = model.text_encoder.encoder.layer[1]  # type: ignore[union-attr, index]
+    layer: Any = model.text_encoder.encoder.layer[1]  # type: ignore[union-attr, index]
     shared, pairs = attachment.adapter.shared, attachment.adapter.layers["1"]
     first = attachment.method.modes[attachment.found.stacks[1].places[0].path].start + 6
     dw = [delta(shared, m) for m in matrices(shared, range(first, first + 6))]
@@ -99,7 +99,7 @@ def test_text_layer_is_auroras(variant: str, with_image: bool) -> None:
             )
         )
         context = torch.softmax(q @ k.mT / math.sqrt(WIDTH // 4), -1) @ v
-        return block.output(context.transpose(1, 2).reshape(x.shape), x)  # type: ignore[no-any-return]
+        return block.output(context.transpose(1, 2).reshape(x.shape), x)
 
     x = torch.randn(2, 7, WIDTH, dtype=torch.float64)
     image = torch.randn(2, 5, WIDTH, dtype=torch.float64)
@@ -149,7 +149,7 @@ def test_released_layout_mixes_the_modes() -> None:
         attachment.adapter.shared,
         modes_of(attachment, "vision_model.encoder.layers.0."),
     )
-    layer = model.vision_model.encoder.layers[0]  # type: ignore[union-attr, index]
+    layer: Any = model.vision_model.encoder.layers[0]  # type: ignore[union-attr, index]
     mlp, qkv = layer.mlp, layer.self_attn.qkv
 
     def table(name: str) -> Tensor:
@@ -172,7 +172,7 @@ def test_context_reaches_the_matching_head() -> None:
     inputs = batch("retrieval")
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        features = model.text_encoder(**text).last_hidden_state  # type: ignore[union-attr, operator]
+        features = model.text_encoder(**text).last_hidden_state  # type: ignore[operator]
         outside = model(**inputs)
         head = model.itm_head
         for given in (features, features[:, 0]):

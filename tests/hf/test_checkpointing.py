@@ -27,7 +27,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _config(variant: str, dropout: float) -> PetalConfig:
-    return PetalConfig(r=5, variant=variant, dropout=dropout)  # type: ignore[arg-type]
+    return PetalConfig(r=5, variant=variant, dropout=dropout)
 
 
 def _gradients(

@@ -22,7 +22,7 @@ def _fresh() -> Iterator[None]:
 @pytest.mark.parametrize("variant", ["paper", "release"])
 def test_the_whole_stack_compiles_without_a_graph_break(variant: str) -> None:
     model = tiny.instructblip(layers=2)
-    config = pk.PetalConfig(r=4, variant=variant, dropout=0.0)  # type: ignore[arg-type]
+    config = pk.PetalConfig(r=4, variant=variant, dropout=0.0)
     attachment = pk.attach(model, config)
     tiny.randomise(attachment.adapter)
     stack = attachment.found.stacks[0].module.train()
@@ -40,7 +40,7 @@ def test_the_whole_stack_compiles_without_a_graph_break(variant: str) -> None:
 
 def test_a_compiled_adapted_layer_with_dropout() -> None:
     model = tiny.instructblip()
-    attachment = pk.attach(model, pk.PetalConfig(r=4, dropout=0.5))
+    attachment: Any = pk.attach(model, pk.PetalConfig(r=4, dropout=0.5))
     tiny.randomise(attachment.adapter)
     layer = attachment.found.layers[1].module.train()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

@@ -33,7 +33,7 @@ def test_auroras_variant_fills_core_and_layout(variant: str, core: str, layout: 
     config = pk.AuroraConfig(variant=variant)
     assert (config.core, config.layout) == (core, layout)
     for given in ("blocks", "aurora_release"):
-        assert pk.AuroraConfig(variant=variant, layout=given).layout == given  # type: ignore[arg-type]
+        assert pk.AuroraConfig(variant=variant, layout=given).layout == given
     assert pk.AuroraConfig.from_dict(config.to_dict()) == config
 
 
@@ -97,7 +97,10 @@ def test_refusals_of_experts(values: dict[str, Any], message: str) -> None:
 
 def test_dictionary_round_trip() -> None:
     config = pk.PetalConfig(
-        r=8, variant="release", adapter_dtype=torch.bfloat16, target_modules={"query", "key"}
+        r=8,
+        variant="release",
+        adapter_dtype=torch.bfloat16,  # type: ignore[arg-type]
+        target_modules={"query", "key"},  # type: ignore[arg-type]
     )
     assert config.adapter_dtype == "bfloat16"
     assert config.dtype is torch.bfloat16
@@ -118,7 +121,7 @@ def test_numpys_numbers_are_numbers_and_stored_as_pythons() -> None:
         scale_shift=np.bool_(False),  # type: ignore[arg-type]
         experts=np.uint8(2),  # type: ignore[arg-type]
         keep=np.float64(0.5),
-        variant=np.str_("release"),  # type: ignore[arg-type]
+        variant=np.str_("release"),
         target_modules=[np.str_("query")],
     )
     want = pk.PetalConfig(

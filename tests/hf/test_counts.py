@@ -64,9 +64,10 @@ def roberta() -> nn.Module:
 
 
 VISUAL = ["visual_embedding"]
-BART, T5 = {"r": 96, "modules_to_save": VISUAL}, {"r": 192, "scale": 0.3, "modules_to_save": VISUAL}
-LORA = {"r": 128, "train_bias": True, "train_norms": True}
-ADAPTER = {"kind": "adapter", "train_norms": True}
+BART: dict[str, Any] = {"r": 96, "modules_to_save": VISUAL}
+T5: dict[str, Any] = {"r": 192, "scale": 0.3, "modules_to_save": VISUAL}
+LORA: dict[str, Any] = {"r": 128, "train_bias": True, "train_norms": True}
+ADAPTER: dict[str, Any] = {"kind": "adapter", "train_norms": True}
 
 CASES = [
     ("vl-pet bart large", vl_bart, pk.VLPetConfig(gate="large", **BART), 6_052_416),

@@ -28,7 +28,7 @@ def heard(model: Any, task: str, *, padded: bool = True) -> list[str]:
 
 def test_the_mask_is_dropped_by_the_base() -> None:
     """What the warning says, on a base alone; where this fails, transformers reads the mask."""
-    model: Any = tiny_blip.build("vqa").text_decoder.bert
+    model: Any = tiny_blip.build("vqa").get_submodule("text_decoder.bert")
     ids, image = torch.arange(5, 9)[None], torch.randn(1, 6, tiny_blip.WIDTH, dtype=torch.float64)
     mask = torch.ones(1, 6)
     with torch.no_grad():

@@ -60,7 +60,7 @@ def test_policy(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = compare.to_dtype(tiny.batch("instructblip"), case.base)
 
     calls: list[tuple[torch.dtype, str]] = []
-    operator = frozen_linear.lowrank_linear
+    operator = pk.lowrank_linear
 
     def watching(x: Tensor | None, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
         given = "weights" if kwargs.get("weights") is not None else "base"
@@ -85,7 +85,7 @@ def test_policy(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("variant", ["paper", "release"])
 @pytest.mark.parametrize("base", [F32, BF16], ids=["base-fp32", "base-bf16"])
 def test_autocast_is_as_accurate_as_the_published_form(base: torch.dtype, variant: str) -> None:
-    config = pk.PetalConfig(r=6, variant=variant, dropout=0.0)  # type: ignore[arg-type]
+    config = pk.PetalConfig(r=6, variant=variant, dropout=0.0)
     rounded = [tiny.batch("instructblip", seed=seed) for seed in range(3)]
     for batch in rounded:
         batch["pixel_values"] = batch["pixel_values"].to(base).float()

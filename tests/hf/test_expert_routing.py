@@ -148,6 +148,7 @@ def test_blips_decoder_reads_an_image_or_the_encoders_domains() -> None:
 
 def test_pieces_of_a_feed_forward_are_refused() -> None:
     model = build("instructblip", torch.float32)
+    module: Any
     for module in model.modules():
         if hasattr(module, "chunk_size_feed_forward"):
             module.chunk_size_feed_forward = 4
@@ -236,7 +237,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="experts: want a model whose Q-Former embeds an instruc"):
         pk.attach(build("blip2"), petal())
     with pytest.raises(ValueError, match="routing: want an attachment with experts"):
-        pk.attach(build("blip2"), pk.PetalConfig(r=4)).routing()  # type: ignore[attr-defined]
+        pk.attach(build("blip2"), pk.PetalConfig(r=4)).routing()
     model, attachment = attached("gpt2", lora(gate="domain"))
     good = domain_of("gpt2")
     with torch.no_grad(), attachment.domains(good), attachment.domains(0 * good):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ def saved(attachment: pk.Attachment, tmp_path: Path) -> Path:
 
 
 def _edit(folder: Path, **values: Any) -> None:
-    path = folder / files.CONFIG
+    path = folder / pair.CONFIG
     content = json.loads(path.read_text())
     for key, value in values.items():
         if value is None:
@@ -44,10 +46,9 @@ def _edit(folder: Path, **values: Any) -> None:
 
 def _replace_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Writes other tensors together with the size and digest that belong to them."""
-    import hashlib
 
-    save_file(tensors, folder / files.TENSORS)
-    data = (folder / files.TENSORS).read_bytes()
+    save_file(tensors, folder / pair.TENSORS)
+    data = (folder / pair.TENSORS).read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     _edit(folder, tensors={"bytes": len(data), "sha256": digest})
 
@@ -74,13 +75,13 @@ def test_round_trip_in_place(attachment: pk.Attachment, saved: Path) -> None:
             parameter.add_(1.0)
     attachment.load(saved)
     assert all(torch.equal(attachment.state_dict()[name], want[name]) for name in want)
-    assert sorted(path.name for path in saved.iterdir()) == [files.TENSORS, files.CONFIG]
+    assert sorted(path.name for path in saved.iterdir()) == [pair.TENSORS, pair.CONFIG]
 
 
 def test_shared_factors_are_stored_once(saved: Path) -> None:
-    names = list(load_file(saved / files.TENSORS))
+    names = list(load_file(saved / pair.TENSORS))
     assert len([n for n in names if n.startswith("branches.")]) == 2 * 4
-    content = json.loads((saved / files.CONFIG).read_text())
+    content = json.loads((saved / pair.CONFIG).read_text())
     assert content["format_version"] == 1
     assert content["method"] == "petal"
     assert content["base"]["stack"] == "Blip2QFormerEncoder"
@@ -94,26 +95,26 @@ def test_an_interrupted_save_leaves_the_old_adapter(
         raise KeyboardInterrupt
 
     want = {name: value.clone() for name, value in attachment.state_dict().items()}
-    monkeypatch.setattr(pair.os, "fsync", interrupt)
+    monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         attachment.save(saved)
     monkeypatch.undo()
-    assert sorted(path.name for path in saved.iterdir()) == [files.TENSORS, files.CONFIG]
+    assert sorted(path.name for path in saved.iterdir()) == [pair.TENSORS, pair.CONFIG]
     attachment.load(saved)
     assert all(torch.equal(attachment.state_dict()[name], want[name]) for name in want)
 
 
 def test_truncated_tensors(attachment: pk.Attachment, saved: Path) -> None:
-    path = saved / files.TENSORS
+    path = saved / pair.TENSORS
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    _refused(attachment, saved, files.TENSORS, f"want {len(data)} bytes", "truncated")
+    _refused(attachment, saved, pair.TENSORS, f"want {len(data)} bytes", "truncated")
 
 
 def test_truncated_config(attachment: pk.Attachment, saved: Path) -> None:
-    path = saved / files.CONFIG
+    path = saved / pair.CONFIG
     path.write_text(path.read_text()[:40])
-    _refused(attachment, saved, files.CONFIG, "not readable as json")
+    _refused(attachment, saved, pair.CONFIG, "not readable as json")
 
 
 @pytest.mark.parametrize(
@@ -127,11 +128,11 @@ def test_truncated_config(attachment: pk.Attachment, saved: Path) -> None:
 def test_json_that_readers_disagree_about(
     attachment: pk.Attachment, saved: Path, old: str, new: str, message: str
 ) -> None:
-    path = saved / files.CONFIG
+    path = saved / pair.CONFIG
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
-    _refused(attachment, saved, files.CONFIG, message)
+    _refused(attachment, saved, pair.CONFIG, message)
 
 
 def test_a_save_while_it_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,31 +155,31 @@ def test_a_save_while_it_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_damaged_tensors(attachment: pk.Attachment, saved: Path) -> None:
-    path = saved / files.TENSORS
+    path = saved / pair.TENSORS
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
-    _refused(attachment, saved, files.TENSORS, "sha256: want", "damaged")
+    _refused(attachment, saved, pair.TENSORS, "sha256: want", "damaged")
 
 
 def test_two_files_of_different_saves(attachment: pk.Attachment, saved: Path) -> None:
-    tensors = load_file(saved / files.TENSORS)
+    tensors = load_file(saved / pair.TENSORS)
     tensors["branches.text.up"] = tensors["branches.text.up"] + 1.0
-    data = (saved / files.CONFIG).read_bytes()
+    data = (saved / pair.CONFIG).read_bytes()
     _replace_tensors(saved, tensors)
-    (saved / files.CONFIG).write_bytes(data)
-    _refused(attachment, saved, files.TENSORS, "not of one save")
+    (saved / pair.CONFIG).write_bytes(data)
+    _refused(attachment, saved, pair.TENSORS, "not of one save")
 
 
 def test_mis_shaped(attachment: pk.Attachment, saved: Path) -> None:
-    tensors = load_file(saved / files.TENSORS)
+    tensors = load_file(saved / pair.TENSORS)
     tensors["branches.text.up"] = tensors["branches.text.up"][:, :2].contiguous()
     _replace_tensors(saved, tensors)
     _refused(attachment, saved, "branches.text.up: want shape [32, 4], got [32, 2]")
 
 
 def test_another_dtype(attachment: pk.Attachment, saved: Path) -> None:
-    tensors = load_file(saved / files.TENSORS)
+    tensors = load_file(saved / pair.TENSORS)
     tensors["branches.text.up"] = tensors["branches.text.up"].double()
     _replace_tensors(saved, tensors)
     _refused(attachment, saved, "branches.text.up: want torch.float32", "got torch.float64")
@@ -206,7 +207,7 @@ def test_a_module_trained_whole_follows_its_base(tmp_path: Path) -> None:
 
 
 def test_missing_and_unexpected_keys(attachment: pk.Attachment, saved: Path) -> None:
-    tensors = load_file(saved / files.TENSORS)
+    tensors = load_file(saved / pair.TENSORS)
     tensors["branches.text.gate"] = tensors.pop("branches.text.up")
     _replace_tensors(saved, tensors)
     _refused(
@@ -218,25 +219,24 @@ def test_missing_and_unexpected_keys(attachment: pk.Attachment, saved: Path) -> 
 
 def test_an_unexpected_key_alone(attachment: pk.Attachment, saved: Path) -> None:
     """Kind: a tensor of a file passed over in silence, because nothing else is missing."""
-    tensors = load_file(saved / files.TENSORS)
+    tensors = load_file(saved / pair.TENSORS)
     tensors["branches.text.gate"] = tensors["branches.text.up"].clone()
     _replace_tensors(saved, tensors)
     _refused(attachment, saved, "missing keys [], unexpected keys ['branches.text.gate']")
 
 
 def test_a_pickle_with_a_safetensors_name(attachment: pk.Attachment, saved: Path) -> None:
-    torch.save({"x": torch.ones(2)}, saved / files.TENSORS)
-    _refused(attachment, saved, files.TENSORS, "got a pickle, which is refused")
+    torch.save({"x": torch.ones(2)}, saved / pair.TENSORS)
+    _refused(attachment, saved, pair.TENSORS, "got a pickle, which is refused")
 
 
 def test_not_a_safetensors_file(attachment: pk.Attachment, saved: Path) -> None:
-    import hashlib
 
     data = b"not a tensor file at all"
-    (saved / files.TENSORS).write_bytes(data)
+    (saved / pair.TENSORS).write_bytes(data)
     digest = hashlib.sha256(data).hexdigest()
     _edit(saved, tensors={"bytes": len(data), "sha256": digest})
-    _refused(attachment, saved, files.TENSORS, "not a safetensors file")
+    _refused(attachment, saved, pair.TENSORS, "not a safetensors file")
 
 
 def test_a_pickle_path(attachment: pk.Attachment, tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_directory_with_a_pickle_only(attachment: pk.Attachment, tmp_path: Pat
 
 def test_a_newer_format(attachment: pk.Attachment, saved: Path) -> None:
     _edit(saved, format_version=2)
-    _refused(attachment, saved, files.CONFIG, "format_version: want at most 1, got 2")
+    _refused(attachment, saved, pair.CONFIG, "format_version: want at most 1, got 2")
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_config_that_does_not_fit(
     attachment: pk.Attachment, saved: Path, values: dict[str, Any], message: str
 ) -> None:
     _edit(saved, **values)
-    _refused(attachment, saved, files.CONFIG, message)
+    _refused(attachment, saved, pair.CONFIG, message)
 
 
 def test_another_base(saved: Path) -> None:
@@ -319,14 +319,14 @@ def test_state_dict_round_trip_is_as_strict(attachment: pk.Attachment) -> None:
 
 def _as_before(folder: Path) -> None:
     """The json under the name that it had first."""
-    (folder / files.CONFIG).rename(folder / files.OLD_CONFIG)
+    (folder / pair.CONFIG).rename(folder / pair.OLD_CONFIG)
 
 
 def _peft(folder: Path) -> bytes:
     """What PEFT leaves in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}).encode()
-    (folder / files.OLD_CONFIG).write_bytes(content)
+    (folder / pair.OLD_CONFIG).write_bytes(content)
     save_file(
         {"base_model.model.x.lora_A.weight": torch.ones(2)}, folder / "adapter_model.safetensors"
     )
@@ -339,32 +339,32 @@ def test_the_json_under_its_old_name_is_read_checked_and_replaced(
     _as_before(saved)
     attachment.load(saved)
     pk.attach(tiny.blip2(), saved)
-    text = (saved / files.OLD_CONFIG).read_text()
-    (saved / files.OLD_CONFIG).write_text(text.replace('"dropout": 0.1', '"dropout": 0.2'))
-    _refused(attachment, saved, files.OLD_CONFIG, "sha256", "damaged, or edited by hand")
-    (saved / files.OLD_CONFIG).write_text(text)
-    path = saved / files.TENSORS
+    text = (saved / pair.OLD_CONFIG).read_text()
+    (saved / pair.OLD_CONFIG).write_text(text.replace('"dropout": 0.1', '"dropout": 0.2'))
+    _refused(attachment, saved, pair.OLD_CONFIG, "sha256", "damaged, or edited by hand")
+    (saved / pair.OLD_CONFIG).write_text(text)
+    path = saved / pair.TENSORS
     data = path.read_bytes()
     path.write_bytes(data[:-1])
-    _refused(attachment, saved, files.TENSORS, f"bytes as {files.OLD_CONFIG} says")
-    (saved / files.OLD_CONFIG).write_text(text.replace('"dropout": 0.1', '"dropout": 0.2'))
+    _refused(attachment, saved, pair.TENSORS, f"bytes as {pair.OLD_CONFIG} says")
+    (saved / pair.OLD_CONFIG).write_text(text.replace('"dropout": 0.1', '"dropout": 0.2'))
     attachment.save(saved)
-    assert sorted(path.name for path in saved.iterdir()) == [files.TENSORS, files.CONFIG]
+    assert sorted(path.name for path in saved.iterdir()) == [pair.TENSORS, pair.CONFIG]
     attachment.load(saved)
 
 
 def test_the_new_name_counts_where_both_are(attachment: pk.Attachment, saved: Path) -> None:
     """As after a save that died before it removed the old one."""
-    (saved / files.OLD_CONFIG).write_bytes((saved / files.CONFIG).read_bytes())
+    (saved / pair.OLD_CONFIG).write_bytes((saved / pair.CONFIG).read_bytes())
     _edit(saved, tensors={"bytes": 1, "sha256": "0" * 64})
-    _refused(attachment, saved, f"want 1 bytes as {files.CONFIG} says")
+    _refused(attachment, saved, f"want 1 bytes as {pair.CONFIG} says")
 
 
 @pytest.mark.parametrize("content", ["PEFT's", "nobody's", "damaged"])
 def test_a_json_of_the_old_name_that_may_be_anothers_is_left(
     content: str, attachment: pk.Attachment, saved: Path
 ) -> None:
-    path = saved / files.OLD_CONFIG
+    path = saved / pair.OLD_CONFIG
     if content == "PEFT's":
         want = _peft(saved)
     else:
@@ -381,10 +381,10 @@ def test_pefts_adapter_is_refused_as_that(
     beside: str, attachment: pk.Attachment, saved: Path
 ) -> None:
     if beside == "alone":
-        (saved / files.TENSORS).unlink()
-    (saved / files.CONFIG).unlink()
+        (saved / pair.TENSORS).unlink()
+    (saved / pair.CONFIG).unlink()
     _peft(saved)
-    _refused(attachment, saved, files.OLD_CONFIG, "got PEFT's (peft_type 'LORA')", "PeftModel")
+    _refused(attachment, saved, pair.OLD_CONFIG, "got PEFT's (peft_type 'LORA')", "PeftModel")
 
 
 def test_a_models_own_folder_still_loads_with_an_adapter_in_it(tmp_path: Path) -> None:
@@ -398,7 +398,7 @@ def test_a_models_own_folder_still_loads_with_an_adapter_in_it(tmp_path: Path) -
     attachment = pk.attach(model, pk.RoutingConfig(r=3))
     tiny.randomise(attachment.adapter)
     attachment.save(tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    again: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(again) is transformers.LlamaForCausalLM
     loaded = pk.attach(again, tmp_path).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in attachment.state_dict().items())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import petal_kernels as pk
-from petal_kernels.hf import files
+from petal_kernels.hf import pair
 from petal_kernels.hf.config import METHODS, AdapterConfig
 from tests.hf import file_mutations, tiny, tiny_blip, tiny_text
 
@@ -162,7 +162,7 @@ def test_what_today_is_not_in_a_file_is_still_loaded(tmp_path: Path) -> None:
 def test_a_layout_of_the_json_is_no_damage(tmp_path: Path) -> None:
     attachment = pk.attach(METHOD["routing"][0](), METHOD["routing"][1]())
     attachment.save(tmp_path)
-    path = tmp_path / files.CONFIG
+    path = tmp_path / pair.CONFIG
     path.write_text(" ".join(path.read_text().split()))
     attachment.load(tmp_path)
 
@@ -182,7 +182,7 @@ def test_the_file_of_another_model_leaves_this_one(method: str, other: str, tmp_
         sizes = {**tiny_text._llama_like(), "hidden_size": 16}
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     before = look(model)
-    with pytest.raises(ValueError, match=files.CONFIG):
+    with pytest.raises(ValueError, match=pair.CONFIG):
         pk.attach(model, tmp_path)
     assert look(model) == before
 
@@ -203,7 +203,8 @@ def test_a_config_changed_after_it_was_made_is_checked_again_and_copied(tmp_path
     attachment = pk.attach(tiny_text.build("llama", F32), config)
     config.alpha = 64.0
     attachment.save(tmp_path)
-    assert pk.attach(tiny_text.build("llama", F32), tmp_path).config.alpha == 6.0
+    loaded: Any = pk.attach(tiny_text.build("llama", F32), tmp_path).config
+    assert loaded.alpha == 6.0
     config.r = 0
     model = tiny_text.build("llama", F32)
     before = look(model)

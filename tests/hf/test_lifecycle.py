@@ -58,7 +58,7 @@ def test_the_whole_way(family: str, variant: str, tmp_path: Path) -> None:
     before, state = _snapshot(model), {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         untouched = model(**batch).logits
-    config = pk.PetalConfig(r=6, variant=variant, dropout=0.1)  # type: ignore[arg-type]
+    config = pk.PetalConfig(r=6, variant=variant, dropout=0.1)
     attachment = pk.attach(model, config)
     losses = _train(model, attachment, family, steps=8)
     assert losses[-1] < losses[0]
@@ -101,7 +101,7 @@ def test_the_whole_way(family: str, variant: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_detach_gives_back_the_very_objects(form: str) -> None:
     model = tiny.instructblip()
-    model.language_projection.weight.requires_grad_(False)  # type: ignore[union-attr, operator]
+    model.language_projection.weight.requires_grad_(False)  # type: ignore[union-attr]
     before = _snapshot(model)
     attachment = pk.attach(model, pk.PetalConfig(r=4), implementation=form)
     assert sum(isinstance(m, FrozenLinear) for m in model.modules()) == 18
@@ -228,7 +228,7 @@ def test_disabled_is_the_model_that_came_in(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_training_after_merge_raises(form: str) -> None:
     model, batch = tiny.blip2(), tiny.batch("blip2")
-    attachment = pk.attach(model, pk.PetalConfig(r=4), implementation=form)
+    attachment: Any = pk.attach(model, pk.PetalConfig(r=4), implementation=form)
     attachment.merge()
     with pytest.raises(RuntimeError, match="merge: already merged"):
         attachment.merge()
@@ -300,7 +300,7 @@ def test_nothing_of_a_forward_is_kept() -> None:
     model, batch = tiny.instructblip(), tiny.batch("instructblip")
     attachment = pk.attach(model, pk.PetalConfig(r=4))
     seen: list[weakref.ref[torch.Tensor]] = []
-    block = attachment.found.layers[0].module.attention
+    block = attachment.found.layers[0].child("attention")
     handle = block.register_forward_hook(lambda m, a, out: seen.append(weakref.ref(out)))
     with torch.no_grad():
         model(**batch)
@@ -315,7 +315,7 @@ def test_nothing_of_a_failed_forward_is_kept() -> None:
 
     model, batch = tiny.instructblip(), tiny.batch("instructblip")
     attachment = pk.attach(model, pk.PetalConfig(r=4))
-    handle = attachment.found.layers[2].module.attention.register_forward_hook(fail)
+    handle = attachment.found.layers[2].child("attention").register_forward_hook(fail)
     with pytest.raises(KeyError, match="in the middle of a layer"):
         model(**batch)
     handle.remove()
@@ -329,7 +329,7 @@ def test_a_group_is_computed_once_and_each_result_is_handed_out_once() -> None:
 
     model = tiny.instructblip()
     pk.attach(model, pk.PetalConfig(r=4))
-    layer = model.qformer.encoder.layer[0]  # type: ignore[union-attr, index]
+    layer: Any = model.qformer.encoder.layer[0]  # type: ignore[union-attr, index]
     attention, part = layer.attention.attention, layer._petal
     computed: list[int] = []
     compute = ModeGroup._compute
@@ -385,7 +385,7 @@ def test_a_layer_whose_forward_is_called_by_itself_is_adapted_whole() -> None:
     model = tiny.instructblip()
     attachment = pk.attach(model, pk.PetalConfig(r=4))
     tiny.randomise(attachment.adapter)
-    layer = model.qformer.encoder.layer[0]  # type: ignore[union-attr, index]
+    layer: Any = model.qformer.encoder.layer[0]  # type: ignore[union-attr, index]
     x, image = torch.randn(2, 9, 32), torch.randn(2, 5, 40)
     with torch.no_grad():
         want = layer(x, None, image, query_length=5)

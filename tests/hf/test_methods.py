@@ -346,16 +346,16 @@ def test_a_copy_is_its_own_model(row: Row) -> None:
 def _handle(row: Row, twin: nn.Module) -> Any:
     """The copy's; without it only rows that need nothing around a call can go on."""
     if row.around or hasattr(pk, "attachment"):
-        return pk.attachment(twin)  # type: ignore[attr-defined]
+        return pk.attachment(twin)
     return None
 
 
 @every("copy")
 def test_a_copy_has_its_handle(row: Row) -> None:
     model, attachment = attached(row)
-    assert pk.attachment(model) is attachment  # type: ignore[attr-defined]
+    assert pk.attachment(model) is attachment
     twin = copy.deepcopy(model)
-    theirs: Any = pk.attachment(twin)  # type: ignore[attr-defined]
+    theirs: Any = pk.attachment(twin)
     assert theirs is not attachment
     assert theirs.model is twin
     assert theirs.config == attachment.config

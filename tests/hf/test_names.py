@@ -58,19 +58,23 @@ def test_renaming_takes_only_what_is_one_name() -> None:
     assert got == {"x.a": 1, "x.b": 2, "x.c": 3, "x.model.c": 4, "model.d": 5, "x.model.e": 6}
 
 
+def _base(name: str) -> nn.Module:
+    return write.build(write.CASES[name]).get_submodule("model")
+
+
 def _encoder(model: nn.Module) -> torch.Tensor:
     values = write.CASES["vlpet"].batch()
     encoder: Any = model.get_encoder()  # type: ignore[operator]
     ids, mask = values["input_ids"], values["attention_mask"]
     with torch.no_grad():
-        return encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # type: ignore[no-any-return]
+        return encoder(input_ids=ids, attention_mask=mask).last_hidden_state
 
 
 def test_a_file_of_a_model_with_a_head_loads_on_its_base_model_and_back(tmp_path: Path) -> None:
     case, folder = write.CASES["vlpet"], write.HERE / "vlpet"
     headed = write.build(case)
     pk.attach(headed, folder)
-    bare = write.build(case).model
+    bare = write.build(case).get_submodule("model")
     attachment = pk.attach(bare, folder)
     assert torch.equal(_encoder(bare), _encoder(headed))
     stored = load_file(folder / "adapter.safetensors")
@@ -83,7 +87,7 @@ def test_a_file_of_a_model_with_a_head_loads_on_its_base_model_and_back(tmp_path
     wrapped = nn.Sequential()
     wrapped.add_module("module", write.build(case))
     pk.attach(wrapped, tmp_path)
-    assert torch.equal(_encoder(wrapped.module), _encoder(headed))
+    assert torch.equal(_encoder(wrapped.get_submodule("module")), _encoder(headed))
 
 
 def test_the_names_in_a_files_config_are_found_elsewhere_too(tmp_path: Path) -> None:
@@ -92,21 +96,19 @@ def test_the_names_in_a_files_config_are_found_elsewhere_too(tmp_path: Path) -> 
     attachment = pk.attach(write.build(write.CASES["vlpet"]), config)
     tiny.randomise(attachment.adapter)
     attachment.save(tmp_path)
-    other = pk.attach(write.build(write.CASES["vlpet"]).model, tmp_path)
+    other = pk.attach(_base("vlpet"), tmp_path)
     want = {k.replace(".model.", "."): v for k, v in attachment.state_dict().items()}
     got = other.state_dict()
     assert got.keys() == want.keys()
     assert all(torch.equal(got[name], value) for name, value in want.items())
     for name in ("model", "module", "nothing", "model.encoder.nothing"):
         with pytest.raises(ValueError, match=f"modules_to_save: want names .*'{name}'"):
-            pk.attach(
-                write.build(write.CASES["vlpet"]).model, pk.RoutingConfig(modules_to_save=[name])
-            )
+            pk.attach(_base("vlpet"), pk.RoutingConfig(modules_to_save=[name]))
 
 
 def test_a_file_with_what_the_base_model_lacks_is_refused() -> None:
     """The kind: a trained head that would be left out without a word."""
-    model = write.build(write.CASES["routing_whole"]).model
+    model = _base("routing_whole")
     with pytest.raises(ValueError, match=r"modules_to_save.*'lm_head'"):
         pk.attach(model, write.HERE / "routing_whole")
     assert not hasattr(model, "petal")

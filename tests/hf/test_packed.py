@@ -131,6 +131,7 @@ def test_masks_of_another_kind_and_pieces_of_rows_are_refused() -> None:
     with pytest.raises(ValueError, match=r"want a mask for 2 rows of 4 tokens, got one for \[3, 4"):
         tokens.counted(x, encoded=False)
     model = tiny_experts.build("bert", torch.float32)
+    module: Any
     for module in model.modules():
         if hasattr(module, "chunk_size_feed_forward"):
             module.chunk_size_feed_forward = 3

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import petal_kernels as pk
 from petal_kernels.hf.config import AdapterConfig
@@ -13,7 +14,7 @@ from petal_kernels.nn.gated_adapter import GatedAdapter
 from petal_kernels.nn.routed_lora import RoutedLoRALinear
 from tests.hf import tiny_text
 
-CASES: dict[str, tuple[str, AdapterConfig, type]] = {
+CASES: dict[str, tuple[str, AdapterConfig, type[nn.Module]]] = {
     "vlpet-bart": ("bart", pk.VLPetConfig(r=6, value_r=4), GatedAdapter),
     "adapter-llama": ("llama", pk.RoutingConfig(r=4, kind="adapter"), GatedAdapter),
     "lora-gpt2": ("gpt2", pk.RoutingConfig(r=4), RoutedLoRALinear),

@@ -149,7 +149,7 @@ def test_places_beside_special_ones_are_told_apart(name: str, training: bool) ->
     model, attachment = built(row, 300, torch.float32)
     bases = list(_bases(attachment).values())
     bases[0].register_forward_hook(lambda module, args, output: None)
-    bases[-1].weight.requires_grad_(True)  # type: ignore[union-attr]
+    bases[-1].weight.requires_grad_(True)
     with setting(model, training, "auto", False):
         assert check(row, model, attachment, torch.float32)
 
@@ -300,8 +300,8 @@ def test_every_merged_place_says_what_rounding_cost(row: Row) -> None:
     model = methods.fresh(row).to(torch.bfloat16)
     attachment = pk.attach(model, row.config())
     methods.train(attachment)
-    before = {path: base.weight.double() for path, base in _bases(attachment).items()}  # type: ignore[operator]
-    exact = {
+    before = {path: base.weight.double() for path, base in _bases(attachment).items()}
+    exact: dict[str, Any] = {
         place.path: wrapper.delta(torch.float64) for place, _, _, wrapper in attachment._wrapped
     }
     report = attachment.merge()

@@ -43,7 +43,7 @@ class Saves:
     def save_as_before(self, number: int) -> None:
         """With the json under the name that it had before."""
         self.save(number)
-        (self.folder / files.CONFIG).rename(self.folder / files.OLD_CONFIG)
+        (self.folder / pair.CONFIG).rename(self.folder / pair.OLD_CONFIG)
 
     def holds(self) -> int:
         """Which of the two the folder loads as."""
@@ -74,7 +74,7 @@ def stop_at(step: int, stop: Callable[[], None], after: bool) -> None:
     pair._write_synced = stopping(written)
     pair._sync_directory = stopping(pair._sync_directory)
     pair._remove = stopping(pair._remove)
-    pair.os.replace = stopping(os.replace)
+    os.replace = stopping(os.replace)
 
 
 def interrupt() -> None:
@@ -123,7 +123,7 @@ def test_a_save_killed_at_any_step_leaves_the_old_or_the_new(
             found.append(0)
         saves.save(0)
         assert saves.holds() == 0
-        assert not (saves.folder / files.OLD_CONFIG).exists()
+        assert not (saves.folder / pair.OLD_CONFIG).exists()
         if not killed:
             break
     assert found == sorted(found), "new, and then old again"
@@ -140,16 +140,16 @@ def test_a_save_that_fails_leaves_the_tensors_of_one_that_died(
     tensors lie where those of the next, which fails before its own step, would lie."""
     saves = Saves(tmp_path)
     for number in (0, 1):
-        tmp_path.joinpath(files.OLD_CONFIG).unlink(missing_ok=True)
+        tmp_path.joinpath(pair.OLD_CONFIG).unlink(missing_ok=True)
         (saves.save_as_before if named_before else saves.save)(number)
-        data = (tmp_path / files.TENSORS).read_bytes()
+        data = (tmp_path / pair.TENSORS).read_bytes()
         digest = hashlib.sha256(data).hexdigest()
-        (tmp_path / files.TENSORS).rename(pair.pending(tmp_path, digest))
+        (tmp_path / pair.TENSORS).rename(pair.pending(tmp_path, digest))
         assert saves.holds() == number
         with monkeypatch.context() as patch:
             for name in ("_write_synced", "_sync_directory", "_remove"):
                 patch.setattr(pair, name, getattr(pair, name))
-            patch.setattr(pair.os, "replace", os.replace)
+            patch.setattr(os, "replace", os.replace)
             stop_at(4, interrupt, after=False)
             # Not through `files.write`: the header of equal tensors need not be equal.
             with pytest.raises(KeyboardInterrupt):
@@ -168,14 +168,14 @@ def test_an_interrupted_save_leaves_no_rest(
         with monkeypatch.context() as patch:
             for name in ("_write_synced", "_sync_directory", "_remove"):
                 patch.setattr(pair, name, getattr(pair, name))
-            patch.setattr(pair.os, "replace", os.replace)
+            patch.setattr(os, "replace", os.replace)
             stop_at(step, interrupt, after)
             with pytest.raises(KeyboardInterrupt):
                 saves.save(1)
         new = saves.holds()
         names = sorted(path.name for path in tmp_path.iterdir())
         names = [name for name in names if not (new and name.startswith(".adapter-"))]
-        assert names == [files.TENSORS, files.CONFIG]
+        assert names == [pair.TENSORS, pair.CONFIG]
 
 
 def _killed_at_random(saves: Saves, seed: int) -> int:
@@ -219,7 +219,7 @@ def test_what_a_killed_save_left_is_removed_by_a_later_one(tmp_path: Path) -> No
         os.utime(path, (0, 0))
     saves.save(0)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [new.name, files.TENSORS, files.CONFIG]
+        [new.name, pair.TENSORS, pair.CONFIG]
     )
 
 
@@ -274,7 +274,7 @@ def test_threads_save_into_one_folder_while_others_read(tmp_path: Path) -> None:
         thread.join()
     assert not failed
     assert saves.holds() in (0, 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [files.TENSORS, files.CONFIG]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [pair.TENSORS, pair.CONFIG]
 
 
 def test_no_two_saves_write_under_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +308,7 @@ def test_a_folder_that_somebody_holds_is_saved_into_all_the_same(
     assert saves.holds() == 0
 
 
-@pytest.mark.skipif(pair.fcntl is None, reason="folders cannot be locked here")
+@pytest.mark.skipif(pair.fcntl is None, reason="folders cannot be locked here")  # type: ignore[attr-defined]
 def test_a_save_waits_for_the_one_that_is_at_it(tmp_path: Path) -> None:
     entered = threading.Event()
 

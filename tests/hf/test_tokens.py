@@ -281,12 +281,13 @@ def test_ordinary_batches_are_entered_without_reading_a_value() -> None:
     step = {"input_ids": ids[:, :1], "past_key_values": cache}
     positions = {"position_ids": mask.cumsum(1) - 1}
     with _Reads() as reads:
-        for call in (
+        calls: list[dict[str, Any]] = [
             {"input_ids": ids},
             {"input_ids": ids, "attention_mask": mask, **positions},
             {**step, "attention_mask": torch.ones(2, 16)},
             {**step, "attention_mask": {"full_attention": torch.ones(2, 1, 1, 16).bool()}},
-        ):
+        ]
+        for call in calls:
             tokens = Tokens.entering((), call, domains, reader=READER)
             tokens.counted(torch.zeros(2, call["input_ids"].shape[1], 8), encoded=False)
         # Nobody averages: nothing is asked of the positions.
@@ -354,7 +355,7 @@ def test_a_decoding_step_with_a_static_cache_compiles_whole() -> None:
 def test_domains_behind_a_static_cache_compile() -> None:
     import transformers
 
-    model = tiny_text.build("llama", torch.float32)
+    model: Any = tiny_text.build("llama", torch.float32)
     ids, x = padded()[0], torch.zeros(2, 1, 8)
     given = Domains(ids % tiny_experts.EXPERTS, generated=9, image=0)
     cache = transformers.StaticCache(config=model.config, max_cache_len=16)

@@ -129,7 +129,8 @@ def test_statistics_that_a_forward_replaces_are_the_copys() -> None:
         with attachment.disabled():
             model(IDS)
             assert head.seen == 1
-    assert attachment.detach().lm_head.seen == 1
+    detached: Any = attachment.detach()
+    assert detached.lm_head.seen == 1
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

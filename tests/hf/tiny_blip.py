@@ -51,7 +51,7 @@ def build(task: str, dtype: torch.dtype = torch.float64, **changes: Any) -> nn.M
         vision_config=vision, text_config=text, image_text_hidden_size=8, initializer_range=0.2
     )
     torch.manual_seed(0)
-    return getattr(transformers, TASKS[task])(config).to(dtype).eval()  # type: ignore[no-any-return]
+    return getattr(transformers, TASKS[task])(config).to(dtype).eval()
 
 
 def batch(task: str, seed: int = 0, size: int = BATCH) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def read(family: str, model: nn.Module, seed: int = 0) -> tuple[Tensor, Tensor]:
 def served(attachment: Any, family: str, seed: int = 0) -> contextlib.AbstractContextManager[Any]:
     if attachment.config.gate != "domain":
         return contextlib.nullcontext()
-    return attachment.domains(domain_of(family, seed), generated=2, image=1)  # type: ignore[no-any-return]
+    return attachment.domains(domain_of(family, seed), generated=2, image=1)
 
 
 def step(

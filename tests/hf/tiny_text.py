@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 WIDTH, VOCABULARY = 32, 60
-_SMALL = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 
 def _llama_like() -> dict[str, Any]:
@@ -62,7 +67,7 @@ def t5() -> nn.Module:
     import transformers
 
     return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
+        transformers.T5Config(  # type: ignore[call-arg]
             vocab_size=VOCABULARY,
             d_model=WIDTH,
             d_kv=8,
@@ -176,7 +181,7 @@ def idefics3() -> nn.Module:
     import transformers
 
     return transformers.Idefics3ForConditionalGeneration(
-        transformers.Idefics3Config(
+        transformers.Idefics3Config(  # type: ignore[call-arg]
             vision_config=_vision(),
             text_config={"model_type": "llama", **_llama_like()},
             image_token_id=VOCABULARY - 1,
@@ -190,7 +195,7 @@ def smolvlm() -> nn.Module:
     import transformers
 
     return transformers.SmolVLMForConditionalGeneration(
-        transformers.SmolVLMConfig(
+        transformers.SmolVLMConfig(  # type: ignore[call-arg]
             vision_config=_vision(),
             text_config={"model_type": "llama", **_llama_like()},
             image_token_id=VOCABULARY - 1,

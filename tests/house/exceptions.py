@@ -85,18 +85,5 @@ EXCEPTIONS: dict[str, dict[str, tuple[int, str]]] = {
             14,
             "the arguments of two kernels over the same tiles",
         ),
-        "petal_kernels/ops/lowrank_linear: op.py = reference.py": (
-            12,
-            "the public signature is spelt out in both",
-        ),
-    },
-    "types": {
-        "tests/fuzz": (1, "not typed strictly yet"),
-        "tests/hf": (1, "not typed strictly yet"),
-        "tests/malformed": (1, "not typed strictly yet"),
-        "tests/nn": (1, "not typed strictly yet"),
-        "tests/ops": (1, "not typed strictly yet"),
-        "tests/runtime": (1, "not typed strictly yet"),
-        "tests/tools": (1, "not typed strictly yet"),
     },
 }

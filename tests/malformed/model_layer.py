@@ -105,7 +105,8 @@ def features(width: int) -> torch.Tensor:
 def _case(
     name: str, call: Callable[..., Any], valid: Callable[[], dict[str, Any]], **more: Any
 ) -> Case:
-    return Case(**{"name": name, "call": call, "valid": valid, "more": MORE} | more)
+    given: dict[str, Any] = {"name": name, "call": call, "valid": valid, "more": MORE}
+    return Case(**given | more)
 
 
 def _configs() -> list[Case]:

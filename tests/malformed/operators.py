@@ -42,6 +42,11 @@ def linear() -> dict[str, Any]:
     }
 
 
+def linear_own() -> dict[str, Any]:
+    values = {"x": t(B, L, D), "down": [t(R, D), t(3, D)], "ups": [t(OUT, R), t(2, 3)]}
+    return values | {"scale": [1.0, 2.0], "dropout": 0.1, "dropout_at": "input", "rng": rng()}
+
+
 def linear_base() -> dict[str, Any]:
     values = {"x": t(B, L, D), "down": t(R, D), "ups": [t(OUT, R), t(2, R)]}
     return values | {"base": [t(B, L, OUT), t(B, L, 2)]}
@@ -148,7 +153,10 @@ def experts_mean() -> dict[str, Any]:
 FORMS: list[tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = [
     (pk.mode_contract, contract),
     (pk.mode_contract, contract_cp),
-    *((pk.lowrank_linear, f) for f in (linear, linear_base, linear_hidden, linear_shared)),
+    *(
+        (pk.lowrank_linear, f)
+        for f in (linear, linear_own, linear_base, linear_hidden, linear_shared)
+    ),
     *((pk.gated_bottleneck, f) for f in (gated, gated_token, gated_column, gated_small)),
     *((pk.gated_bottleneck, f) for f in (gated_routed, gated_given, gated_columns)),
     *((pk.expert_dispatch, f) for f in (experts, experts_pooled, experts_gates)),
@@ -161,11 +169,21 @@ ANY_ROWS = ("x: rank?1", "x: size*@-3", "x: size*@-2")
 NUMBERS = ("scale", "keep", "mix")
 ALWAYS = (*(f"{n}: {what}" for n in NUMBERS for what in ("one", "negative")), "norm_eps: one")
 MASK = tuple(f"mask: {kind}" for kind in ("int64", "half", "float8", "bool dtype"))
+TWO_SCALES = "scale: list"  # one for each of two outputs
 LEGAL: dict[str, tuple[str, ...]] = {
     "contract": ("modes: size*@-2", "up: size*@-2"),
     "contract_cp": ("modes: size*@-2", "up: size*@-2"),
-    "linear": ANY_ROWS,
+    "linear": (*ANY_ROWS, TWO_SCALES),
+    "linear_own": (
+        *ANY_ROWS,
+        "x: half",
+        "ups: first size+1@-2",
+        TWO_SCALES,
+        *(f"scale: {what}" for what in ("number", "first negative", "first one")),
+    ),
+    "linear_base": (TWO_SCALES,),
     "linear_hidden": (
+        TWO_SCALES,
         "ups: first size*@-2",
         "hidden: half",
         *(row.replace("x:", "hidden:") for row in ANY_ROWS),
@@ -186,7 +204,7 @@ LEGAL: dict[str, tuple[str, ...]] = {
     "experts_indices": ("x: half", "base: [nN]one"),
     "experts_mean": (*ANY_ROWS, "x: half", "base: [nN]one"),
 }
-MORE = {
+MORE: dict[str, dict[str, Any]] = {
     "dropout": {"above 1": 1.5},
     "norm_eps": {"below 0": -1e-5},
     "indices": {

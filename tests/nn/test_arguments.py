@@ -203,7 +203,7 @@ def test_an_argument_does_what_the_published_form_does(
     default = MODULES[name][1] | BESIDE.get((name, argument), {})
     got, grads = results(name, default | {argument: other}, True)
     want, exact = results(name, default | {argument: other}, False)
-    near: dict[str, float] = {"rtol": 1e-7, "atol": 1e-9} if got.dtype == torch.float64 else {}
+    near: dict[str, Any] = {"rtol": 1e-7, "atol": 1e-9} if got.dtype == torch.float64 else {}
     torch.testing.assert_close(got, want, **near)
     for a, b in zip(grads, exact, strict=True):
         zero = (

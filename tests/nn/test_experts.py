@@ -90,6 +90,7 @@ def test_initialisations() -> None:
     x = torch.randn(B, L, D)
     normal = InstructionExperts(D, E, R)
     assert 0.015 < normal.up.std() < 0.025
+    assert normal.router is not None
     assert not normal.router.any()
     mean = InstructionExperts(D, E, R, gate="mean")
     mean.load_state_dict({k: v for k, v in normal.state_dict().items() if k != "router"})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from petal_kernels.nn import FrozenLinear, frozen_linear, frozen_lowrank
 from petal_kernels.nn.frozen_linear import weight_is_plain, why_not_plain, why_not_readable
+from petal_kernels.ops.lowrank_linear import lowrank_linear
 
 
 class Quantised(nn.Module):
@@ -40,14 +41,14 @@ def _special(kind: str) -> nn.Module:
     elif kind == "hooked":
         base.register_forward_hook(lambda module, args, output: output * 2)
     elif kind == "forward replaced":
-        base.forward = lambda x, f=base.forward: f(x) + 1  # type: ignore[method-assign, misc]
+        base.forward = lambda x, f=base.forward: f(x) + 1
     elif kind == "parametrised":
         nn.utils.parametrizations.weight_norm(base)
         base.requires_grad_(False)
     elif kind == "subclass":
         base.__class__ = type("Special", (nn.Linear,), {})
     elif kind == "partitioned":
-        base.weight.ds_id = 1  # type: ignore[union-attr, assignment]
+        base.weight.ds_id = 1  # type: ignore[union-attr]
     return base
 
 
@@ -55,7 +56,7 @@ def _special(kind: str) -> nn.Module:
 def given(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """What the operator was given, call by call."""
     calls: list[set[str]] = []
-    operator = frozen_linear.lowrank_linear
+    operator = lowrank_linear
 
     def watching(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         calls.append({k for k in ("weights", "base", "hidden") if kwargs.get(k) is not None})
@@ -105,7 +106,8 @@ def test_a_plain_base_is_fused_and_gets_no_gradient(given: list[set[str]]) -> No
     x = torch.randn(4, 6, requires_grad=True)
     outs = frozen_lowrank(x, bases, down, ups)
     assert given == [{"weights"}]
-    sum(out.sum() for out in outs).backward()
+    loss: Any = sum(out.sum() for out in outs)
+    loss.backward()
     assert x.grad is not None
     assert down.grad is not None
     assert bases[0].weight.grad is None
@@ -133,7 +135,8 @@ def test_a_shared_projection_replaces_the_down_projection(given: list[set[str]])
     for out, want in zip(outs, frozen_lowrank(x, bases, down, ups), strict=True):
         torch.testing.assert_close(out, want)
     assert given[0] == {"weights", "hidden"}
-    sum(out.sum() for out in outs).backward()
+    loss: Any = sum(out.sum() for out in outs)
+    loss.backward()
     assert hidden.grad is not None
     assert down.grad is None
     frozen_lowrank(x, [_special("quantised"), bases[0]], down, ups, hidden=hidden)
@@ -171,7 +174,7 @@ def test_autocast_decides_the_dtype(base_dtype: torch.dtype, autocast: torch.dty
     assert x.grad.dtype == torch.float32
     assert down.grad is not None
     assert down.grad.dtype == torch.float32
-    exact = x @ base.weight.float().T + base.bias.float() + x @ down.T @ ups[0].T  # type: ignore[union-attr, operator]
+    exact = x @ base.weight.float().T + base.bias.float() + x @ down.T @ ups[0].T  # type: ignore[operator]
     torch.testing.assert_close(out.float(), exact, rtol=3e-2, atol=6e-2)
 
 
@@ -192,7 +195,7 @@ def test_only_one_narrow_copy_of_x_is_saved_under_autocast() -> None:
 
 
 def test_the_wrapper_shares_everything_with_its_base() -> None:
-    base = _special("plain")
+    base: Any = _special("plain")
     wrapper = FrozenLinear(base)
     assert wrapper.weight is base.weight
     assert list(wrapper.state_dict()) == ["weight", "bias"]
@@ -213,7 +216,7 @@ def test_a_special_base_keeps_its_state_dict_form() -> None:
     base = Quantised(nn.Linear(6, 5))
     calls = []
     save = base._save_to_state_dict
-    base._save_to_state_dict = lambda *a: (calls.append("save"), save(*a))  # type: ignore[method-assign, assignment]
+    base._save_to_state_dict = lambda *a: (calls.append("save"), save(*a))  # type: ignore[method-assign, assignment, func-returns-value]
     wrapper = FrozenLinear(base)
     assert list(wrapper.state_dict()) == ["codes"]
     assert calls == ["save"]

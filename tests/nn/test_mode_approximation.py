@@ -70,7 +70,7 @@ def test_gradients_are_those_of_the_formula(core: str) -> None:
     runs = []
     for form in (lambda: module(x), lambda: [x @ _matrix(module, k).T for k in range(4)]):
         module.zero_grad()
-        sum((out**2).sum() * (k + 1) for k, out in enumerate(form())).backward()  # type: ignore[union-attr]
+        sum((out**2).sum() * (k + 1) for k, out in enumerate(form())).backward()
         runs.append([p.grad.clone() for p in module.parameters()])  # type: ignore[union-attr]
     for got, want in zip(*runs, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ __all__ = [
     "Operator",
     "backend_names",
     "cases",
+    "labelled",
     "leaves",
     "map_tensors",
     "operators",
@@ -46,6 +48,11 @@ OPERATORS = {op.name: op for op in operators()}
 def small(op: Operator) -> list[Any]:
     """The first few cases: enough variety for the expensive checks."""
     return [c for c in op.workload.CASES if getattr(c, "plan", "auto") == "auto"][:12]
+
+
+def labelled(label: str) -> Callable[[str], str]:
+    """Messages of ``assert_close``, behind a label."""
+    return lambda message: f"{label}: {message}"
 
 
 # (operator's name, case), to parametrize a test with.

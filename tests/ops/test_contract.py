@@ -131,7 +131,7 @@ def test_compile_fullgraph(name: str, mode: str) -> None:
         for a, b in zip(eager[0], traced[0], strict=True):
             torch.testing.assert_close(a, b)
         for (label, a), (_, b) in zip(eager[1], traced[1], strict=True):
-            torch.testing.assert_close(a, b, msg=lambda m, label=label: f"{label}: {m}")
+            torch.testing.assert_close(a, b, msg=discovery.labelled(label))
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -243,8 +243,9 @@ def test_offsets_beyond_32_bits(name: str) -> None:
     op = OPERATORS[name]
     case = op.workload.CASES[1]
     names = discovery.trainable(op, case)
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic: Any = torch.utils.deterministic
+    fill = deterministic.fill_uninitialized_memory
+    deterministic.fill_uninitialized_memory = False
     try:
         for backend in runnable(op, case, torch.float16):
             inputs = op.workload.make_inputs(case, torch.float16)
@@ -258,7 +259,7 @@ def test_offsets_beyond_32_bits(name: str) -> None:
             for (leaf, a), (_, b) in zip(near[1], far[1], strict=True):
                 assert torch.equal(a, b), f"{backend} {leaf}"
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        deterministic.fill_uninitialized_memory = fill
 
 
 @pytest.mark.parametrize("name", list(OPERATORS))

@@ -168,7 +168,9 @@ def test_an_update_in_place_copies_no_gradient(bias: bool) -> None:
     class Copies(TorchDispatchMode):
         found: ClassVar[list[str]] = []
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             out = func(*args, **(kwargs or {}))
             copies = ("aten.clone", "aten.copy_", "aten._to_copy")
             if str(func).startswith(copies) and out.numel() >= rows * 48:

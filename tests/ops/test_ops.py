@@ -60,7 +60,7 @@ def test_reference_backward(name: str, case: Any) -> None:
     found = discovery.leaves(explicit, names)
     assert [n for n, _ in found] == [n for n, _ in grads]
     for (label, want), (_, got) in zip(grads, found, strict=True):
-        torch.testing.assert_close(got, want, msg=lambda m, label=label: f"{label}: {m}")
+        torch.testing.assert_close(got, want, msg=discovery.labelled(label))
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import petal_kernels as pk
+from petal_kernels._runtime.numerics import ACTIVATIONS
 from petal_kernels.ops.gated_bottleneck import arguments as gated
 from petal_kernels.ops.lowrank_linear import arguments as lowrank
 from petal_kernels.tools import parity
@@ -20,12 +21,12 @@ from tests.ops.discovery import OPERATORS
 # Values that no default, sign or symmetry hides.
 ODD = {"scale": -1.75, "dropout": 0.3, "norm_eps": 0.625, "keep": -0.375, "mix": 1.625}
 CHOICES = {
-    "activation": gated.ACTIVATIONS,
+    "activation": ACTIVATIONS,
     "route": gated.ROUTES,
     "gate": {
         op.name: arguments.GATES
         for op in OPERATORS.values()
-        if hasattr(arguments := op.module("arguments"), "GATES")
+        if (arguments := op.module("arguments")) and hasattr(arguments, "GATES")
     },
     "variant": gated.VARIANTS,
     "dropout_at": lowrank.DROPOUT_SITES,

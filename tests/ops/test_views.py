@@ -105,9 +105,7 @@ def test_a_view_gives_the_values_result(name: str, case: Any, kind: str) -> None
         for i, (w, g) in enumerate(pairs):
             near = 1e-5 * max(1.0, w.abs().max().item() if w.numel() else 0.0)
             label = f"{backend} output {i}" if i < len(want[0]) else f"{backend} gradient {i}"
-            torch.testing.assert_close(
-                g, w, rtol=1e-4, atol=near, msg=lambda m, label=label: f"{label}: {m}"
-            )
+            torch.testing.assert_close(g, w, rtol=1e-4, atol=near, msg=discovery.labelled(label))
 
 
 def test_a_generator_state_that_is_a_view_draws_its_masks() -> None:

@@ -57,7 +57,9 @@ def frozen(dtype: torch.dtype, r: int) -> tuple[Place, Inputs]:
 
 def hooked(dtype: torch.dtype, r: int) -> tuple[Place, Inputs]:
     place, inputs = frozen(dtype, r)
-    bases = next(c.cell_contents for c in place.__closure__ if isinstance(c.cell_contents, list))
+    bases = next(
+        c.cell_contents for c in place.__closure__ or () if isinstance(c.cell_contents, list)
+    )
     bases[0].register_forward_hook(lambda *_: None)
     return place, inputs
 
@@ -127,7 +129,7 @@ PLACES = {
 
 def told(place: Place, inputs: Inputs) -> tuple[list[Used], str]:
     """What a dry run says: the forwards up to the first that is refused, and that refusal."""
-    found = []
+    found: list[Used] = []
     for each in dry_run(place, *inputs):
         if each.refusal is not None:
             return found, each.refusal
@@ -359,7 +361,8 @@ def test_tensors_on_another_device() -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     adapter = GatedAdapter(WIDTH, 4).requires_grad_(False)
     for name, p in adapter.named_parameters():
-        adapter._parameters[name] = FakeTensor(mode, p.data.to("meta"), torch.device("cuda:0"))
+        fake: Any = FakeTensor(mode, p.data.to("meta"), torch.device("cuda:0"))
+        adapter._parameters[name] = fake
     x = FakeTensor(mode, torch.empty(2, 5, WIDTH, device="meta"), torch.device("cuda:0"))
     with torch.no_grad():
         (found,) = dry_run(adapter, x)
@@ -370,8 +373,8 @@ def test_tensors_on_another_device() -> None:
 
 
 def test_equal_signatures_are_equal_kinds_of_calls() -> None:
-    def build(dtype: torch.dtype = torch.float32, r: int = 4, number: int = 0) -> nn.Module:
-        lora = RoutedLoRALinear(linear(dtype), r, own_base=False)
+    def build(dtype: torch.dtype = torch.float32, r: int = 4, number: int = 0) -> Any:
+        lora: Any = RoutedLoRALinear(linear(dtype), r, own_base=False)
         lora.number = number
         return lora
 

@@ -198,7 +198,7 @@ def second_derivatives(function: Any, inputs: dict[str, Any], by: list[Tensor]) 
         rows.append([])
         for t in by:
             try:
-                found = (None,)
+                found: tuple[Tensor | None, ...] = (None,)
                 if gradient is not None and gradient.requires_grad:
                     found = torch.autograd.grad(
                         gradient.square().sum(), t, retain_graph=True, allow_unused=True

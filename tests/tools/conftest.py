@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from petal_kernels.tools.bench import app, measure, timing
+from petal_kernels.tools import environment
+from petal_kernels.tools.bench import app, ceilings, measure, op, packages, timing
 from petal_kernels.tools.bench.ceilings import Ceilings
 from petal_kernels.tools.bench.correctness import Errors
 from petal_kernels.tools.bench.scenarios import Scenario
@@ -31,7 +33,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
             for name in names:
                 script = Script(samples or SAMPLES)
                 monkeypatch.setattr(timing, "Clock", script.clock)
-                yield lambda n=name, s=script: ready(n, s)
+                yield partial(ready, name, script)
 
         def ready(name: str, script: Script) -> Scenario:
             if stop is not None and name == names[-1]:
@@ -42,10 +44,10 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
             monkeypatch.setattr(measure, "_counts", lambda provider, *_: known[id(provider)])
             return made
 
-        monkeypatch.setattr(app.op, "scenarios", scenarios)
-        monkeypatch.setattr(app.ceilings, "measure", lambda *_: roof)
-        monkeypatch.setattr(app.packages, "absent", lambda *_: {})
-        monkeypatch.setattr(app.environment, "describe", lambda *_: dict(ENVIRONMENT))
+        monkeypatch.setattr(op, "scenarios", scenarios)
+        monkeypatch.setattr(ceilings, "measure", lambda *_: roof)
+        monkeypatch.setattr(packages, "absent", lambda *_: {})
+        monkeypatch.setattr(environment, "describe", lambda *_: dict(ENVIRONMENT))
         usual = ["op", "mode_contract", "--no-gate", "--rounds", "4", "--mode", "full"]
         return app.main([*usual, "--threads", str(torch.get_num_threads()), *words])
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import subprocess
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from petal_kernels.tools import environment
 from petal_kernels.tools.bench import (
     console,
     correctness,
@@ -92,13 +95,13 @@ def test_every_provider_computes_the_operator(name: str) -> None:
 
 def test_red_tests_stop_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     done = SimpleNamespace(returncode=1, stdout="1 failed", stderr="")
-    monkeypatch.setattr(correctness.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
     with pytest.raises(SystemExit) as stopped:
         correctness.tests(["mode_contract"])
     assert stopped.value.code == 2
     done.returncode = 0
     assert correctness.tests(["mode_contract"]) == "1 failed"
-    monkeypatch.setattr(correctness.environment, "ROOT", tmp_path)  # an installed package
+    monkeypatch.setattr(environment, "ROOT", tmp_path)  # an installed package
     assert correctness.tests(["mode_contract"]) is None
 
 
@@ -130,14 +133,15 @@ def test_backward_is_timed_without_its_forward() -> None:
     timed = step(Provider(forward), "backward", inputs)
     given = timed.prepare()
     assert order == ["forward"]
-    (gradient,) = timed.run(given)  # type: ignore[misc]
+    gradients: Any = timed.run(given)
     assert order == ["forward"]
+    (gradient,) = gradients
     assert gradient.tolist() == [2.0] * 4
     assert not step(Provider(forward), "forward", inputs).run(None)[0].requires_grad  # type: ignore[index]
 
 
 def test_a_step_of_many_calls_is_divided() -> None:
-    pause = timing.Step(lambda _: timing.time.sleep(0.02), calls=10)
+    pause = timing.Step(lambda _: time.sleep(0.02), calls=10)
     assert 0.002 <= timing.Clock(CPU)(pause) < 0.02
 
 
@@ -219,7 +223,7 @@ def test_an_absent_package_says_why_and_how_to_get_it() -> None:
     assert found["unsloth"] == "not installed: pip install unsloth"
     assert "liger" not in found
     assert packages.absent(["lora_linear"], CPU, ["liger"])["liger"].startswith("compared in gated")
-    everything = SimpleNamespace(**vars(packages.PACKAGES["unsloth"]) | {"module": "torch"})
+    everything: Any = SimpleNamespace(**vars(packages.PACKAGES["unsloth"]) | {"module": "torch"})
     assert packages.Package.why_not(everything, CPU) == "its kernels need a CUDA device"
 
 
@@ -272,7 +276,9 @@ def test_a_package_is_called_as_it_wants_to_be(
     monkeypatch.setattr(packages.Package, "why_not", lambda *_: None)
     request = Request(quick=True, against=(package,))
     scenario = next(iter(layer.scenarios([name], request)))()
-    assert not scenario.providers[package].check().red
+    check = scenario.providers[package].check
+    assert check is not None
+    assert not check().red
 
 
 def _table(**rows: Row) -> Table:
@@ -292,7 +298,9 @@ def test_peft_computes_the_same(target: str) -> None:
         "model": lambda: model.scenarios(["bart"], request),
     }[target]
     scenario = next(iter(make()))()
-    assert not scenario.providers["peft"].check().red
+    check = scenario.providers["peft"].check
+    assert check is not None
+    assert not check().red
 
 
 def test_losses_are_red_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +321,7 @@ def test_progress_names_the_phase_and_the_time_left(
     stream = io.StringIO()
     stream.isatty = lambda: True  # type: ignore[method-assign]
     now = iter([0.0, 32.0])
-    monkeypatch.setattr(console.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     progress = console.Progress(total=2, modes=1)
     progress.stream = stream
     progress.scenario("adapter")

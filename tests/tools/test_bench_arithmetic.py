@@ -26,7 +26,7 @@ from petal_kernels.tools.bench import app, console, counting, judge, measure, mo
 from petal_kernels.tools.bench.ceilings import Ceilings
 from petal_kernels.tools.bench.correctness import Errors, compare, pooled
 from petal_kernels.tools.bench.request import Request
-from petal_kernels.tools.bench.results import Row, Table
+from petal_kernels.tools.bench.results import Report, Row, Table
 from petal_kernels.tools.bench.scenarios import by_mode
 from tests.tools.known_times import COUNTS, ENVIRONMENT, ROOF, SAMPLES, Script, rows, scenario
 
@@ -277,12 +277,12 @@ def test_the_roof_is_measured_again_before_a_row_is_accused(
     runs: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = iter((Ceilings(1.0, 100.0), Ceilings(10.0, 40.0)))
-    monkeypatch.setattr(app.ceilings, "measure", lambda *_: next(found))
+    monkeypatch.setattr("petal_kernels.tools.bench.ceilings.measure", lambda *_: next(found))
     script = Script(SAMPLES)
     monkeypatch.setattr(timing, "Clock", script.clock)
     monkeypatch.setattr(measure, "_counts", lambda *_: (1, 1, 1))
-    report = app.Report(ENVIRONMENT, "c", "float32", "cpu", None)
-    args = SimpleNamespace(what="op")
+    report = Report(ENVIRONMENT, "c", "float32", "cpu", None)
+    args: Any = SimpleNamespace(what="op")
     app._compare(args, [lambda: scenario(script, {})], [], Request(modes=("full",), rounds=4),
                  report)  # fmt: skip
     assert report.ceilings == Ceilings(10.0, 100.0)
@@ -338,7 +338,7 @@ def test_the_clock_leaves_preparation_out_and_divides_by_calls(
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     clock = timing.Clock(torch.device("cpu"))
     evicted = []
-    clock.buffer = SimpleNamespace(add_=lambda _: evicted.append(1) or spend(100.0))  # type: ignore[assignment]
+    clock.buffer = SimpleNamespace(add_=lambda _: evicted.append(1) or spend(100.0))  # type: ignore[assignment, func-returns-value]
     step = timing.Step(lambda _: spend(6.0), lambda: spend(1000.0), calls=3)
     assert clock(step) == 2.0
     assert evicted == [1]
@@ -348,7 +348,7 @@ def test_rounds_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sample of a round in another place: no provider is always behind the same one."""
     order: list[str] = []
     monkeypatch.setattr(timing, "Clock", lambda *_: lambda step: step.run(None) or 1.0)
-    steps = {k: timing.Step(lambda _, k=k: order.append(k)) for k in "abc"}
+    steps = {k: timing.Step(lambda _, k=k: order.append(k)) for k in "abc"}  # type: ignore[misc]
     found = timing.compare(steps, torch.device("cpu"), rounds=4, warmup=0)
     assert "".join(order) == "abcbcacababc"
     assert {t.samples for t in found.values()} == {4}

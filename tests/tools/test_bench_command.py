@@ -15,7 +15,7 @@ import torch
 from petal_kernels.ops.gated_bottleneck import native_impl, torch_impl
 from petal_kernels.tools import environment, exits
 from petal_kernels.tools.bench import app, arguments, ceilings, op, timing
-from petal_kernels.tools.bench.request import Request
+from petal_kernels.tools.bench.request import Request, RequestError
 from petal_kernels.tools.bench.results import Row, Table
 
 QUICK = ["--quick", "--no-gate", "--rounds", "4", "--threads", "1", "--mode", "train"]
@@ -140,7 +140,7 @@ def test_a_refusal_in_the_middle_keeps_what_it_has(tmp_path: Any, monkeypatch: A
 
     def backends(*_: Any) -> Any:
         if next(refusals):
-            raise app.RequestError("backend 'native' cannot run: too wide")
+            raise RequestError("backend 'native' cannot run: too wide")
         return ["torch"], "torch"
 
     monkeypatch.setattr(op, "backends", backends)
@@ -261,9 +261,14 @@ def test_results_carry_a_time_and_the_gpu_that_ran(monkeypatch: pytest.MonkeyPat
 
 def test_the_device_of_a_run_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[Any] = []
+
+    def describe(_: Any, on: Any) -> dict[str, Any]:
+        chosen.append(on)
+        return {}
+
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(app, "_compare", lambda *_: None)
-    monkeypatch.setattr(app.environment, "describe", lambda _, on: chosen.append(on) or {})
+    monkeypatch.setattr(environment, "describe", describe)
     assert app.main(["op", "mode_contract", *QUICK, "--device", "cuda:1"]) == 0
     assert chosen == [torch.device("cuda:1")] * 2

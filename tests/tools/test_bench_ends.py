@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from petal_kernels.tools.bench import app, measure
+from petal_kernels._runtime.backends import BackendUnavailable
+from petal_kernels.tools.bench import measure
 from petal_kernels.tools.bench.correctness import Errors
+from petal_kernels.tools.bench.request import RequestError
 from petal_kernels.tools.bench.results import Table
 from tests.tools.known_times import SAMPLES
 
@@ -50,8 +52,8 @@ def test_a_bound_that_no_row_can_be_held_against_is_no_pass(
     ("stop", "code", "why"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),
-        (app.RequestError("too wide"), 2, "too wide"),
-        (app.BackendUnavailable("cannot run here"), 2, "cannot run here"),
+        (RequestError("too wide"), 2, "too wide"),
+        (BackendUnavailable("cannot run here"), 2, "cannot run here"),
         (MemoryError("full"), None, "MemoryError: full"),
     ],
 )

@@ -63,8 +63,12 @@ def scenario(forward: Forward) -> Scenario:
         lambda: op.run(torch.square, inputs),
         fresh=fresh,
     )
+
+    def check(f: Forward) -> Any:
+        return oracle(lambda g: op.run(f, inputs, gradients=g))
+
     providers = {
-        label: Provider(f, check=oracle(lambda g, f=f: op.run(f, inputs, gradients=g)), ours=ours)
+        label: Provider(f, check=check(f), ours=ours)
         for label, f, ours in (("published", torch.square, False), ("petal", forward, True))
     }
     return Scenario("s", inputs, providers, ["op", "x", "--shape", "s"], fresh=fresh)
@@ -222,7 +226,8 @@ def test_the_command_refuses_a_replay(
     from petal_kernels.ops.mode_contract import native_impl, torch_impl
 
     for module in (native_impl, torch_impl):
-        forward, answers = module.forward, []
+        forward = module.forward
+        answers: list[Any] = []
 
         def replay(*args: Any, forward: Any = forward, answers: list[Any] = answers) -> Any:
             if len(answers) < 8:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -142,7 +143,7 @@ def test_text_is_escaped_and_markup_is_not() -> None:
     root = ElementTree.fromstring(text)
     assert [c.text for c in root.iter("th")] == ["a<b", "n"]
     assert root.find(".//code").text == "x>y"  # type: ignore[union-attr]
-    rows = list(root.find(".//tbody").iter("tr"))  # type: ignore[union-attr, arg-type]
+    rows = list(root.find(".//tbody").iter("tr"))  # type: ignore[union-attr]
     assert [r.get("class") for r in rows] == [None, "loss"]
     assert [c.get("class") for c in rows[0]] == [None, "number"]
     long = page.table(["a"], [["a sentence that a phone may break into lines"]])
@@ -153,6 +154,7 @@ def test_text_is_escaped_and_markup_is_not() -> None:
 
 
 def test_a_chart_says_what_its_points_are() -> None:
+    series: dict[str, list[tuple[float, float]]]
     series = {"a": [(1, 0), (2, 5), (4, 1.0e6)], "b<": [(1, 2)]}
     figure = charts.lines(series, title="t&", x_label="x", y_label="ms", log_x=True)
     chart = ElementTree.fromstring(charts.inline(figure))
@@ -176,7 +178,8 @@ def test_areas_are_stacked() -> None:
     series = {"a": [1.0, 3.0, 3.0], "b": [1.0, 1.0, 0.0]}
     words = {"title": "t", "x_label": "step", "y_label": "MiB"}
     figure = charts.areas([0, 1, 2], series, marks={"backward": 1}, **words)
-    lower, upper = (area.get_paths()[0].vertices for area in figure.axes[0].collections)
+    drawn: list[Any] = [area.get_paths()[0].vertices for area in figure.axes[0].collections]
+    lower, upper = drawn
     assert lower[:, 1].max() == 3.0
     assert upper[:, 1].max() == 4.0  # the second stands on the first
     chart = ElementTree.fromstring(charts.inline(figure))
@@ -186,7 +189,8 @@ def test_areas_are_stacked() -> None:
 
 def test_bars_are_as_long_as_their_values() -> None:
     figure = charts.bars({"g": {"a": 2.0, "b": 8.0}, "": {"a": 1.0}}, title="t", unit="ms")
-    a, b, again = figure.axes[0].patches
+    drawn: list[Any] = [*figure.axes[0].patches]
+    a, b, again = drawn
     assert [bar.get_width() for bar in (a, b, again)] == [2.0, 8.0, 1.0]
     assert a.get_facecolor() == again.get_facecolor() != b.get_facecolor()
     chart = ElementTree.fromstring(charts.inline(figure))

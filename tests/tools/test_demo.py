@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,14 +21,14 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 import petal_kernels as pk
-from petal_kernels.tools import cli, environment
+from petal_kernels.tools import cli
 from petal_kernels.tools.demo import app, compare, data, report, tasks, train
 from petal_kernels.tools.demo import model as small
 
 TINY = train.Settings(steps=6, batch=8, rank=4, pictures=48, held_out=24)
 
 
-def options(out: Path, **changes: object) -> app.Options:
+def options(out: Path, **changes: Any) -> app.Options:
     base = app.Options(out, TINY, compare_steps=2, timed_steps=1)
     return replace(base, **changes)
 
@@ -367,5 +368,5 @@ def test_report_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch) -> No
     def absent(*args: object, **kwargs: object) -> object:
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr(environment.subprocess, "run", absent)
+    monkeypatch.setattr(subprocess, "run", absent)
     assert report.machine()["commit"] == "unknown"

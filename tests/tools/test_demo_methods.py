@@ -129,7 +129,7 @@ def test_a_wrong_scale_of_a_percent_breaks_the_bound(
     def faulty(model: torch.nn.Module, config: Any, *, implementation: str) -> object:
         if implementation == "fused":
             config = replace(config, alpha=1.01 * config.r)
-        return attach(model, config, implementation=implementation)  # type: ignore[operator]
+        return attach(model, config, implementation=implementation)
 
     monkeypatch.setattr(pk, "attach", faulty)
     assert not compared(methods.METHODS["lora"], cached[0], steps=6).agrees
@@ -183,7 +183,7 @@ def test_all_methods_run_end_to_end(
         assert figures["before"].keys() == {entry.text for entry in (*tasks.OLD, tasks.NEW)}
         assert len(figures["training"]["losses"]) == 2
         backbone = backbones.load(figures["backbone"])
-        loaded = pk.attach(backbone, str(tmp_path / name / "adapter"))  # type: ignore[operator]
+        loaded = pk.attach(backbone, str(tmp_path / name / "adapter"))
         assert loaded.config.to_dict() == figures["config"]
     assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
     assert methods_report.table_of(list(everything.values())).count("coincide") == len(NAMES)

@@ -235,7 +235,7 @@ def test_fake_tensors_keep_what_real_ones_keep() -> None:
 
 def test_fake_tensors_stay_tied_and_meta_tensors_are_refused() -> None:
     with torch.device("meta"):
-        model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False))
+        model: Any = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False))
     model[1].weight = model[0].weight
     ids = torch.zeros(3, dtype=torch.long)
     with pytest.raises(ValueError, match="fake_tensors"):
@@ -250,7 +250,7 @@ def test_cuda_rules_keep_what_cuda_keeps() -> None:
     q, k, v = (torch.randn(B, H, L, D, requires_grad=True) for _ in range(3))
     mask = torch.zeros(B, 1, L, L)
     kept = memory.profile(
-        lambda *a: F.scaled_dot_product_attention(*a, attn_mask=mask, dropout_p=0.1),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.1),
         (q, k, v),
         cuda_rules=True,
     )

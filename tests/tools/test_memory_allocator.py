@@ -325,7 +325,7 @@ def compiled_in_place() -> Step:
 def compiled_parts() -> Step:
     first, second, third = blocks(3)
     second.compile(backend="aot_eager")
-    return Loss(first, second, torch.compile(third, backend="aot_eager")), (rows(),)
+    return Loss(first, second, torch.compile(third, backend="aot_eager")), (rows(),)  # type: ignore[arg-type]
 
 
 def compiled_function() -> Step:
@@ -335,7 +335,7 @@ def compiled_function() -> Step:
 
 
 def compiled_and_checkpointed() -> Step:
-    block = torch.compile(Mlp(), backend="aot_eager")
+    block: Any = torch.compile(Mlp(), backend="aot_eager")
     return Checkpointed(Mlp(), block, use_reentrant=False), (rows(),)
 
 

@@ -124,6 +124,8 @@ def test_parameters_of_a_module_that_is_not_found_are_parameters_and_said() -> N
 
 
 class Tied(nn.Module):
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.words = nn.Embedding(10, WIDTH)
@@ -198,7 +200,7 @@ def test_parameters_of_one_storage_have_gradients_of_their_own() -> None:
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         yield
     finally:
@@ -257,7 +259,7 @@ class Asks(nn.Module):
 @pytest.mark.parametrize("way", ["item", "branch", "nonzero", "mask", "list"])
 def test_a_module_that_asks_fake_tensors_for_values_is_named(way: str) -> None:
     model = nn.ModuleDict({"blocks": nn.Sequential(nn.Identity(), Asks(way))})
-    model.forward = lambda x: model["blocks"](x)  # type: ignore[method-assign]
+    model.forward = lambda x: model["blocks"](x)
     fake, x = memory.fake_tensors(model, torch.randn(4, WIDTH))
     with pytest.raises(ValueError, match=r"^model: blocks\.1 \(Asks\).*fake.*real tensors"):
         memory.profile(fake, x)

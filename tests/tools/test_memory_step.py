@@ -71,7 +71,7 @@ class Words(nn.Module):
         return self.mix(self.words(ids)) @ self.words.weight.T
 
 
-def linears(dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+def linears(dtype: torch.dtype) -> tuple[Any, Tensor]:
     """Full tuning; gradients and states are all there is."""
     return nn.Sequential(*(nn.Linear(384, 384) for _ in range(4))).to(dtype), torch.randn(4, 384)
 
@@ -423,7 +423,7 @@ def test_every_setting_is_one_of_torchs() -> None:
     import inspect
 
     for name, cls in _CLASSES.items():
-        parameters = inspect.signature(cls.__init__).parameters
+        parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
         assert set(TAKES[name]) <= set(parameters)
         ours = settings_of(name)
         for setting in TAKES[name]:

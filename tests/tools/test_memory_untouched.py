@@ -17,10 +17,16 @@ from torch.utils.checkpoint import checkpoint
 
 from petal_kernels import memory
 from petal_kernels.memory import leaves, recording
+from petal_kernels.memory.modules import ModuleStack
+from petal_kernels.memory.timeline import Timeline
 
 
 class Moving(nn.Module):
     """Statistics, a counter, a buffer that is replaced, dropout, a checkpointed region."""
+
+    steps: Tensor
+    seen: Tensor | None
+    mean: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +149,7 @@ def test_a_buffer_too_large_to_be_copied_is_named(monkeypatch: pytest.MonkeyPatc
     model = nn.Sequential(nn.BatchNorm1d(8)).train()
     model.register_buffer("count", torch.zeros(8))
 
-    def count(module: nn.Module, _: Any) -> None:
+    def count(module: Any, _: Any) -> None:
         module.count.add_(1)
 
     model.register_forward_pre_hook(count)
@@ -156,7 +162,7 @@ def test_parameters_that_a_hook_moves_are_named() -> None:
     """As an optimizer in the backward does: the profile cannot take its step back."""
     model = nn.Linear(4, 4)
 
-    def step(parameter: Tensor) -> None:
+    def step(parameter: Any) -> None:
         with torch.no_grad():
             parameter.sub_(parameter.grad)
 
@@ -326,10 +332,11 @@ def test_compiled_code_under_cudas_rules_is_refused_and_stays_as_it_is(way: str)
     x = torch.randn(4, 8)
     plain = Small()
     function = torch.compile(lambda t: t.sigmoid() * t, backend=backend)
-    steps = {
+    part: Any = torch.compile(plain, backend=backend)
+    steps: dict[str, Callable[..., Any]] = {
         "module": torch.compile(plain, backend=backend),
         "in place": plain,
-        "part": nn.Sequential(nn.Linear(8, 8), torch.compile(plain, backend=backend)),
+        "part": nn.Sequential(nn.Linear(8, 8), part),
         "function": lambda t: function(plain(t)),
     }
     if way == "in place":
@@ -349,7 +356,7 @@ def test_a_leaf_is_asked_after_it_became_a_result() -> None:
     """A view of fake tensors is a leaf until autograd has heard of it; held, it would live as long
     as the step."""
     model, x = memory.fake_tensors(nn.Linear(8, 8), torch.randn(2, 4, 8))
-    timeline = recording.Timeline(recording.ModuleStack(model))
+    timeline = Timeline(ModuleStack(model))
     seen = leaves.Leaves(model, set(), timeline)
     with x.fake_mode, seen:
         y = model(x)

@@ -19,6 +19,18 @@ def _rebase(y: Tensor, k: int, inputs: dict[str, Any]) -> Tensor:
     return y
 
 
+def _down(inputs: dict[str, Any], k: int) -> Tensor:
+    """The down-projection of output k: its own, or the shared one."""
+    down = inputs["down"]
+    own: Tensor = down if isinstance(down, Tensor) else down[k]
+    return own
+
+
+def _scale(inputs: dict[str, Any], k: int) -> float:
+    scale = inputs["scale"]
+    return float(scale[k] if isinstance(scale, (tuple, list)) else scale)
+
+
 def _drop(t: Tensor, inputs: dict[str, Any], site: str) -> Tensor:
     return F.dropout(t, inputs["dropout"]) if inputs["dropout_at"] == site else t
 
@@ -35,7 +47,7 @@ def published(**inputs: Any) -> tuple[Tensor, ...]:
     for k, up in enumerate(inputs["ups"]):
         x = inputs["x"]
         z = inputs.get("hidden")
-        z = F.linear(_drop(x, inputs, "input"), inputs["down"]) if z is None else z
+        z = F.linear(_drop(x, inputs, "input"), _down(inputs, k)) if z is None else z
         z = _drop(z, inputs, "bottleneck")
         if inputs.get("core") is not None:
             z = _drop(z @ inputs["core"][k], inputs, "mode")
@@ -44,17 +56,21 @@ def published(**inputs: Any) -> tuple[Tensor, ...]:
             y = F.linear(z @ m[k], v)
         else:
             y = F.linear(z, up)
-        outs.append(_rebase(inputs["scale"] * y if inputs["scale"] != 1.0 else y, k, inputs))
+        scale = _scale(inputs, k)
+        outs.append(_rebase(scale * y if scale != 1.0 else y, k, inputs))
     return tuple(outs)
 
 
 def well_written(**inputs: Any) -> tuple[Tensor, ...]:
-    """The shared algebra in eager torch: one h, P_k folded, updates by addmm."""
-    x, hidden = inputs["x"], inputs.get("hidden")
-    h = F.linear(_drop(x, inputs, "input"), inputs["down"]) if hidden is None else hidden
+    """The shared algebra in eager torch: one h where it is shared, P_k folded, updates by addmm."""
+    x, hidden, shared = inputs["x"], inputs.get("hidden"), isinstance(inputs["down"], Tensor)
+    h = hidden
+    if hidden is None and shared:
+        h = F.linear(_drop(x, inputs, "input"), inputs["down"])
     outs = []
     for k, up in enumerate(inputs["ups"]):
-        z = _drop(h, inputs, "bottleneck")
+        z = F.linear(_drop(x, inputs, "input"), inputs["down"][k]) if h is None else h
+        z = _drop(z, inputs, "bottleneck")
         if inputs.get("core") is not None:
             z = _drop(z @ inputs["core"][k], inputs, "mode")
         z2 = z.reshape(-1, z.shape[-1])
@@ -64,9 +80,9 @@ def well_written(**inputs: Any) -> tuple[Tensor, ...]:
             biases = inputs.get("biases")
             y = F.linear(x, inputs["weights"][k], biases and biases[k])
         else:
-            outs.append(inputs["scale"] * F.linear(z, up))
+            outs.append(_scale(inputs, k) * F.linear(z, up))
             continue
-        flat = torch.addmm(y.reshape(-1, y.shape[-1]), z2, up.t(), alpha=inputs["scale"])
+        flat = torch.addmm(y.reshape(-1, y.shape[-1]), z2, up.t(), alpha=_scale(inputs, k))
         outs.append(flat.view(y.shape))
     return tuple(outs)
 

@@ -68,6 +68,10 @@ def unsupported(call: Call, plan: str) -> list[str]:
         reasons.append(f"has no plan {plan!r}")
     if len(ups) > MAX_OUTPUTS:
         reasons.append(f"wants at most {MAX_OUTPUTS} outputs, got {len(ups)}")
+    if call.own_downs:
+        reasons.append("has no kernels for a down-projection of every output's own")
+    if len(set(call.settings.scales)) > 1:
+        reasons.append("has no kernels for scales that differ")
     rank = ups[0].shape[1]
     if rank > MAX_RANK:
         reasons.append(f"wants a rank of at most {MAX_RANK}, got {rank}")
@@ -137,18 +141,19 @@ def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Sa
         h = t.hidden
     else:
         assert x is not None
-        assert t.down is not None
-        narrow = _row_major(t.down, x.dtype)
+        narrow = _row_major(t.downs[0], x.dtype)
         rank = narrow.shape[0]
         if t.core is None and x.shape[0] <= FUSED_ROWS and rank <= MAX_FUSED_RANK:
             h = x.new_empty(x.shape[0], rank)
             _ops().lowrank_linear_fwd_update(
-                x, narrow, h, factors, bases, ys, rng, s.scale, p, at_input, not at_input
+                x, narrow, h, factors, bases, ys, rng, s.scales[0], p, at_input, not at_input
             )
             return ys, Saved(h)
         h = _shrink([x], [narrow.t()], rng, 1.0, p, mask_a=at_input)
     middles = [h] if t.core is None else _modes(h, t.core, len(t.ups))
-    _ops().lowrank_linear_expand(middles, factors, bases, ys, rng, s.scale, p, not at_input, False)
+    _ops().lowrank_linear_expand(
+        middles, factors, bases, ys, rng, s.scales[0], p, not at_input, False
+    )
     return ys, Saved(h)
 
 
@@ -157,13 +162,14 @@ def backward(
 ) -> Gradients:
     """The gradients that ``need`` names."""
     t, s = call
-    h, core, down, p = saved.h, t.core, t.down, s.dropout
+    h, core, p = saved.h, t.core, s.dropout
+    down = t.downs[0] if t.downs else None
     k, dtype, rank = len(t.ups), h.dtype, h.shape[1]
     at_input = s.dropout_at == "input"
     factors = _factors(t.ups, dtype)
 
     # dh, and every g_k apart where a core follows.
-    g = _shrink(dys, factors, rng, s.scale, p, mask_out=not at_input, separate=core is not None)
+    g = _shrink(dys, factors, rng, s.scales[0], p, mask_out=not at_input, separate=core is not None)
     gs = list(g.split(rank, dim=1)) if core is not None else []
     dh = g
     if core is not None:
@@ -182,10 +188,10 @@ def backward(
         bigs += dys
         smalls += middles
         outs += dups
-        scales += [s.scale] * k
+        scales += [s.scales[0]] * k
         masks += [_NO_MASK if at_input else _MASK_SMALL] * k
     ddown = None
-    if "down" in need and down is not None:
+    if "downs" in need and down is not None:
         assert t.x is not None
         ddown = torch.empty_like(down, memory_format=torch.contiguous_format)
         bigs.append(t.x)
@@ -203,7 +209,7 @@ def backward(
         )
 
     dx = _input_gradient(call, dh, dys, rng) if "x" in need else None
-    return Gradients(dx, ddown, dh, dups, dcore)
+    return Gradients(dx, None if ddown is None else [ddown], dh, dups, dcore)
 
 
 def _input_gradient(call: Call, dh: Tensor, dys: list[Tensor], rng: Tensor | None) -> Tensor | None:
@@ -212,10 +218,10 @@ def _input_gradient(call: Call, dh: Tensor, dys: list[Tensor], rng: Tensor | Non
     dx = None
     for dy, w in zip(dys, t.weights, strict=False):
         dx = torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
-    if t.down is not None:
+    if t.downs:
         bases = [] if dx is None else [dx]
-        dx = dh.new_empty(dh.shape[0], t.down.shape[1]) if dx is None else dx
-        narrow, at_input = _row_major(t.down, dh.dtype), s.dropout_at == "input"
+        dx = dh.new_empty(dh.shape[0], t.downs[0].shape[1]) if dx is None else dx
+        narrow, at_input = _row_major(t.downs[0], dh.dtype), s.dropout_at == "input"
         _ops().lowrank_linear_expand(
             [dh], [narrow.t()], bases, [dx], rng, 1.0, s.dropout, False, at_input
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import compress
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -32,7 +32,8 @@ def problem(call: Call, inference: bool) -> planner.Problem:
     return planner.Problem(
         rows=first.shape[:-1].numel(),
         width=t.x.shape[-1] if t.x is not None else 0,
-        rank=t.ups[0].shape[1],
+        rank=max(up.shape[1] for up in t.ups),
+        middle=call.middle,
         outs=tuple(up.shape[0] for up in t.ups),
         itemsize=first.element_size(),
         device=kind,
@@ -88,13 +89,13 @@ def explanation(call: Call, inference: bool, plan: str, backend: str) -> rt.Expl
 
 def _asked(*args: Any) -> tuple[Call, bool, str, str] | None:
     """What a forward asks of `choose`; None where there is nothing to compute."""
-    *tensors, _, scale, dropout, dropout_at, keep, plan, backend = args
-    x, down, hidden, ups, weights, biases, base, core = tensors
+    *tensors, _, scales, dropout, dropout_at, keep, plan, backend = args
+    x, downs, hidden, ups, weights, biases, base, core = tensors
     if (x if x is not None else hidden).numel() == 0:
         return None
     t = Tensors(
         None if x is None else _rows(x),
-        down,
+        downs,
         None if hidden is None else _rows(hidden),
         ups,
         weights,
@@ -103,7 +104,7 @@ def _asked(*args: Any) -> tuple[Call, bool, str, str] | None:
         core,
     )
     inference = not keep and hidden is None
-    return Call(t, Settings(scale, dropout, dropout_at)), inference, plan, backend
+    return Call(t, Settings(scales, dropout, dropout_at)), inference, plan, backend
 
 
 def _fwd(*args: Any) -> tuple[list[Tensor], Tensor]:
@@ -125,22 +126,22 @@ def _explain(*args: Any) -> rt.Explanation | None:
 
 
 def _fwd_fake(*args: Any) -> tuple[list[Tensor], Tensor]:
-    *tensors, _, scale, dropout, dropout_at, keep, _, _ = args
-    call = Call(Tensors(*tensors), Settings(scale, dropout, dropout_at))
+    *tensors, _, scales, dropout, dropout_at, keep, _, _ = args
+    call = Call(Tensors(*tensors), Settings(scales, dropout, dropout_at))
     t, first = call.tensors, call.first
     lead = first.shape[:-1]
-    kept = (lead.numel(), t.ups[0].shape[1]) if keep and t.hidden is None else (0,)
+    kept = (lead.numel(), call.middle) if keep and t.hidden is None else (0,)
     return [first.new_empty((*lead, up.shape[0])) for up in t.ups], first.new_empty(kept)
 
 
-_Results = tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]
+_Results = tuple[Tensor, list[Tensor], Tensor, list[Tensor], Tensor]
 
 
 def _bwd(
     dys: list[Tensor],
     x: Tensor | None,
     h: Tensor,
-    down: Tensor | None,
+    downs: list[Tensor],
     ups: list[Tensor],
     weights: list[Tensor],
     core: Tensor | None,
@@ -148,15 +149,15 @@ def _bwd(
     *rest: Any,
 ) -> _Results:
     *settings, need, backend = rest
-    given = Gradients(x, down, h, ups, core)
+    given = Gradients(x, downs, h, ups, core)
     if h.numel() == 0:
         return _results(given, need, Gradients())
     wanted = frozenset(compress(Gradients._fields, need))
     if x is not None:
-        x = _rows(x) if "down" in wanted else x.reshape(-1, x.shape[-1])
+        x = _rows(x) if "downs" in wanted else x.reshape(-1, x.shape[-1])
     rows = _rows(h)
-    hidden = None if down is not None else rows
-    call = Call(Tensors(x, down, hidden, ups, weights, (), (), core), Settings(*settings))
+    hidden = None if downs else rows
+    call = Call(Tensors(x, downs, hidden, ups, weights, (), (), core), Settings(*settings))
     impl = rt.select(NAME, BACKENDS, backend, call, "auto").load()
     found = impl.backward(call, Saved(rows), [_rows(dy) for dy in dys], rng, wanted)
     return _results(given, need, found)
@@ -166,32 +167,27 @@ def _bwd_fake(
     dys: list[Tensor],
     x: Tensor | None,
     h: Tensor,
-    down: Tensor | None,
+    downs: list[Tensor],
     ups: list[Tensor],
     weights: list[Tensor],
     core: Tensor | None,
     rng: Tensor | None,
     *rest: Any,
 ) -> _Results:
-    return _results(Gradients(x, down, h, ups, core), rest[-2], Gradients())
+    return _results(Gradients(x, downs, h, ups, core), rest[-2], Gradients())
 
 
 def _results(given: Gradients, need: Sequence[bool], found: Gradients) -> _Results:
     """Gradients as the fake promises them: contiguous, shaped like their tensors, empty where not
     needed, zero where there is nothing to sum."""
-    x, down, h, ups, core = given
-    need_x, need_down, need_hidden, need_ups, need_core = need
+    x, downs, h, ups, core = given
+    need_x, need_downs, need_hidden, need_ups, need_core = need
     assert h is not None
-    dups = []
-    if need_ups:
-        assert ups is not None
-        values = found.ups or [None] * len(ups)  # type: ignore[list-item]
-        dups = [_grad(up, value, h) for up, value in zip(ups, values, strict=True)]
     return (
         _grad(x if need_x else None, found.x, h),
-        _grad(down if need_down else None, found.down, h),
+        _grads(downs if need_downs else (), found.downs, h),
         _grad(h if need_hidden else None, found.hidden, h),
-        dups,
+        _grads(ups if need_ups else (), found.ups, h),
         _grad(core if need_core else None, found.core, h),
     )
 
@@ -202,11 +198,19 @@ def _grad(of: Tensor | None, value: Tensor | None, like: Tensor) -> Tensor:
     return of.new_zeros(of.shape) if value is None else value.contiguous().view(of.shape)
 
 
-_SETTINGS = "float scale, float dropout, str dropout_at"
+def _grads(
+    of: Sequence[Tensor] | None, values: Sequence[Tensor | None] | None, like: Tensor
+) -> list[Tensor]:
+    of = of or ()
+    values = values or [None] * len(of)
+    return [_grad(each, value, like) for each, value in zip(of, values, strict=True)]
+
+
+_SETTINGS = "float[] scales, float dropout, str dropout_at"
 _N_SETTINGS = len(Settings._fields)
 
 forward_op = define(
-    f"{NAME}_fwd(Tensor? x, Tensor? down, Tensor? hidden, Tensor[] ups, Tensor[] weights, "
+    f"{NAME}_fwd(Tensor? x, Tensor[] downs, Tensor? hidden, Tensor[] ups, Tensor[] weights, "
     f"Tensor?[] biases, Tensor[] base, Tensor? core, Tensor? rng, {_SETTINGS}, bool keep_hidden, "
     "str plan, str backend) -> (Tensor[], Tensor)",
     _fwd,
@@ -214,9 +218,9 @@ forward_op = define(
     _explain,
 )
 _backward_op = define(
-    f"{NAME}_bwd(Tensor[] dys, Tensor? x, Tensor h, Tensor? down, Tensor[] ups, Tensor[] weights, "
-    f"Tensor? core, Tensor? rng, {_SETTINGS}, bool[] need, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor[], Tensor)",
+    f"{NAME}_bwd(Tensor[] dys, Tensor? x, Tensor h, Tensor[] downs, Tensor[] ups, "
+    f"Tensor[] weights, Tensor? core, Tensor? rng, {_SETTINGS}, bool[] need, str backend) "
+    "-> (Tensor, Tensor[], Tensor, Tensor[], Tensor)",
     _bwd,
     _bwd_fake,
 )
@@ -224,20 +228,30 @@ _backward_op = define(
 
 def flatten(t: Tensors) -> tuple[Tensor | None, ...]:
     """One argument of ``apply`` for each tensor, since autograd does not look into sequences."""
-    return (t.x, t.down, t.hidden, t.core, *t.ups, *t.weights, *t.biases, *t.base)
+    return (t.x, t.hidden, t.core, *t.downs, *t.ups, *t.weights, *t.biases, *t.base)
 
 
-def _unflatten(flat: Sequence[Any], outputs: int, weighted: int) -> Tensors:
-    """Of tensors or of flags; ``outputs`` ups, ``weighted`` weights."""
-    x, down, hidden, core, *lists = flat
-    biases = outputs + weighted
-    base = biases + weighted
+class Counts(NamedTuple):
+    """How many tensors of each kind `apply` is given."""
+
+    downs: int
+    ups: int
+    weights: int
+
+
+def _unflatten(flat: Sequence[Any], counts: Counts) -> Tensors:
+    """Of tensors or of flags."""
+    x, hidden, core, *lists = flat
+    ups = counts.downs
+    weights = ups + counts.ups
+    biases = weights + counts.weights
+    base = biases + counts.weights
     return Tensors(
         x,
-        down,
+        lists[:ups],
         hidden,
-        lists[:outputs],
-        lists[outputs:biases],
+        lists[ups:weights],
+        lists[weights:biases],
         lists[biases:base],
         lists[base:],
         core,
@@ -245,65 +259,60 @@ def _unflatten(flat: Sequence[Any], outputs: int, weighted: int) -> Tensors:
 
 
 class LowRankLinearFunction(FirstOrderFunction):
-    """Saves x (where U is trained), h or the given hidden, the generator's state and the
-    parameters."""
+    """Saves x (where a down-projection is trained), h or the given hidden, the generator's state
+    and the parameters."""
 
     operator = NAME
 
     @staticmethod
     def forward(
-        ctx: Any,
-        rng: Tensor | None,
-        plan: str,
-        backend: str,
-        outputs: int,
-        weighted: int,
-        *rest: Any,
+        ctx: Any, rng: Tensor | None, plan: str, backend: str, counts: Counts, *rest: Any
     ) -> tuple[Tensor, ...]:
         settings = rest[:_N_SETTINGS]
-        t = _unflatten(rest[_N_SETTINGS:], outputs, weighted)
+        t = _unflatten(rest[_N_SETTINGS:], counts)
         ys, h = forward_op(*t, rng, *settings, True, plan, backend)
-        trains_down = t.down is not None and ctx.needs_input_grad[_FIXED + 1]
+        trains_downs = any(_unflatten(ctx.needs_input_grad[_FIXED:], counts).downs)
         ctx.save_for_backward(
-            t.x if trains_down else None,
+            t.x if trains_downs else None,
             h if t.hidden is None else t.hidden,
-            t.down,
             t.core,
             rng,
+            *t.downs,
             *t.ups,
             *t.weights,
         )
         ctx.x_shape = None if t.x is None else t.x.shape
-        ctx.settings, ctx.backend, ctx.counts = settings, backend, (outputs, weighted)
+        ctx.settings, ctx.backend, ctx.counts = settings, backend, counts
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, down, core, rng, *rest = ctx.saved_tensors
-        outputs, weighted = ctx.counts
+        x, h, core, rng, *rest = ctx.saved_tensors
+        counts: Counts = ctx.counts
         flags = ctx.needs_input_grad[_FIXED:]
-        wants = _unflatten(flags, outputs, weighted)
+        wants = _unflatten(flags, counts)
         if x is None and ctx.x_shape is not None:
-            # With U frozen nothing reads a value of x, only its shape: an expanded scalar occupies
-            # nothing.
+            # With every down-projection frozen nothing reads a value of x, only its shape: an
+            # expanded scalar occupies nothing.
             x = dys[0].new_empty(()).expand(ctx.x_shape)
-        need = [wants.x, wants.down, wants.hidden, any(wants.ups), wants.core]
-        ups, weights = rest[:outputs], rest[outputs:]
-        dx, ddown, dhidden, dups, dcore = _backward_op(
-            dys, x, h, down, ups, weights, core, rng, *ctx.settings, need, ctx.backend
+        need = [wants.x, any(wants.downs), wants.hidden, any(wants.ups), wants.core]
+        downs, rest = rest[: counts.downs], rest[counts.downs :]
+        ups, weights = rest[: counts.ups], rest[counts.ups :]
+        dx, ddowns, dhidden, dups, dcore = _backward_op(
+            dys, x, h, downs, ups, weights, core, rng, *ctx.settings, need, ctx.backend
         )
         dbiases = [
             _column_sum(dy) if want else None for dy, want in zip(dys, wants.biases, strict=False)
         ]
         grads = Tensors(
             dx,
-            ddown,
+            ddowns or [None] * counts.downs,
             dhidden,
-            dups or [None] * outputs,
-            [None] * weighted,  # type: ignore[list-item]
+            dups or [None] * counts.ups,
+            [None] * counts.weights,  # type: ignore[list-item]
             dbiases,
             [
-                own(dy, ctx, k - outputs) if want else None  # type: ignore[misc]
+                own(dy, ctx, k - counts.ups) if want else None  # type: ignore[misc]
                 for k, (dy, want) in enumerate(zip(dys, wants.base, strict=False))
             ],
             dcore,
@@ -314,7 +323,7 @@ class LowRankLinearFunction(FirstOrderFunction):
         )
 
 
-_FIXED = 5 + _N_SETTINGS  # arguments of LowRankLinearFunction.forward before the tensors
+_FIXED = 4 + _N_SETTINGS  # arguments of LowRankLinearFunction.forward before the tensors
 
 
 def _column_sum(dy: Tensor) -> Tensor:

@@ -49,8 +49,12 @@ def unsupported(call: Call, plan: str) -> list[str]:
         reasons.append("plan 'extend' needs the base's weights")
     if call.device.type != "cpu":
         reasons.append("needs CPU tensors")
-    single = (t.x, t.down, t.hidden, t.core)
-    given = [each for each in (*single, *t.ups, *t.weights, *t.base) if each is not None]
+    if call.own_downs:
+        reasons.append("has no kernels for a down-projection of every output's own")
+    if len(set(call.settings.scales)) > 1:
+        reasons.append("has no kernels for scales that differ")
+    single = (t.x, t.hidden, t.core)
+    given = [each for each in (*single, *t.downs, *t.ups, *t.weights, *t.base) if each is not None]
     wrong = {each.dtype for each in given}.difference(_DTYPES)
     if wrong:
         reasons.append(f"has no kernels for {', '.join(sorted(str(d) for d in wrong))}")
@@ -76,7 +80,7 @@ def _fresh(like: Tensor, cols: int) -> Tensor:
 
 def _numbers(rng: Tensor | None, s: Settings) -> list[Any]:
     """The settings as both kernels take them."""
-    return [rng, s.scale, s.dropout, _SITES[s.dropout_at]]
+    return [rng, s.scales[0], s.dropout, _SITES[s.dropout_at]]
 
 
 def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Saved]:
@@ -95,7 +99,7 @@ def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Sa
     h = like.new_empty((like.shape[0], t.ups[0].shape[1])) if t.hidden is None else t.hidden
     torch.ops.petal_native.lowrank_linear_fwd(
         t.x,
-        t.down,
+        t.downs[0] if t.downs else None,
         t.hidden,
         t.ups,
         weights,
@@ -112,10 +116,11 @@ def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Sa
 def backward(
     call: Call, saved: Saved, dys: list[Tensor], rng: Tensor | None, need: frozenset[str]
 ) -> Gradients:
-    """The gradients that ``need`` names; the bottleneck's only where it was given."""
+    """The gradients that ``need`` names."""
     device.load_cpu_library()
     t, s = call
-    h, down, core = saved.h, t.down, t.core
+    h, core = saved.h, t.core
+    down = t.downs[0] if t.downs else None
     weights = t.weights if "x" in need else ()
     dx: Tensor | None = None
     dx_has_base = False
@@ -128,8 +133,8 @@ def backward(
                 dx.addmm_(dy, w)
             dx_has_base = True
             weights = ()
-    dh = h.new_empty(h.shape) if down is None else None
-    ddown = torch.empty_like(down) if down is not None and "down" in need else None
+    dh = h.new_empty(h.shape) if down is None or "hidden" in need else None
+    ddown = torch.empty_like(down) if down is not None and "downs" in need else None
     dups = [torch.empty_like(up) for up in t.ups] if "ups" in need else None
     dcore = torch.empty_like(core) if core is not None and "core" in need else None
     torch.ops.petal_native.lowrank_linear_bwd(
@@ -148,4 +153,4 @@ def backward(
         dups or [],
         dcore,
     )
-    return Gradients(dx, ddown, dh, dups, dcore)
+    return Gradients(dx, None if ddown is None else [ddown], dh, dups, dcore)

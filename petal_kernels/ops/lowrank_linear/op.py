@@ -14,6 +14,7 @@ from petal_kernels.ops.lowrank_linear.arguments import Given, check
 from petal_kernels.ops.lowrank_linear.function import BACKENDS as BACKENDS
 from petal_kernels.ops.lowrank_linear.function import (
     NAME,
+    Counts,
     LowRankLinearFunction,
     explanation,
     flatten,
@@ -23,7 +24,7 @@ from petal_kernels.ops.lowrank_linear.function import (
 
 def lowrank_linear(
     x: Tensor | None,
-    down: Tensor | None,
+    down: Tensor | Sequence[Tensor] | None,
     ups: Sequence[Tensor],
     weights: Sequence[Tensor] | None = None,
     biases: Sequence[Tensor | None] | None = None,
@@ -31,7 +32,7 @@ def lowrank_linear(
     base: Sequence[Tensor] | None = None,
     hidden: Tensor | None = None,
     core: Tensor | None = None,
-    scale: float = 1.0,
+    scale: float | Sequence[float] = 1.0,
     dropout: float = 0.0,
     dropout_at: str = "bottleneck",
     training: bool = True,
@@ -39,18 +40,22 @@ def lowrank_linear(
     plan: str = "auto",
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """K frozen linears and their low-rank updates, which share one down-projection.
+    """K frozen linears of one x and their low-rank updates, which share one down-projection or
+    have each their own.
 
-    ``y_k = base_k + scale * drop_k(x down^T) ups[k]^T`` with ``base_k = x weights[k]^T +
+    ``y_k = base_k + scale_k * drop_k(x down^T) ups[k]^T`` with ``base_k = x weights[k]^T +
     biases[k]``, or the given ``base[k]``, or nothing. K = 3 serves q, k and v of one attention in
-    one call; K = 1 is LoRA.
+    one call; LoRA is K = 1, or down-projections of their own and ``dropout_at="input"``: then
+    ``y_k = base_k + scale_k * drop_k(x) down[k]^T ups[k]^T``.
 
     Dims: D input width, R rank, K outputs, O_k width of output k, any leading dims.
 
     Args:
         x: ``[..., D]``; None when ``hidden`` is given without ``weights``.
-        down: ``[R, D]``, shared by all outputs; None when ``hidden`` is given.
-        ups: K tensors ``[O_k, R]``, or one ``[K, O, R]`` such as ``mode_contract`` returns.
+        down: ``[R, D]``, shared by all outputs, or K tensors ``[R_k, D]``, one for each; None when
+            ``hidden`` is given.
+        ups: K tensors ``[O_k, R]`` (``[O_k, R_k]`` where every output has its own down), or one
+            ``[K, O, R]`` such as ``mode_contract`` returns.
         weights, biases: the frozen base, K tensors ``[O_k, D]`` (any strides) and K of ``[O_k]`` or
             None.
         base: instead of weights, the base's outputs, K tensors ``[..., O_k]``.
@@ -58,10 +63,11 @@ def lowrank_linear(
             flow to it.
         core: ``[K, R, R]``, only with ``dropout_at="mode"``: output k uses ``drop_k(x down^T
             core[k])``.
-        scale: of the update; finite.
+        scale: of the update, one number or K; finite.
         dropout: probability, rounded to a multiple of 1/65536; applied where ``training`` is true.
         dropout_at: ``"bottleneck"`` (PETAL: one mask per output on x down^T), ``"input"`` (LoRA:
-            one mask on x, for the update only) or ``"mode"`` (Aurora's ViT: after the core).
+            on x, for the update only, one mask per down-projection) or ``"mode"`` (Aurora's ViT:
+            after the core).
         rng: int64 ``[2]`` = (seed, offset); default: drawn from torch's default generator of the
             device.
         plan: ``"auto"``, ``"update"``, ``"extend"``, ``"augment"`` or ``"merge"``; see
@@ -78,8 +84,9 @@ def lowrank_linear(
             gradients in their own.
         RuntimeError: a named backend that cannot run here, with its reasons.
 
-    Differentiable once (not in weights). Saved for backward: x where down is trained, N x R values,
-    the state of the generator and the parameters. Deterministic. Source: see ``reference.py``.
+    Differentiable once (not in weights). Saved for backward: x itself where down is trained, N x R
+    values (N x R_k for each down), the state of the generator and the parameters. Deterministic.
+    Source: see ``reference.py``.
     """
     given = Given(**locals())
     check_transforms(NAME, given)
@@ -93,7 +100,12 @@ def lowrank_linear(
         flat = flatten(t)
         if _any_trained(flat):
             ys: tuple[Tensor, ...] = LowRankLinearFunction.apply(
-                state, plan, name, len(t.ups), len(t.weights), *settings, *flat
+                state,
+                plan,
+                name,
+                Counts(len(t.downs), len(t.ups), len(t.weights)),
+                *settings,
+                *flat,
             )
             return ys
     outputs, _ = forward_op(*t, state, *settings, False, plan, name)

@@ -55,7 +55,8 @@ class Problem:
 
     rows: int
     width: int
-    rank: int
+    rank: int  # of one output, the largest
+    middle: int  # columns of h: the rank, or the sum of all where every output has its own
     outs: tuple[int, ...]
     itemsize: int
     device: str  # "cuda", "cpu", or "cpu native": one that multiplies this 16-bit dtype itself
@@ -103,16 +104,19 @@ def estimate(plan: str, p: Problem) -> Estimate:
         return Estimate(plan, float("inf"), reason)
     m = MACHINES[p.device if p.device in _KNOWN else "cpu", 16 if p.itemsize == 2 else 32]
     n, d, r, e, k = p.rows, p.width, p.rank, p.itemsize, len(p.outs)
+    columns = p.middle
     wide = sum(p.outs)
 
     def step(flops: float, traffic: float, launches: int, rate: float) -> float:
         return max(flops / rate, traffic / m.bandwidth) + launches * m.latency
 
     base = step(2 * n * d * wide, (k * n * d + n * wide + d * wide) * e, k, m.gemm)
-    shrink = 0.0 if p.shares_hidden else step(2 * n * d * r, (n * d + n * r) * e, 1, m.gemm)
+    shrink = (
+        0.0 if p.shares_hidden else step(2 * n * d * columns, (n * d + n * columns) * e, 1, m.gemm)
+    )
     if plan == "update":
         passes = 2 if p.has_weights else 1 + (p.itemsize > 0)
-        update = step(2 * n * r * wide, (passes * n * wide + n * r) * e, 1, m.gemm)
+        update = step(2 * n * r * wide, (passes * n * wide + n * columns) * e, 1, m.gemm)
         return Estimate(plan, shrink + update + (base if p.has_weights else 0.0))
     extended = 2 * n * (d + r) * wide
     if plan == "extend":

@@ -7,7 +7,12 @@ With U = down [R, D], P_k = ups[k] [O_k, R], W_k = weights[k] [O_k, D] and x [..
     m_k  = drop_k(h)       where it is "bottleneck": PETAL, Aurora's BERT; the mask acts before the
                            core, which mode_contract folds into P_k = s V M_k^T
     m_k  = drop_k(h M_k)   where it is "mode": Aurora's ViT; core[k] = M_k, P_k = V
-    y_k  = base_k + scale * m_k P_k^T,   base_k = x W_k^T + b_k | base[k] | 0
+    y_k  = base_k + s_k m_k P_k^T,       base_k = x W_k^T + b_k | base[k] | 0
+
+Where every output has a down-projection of its own, A_k = down[k] [R_k, D] and P_k [O_k, R_k]:
+
+    h_k  = drop_k(x) A_k^T where dropout_at == "input" (LoRA), else x A_k^T   [..., R_k]
+    m_k  = h_k, or drop_k(h_k) where it is "bottleneck"
 
 ``drop_j`` multiplies by the mask of stream j of ``_runtime/philox.py``. Source: PETAL
 arXiv 2312.12458 (release: Tucker core; paper: CP), Aurora arXiv 2305.08381, LoRA arXiv 2106.09685.
@@ -30,9 +35,41 @@ def _masks(rng: Tensor, p: float, streams: int, x: Tensor, cols: int) -> Tensor:
     return masks.view(streams, *x.shape[:-1], cols)
 
 
+Downs = Tensor | Sequence[Tensor] | None
+Scale = float | Sequence[float]
+
+
+def _list(down: Downs) -> list[Tensor]:
+    """One that all outputs share, every output's own, or none."""
+    if down is None:
+        return []
+    return [down] if isinstance(down, Tensor) and down.dim() == 2 else list(down)
+
+
+def _scales(scale: Scale, outputs: int) -> list[float]:
+    return list(scale) if isinstance(scale, (list, tuple)) else [scale] * outputs  # type: ignore[list-item]
+
+
+def _inputs(
+    x: Tensor, downs: Sequence[Tensor], dropout: float, dropout_at: str, rng: Tensor | None
+) -> list[Tensor]:
+    """x as every down-projection reads it."""
+    if rng is None or dropout_at != "input":
+        return [x] * len(downs)
+    return [x * mask for mask in _masks(rng, dropout, len(downs), x, x.shape[-1])]
+
+
+def _hidden(
+    x: Tensor, downs: Sequence[Tensor], dropout: float, dropout_at: str, rng: Tensor | None
+) -> list[Tensor]:
+    """h_k of every down-projection."""
+    inputs = _inputs(x, downs, dropout, dropout_at, rng)
+    return [each @ d.to(x.dtype).t() for each, d in zip(inputs, downs, strict=True)]
+
+
 def _middles(
     x: Tensor | None,
-    down: Tensor | None,
+    downs: Sequence[Tensor],
     hidden: Tensor | None,
     outputs: int,
     core: Tensor | None,
@@ -42,24 +79,21 @@ def _middles(
 ) -> list[Tensor]:
     """m_k of every output."""
     if hidden is not None:
-        h = hidden
+        hs = [hidden]
     else:
         assert x is not None
-        assert down is not None
-        dropped = x
-        if rng is not None and dropout_at == "input":
-            dropped = x * _masks(rng, dropout, 1, x, x.shape[-1])[0]
-        h = dropped @ down.to(x.dtype).t()
-    middles = [h] * outputs if core is None else [h @ c.to(h.dtype) for c in core]
+        hs = _hidden(x, downs, dropout, dropout_at, rng)
+    middles = hs * outputs if len(hs) == 1 else hs
+    if core is not None:
+        middles = [h @ c.to(h.dtype) for h, c in zip(middles, core, strict=True)]
     if rng is not None and dropout_at != "input":
-        masks = _masks(rng, dropout, outputs, h, h.shape[-1])
-        middles = [m * mask for m, mask in zip(middles, masks, strict=True)]
+        return [m * _masks(rng, dropout, outputs, m, m.shape[-1])[k] for k, m in enumerate(middles)]
     return middles
 
 
 def forward(
     x: Tensor | None,
-    down: Tensor | None,
+    down: Downs,
     ups: Sequence[Tensor],
     weights: Sequence[Tensor] | None = None,
     biases: Sequence[Tensor | None] | None = None,
@@ -67,7 +101,7 @@ def forward(
     base: Sequence[Tensor] | None = None,
     hidden: Tensor | None = None,
     core: Tensor | None = None,
-    scale: float = 1.0,
+    scale: Scale = 1.0,
     dropout: float = 0.0,
     dropout_at: str = "bottleneck",
     rng: Tensor | None = None,
@@ -76,10 +110,11 @@ def forward(
     activations' dtype."""
     if philox.threshold(dropout) == 0:
         rng = None
-    middles = _middles(x, down, hidden, len(ups), core, dropout, dropout_at, rng)
+    middles = _middles(x, _list(down), hidden, len(ups), core, dropout, dropout_at, rng)
+    scales = _scales(scale, len(ups))
     outputs = []
     for k, (m, up) in enumerate(zip(middles, ups, strict=True)):
-        y = scale * (m @ up.to(m.dtype).t())
+        y = scales[k] * (m @ up.to(m.dtype).t())
         if base is not None:
             y = base[k] + y
         elif weights is not None:
@@ -92,7 +127,7 @@ def forward(
 def backward(
     douts: Sequence[Tensor],
     x: Tensor | None,
-    down: Tensor | None,
+    down: Downs,
     ups: Sequence[Tensor],
     weights: Sequence[Tensor] | None = None,
     biases: Sequence[Tensor | None] | None = None,
@@ -100,37 +135,40 @@ def backward(
     base: Sequence[Tensor] | None = None,
     hidden: Tensor | None = None,
     core: Tensor | None = None,
-    scale: float = 1.0,
+    scale: Scale = 1.0,
     dropout: float = 0.0,
     dropout_at: str = "bottleneck",
     rng: Tensor | None = None,
 ) -> dict[str, Tensor | list[Tensor]]:
     """Gradients by the written-out formulas.
 
-    g_k = scale * mask_k * (dy_k P_k);  dP_k = scale * dy_k^T m_k;  dh = sum_k g_k (mode: g_k M_k^T,
-    dM_k = h^T g_k); dU = dh^T drop(x);  dx = sum_k dy_k W_k + mask_0 * (dh U);  dbase_k = dy_k;
-    db_k = column sums of dy_k.
+    g_k = s_k * mask_k * (dy_k P_k);  dP_k = s_k * dy_k^T m_k;  dh = sum_k g_k (mode: g_k M_k^T,
+    dM_k = h^T g_k), or dh_k = g_k where every output has its own;  dA_k = dh_k^T drop_k(x);  dx =
+    sum_k dy_k W_k + sum over the downs of mask_k * (dh_k A_k);  dbase_k = dy_k;  db_k = column sums
+    of dy_k.
     """
     if philox.threshold(dropout) == 0:
         rng = None
+    downs, scales = _list(down), _scales(scale, len(ups))
     k = len(ups)
     flat = [d.reshape(-1, d.shape[-1]) for d in douts]
     first = x if x is not None else hidden
     assert first is not None
-    middles = _middles(x, down, hidden, k, core, dropout, dropout_at, rng)
-    rank = middles[0].shape[-1]
+    middles = _middles(x, downs, hidden, k, core, dropout, dropout_at, rng)
     grads: dict[str, Tensor | list[Tensor]] = {
-        "ups": [scale * d.t() @ m.reshape(-1, rank) for d, m in zip(flat, middles, strict=True)]
+        "ups": [
+            s * d.t() @ m.reshape(-1, m.shape[-1])
+            for s, d, m in zip(scales, flat, middles, strict=True)
+        ]
     }
-    g = [scale * d @ up for d, up in zip(flat, ups, strict=True)]
+    g = [s * d @ up for s, d, up in zip(scales, flat, ups, strict=True)]
     if rng is not None and dropout_at != "input":
-        masks = philox.scaled_masks(rng, dropout, k, flat[0].shape[0], rank, first.dtype)
-        g = [gk * mask for gk, mask in zip(g, masks, strict=True)]
+        g = [gk * _masks(rng, dropout, k, gk, gk.shape[1])[j] for j, gk in enumerate(g)]
     if core is not None:
-        h = _middles(x, down, hidden, 1, None, 0.0, dropout_at, None)[0].reshape(-1, rank)
+        h = _middles(x, downs, hidden, 1, None, 0.0, dropout_at, None)[0].flatten(0, -2)
         grads["core"] = torch.stack([h.t() @ gk for gk in g])
         g = [gk @ c.t() for gk, c in zip(g, core, strict=True)]
-    dh = torch.stack(g).sum(0)
+    dhs = g if len(downs) > 1 else [torch.stack(g).sum(0)]
     dx = None
     if weights is not None:
         dx = torch.stack([d @ w for d, w in zip(flat, weights, strict=True)]).sum(0)
@@ -139,17 +177,32 @@ def backward(
     if base is not None:
         grads["base"] = list(douts)
     if hidden is not None:
-        grads["hidden"] = dh.view(hidden.shape)
+        grads["hidden"] = dhs[0].view(hidden.shape)
     else:
         assert x is not None
-        assert down is not None
         x2 = x.reshape(-1, x.shape[-1])
-        through = dh @ down
-        if rng is not None and dropout_at == "input":
-            mask = philox.scaled_masks(rng, dropout, 1, x2.shape[0], x2.shape[1], x.dtype)[0]
-            x2, through = x2 * mask, through * mask
-        grads["down"] = dh.t() @ x2
+        ddowns, through = _through_downs(x2, downs, dhs, dropout, dropout_at, rng)
+        grads["down"] = ddowns[0] if isinstance(down, Tensor) and down.dim() == 2 else ddowns
         dx = through if dx is None else dx + through
     if dx is not None and x is not None:
         grads["x"] = dx.view(x.shape)
     return grads
+
+
+def _through_downs(
+    x: Tensor,
+    downs: Sequence[Tensor],
+    dhs: Sequence[Tensor],
+    dropout: float,
+    dropout_at: str,
+    rng: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
+    """Every dA_k, and what reaches x [N, D] by the down-projections."""
+    inputs = _inputs(x, downs, dropout, dropout_at, rng)
+    through = [dh @ down for dh, down in zip(dhs, downs, strict=True)]
+    if rng is not None and dropout_at == "input":
+        masks = _masks(rng, dropout, len(downs), x, x.shape[1])
+        through = [each * mask for each, mask in zip(through, masks, strict=True)]
+    return [dh.t() @ each for dh, each in zip(dhs, inputs, strict=True)], torch.stack(through).sum(
+        0
+    )

@@ -78,6 +78,10 @@ def unsupported(call: Call, plan: str) -> list[str]:
     reasons = lib.device_reasons(t.x, t.hidden)
     if len(t.ups) > lib.MAX_POINTERS:
         reasons.append(f"at most {lib.MAX_POINTERS} outputs, got {len(t.ups)}")
+    if call.own_downs:
+        reasons.append("has no kernels for a down-projection of every output's own")
+    if len(set(call.settings.scales)) > 1:
+        reasons.append("has no kernels for scales that differ")
     if t.ups[0].shape[1] > MAX_RANK:
         reasons.append(f"rank at most {MAX_RANK}, got {t.ups[0].shape[1]}")
     if plan not in ("auto", *PLANS):
@@ -103,15 +107,14 @@ def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Sa
             h = t.hidden
         else:
             assert x is not None
-            assert t.down is not None
             none = x.shape[0] == 0
-            h = x.new_empty(0, t.down.shape[0]) if none else launch.shrink(x, t.down, drop)
+            h = x.new_empty(0, call.middle) if none else launch.shrink(x, t.downs[0], drop)
         rows, rank = h.shape
         if rows == 0:
             return [h.new_empty(0, up.shape[0]) for up in t.ups], Saved(h)
         shared = t.core is None
         middle = h if t.core is None else h @ _side_by_side(t.core, h.dtype)
-        alpha = s.scale * (drop.scale if drop.on_middle else 1.0)
+        alpha = s.scales[0] * (drop.scale if drop.on_middle else 1.0)
         p = launch.matrices(t.ups, h.dtype, cast=plan == "extend")
         if plan == "extend":
             assert x is not None
@@ -142,7 +145,7 @@ def _dx(
 ) -> Tensor | None:
     """One GEMM over all (dy_k, W_k) and (dh, U), or the library's GEMMs and one read-modify-write
     pass."""
-    x, down, weights = t.x, t.down, t.weights
+    x, down, weights = t.x, t.downs[0] if t.downs else None, t.weights
     assert x is not None
     layout = launch.one_layout(weights)
     if down is not None and dh is not None and _fuses_dx(x, weights) and layout is not None:
@@ -181,8 +184,8 @@ def _parameter_gradients(
     transposed = False
     if "ups" in need:
         dups, written, transposed = launch.up_gradients(t.ups)
-    if "down" in need and t.x is not None and t.down is not None and dh is not None:
-        ddown = torch.empty_like(t.down, memory_format=torch.contiguous_format)
+    if "downs" in need and t.x is not None and t.downs and dh is not None:
+        ddown = torch.empty_like(t.downs[0], memory_format=torch.contiguous_format)
     if written and ddown is not None and not drop.on_input:
         both = launch.Reduction(dys, middle, offset, alpha, t.x, dh, alpha_u, rank)
         both.run(drop, written, transposed, ddown)
@@ -206,10 +209,10 @@ def backward(
     t, s = call
     h, core, rank = saved.h, t.core, saved.h.shape[1]
     drop = launch.Dropout.of(rng, s)
-    alpha = s.scale * (drop.scale if drop.on_middle else 1.0)
+    alpha = s.scales[0] * (drop.scale if drop.on_middle else 1.0)
     with lib.on_device(h):
         g = None
-        if need & {"x", "down", "core"} or t.down is None:
+        if need & {"x", "downs", "hidden", "core"} or not t.downs:
             p = launch.matrices(t.ups, h.dtype, cast=core is not None)
             g = launch.bottleneck_gradient(dys, p, rank, alpha, drop, separate=core is not None)
         dcore, dh, middle = None, g, h
@@ -223,4 +226,4 @@ def backward(
                 cores.run(launch.NO_DROPOUT, dcore.unbind(0), False, None)
         dups, ddown = _parameter_gradients(t, dys, middle, alpha, dh, drop, need)
         dx = _dx(t, dys, dh, drop) if "x" in need and t.x is not None else None
-    return Gradients(dx, ddown, dh, dups, dcore)
+    return Gradients(dx, None if ddown is None else [ddown], dh, dups, dcore)

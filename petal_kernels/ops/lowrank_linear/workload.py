@@ -16,7 +16,8 @@ DIFFERENTIABLE = ("x", "down", "ups", "biases", "base", "hidden", "core")
 
 @dataclass(frozen=True)
 class Case:
-    """One shape. ``lead`` are x's leading dims; ``base`` is "weights", "outputs" or "none"."""
+    """One shape. ``lead`` are x's leading dims; ``base`` is "weights", "outputs" or "none"; with
+    ``ranks`` every output has a down-projection of its own."""
 
     name: str
     lead: tuple[int, ...]
@@ -28,7 +29,8 @@ class Case:
     dropout: float = 0.0
     dropout_at: str = "bottleneck"
     hidden: bool = False
-    scale: float = 1.0
+    ranks: tuple[int, ...] = ()
+    scale: float | tuple[float, ...] = 1.0
     layout: str = "contiguous"
     frozen_x: bool = False
     frozen_down: bool = False
@@ -40,6 +42,17 @@ class Case:
     def rows(self) -> int:
         """N, the product of the leading dims."""
         return torch.Size(self.lead).numel()
+
+    @property
+    def middle(self) -> int:
+        """Columns of h."""
+        return sum(self.ranks) or self.rank
+
+    @property
+    def expand(self) -> int:
+        """Sum over the outputs of rank times width."""
+        ranks = self.ranks or (self.rank,) * len(self.outs)
+        return sum(r * o for r, o in zip(ranks, self.outs, strict=True))
 
 
 _QKV = (48, 48, 48)
@@ -55,6 +68,33 @@ CASES = (
     Case("lora-odd", (2, 73), 77, 13, (45,), base="outputs", dropout=0.3, dropout_at="input"),
     Case("lora-qkv", (2, 75), 64, 16, _QKV, dropout=0.1, dropout_at="input"),
     Case("lora-no-dropout", (150,), 72, 16, (80,), bias=False, plan="merge"),
+    Case("lora-own", (2, 75), 64, 8, _QKV, dropout=0.1, dropout_at="input", ranks=(8, 8, 8)),
+    Case(
+        "lora-own-odd",
+        (211,),
+        83,
+        19,
+        (37, 53, 41),
+        dropout=0.3,
+        dropout_at="input",
+        ranks=(19, 3, 8),
+        scale=(0.5, -1.5, 2.0),
+    ),
+    Case("lora-own-gqa", (3, 47), 72, 16, (80, 24), "outputs", ranks=(16, 16), scale=2.0),
+    Case("own-bottleneck", (140,), 51, 13, (33, 20, 8, 61), dropout=0.2, ranks=(5, 13, 1, 7)),
+    Case("own-alone", (5, 31), 40, 8, (24, 24), "none", dropout=0.1, ranks=(8, 4)),
+    Case(
+        "own-frozen-x",
+        (130,),
+        40,
+        8,
+        (24, 17),
+        dropout=0.1,
+        dropout_at="input",
+        ranks=(8, 4),
+        frozen_x=True,
+        float_parameters=True,
+    ),
     Case("aurora-vit", (2, 70), 64, 16, _QKV, dropout=0.1, dropout_at="mode"),
     Case(
         "aurora-vit-odd", (141,), 51, 11, (33, 70), base="outputs", dropout=0.2, dropout_at="mode"
@@ -91,6 +131,8 @@ CASES = (
     Case("extend", (3, 50), 64, 16, _QKV, dropout=0.1, plan="extend"),
     Case("extend-odd", (211,), 83, 19, (37, 53), dropout=0.1, scale=0.5, plan="extend"),
     Case("merge-qkv", (211,), 83, 19, (37, 53), scale=0.5, plan="merge"),
+    Case("own-augment", (211,), 83, 19, (37, 53), ranks=(19, 8), scale=(0.5, 2.0), plan="augment"),
+    Case("own-merge", (211,), 83, 19, (37, 53), ranks=(19, 8), scale=(0.5, 2.0), plan="merge"),
 )
 
 SHAPES = (
@@ -109,6 +151,16 @@ SHAPES = (
         hidden=True,
     ),
     Case("lora d=1024 N=2048", (2048,), 1024, 16, (1024,), dropout=0.1, dropout_at="input"),
+    Case(
+        "lora qkv d=1024 N=2048",
+        (2048,),
+        1024,
+        16,
+        (1024, 256, 256),
+        dropout=0.05,
+        dropout_at="input",
+        ranks=(16, 16, 16),
+    ),
 )
 
 
@@ -141,9 +193,15 @@ def make_inputs(
         inputs["x"] = _layout(place(*case.lead, d), case.layout)
     if case.hidden:
         inputs["hidden"] = place(*case.lead, r)
+    elif case.ranks:
+        inputs["down"] = [place(rk, d, divisor=d**0.5, parameter=True) for rk in case.ranks]
     else:
         inputs["down"] = place(r, d, divisor=d**0.5, parameter=True)
-    inputs["ups"] = [place(o, r, divisor=r**0.5, parameter=True) for o in case.outs]
+    ranks = case.ranks or (r,) * len(case.outs)
+    inputs["ups"] = [
+        place(o, rk, divisor=rk**0.5, parameter=True)
+        for o, rk in zip(case.outs, ranks, strict=True)
+    ]
     if case.transposed_ups:
         inputs["ups"] = [u.t().contiguous().t() for u in inputs["ups"]]
     if case.base == "weights":
@@ -181,7 +239,7 @@ def bytes_moved(case: Case, dtype: torch.dtype) -> tuple[int, int]:
     read; every y written, and where it is given read. Backward: every dy read twice (dh and dx,
     dP), h and dh written and read, x for dU; the base's weights and dx, written once.
     """
-    n, d, r, e = case.rows, case.width, case.rank, dtype.itemsize
+    n, d, r, e = case.rows, case.width, case.middle, dtype.itemsize
     wide = sum(case.outs)
     weights = case.base == "weights"
     base = d * wide if weights else 0
@@ -197,9 +255,9 @@ def bytes_moved(case: Case, dtype: torch.dtype) -> tuple[int, int]:
 
 def flops(case: Case) -> tuple[int, int]:
     """Multiply-adds times two, base included where its weights are given; forward and backward."""
-    n, d, r, wide = case.rows, case.width, case.rank, sum(case.outs)
-    shrink = 0 if case.hidden else 2 * n * d * r
-    expand = 2 * n * r * wide
+    n, d, wide = case.rows, case.width, sum(case.outs)
+    shrink = 0 if case.hidden else 2 * n * d * case.middle
+    expand = 2 * n * case.expand
     base = 2 * n * d * wide if case.base == "weights" else 0
     dx = 0 if case.frozen_x or case.hidden else base + shrink
     return shrink + expand + base, 2 * expand + shrink + dx
@@ -207,7 +265,7 @@ def flops(case: Case) -> tuple[int, int]:
 
 def saved_bytes(case: Case, dtype: torch.dtype) -> int:
     """Exact bytes kept for backward when everything trainable is trained, parameters excluded."""
-    h = 0 if case.hidden else case.rows * case.rank
+    h = 0 if case.hidden else case.rows * case.middle
     x = 0 if case.hidden or case.frozen_down else case.rows * case.width
     rng = 16 if philox.threshold(case.dropout) else 0
     given = case.rows * case.rank if case.hidden else 0

@@ -28,7 +28,7 @@ def steps(device: torch.device, calls: int = CALLS) -> dict[str, Step]:
         if not why and b != "triton"
     )
     impl = next(b for b in op.operator("lowrank_linear").backends if b.name == name).load()
-    call = Call(Tensors(x, u, None, ups, [], [], base, None), Settings(1.0, 0.0, "bottleneck"))
+    call = Call(Tensors(x, [u], None, ups, [], [], base, None), Settings([1.0], 0.0, "bottleneck"))
 
     def repeat(f: Callable[[], object]) -> Step:
         def run(_: object) -> None:

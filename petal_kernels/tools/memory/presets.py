@@ -320,7 +320,7 @@ PRESETS: dict[str, Preset] = {
         ("routing", *_TEXT),
     ),
 }
-DEMO = {"batch": 128, "rank": 32, "dtype": "float32", "device": "cpu"}
+DEMO: dict[str, Any] = {"batch": 128, "rank": 32, "dtype": "float32", "device": "cpu"}
 DEMO_HEEDS = HEEDED["petal"] - {"length", "part", "targets"}
 NAMES = ("demo", *PRESETS)
 

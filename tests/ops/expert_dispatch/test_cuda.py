@@ -25,6 +25,7 @@ from petal_kernels.ops.expert_dispatch import (
     torch_impl,
     workload,
 )
+from petal_kernels.ops.expert_dispatch.arguments import Tensors
 from tests.emulation.operator import Emulated, bad, with_dtypes
 from tests.emulation.support import DTYPES, needs_compiler, pad_rows
 from tests.ops import discovery
@@ -119,7 +120,7 @@ def test_small_integers_are_exact(dtype: torch.dtype, plan: str) -> None:
     def small(*shape: int) -> Tensor:
         return torch.randint(-1, 2, shape, generator=g).to(dtype)
 
-    inputs = {"x": small(n, d), "down": small(e, r, d), "up": small(e, o, r)}
+    inputs: dict[str, Any] = {"x": small(n, d), "down": small(e, r, d), "up": small(e, o, r)}
     inputs |= {"down_bias": small(e, r), "up_bias": small(e, o), "base": small(n, o)}
     inputs["indices"] = torch.rand(n, e, generator=g).topk(2).indices
     inputs |= {"gate": "given", "activation": "relu", "keep": 3.0, "mix": 2.0}
@@ -148,6 +149,7 @@ def test_choice_of_ties_and_nan(replaced: Any) -> None:
     inputs = workload.make_inputs(case, torch.float32) | {"noise": noise}
     inputs["router"].zero_()
     inputs.pop("router_bias")
+    found: Any
     for plan in ("stationary", "sorted"):
         _, found = op.expert_dispatch(**inputs, backend="torch", plan=plan, return_routing=True)
         assert torch.equal(found.chosen, routing.choose(noise, 2))
@@ -171,14 +173,14 @@ def test_losses_of_the_logits(plan: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch_impl, "forward", PLAIN[0])
     monkeypatch.setattr(torch_impl, "backward", PLAIN[1])
     for name, mine, want in zip(names, got, gradients(), strict=True):
-        torch.testing.assert_close(mine, want, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(mine, want, msg=discovery.labelled(name))
 
 
 @pytest.mark.parametrize("plan", ["stationary", "sorted"])
 def test_nobody_chooses(plan: str) -> None:
     """As with indices out of range on a GPU: the base alone, and no gradient but its own."""
     inputs = {"x": torch.randn(70, 24), "down": torch.randn(5, 9, 24), "up": torch.randn(5, 24, 9)}
-    given = inputs | {"down_bias": torch.randn(5, 9), "up_bias": torch.randn(5, 24)}
+    given: dict[str, Any] = inputs | {"down_bias": torch.randn(5, 9), "up_bias": torch.randn(5, 24)}
     indices = torch.zeros(70, 2, dtype=torch.int64)
     given |= {"gate": "given", "indices": indices, "plan": plan, "keep": 0.5}
     call, *_ = op.prepare(bound(op.expert_dispatch, **given))
@@ -287,7 +289,7 @@ class Counted:
         self.ops, self.bytes, self.largest = ops, 0, 0
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        names = cuda_impl.Tensors._fields
+        names = Tensors._fields
 
         def launch(*args: Any) -> None:
             found = []
@@ -311,7 +313,7 @@ def test_traffic(replaced: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Counted(replaced)
     monkeypatch.setattr(cuda_impl, "_ops", lambda: counted)
     inputs = discovery.require_grad(inputs, names_of(case))
-    out = op.expert_dispatch(**inputs, backend="torch")
+    out: Any = op.expert_dispatch(**inputs, backend="torch")
     unit, middle, forward = 48 * 768 * 2, 48 * 384 * 2, counted.bytes
     assert forward <= 2.2 * unit + middle
     want = workload.bytes_moved(case, torch.bfloat16)[0]
@@ -346,7 +348,7 @@ def test_refusals_name_the_argument(replaced: Any) -> None:
 
     def forward(work: cuda_impl.Work = work, **changed: Any) -> None:
         numbers = [changed.pop(name, value) for name, value in codes.items()]
-        tensors = {**dict.fromkeys(cuda_impl.Tensors._fields), **given} | changed
+        tensors = {**dict.fromkeys(Tensors._fields), **given} | changed
         replaced.expert_dispatch_fwd(
             list(tensors.values()), list(work), numbers, [1.0, 1.0], False, True, False
         )

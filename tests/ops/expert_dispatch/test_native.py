@@ -113,7 +113,7 @@ def test_threads_do_not_change_bits(case: Case) -> None:
 def test_the_sort(n: int, experts: int, k: int, skew: str) -> None:
     """Stable, by expert, -1 behind the last; z lies where it says."""
     call = prepare(replace(SORTED, lead=(n,), experts=experts, top_k=k, skew=skew))
-    _, saved = native_impl.forward(call, True)
+    saved: Any = native_impl.forward(call, True)[1]
     assert torch.equal(saved.chosen, routing.choose(saved.logits, k))
     order, offsets = routing.sort_by_expert(saved.chosen, call.slots)
     assert torch.equal(saved.order, order)
@@ -128,7 +128,8 @@ def test_the_sort_with_fewer_than_k() -> None:
     indices = workload.make_inputs(case, torch.float32)["indices"]
     indices[::2, 1] = indices[::2, 0]
     call = prepare(case, indices=indices)
-    _, saved = native_impl.forward(call, True)
+    saved: Any = native_impl.forward(call, True)[1]
+    assert call.tensors.chosen is not None
     order, offsets = routing.sort_by_expert(call.tensors.chosen, call.slots)
     assert order[-1] == -1
     assert torch.equal(saved.order, order)
@@ -152,6 +153,8 @@ def test_choice_and_softmax_of_odd_logits() -> None:
         )
         out, saved = native_impl.forward(call, True)
         want, found = torch_impl.forward(call, True)
+        assert saved.chosen is not None
+        assert found.chosen is not None
         assert torch.equal(saved.chosen, found.chosen)
         torch.testing.assert_close(saved.logits, noise, equal_nan=True)
         torch.testing.assert_close(out, want, equal_nan=True, rtol=1e-5, atol=1e-5)
@@ -166,6 +169,7 @@ def _poisoned(call: Call, saved: Saved) -> Saved:
         z[int(saved.offsets[-1]) :] = float("nan")
     elif not call.shared_down:
         chosen = call.tensors.chosen if saved.chosen is None else saved.chosen
+        assert chosen is not None
         seen = torch_impl._per_token(chosen, call.settings)
         z.view(call.rows, call.experts, call.rank)[~seen] = float("nan")
     return saved._replace(z=z)
@@ -221,6 +225,7 @@ def test_traffic(case: Case) -> None:
     backward, with the weight gradients it writes."""
     call = prepare(case)
     t = call.tensors
+    assert t.noise is not None
     weights = (t.down, t.down_bias, t.up, t.up_bias, t.router, t.router_bias)
     with _Operands(weights) as forward:
         out, saved = native_impl.forward(call, True)

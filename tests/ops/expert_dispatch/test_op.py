@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,7 +36,11 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_close(got: Any, want: Any, **tolerance: float) -> None:
+def cast(dtype: torch.dtype) -> Callable[[str, Tensor], Tensor]:
+    return lambda _, t: t.detach().to(dtype)
+
+
+def assert_close(got: Any, want: Any, **tolerance: Any) -> None:
     """Outputs and labelled gradients."""
     torch.testing.assert_close(got[0], want[0], **tolerance)
     torch.testing.assert_close(dict(got[1]), dict(want[1]), **tolerance)
@@ -66,7 +71,7 @@ def test_a_permutation_of_the_tokens_permutes_the_outputs(name: str) -> None:
         k: v[order] if k in ("x", "noise", "gates", "indices") else v for k, v in inputs.items()
     }
     for backend in backends(inputs):
-        options = {"plan": case.plan, "backend": backend}
+        options: dict[str, Any] = {"plan": case.plan, "backend": backend}
         out, dx = (
             discovery.run(pk.expert_dispatch, i, ("x",), [d], **options)
             for i, d in ((inputs, draw(149, 64)), (moved, draw(149, 64)[order]))
@@ -82,7 +87,7 @@ def test_twenty_runs_give_the_same_bits(name: str) -> None:
     inputs = workload.make_inputs(case, torch.float32)
     fast = [b for b in backends(inputs) if b != "triton"]  # its interpreter takes minutes
     for backend in fast:
-        options = {"plan": case.plan, "backend": backend}
+        options: dict[str, Any] = {"plan": case.plan, "backend": backend}
         first = discovery.run(pk.expert_dispatch, inputs, names, **options)
         for _ in range(19):
             again = discovery.run(pk.expert_dispatch, inputs, names, **options)
@@ -123,7 +128,9 @@ def test_the_mean_of_linear_experts_is_one_dense_map() -> None:
 
 def test_ties_go_to_the_first_experts() -> None:
     x, k = draw(70, 64), 2
-    inputs = {"x": x, "down": draw(5, 8, 64), "up": draw(5, 64, 8), "router": torch.zeros(5, 64)}
+    inputs: dict[str, Any] = {"x": x, "down": draw(5, 8, 64), "up": draw(5, 64, 8)}
+    inputs["router"] = torch.zeros(5, 64)
+    found: Any
     for backend in backends(inputs, top_k=k):
         _, found = pk.expert_dispatch(**inputs, top_k=k, return_routing=True, backend=backend)
         assert found.chosen[:, :k].all(), backend
@@ -187,9 +194,10 @@ def test_the_losses_reach_the_router(name: str) -> None:
         aux = 0.3 * found.load_balance_loss() + 0.2 * found.z_loss()
         return out.square().sum() / 100 + aux
 
+    found: Any
     for backend in ("torch", *(b for b in backends(workload.make_inputs(case, torch.float32)))):
         dtype = torch.float64 if backend == "torch" else torch.float32
-        mine = discovery.map_tensors(leaves, lambda _, t, d=dtype: t.detach().to(d))
+        mine = discovery.map_tensors(leaves, cast(dtype))
         mine = discovery.require_grad(mine, ("x", "router"))
         out, found = pk.expert_dispatch(
             **mine, plan=case.plan, backend=backend, return_routing=True
@@ -233,7 +241,7 @@ def test_an_unchosen_expert_may_overflow() -> None:
         broken["down_bias"][expert] = float("inf")
         for backend in backends(inputs):
             for plan in planner.PLANS:
-                options = {"plan": plan, "backend": backend}
+                options: dict[str, Any] = {"plan": plan, "backend": backend}
                 outs, grads = discovery.run(pk.expert_dispatch, broken, ("x", "gates"), **options)
                 for t in (outs[0], *(g for _, g in grads)):
                     assert bool(torch.isfinite(t).all()) is finite, f"{backend} {plan}"

@@ -242,7 +242,7 @@ def test_whole_tiles_of_one_expert(plan: str) -> None:
 def _by_noise(logits: Tensor, k: int, **changes: Any) -> Call:
     """A call whose logits are the given ones exactly."""
     case = workload._topk("", (logits.shape[0],), 32, logits.shape[1], 5, top_k=k, plan="sorted")
-    zero = {"router": torch.zeros(logits.shape[1], 32), "router_bias": None}
+    zero: dict[str, Any] = {"router": torch.zeros(logits.shape[1], 32), "router_bias": None}
     return prepare(case, noise=logits, **zero, **changes)
 
 
@@ -264,7 +264,7 @@ def test_choice_of_ties_zeros_infinities_and_nan(k: int) -> None:
 
 def test_the_sort_is_the_definitions() -> None:
     call = prepare(SORTED)
-    _, saved = experts.forward(call, True)
+    saved: Any = experts.forward(call, True)[1]
     assert saved.chosen is not None
     order, offsets = routing.sort_by_expert(saved.chosen, call.slots)
     assert torch.equal(saved.order, order)

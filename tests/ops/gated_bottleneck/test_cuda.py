@@ -18,7 +18,7 @@ from petal_kernels._runtime import philox
 from petal_kernels._runtime.backends import bound
 from petal_kernels._runtime.numerics import ACTIVATIONS
 from petal_kernels.ops.gated_bottleneck import cuda_impl, op, settings, workload
-from petal_kernels.ops.gated_bottleneck.arguments import GATES, ROUTES
+from petal_kernels.ops.gated_bottleneck.arguments import GATES, ROUTES, Tensors
 from tests.emulation.operator import Emulated, bad, with_dtypes
 from tests.emulation.support import DTYPES, RNG, needs_compiler, pad_rows
 from tests.ops.gated_bottleneck import traffic
@@ -232,7 +232,7 @@ def test_refusals_name_the_argument(replaced: Any) -> None:
     codes, numbers = [0, 0, 0, 0, 0, 0, 1, 0, 1], [1.0, 0.0, 1e-5]
 
     def forward(**changed: Any) -> None:
-        names = cuda_impl.Tensors._fields
+        names = Tensors._fields
         tensors = {**dict.fromkeys(names), "x": x, "down": down, "up": up} | changed
         given = [tensors[name] for name in names]
         work = list(cuda_impl.Work())
@@ -294,7 +294,7 @@ def test_traffic_of_routed_lora(route: str) -> None:
     def kernel(
         tensors: list[Tensor | None], work: list[Tensor | None], out: Tensor, *rest: Any
     ) -> tuple[Any, Any]:
-        given = dict(zip(cuda_impl.Tensors._fields, tensors, strict=True))
+        given = dict(zip(Tensors._fields, tensors, strict=True))
         return [*(given | {"bottleneck": None}).values(), work[0]], [out]
 
     with pk.use_backend("torch"):

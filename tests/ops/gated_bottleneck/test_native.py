@@ -16,7 +16,7 @@ from tests.ops import discovery
 from tests.ops.gated_bottleneck import traffic
 
 OPERATOR = discovery.OPERATORS["gated_bottleneck"]
-BART = {"dropout": 0.1, "residual": "gate_input", "norm": True}
+BART: dict[str, Any] = {"dropout": 0.1, "residual": "gate_input", "norm": True}
 CASES = (
     Case("large", (1505,), 70, 20, gate="large", gate_rank=13, scale=0.5, **BART),
     Case("large-gram", (5, 301), 70, 20, gate="large", route="gram", vision=3, **BART),

@@ -330,7 +330,13 @@ def test_update_in_columns_of_a_fused_projection(case: Any, backend: str) -> Non
 
 def test_update_at_is_for_plain_sums_on_a_base_of_ones_own() -> None:
     x, up, base = torch.zeros(4, 8), torch.zeros(6, 3), torch.zeros(4, 20)
-    call = {"x": x, "down": torch.zeros(3, 8), "up": up, "base": base, "update_at": 2}
+    call: dict[str, Any] = {
+        "x": x,
+        "down": torch.zeros(3, 8),
+        "up": up,
+        "base": base,
+        "update_at": 2,
+    }
     pk.gated_bottleneck(**call)
     for change, error, message in (
         ({"update_at": 15}, ValueError, "update_at: want 0 <= update_at <= 14, got 15"),

@@ -182,11 +182,11 @@ def test_no_rows(emulated: Any) -> None:
     ys, saved = linear.forward(call, None, "update")
     assert ys[0].shape == (0, 6)
     assert saved.h.shape == (0, 4)
-    grads = linear.backward(call, saved, ys, None, frozenset(("x", "down", "ups")))
+    grads = linear.backward(call, saved, ys, None, frozenset(("x", "downs", "ups")))
     assert grads.x is not None
     assert grads.x.shape == (0, 8)
-    assert grads.down is not None
-    assert torch.equal(grads.down, torch.zeros(4, 8))
+    assert grads.downs is not None
+    assert torch.equal(grads.downs[0], torch.zeros(4, 8))
     assert grads.ups is not None
     assert torch.equal(grads.ups[0], torch.zeros(6, 4))
 

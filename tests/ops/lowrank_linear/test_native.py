@@ -29,15 +29,16 @@ def _forward_and_backward(
     rng = torch.tensor([5, 6])
     none = [None] * len(outs)
     call = Call(
-        Tensors(x, down, None, ups, weights, none, [], None), Settings(0.5, 0.3, "bottleneck")
+        Tensors(x, [down], None, ups, weights, none, [], None),
+        Settings([0.5, 0.5], 0.3, "bottleneck"),
     )
     ys, saved = impl.forward(call, rng, plan)
     call = call._replace(tensors=call.tensors._replace(weights=[], biases=[]))
-    grads = impl.backward(call, saved, dys, rng, frozenset(("x", "down", "ups")))
+    grads = impl.backward(call, saved, dys, rng, frozenset(("x", "downs", "ups")))
     assert grads.x is not None
-    assert grads.down is not None
+    assert grads.downs is not None
     assert grads.ups is not None
-    return [*ys, saved.h, grads.x, grads.down, *grads.ups]
+    return [*ys, saved.h, grads.x, *grads.downs, *grads.ups]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

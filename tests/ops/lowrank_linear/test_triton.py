@@ -25,7 +25,7 @@ if device.triton_reason() is not None or torch.cuda.is_available():
 
 from petal_kernels.ops.lowrank_linear import reference
 from petal_kernels.ops.lowrank_linear import triton_impl as lowrank
-from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Settings, Tensors
+from petal_kernels.ops.lowrank_linear.arguments import Call, Saved, Settings, Tensors
 from tests.ops.interpreted import clean, close, draw, expect
 
 triton_audit.hasten_interpreter()
@@ -47,8 +47,14 @@ def problem(dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Any
 
 
 def call_of(p: dict[str, Any]) -> Call:
+    down, scale = p["down"], p["scale"]
+    lists = {
+        "downs": down if isinstance(down, list) else [] if down is None else [down],
+        "scales": scale if isinstance(scale, list) else [scale] * len(p["ups"]),
+    }
+    q = p | lists
     return Call(
-        Tensors(*(p[n] for n in Tensors._fields)), Settings(*(p[n] for n in Settings._fields))
+        Tensors(*(q[n] for n in Tensors._fields)), Settings(*(q[n] for n in Settings._fields))
     )
 
 
@@ -58,9 +64,10 @@ def forward(p: dict[str, Any], plan: str = "update") -> tuple[list[Tensor], Save
 
 def backward(
     p: dict[str, Any], saved: Saved, dys: list[Tensor], need: Iterable[str] | None = None
-) -> Gradients:
+) -> Any:
     if need is None:
-        need = (n for n in ("x", "down", "ups", "core") if p[n] is not None)
+        inputs = {"x": "x", "down": "downs", "ups": "ups", "core": "core"}
+        need = {field for name, field in inputs.items() if p[name] is not None} | {"hidden"}
     return lowrank.backward(call_of(p), saved, dys, p["rng"], frozenset(need))
 
 
@@ -84,10 +91,12 @@ def check_all(p: dict[str, Any], plan: str = "update", tolerance: float = 2e-6) 
     for y, w in zip(ys, want, strict=True):
         close(y, w, tolerance)
     found = backward(p, saved, dys)
-    for name in ("x", "down", "core", "hidden"):
+    for name in ("x", "core", "hidden"):
         if name in grads:
             close(getattr(found, name), grads[name], 2 * tolerance)
-    for g, w in zip(found.ups, grads["ups"], strict=True):
+    downs = grads.get("down", [])
+    downs = downs if isinstance(downs, list) else [downs]
+    for g, w in zip([*found.ups, *(found.downs or [])], [*grads["ups"], *downs], strict=True):
         close(g, w, 2 * tolerance)
 
 
@@ -141,7 +150,7 @@ def everything() -> list[Tensor]:
     p = problem(base=[draw(N, o) for o in OUTS])
     ys, saved = forward(p)
     grads = backward(p, saved, [draw(N, o, seed=3) for o in OUTS])
-    found = [*ys, saved.h, grads.x, grads.hidden, grads.down, *grads.ups]
+    found = [*ys, saved.h, grads.x, grads.hidden, *(grads.downs or []), *grads.ups]
     return [t for t in found if t is not None]
 
 
@@ -197,11 +206,11 @@ def test_partial_needs() -> None:
     _, saved = forward(p)
     dys = [draw(N, o, seed=3) for o in OUTS]
     full = backward(p, saved, dys)
-    only = backward(p, saved, dys, ("down",))
+    only = backward(p, saved, dys, ("downs",))
     assert only.x is None
     assert only.ups is None
-    assert only.down is not None
-    assert torch.equal(only.down, full.down)
+    assert only.downs is not None
+    assert torch.equal(only.downs[0], full.downs[0])
     with triton_audit.Audit() as audit:
         only = backward(p, saved, dys, ("ups",))
     assert not audit.of("bwd_dh")

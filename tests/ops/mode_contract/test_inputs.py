@@ -48,7 +48,11 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("change", "kind", "message"), [c[1:] for c in BAD], ids=[c[0] for c in BAD]
 )
 def test_mode_contract(change: dict[str, Any], kind: type[Exception], message: str) -> None:
-    inputs = {"core": torch.zeros(3, 3, 3), "modes": torch.zeros(2, 3), "up": torch.zeros(5, 3)}
+    inputs: dict[str, Any] = {
+        "core": torch.zeros(3, 3, 3),
+        "modes": torch.zeros(2, 3),
+        "up": torch.zeros(5, 3),
+    }
     pk.mode_contract(**inputs)
     with pytest.raises(kind, match=re.escape(message)):
         pk.mode_contract(**(inputs | change))
