@@ -5,7 +5,8 @@ thread or an asyncio task sees its own. An entry leaves by itself, so that block
 and end in any order.
 
 What a forward does is one synchronous piece of a thread: the stack that runs (`Running`) and the
-layer that runs (`Frame`) are kept per thread. A layer's call reads everything once and binds it, so
+layer that runs (`Frame`) are kept per thread, and so are outputs that wait for their linear
+(`Waiting`). A layer's call reads everything once and binds it, so
 that a recompute in the backward, in whatever thread, sees what its own forward saw (`parts.py`).
 
 A graph that is being compiled cannot read context variables: there a thread's blocks count, tasks
@@ -27,6 +28,7 @@ from torch import Tensor
 from petal_kernels.hf.tokens import Domains, Tokens
 
 if TYPE_CHECKING:
+    from petal_kernels.hf.methods.lora_parts import Waiting
     from petal_kernels.hf.parts import StackPart
 
 OFF = "off"
@@ -63,6 +65,7 @@ class _Thread(threading.local):
         self.blocks: tuple[Block, ...] = ()
         self.running: Running | None = None
         self.frame: Frame | None = None
+        self.waiting: Waiting | None = None
 
 
 THREAD = _Thread()

@@ -44,10 +44,10 @@ class Operands(NamedTuple):
 
     weight: Tensor  # W [out, in], any strides
     bias: Tensor | None  # [out]
-    down: Tensor  # A [r, in]
-    up: Tensor  # B [out, r]
-    scale: float
-    dropout: float  # 0 in evaluation
+    down: Tensor | None = None  # A [r, in]; none, nor B, where the linear has no update
+    up: Tensor | None = None  # B [out, r]
+    scale: float = 1.0
+    dropout: float = 0.0  # 0 in evaluation
 
 
 class LoRALinear(nn.Module):
@@ -118,33 +118,24 @@ class LoRALinear(nn.Module):
         delta: Tensor = self.scale * (self.up.to(dtype) @ self.down.to(dtype))
         return delta
 
-    def operands(self, x: Tensor, bias: Tensor | None = None) -> Operands | str:
-        """What the call for `x` reads, or why the base must be called instead; `bias` [out] in
+    def operands(
+        self, dtype: torch.dtype, device: torch.device, bias: Tensor | None = None
+    ) -> Operands | str:
+        """What a call in `dtype` reads, or why the base must be called instead; `bias` [out] in
         place of the base's own."""
-        check_values("x", check_rows("x", x, self.in_features), self.down)
         check_bias(bias, self.base, self.out_features, self.down)
-        base = self.base
-        why = why_not_readable(base)
-        if why:
-            return why
-        weight, own = base._parameters["weight"], base._parameters.get("bias")
-        assert weight is not None
-        if weight.requires_grad and torch.is_grad_enabled():
-            return "base weight is trained"
-        dtype = compute_dtype(x)
-        for part in (weight, own):
-            if part is not None and part.dtype != dtype:
-                want = checks.dtype_name(dtype)
-                return f"base is {checks.dtype_name(part.dtype)}, computed in {want}"
-        matrix = weight if isinstance(base, nn.Linear) else weight.t()  # transformers' Conv1D
-        added = own if bias is None else bias.to(device=x.device, dtype=dtype)
-        down, up = (near(p, dtype, x.device) for p in (self.down, self.up))
-        return Operands(matrix, added, down, up, self.scale, self.dropout if self.training else 0.0)
+        found = frozen_operands(self.base, dtype, device, bias)
+        if isinstance(found, str):
+            return found
+        down, up = (near(p, dtype, device) for p in (self.down, self.up))
+        dropout = self.dropout if self.training else 0.0
+        return found._replace(down=down, up=up, scale=self.scale, dropout=dropout)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """base(x) with the update; `bias` [out] in place of the base's own."""
-        found = self.operands(x, bias)
+        check_values("x", check_rows("x", x, self.in_features), self.down)
         dtype = compute_dtype(x)
+        found = self.operands(dtype, x.device, bias)
         rows = x if x.dtype == dtype else x.to(dtype)
         if isinstance(found, Operands):
             return self._update(rows, weights=[found.weight], biases=[found.bias])
@@ -164,6 +155,27 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scale={self.scale}, dropout={self.dropout}"
+
+
+def frozen_operands(
+    base: nn.Module, dtype: torch.dtype, device: torch.device, bias: Tensor | None = None
+) -> Operands | str:
+    """The frozen linear's part of a call in `dtype`, or why the linear must be called itself."""
+    why = why_not_readable(base)
+    if why:
+        return why
+    weight, own = base._parameters["weight"], base._parameters.get("bias")
+    assert weight is not None
+    for part in (weight, own):
+        if part is None:
+            continue
+        if part.requires_grad and torch.is_grad_enabled():
+            return "base is trained"
+        if part.dtype != dtype:
+            want = checks.dtype_name(dtype)
+            return f"base is {checks.dtype_name(part.dtype)}, computed in {want}"
+    matrix = weight if isinstance(base, nn.Linear) else weight.t()  # transformers' Conv1D
+    return Operands(matrix, own if bias is None else bias.to(device=device, dtype=dtype))
 
 
 def check_init(name: str, value: object) -> None:

@@ -45,6 +45,10 @@ class ModelCase:
     size: str = "full"
 
 
+def _all_linear(r: int, dropout: float) -> pk.LoraConfig:
+    return pk.LoraConfig(r=r, lora_alpha=r, lora_dropout=dropout, target_modules="all-linear")
+
+
 _METHODS: dict[str, tuple[ModelCase, ...]] = {
     "qformer": (
         ModelCase("PETAL", "qformer", lambda r: pk.PetalConfig(r=r, variant="release"), 16, 32, 64),
@@ -68,6 +72,19 @@ _METHODS: dict[str, tuple[ModelCase, ...]] = {
         ),
         ModelCase(
             "mixture of 4 LoRA", "gpt2-vit", lambda r: pk.ExpertConfig(r=r, experts=4), 8, 51, 16
+        ),
+    ),
+    "llama": tuple(
+        ModelCase(
+            f"LoRA on all linears, dropout {p}", "llama",
+            functools.partial(_all_linear, dropout=p), 4, 256, 16,
+        )
+        for p in (0.05, 0.0)
+    ),
+    "qwen2_5_vl": (
+        ModelCase(
+            "LoRA on all linears, dropout 0.05", "qwen2_5_vl",
+            functools.partial(_all_linear, dropout=0.05), 4, 256, 16,
         ),
     ),
 }  # fmt: skip
@@ -212,7 +229,7 @@ def build(case: ModelCase, request: Request, shape: str, value: float | None) ->
         both = on_backend(fused.both, backend) if backend else fused.both
         label = f"petal {backend}".strip()
         add(label, fused.subject, both, fused.trained(), ours=True)
-    lora = case.model == "bart" and case.name.startswith("LoRA")
+    lora = case.name.startswith("LoRA") and case.model in packages.PACKAGES["peft"].targets
     if lora and request.wants("peft") and not packages.PACKAGES["peft"].why_not(request.device):
         subject, trained = packages.peft_like(base, fused.subject, fused.trained())
         add("peft", subject, subject.both, trained)

@@ -200,8 +200,115 @@ class GPT2WithViT(Subject):
         return out.loss, out.logits
 
 
+class Llama(Subject):
+    """Four layers of Llama, 1024 wide, without a head: linears and attention alone."""
+
+    words = 32000
+
+    def __init__(self, size: Size) -> None:
+        from transformers import LlamaConfig, LlamaModel
+
+        super().__init__(size)
+        full = size.width == SIZES["full"].width
+        self.width = 1024 if full else size.width
+        self.model: Any = LlamaModel(
+            LlamaConfig(
+                vocab_size=self.vocabulary,
+                hidden_size=self.width,
+                intermediate_size=self.width * 11 // 4,
+                num_hidden_layers=4 if full else size.layers,
+                num_attention_heads=16 if full else size.heads,
+                max_position_embeddings=4096,
+            )
+        )
+
+    @property
+    def entry(self) -> nn.Module:  # type: ignore[override]
+        """The words' embeddings."""
+        found: nn.Module = self.model.embed_tokens
+        return found
+
+    def batch(self, size: int, tokens: int, g: torch.Generator) -> dict[str, Tensor]:
+        return {"input_ids": torch.randint(5, self.vocabulary, (size, tokens), generator=g)}
+
+    def both(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
+        out: Tensor = self.model(**batch, use_cache=False).last_hidden_state
+        return out.square().mean(), out
+
+
+class Qwen25VL(Subject):
+    """Qwen2.5-VL, its image tokens in front of the words; grouped heads, biases on q, k and v."""
+
+    words = 151936
+
+    def __init__(self, size: Size) -> None:
+        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+        super().__init__(size)
+        full = size.width == SIZES["full"].width
+        self.width, self.image = 1024 if full else size.width, self.vocabulary - 1
+        heads = 16 if full else size.heads
+        half = self.width // heads // 2  # of a head: in time, height and width
+        text = {
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.width,
+            "intermediate_size": self.width * 11 // 4,
+            "num_hidden_layers": 4 if full else size.layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 2,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [half - 2 * (half * 3 // 8), *[half * 3 // 8] * 2],
+            },
+        }
+        vision = {
+            "depth": 2,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "intermediate_size": 128,
+            "out_hidden_size": self.width,
+            "fullatt_block_indexes": [1],
+        }
+        self.model: Any = Qwen2_5_VLModel(
+            Qwen2_5_VLConfig(
+                text_config=text,
+                vision_config=vision,
+                image_token_id=self.image,
+                vision_start_token_id=self.vocabulary - 2,
+                video_token_id=self.vocabulary - 3,
+            )
+        )
+
+    @property
+    def entry(self) -> nn.Module:  # type: ignore[override]
+        """The words' embeddings."""
+        found: nn.Module = self.model.get_input_embeddings()
+        return found
+
+    def batch(self, size: int, tokens: int, g: torch.Generator) -> dict[str, Tensor]:
+        side = self.size.image // 2 * 2
+        ids = torch.randint(5, self.vocabulary - 3, (size, tokens), generator=g)
+        ids[:, : side * side // 4] = self.image  # two by two patches become a token
+        pixels = torch.randn(size * side * side, 3 * 2 * 14 * 14, generator=g)
+        grid = torch.tensor([[1, side, side]]).expand(size, -1).contiguous()
+        kinds = (ids == self.image).to(torch.int32)
+        return {
+            "input_ids": ids,
+            "pixel_values": pixels,
+            "image_grid_thw": grid,
+            "mm_token_type_ids": kinds,
+        }
+
+    def both(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
+        out: Tensor = self.model(**batch, use_cache=False).last_hidden_state
+        return out.square().mean(), out
+
+
 BUILDERS: dict[str, Callable[[Size], Subject]] = {
     "qformer": QFormer,
     "bart": Bart,
     "gpt2-vit": GPT2WithViT,
+    "llama": Llama,
+    "qwen2_5_vl": Qwen25VL,
 }

@@ -1,0 +1,151 @@
+"""LoRA linears of one module that run in one call: those that read one tensor, and a whole MLP.
+
+What may be joined is read from the module's own code (`structure.py`), once. A run joins them only
+where nothing tells them apart: the very wrappers stand in their places, unmerged and without hooks
+that would have to see each of them. Everything else runs as the module's own forward.
+
+The outputs that wait for their linear to be called belong to one run of the module in one thread;
+they end with it. A graph that is being compiled, which could not see that, calls one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from petal_kernels._runtime.autocast import autocast_on
+from petal_kernels.hf.context import THREAD, now
+from petal_kernels.hf.parts import Part, Run
+from petal_kernels.hf.structure import Mlp
+from petal_kernels.hf.wrappers import AdaptedLinear
+from petal_kernels.nn.lora_fused import lora_linears, lora_mlp
+
+
+class OneInput(Part):
+    """A module whose `members` read one tensor: the first of them to be called runs all."""
+
+    def __init__(self, method: Any, members: dict[str, AdaptedLinear]) -> None:
+        self.method, self.members = method, members
+
+    def forward(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not all(
+            module._modules.get(name) is member and member.merged is None
+            for name, member in self.members.items()
+        ):
+            return run(*args, **kwargs)
+        before = THREAD.waiting
+        THREAD.waiting = Waiting(self, before)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            THREAD.waiting = before
+
+
+class Waiting:
+    """One run of such a module: what its members gave for the tensor that they read."""
+
+    def __init__(self, part: OneInput, outer: Waiting | None) -> None:
+        self.part, self.outer = part, outer
+        self.key: tuple[Any, ...] | None = None
+        self.x: Tensor | None = None  # kept while outputs wait: its address is not another's
+        self.outputs: dict[AdaptedLinear, Tensor] = {}
+
+    def take(self, member: AdaptedLinear, x: Tensor) -> Tensor | None:
+        """The member's output for x; None where it must be computed alone."""
+        version = None if x.is_inference() else x._version
+        key = (id(x), version, torch.is_grad_enabled(), autocast_on(x.device.type))
+        if key != self.key:
+            self.outputs, self.key, self.x = {}, key, x
+            members = list(self.part.members.values())
+            found = lora_linears(x, [(m.used(), m.trained_bias()) for m in members])
+            if not isinstance(found, str):
+                self.outputs = dict(zip(members, found, strict=True))
+        return self.outputs.pop(member, None)
+
+
+def taken(member: AdaptedLinear, x: Tensor) -> Tensor | None:
+    """The member's output for x from the run that it is in, where that joins it with others."""
+    waiting = THREAD.waiting
+    while waiting is not None:
+        if any(member is each for each in waiting.part.members.values()):
+            return waiting.take(member, x)
+        waiting = waiting.outer
+    return None
+
+
+class FusedMlp(Part):
+    """An MLP in one call."""
+
+    def __init__(
+        self,
+        method: Any,
+        form: Mlp,
+        members: Sequence[AdaptedLinear | nn.Module],
+        act: nn.Module,
+        recompute: bool,
+    ) -> None:
+        self.method, self.form, self.act, self.recompute = method, form, act, recompute
+        names = (form.gate, form.up, form.down)
+        self.members = dict(zip((n for n in names if n is not None), members, strict=True))
+
+    def forward(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
+        x = self._input(module, args, kwargs)
+        if x is None:
+            return run(*args, **kwargs)
+        members = [
+            (m.used(), m.trained_bias()) if isinstance(m, AdaptedLinear) else m
+            for m in self.members.values()
+        ]
+        y = lora_mlp(x, members, self.form.activation, recompute=self.recompute)
+        if isinstance(y, str):
+            return run(*args, **kwargs)
+        for name in self.form.after:
+            y = module._modules[name](y)  # type: ignore[misc]
+        return y
+
+    def _input(self, module: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
+        """What the MLP reads; None where its own forward must run."""
+        given = (*args, *kwargs.values())
+        if len(given) != 1 or not isinstance(given[0], Tensor) or not now(self.method).on:
+            return None
+        own = module._modules
+        if own.get(self.form.act) is not self.act or watched(self.act):
+            return None
+        for name, member in self.members.items():
+            if own.get(name) is not member or watched(member):
+                return None
+            if isinstance(member, AdaptedLinear) and member.merged is not None:
+                return None
+        return given[0]
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether somebody is to see this module's own call: its hooks, a forward put in its place."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def groups_of(
+    module: nn.Module,
+    names: Sequence[Sequence[str]],
+    member_of: Callable[[nn.Module], AdaptedLinear | None],
+) -> list[dict[str, AdaptedLinear]]:
+    """Of the linears that read one tensor those that are adapted, where they are two or more."""
+    found = []
+    for group in names:
+        members = {}
+        for name in group:
+            member = member_of(module._modules[name])  # type: ignore[arg-type]
+            if member is not None:
+                members[name] = member
+        if len(members) > 1:
+            found.append(members)
+    return found

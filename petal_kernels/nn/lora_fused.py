@@ -1,0 +1,88 @@
+"""Several LoRA linears in one call: those that read one tensor, and a whole MLP.
+
+Both give what the linears give one by one, each with a mask of its own; the masks are drawn in one
+step, so that a seed gives other ones than one by one. What is kept for backward: of linears that
+read one x, x once; of an MLP x and the outputs of gate and up, or x alone (`recompute`), never the
+activation, the product or a mask.
+
+Neither can run where a base may not be read (`LoRALinear.operands` says why): then the linears are
+called one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from petal_kernels._runtime.autocast import autocast_off
+from petal_kernels.nn.arguments import check_rows
+from petal_kernels.nn.frozen_linear import compute_dtype
+from petal_kernels.nn.lora import LoRALinear, Operands, frozen_operands
+from petal_kernels.ops.gated_mlp import gated_mlp
+from petal_kernels.ops.lowrank_linear import lowrank_linear
+
+Member = tuple[LoRALinear, Tensor | None]  # with the bias that is trained in place of the base's
+
+
+def lora_linears(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...] | str:
+    """What each of several LoRA linears gives for one x [..., in]; or why they must be called one
+    by one."""
+    check_rows("x", x, members[0][0].in_features)
+    dtype = compute_dtype(x)
+    found = [lora.operands(dtype, x.device, bias) for lora, bias in members]
+    why = next((each for each in found if isinstance(each, str)), None)
+    if why is not None:
+        return why
+    given = [each for each in found if isinstance(each, Operands)]
+    (first, *others) = given
+    if any(each.dropout != first.dropout for each in others):
+        return "their dropouts differ"
+    with autocast_off(x):
+        return lowrank_linear(
+            x if x.dtype == dtype else x.to(dtype),
+            [each.down for each in given],
+            [each.up for each in given],
+            [each.weight for each in given],
+            [each.bias for each in given],
+            scale=[each.scale for each in given],
+            dropout=first.dropout,
+            dropout_at="input",
+        )
+
+
+def lora_mlp(
+    x: Tensor,
+    members: Sequence[Member | nn.Module],
+    activation: str,
+    *,
+    recompute: bool = False,
+) -> Tensor | str:
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) of two members; a member without an update is
+    the frozen linear itself. Or why they must be called one by one."""
+    dtype = compute_dtype(x)
+    found = [
+        member[0].operands(dtype, x.device, member[1])
+        if isinstance(member, tuple)
+        else frozen_operands(member, dtype, x.device)
+        for member in members
+    ]
+    why = next((each for each in found if isinstance(each, str)), None)
+    if why is not None:
+        return why
+    given = [each for each in found if not isinstance(each, str)]
+    drops = {each.dropout for each in given if each.down is not None}
+    if len(drops) > 1:
+        return "their dropouts differ"
+    with autocast_off(x):
+        return gated_mlp(
+            x if x.dtype == dtype else x.to(dtype),
+            [each.weight for each in given],
+            [each.bias for each in given],
+            downs=[each.down for each in given],
+            ups=[each.up for each in given],
+            scale=[each.scale for each in given],
+            activation=activation,
+            dropout=drops.pop() if drops else 0.0,
+            recompute=recompute,
+        )
