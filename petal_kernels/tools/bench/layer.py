@@ -20,10 +20,10 @@ from petal_kernels.tools.bench.layer_forms import (
     GatedLayer,
     Layer,
     LayerCase,
-    LoRALayer,
     PetalQKV,
     RoutedLayer,
 )
+from petal_kernels.tools.bench.layer_forms_lora import LoRALayer, LoRAMlp, LoRAQKV
 from petal_kernels.tools.bench.op import Oracle, run
 from petal_kernels.tools.bench.request import Request, covered
 from petal_kernels.tools.bench.scenarios import Check, Forward, Inputs, Provider, Scenario
@@ -56,7 +56,22 @@ LAYERS: dict[str, tuple[type[Layer], tuple[LayerCase, ...]]] = {
         LoRALayer,
         (
             LayerCase("LoRA, width 2048", 4, 512, 2048, 16),
+            LayerCase("LoRA, width 2048, dropout 0.05", 4, 512, 2048, 16, "0.05"),
             LayerCase("LoRA, width 4096", 4, 512, 4096, 16),
+        ),
+    ),
+    "lora_qkv": (
+        LoRAQKV,
+        (
+            LayerCase("q, k, v, width 2048", 4, 512, 2048, 16),
+            LayerCase("q, k, v, width 2048, dropout 0.05", 4, 512, 2048, 16, "0.05"),
+        ),
+    ),
+    "lora_mlp": (
+        LoRAMlp,
+        (
+            LayerCase("MLP, width 1024", 4, 256, 1024, 16),
+            LayerCase("MLP, width 1024, dropout 0.05", 4, 256, 1024, 16, "0.05"),
         ),
     ),
     "instruction_experts": (
@@ -154,6 +169,7 @@ def build(
         add("compile", replace(own(compiled), compiled=True))
     for package, found in packages.PACKAGES.items():
         offered = package in packages.FORMS and name in found.targets
+        offered = offered and (found.drops or not getattr(layer, "dropout", 0.0))
         if offered and request.wants(package) and not found.why_not(request.device):
             add(package, packages.FORMS[package](layer))
     if "base" in layer.forms and request.wants("base"):

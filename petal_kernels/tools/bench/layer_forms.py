@@ -293,45 +293,6 @@ class RoutedLayer(Layer):
         return 2 * fwd + base + shrink, 2 * bwd + base + 2 * shrink
 
 
-class LoRALayer(Layer):
-    """LoRA on one linear of a language model's width, without dropout."""
-
-    forms = ("published", "eager", "petal", "base")
-
-    def __init__(self, case: LayerCase, dtype: torch.dtype) -> None:
-        super().__init__(case, dtype)
-        base = self.linear(case.width, case.width, bias=False)
-        self.lora = RoutedLoRALinear(base, case.rank, alpha=2.0 * case.rank)
-        nn.init.normal_(self.lora.up, std=INIT)
-
-    def base(self, x: Tensor) -> Tensor:
-        y: Tensor = self.lora.base(x)
-        return y
-
-    def published(self, x: Tensor) -> Tensor:
-        return published_lora(self.lora, self.lora.base(x), x, None)
-
-    def eager(self, x: Tensor) -> Tensor:
-        y = self.lora.base(x)
-        z = F.linear(x, self.lora.down.to(x.dtype)).flatten(0, -2)
-        up = self.lora.up[0].to(x.dtype).t()
-        return torch.addmm(y.flatten(0, -2), z, up, alpha=self.lora.scale).view(y.shape)
-
-    def petal(self, x: Tensor) -> Tensor:
-        y: Tensor = self.lora(x)
-        return y
-
-    def _case(self) -> lowrank_workload.Case:
-        c = self.case
-        return lowrank_workload.Case("", (c.batch, c.tokens), c.width, c.rank, (c.width,))
-
-    def moved(self, dtype: torch.dtype) -> Cost:
-        return lowrank_workload.bytes_moved(self._case(), dtype)
-
-    def work(self) -> Cost:
-        return lowrank_workload.flops(self._case())
-
-
 class ExpertsLayer(Layer):
     """PETAL's six instruction experts on the embeddings of a Q-Former; `kind` is the gate."""
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from petal_kernels.hf.methods.lora import LoraLinear
 from petal_kernels.hf.methods.routing import RoutedLinear
-from petal_kernels.tools.bench.layer_forms import GatedLayer, LoRALayer
+from petal_kernels.tools.bench.layer_forms import GatedLayer
+from petal_kernels.tools.bench.layer_forms_lora import LoRALayer, LoRALayers
 from petal_kernels.tools.bench.model_builders import Subject
 from petal_kernels.tools.bench.scenarios import Inputs, Provider
 
@@ -29,6 +31,7 @@ class Package:
     get: str
     cuda: bool
     targets: tuple[str, ...]
+    drops: bool = True  # whether it has the layer's dropout
 
     def why_not(self, device: torch.device) -> str | None:
         """Why it cannot run here, with what to do about it."""
@@ -39,14 +42,16 @@ class Package:
         return None
 
 
+_LORA = ("lora_linear", "lora_qkv", "lora_mlp", "bart", "llama", "qwen2_5_vl")
 PACKAGES = {
-    "peft": Package("peft", "pip install peft", False, ("lora_linear", "bart")),
-    "unsloth": Package("unsloth", "pip install unsloth", True, ("lora_linear",)),
+    "peft": Package("peft", "pip install peft", False, _LORA),
+    "unsloth": Package("unsloth", "pip install unsloth", True, ("lora_linear",), drops=False),
     "lorafusion": Package(
         "lorafusion",
         "pip install git+https://github.com/CentML/lorafusion",
         True,
         ("lora_linear",),
+        drops=False,
     ),
     "scattermoe": Package(
         "scattermoe",
@@ -70,26 +75,41 @@ def absent(targets: Sequence[str], device: torch.device, named: Sequence[str]) -
     return found
 
 
-def _with_peft(layer: LoRALayer) -> Provider:
-    """PEFT's LoRA on the same base, its two weights being copies."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    lora = layer.lora
-    config = LoraConfig(
-        r=lora.r, lora_alpha=lora.scale * lora.r, lora_dropout=0.0, target_modules=["base"]
-    )
-    model: Any = inject_adapter_in_model(config, nn.ModuleDict({"base": lora.base}))
-    adapted = model["base"]
-    adapted.lora_A.float(), adapted.lora_B.float()  # as get_peft_model does by default
-    down, up = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
-    with torch.no_grad():
-        down.copy_(lora.down)
-        up.copy_(lora.up[0])
+def _with_peft(layer: LoRALayers) -> Provider:
+    """PEFT's LoRA on the same bases, its weights being copies."""
+    bases = nn.ModuleDict({f"base{k}": lora.base for k, lora in enumerate(layer.each())})
+    model, factors = _injected(bases, dict(zip(bases, layer.each(), strict=True)))
+    linears = [model[name] for name in bases]
 
     def leaves(inputs: Inputs) -> list[Tensor]:
-        return [*inputs.leaves(), down, up]
+        return [*inputs.leaves(), *factors]
 
-    return Provider(lambda x: adapted(x), leaves)
+    return Provider(lambda x: layer.composed(linears, x), leaves)
+
+
+def _injected(model: nn.Module, places: Mapping[str, Any]) -> tuple[Any, list[Tensor]]:
+    """`model` with PEFT's LoRA on the linears at the paths of `places`, of the same rank, scale,
+    dropout and values as the update there; its factors, A and B of each."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    first = next(iter(places.values()))
+    config = LoraConfig(
+        r=first.r,
+        lora_alpha=first.scale * first.r,
+        lora_dropout=first.dropout,
+        target_modules=list(places),
+    )
+    adapted: Any = inject_adapter_in_model(config, model)
+    factors: list[Tensor] = []
+    for path, lora in places.items():
+        module = adapted.get_submodule(path)
+        module.lora_A.float(), module.lora_B.float()  # as get_peft_model does by default
+        down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
+        with torch.no_grad():
+            down.copy_(lora.down)
+            up.copy_(lora.up.reshape(up.shape))
+        factors += [down, up]
+    return adapted, factors
 
 
 def _factors(layer: LoRALayer) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +121,7 @@ def _with_unsloth(layer: LoRALayer) -> Provider:
     """Unsloth's autograd function of one linear."""
     function = importlib.import_module("unsloth.kernels.fast_lora").LoRA_W
     weight, down, up = _factors(layer)
-    return _own(layer, lambda x: function.apply(x, weight, None, down, up[0], layer.lora.scale))
+    return _own(layer, lambda x: function.apply(x, weight, None, down, up, layer.lora.scale))
 
 
 def _with_lorafusion(layer: LoRALayer) -> Provider:
@@ -110,7 +130,7 @@ def _with_lorafusion(layer: LoRALayer) -> Provider:
     weight, down, up = _factors(layer)
 
     def forward(x: Tensor) -> Tensor:
-        a, b = down.to(x.dtype), up[0].to(x.dtype)
+        a, b = down.to(x.dtype), up.to(x.dtype)
         y: Tensor = ops.fused_linear_lora(x, weight, a, b, layer.lora.scale)
         return y
 
@@ -148,24 +168,13 @@ def peft_like(
 ) -> tuple[Subject, list[Tensor]]:
     """PEFT's LoRA in a copy of `base`, on the projections that `fused` adapts and with its values;
     the parameters in the order of `trained`."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    places = {}
-    for path, module in fused.model.named_modules():
-        if isinstance(module, RoutedLinear):
-            places[path] = module.used()
-    ranks = {lora.r for lora in places.values()}
+    places = {
+        path: module.used()
+        for path, module in fused.model.named_modules()
+        if isinstance(module, (RoutedLinear, LoraLinear))
+    }
     subject = copy.deepcopy(base)
-    rank = ranks.pop()
-    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=list(places))
-    inject_adapter_in_model(config, subject.model)
-    own: dict[int, Tensor] = {}
-    for path, lora in places.items():
-        adapted: Any = subject.model.get_submodule(path)
-        adapted.lora_A.float(), adapted.lora_B.float()
-        down, up = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
-        with torch.no_grad():
-            down.copy_(lora.down)
-            up.copy_(lora.up[0])
-        own |= {id(lora.down): down, id(lora.up): up}
+    _, factors = _injected(subject.model, places)
+    ours = [t for lora in places.values() for t in (lora.down, lora.up)]
+    own = {id(t): factor for t, factor in zip(ours, factors, strict=True)}
     return subject.train(), [own[id(t)] for t in trained]
