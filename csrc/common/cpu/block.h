@@ -139,11 +139,10 @@ void pack_of(float* dst, const void* src, int64_t sk, int64_t sc, int64_t K, int
 }
 
 template <typename T>
-void reduce_of(void* dst, int64_t sr, int64_t sc, const float* partials, int64_t splits, int64_t R,
-               int64_t cols, int64_t j) {
-  const int64_t stride = n_panels(cols) * R * kNR, n = least(kNR, cols - j * kNR);
-  partials += j * R * kNR;
-  T* out = static_cast<T*>(dst) + j * kNR * sc;
+void reduce_of(void* dst, int64_t sr, int64_t sc, const float* partials, int64_t splits,
+               int64_t stride, int64_t R, int64_t cols) {
+  const int64_t n = least(kNR, cols);
+  T* out = static_cast<T*>(dst);
   for (int64_t r = 0; r < R; ++r, partials += kNR) {
     vf v0 = load(partials), v1 = load(partials + kVL);
     for (int64_t s = 1; s < splits; ++s) {
@@ -178,8 +177,8 @@ void pack(float* dst, const void* src, DType type, int64_t sk, int64_t sc, int64
   PETAL_BY_TYPE(type, pack_of<T>(dst, src, sk, sc, K, cols, j0, j1));
 }
 void reduce(void* dst, DType type, int64_t sr, int64_t sc, const float* partials, int64_t splits,
-            int64_t R, int64_t cols, int64_t j) {
-  PETAL_BY_TYPE(type, reduce_of<T>(dst, sr, sc, partials, splits, R, cols, j));
+            int64_t stride, int64_t R, int64_t cols) {
+  PETAL_BY_TYPE(type, reduce_of<T>(dst, sr, sc, partials, splits, stride, R, cols));
 }
 
 inline void round_to(DType type, float* p, int64_t n) { PETAL_BY_TYPE(type, round_rows<T>(p, n)); }

@@ -26,9 +26,10 @@ struct Rows {
 PETAL_INLINE Rows row_major(const float* p, int64_t ld) { return {p, ld, INT64_MAX, 0}; }
 PETAL_INLINE Rows panels(const float* p, int64_t rows) { return {p, kNR, kNR, rows * kNR}; }
 
-template <int M>
+// M rows of kNR columns, or of kVL (V = 1) where a panel's other half is padding.
+template <int M, int V = 2>
 struct Tile {
-  vf v[M][2];
+  vf v[M][V];
 };
 
 // Row indices as a parameter pack: subscripts that are constants from the start let the compiler
@@ -42,12 +43,12 @@ struct MakeIndices<0, I...> {
   typedef Indices<I...> type;
 };
 
-template <int M, int... I>
-PETAL_INLINE void clear_impl(Tile<M>& t, Indices<I...>) {
-  ((t.v[I][0] = vf{}, t.v[I][1] = vf{}), ...);
+template <int M, int V, int... I>
+PETAL_INLINE void clear_impl(Tile<M, V>& t, Indices<I...>) {
+  ((t.v[I][0] = vf{}, t.v[I][V - 1] = vf{}), ...);
 }
-template <int M>
-PETAL_INLINE void clear(Tile<M>& t) {
+template <int M, int V>
+PETAL_INLINE void clear(Tile<M, V>& t) {
   clear_impl(t, typename MakeIndices<M>::type());
 }
 
@@ -63,43 +64,52 @@ PETAL_INLINE void mac_impl(Tile<M>& t, const float* a, int64_t ld, const float* 
     a += kColumns ? ld : 1;
   }
 }
+template <bool kColumns, int M, int... I>
+PETAL_INLINE void mac_impl(Tile<M, 1>& t, const float* a, int64_t ld, const float* b, int64_t K,
+                           Indices<I...>) {
+  for (int64_t k = 0; k < K; ++k, b += kNR, a += kColumns ? ld : 1) {
+    const vf b0 = load(b);
+    ((t.v[I][0] += splat(a[kColumns ? I : I * ld]) * b0), ...);
+  }
+}
 
 // t += A[0:M, 0:K] B[0:K, 0:kNR], element (i, k) of A at a[i * ld + k], or (kColumns) at
 // a[k * ld + i].
-template <bool kColumns, int M>
-PETAL_INLINE void mac(Tile<M>& t, const float* a, int64_t ld, const float* b, int64_t K) {
+template <bool kColumns, int M, int V>
+PETAL_INLINE void mac(Tile<M, V>& t, const float* a, int64_t ld, const float* b, int64_t K) {
   mac_impl<kColumns>(t, a, ld, b, K, typename MakeIndices<M>::type());
 }
 
-// f(row of the tile, first vector, second vector) for every row.
-template <int M, typename F, int... I>
-PETAL_INLINE void each_impl(Tile<M>& t, const F& f, Indices<I...>) {
-  (f(I, t.v[I][0], t.v[I][1]), ...);
+// f(row of the tile, first vector, second vector) for every row; of one vector: the same twice.
+template <int M, int V, typename F, int... I>
+PETAL_INLINE void each_impl(Tile<M, V>& t, const F& f, Indices<I...>) {
+  (f(I, t.v[I][0], t.v[I][V - 1]), ...);
 }
-template <int M, typename F>
-PETAL_INLINE void each(Tile<M>& t, const F& f) {
+template <int M, int V, typename F>
+PETAL_INLINE void each(Tile<M, V>& t, const F& f) {
   each_impl(t, f, typename MakeIndices<M>::type());
 }
 
 // The rows of a tile to memory, `row` floats apart, and what is there added to a tile.
-template <int M>
-PETAL_INLINE void put(Tile<M>& t, float* p, int64_t row) {
+template <int M, int V>
+PETAL_INLINE void put(Tile<M, V>& t, float* p, int64_t row) {
   each(t, [=](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
     store(p + r * row, v0);
-    store(p + r * row + kVL, v1);
+    if (V == 2) store(p + r * row + kVL, v1);
   });
 }
-template <int M>
-PETAL_INLINE void add(Tile<M>& t, const float* p, int64_t row) {
+template <int M, int V>
+PETAL_INLINE void add(Tile<M, V>& t, const float* p, int64_t row) {
   each(t, [=](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
     v0 += load(p + r * row);
-    v1 += load(p + r * row + kVL);
+    if (V == 2) v1 += load(p + r * row + kVL);
   });
 }
 
 // t += A[0:M, 0:K] B in one chain, A from `a` on in the layout of a row operand.
-template <int M>
-PETAL_INLINE void mac_chain(Tile<M>& t, const float* a, const Rows& of, const float* b, int64_t K) {
+template <int M, int V>
+PETAL_INLINE void mac_chain(Tile<M, V>& t, const float* a, const Rows& of, const float* b,
+                            int64_t K) {
   for (; K > of.width; K -= of.width, a += of.panel, b += of.width * kNR) {
     mac<false>(t, a, of.row, b, of.width);
   }
@@ -111,8 +121,8 @@ constexpr int64_t kFollowing = 128;  // so few terms may follow on what the tile
 
 // t += A[i0 : i0 + M, 0:K] B in runs that start from zero. The sum of those that are done lies in
 // memory (the compiler must not see through that): registers are for the one that goes on.
-template <int M>
-PETAL_INLINE void mac_rows(Tile<M>& t, const Rows& a, int64_t i0, const float* b, int64_t K) {
+template <int M, int V>
+PETAL_INLINE void mac_rows(Tile<M, V>& t, const Rows& a, int64_t i0, const float* b, int64_t K) {
   float done[M * kNR];
   const bool runs = K > kFollowing;
   const auto lay_down = [&]() __attribute__((always_inline)) {
@@ -153,30 +163,41 @@ struct Block {
   int64_t panel;
 };
 
-template <int M>
-PETAL_INLINE void read(Tile<M>& t, const Block& c, int64_t i, int64_t j) {
+template <int M, int V>
+PETAL_INLINE void read(Tile<M, V>& t, const Block& c, int64_t i, int64_t j) {
   const float* p = c.p + j * c.panel + i * c.row;
   each(t, [=](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
     v0 = load(p + r * c.row);
-    v1 = load(p + r * c.row + kVL);
+    if (V == 2) v1 = load(p + r * c.row + kVL);
   });
 }
 
-template <int M>
-PETAL_INLINE void write(Tile<M>& t, const Block& c, int64_t i, int64_t j) {
+template <int M, int V>
+PETAL_INLINE void write(Tile<M, V>& t, const Block& c, int64_t i, int64_t j) {
   put(t, c.p + j * c.panel + i * c.row, c.row);
 }
 
-// c (+)= A[rows, K] B[K, n_panels * kNR]. B is packed, one panel every b_panel floats.
+template <int V>
+PETAL_INLINE void gemm_panel(const Block& c, bool accumulate, const Rows& a, int64_t rows,
+                             int64_t K, const float* b, int64_t j) {
+  for_row_tiles(rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
+    Tile<decltype(height)::value, V> t;
+    accumulate ? read(t, c, i, j) : clear(t);
+    mac_rows(t, a, i, b, K);
+    write(t, c, i, j);
+  });
+}
+
+// c (+)= A[rows, K] B[K, cols]. B is packed, one panel every b_panel floats. Columns of the last
+// panel may be padding: of c they are written up to a whole vector.
 inline void gemm(const Block& c, bool accumulate, const Rows& a, int64_t rows, int64_t K,
-                 const float* b, int64_t b_panel, int64_t n_panels) {
-  for (int64_t j = 0; j < n_panels; ++j) {
-    for_row_tiles(rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
-      Tile<decltype(height)::value> t;
-      accumulate ? read(t, c, i, j) : clear(t);
-      mac_rows(t, a, i, b + j * b_panel, K);
-      write(t, c, i, j);
-    });
+                 const float* b, int64_t b_panel, int64_t cols) {
+  for (int64_t j = 0; j * kNR < cols; ++j) {
+    if (cols - j * kNR > kVL) {
+      gemm_panel<2>(c, accumulate, a, rows, K, b + j * b_panel, j);
+    } else {
+      gemm_panel<1>(c, accumulate, a, rows, K, b + j * b_panel, j);
+    }
   }
 }
 
@@ -197,11 +218,15 @@ inline void gemm_columns(const Block& c, bool accumulate, const float* a, int64_
 }
 
 // Rows [0, rows) and columns [0, cols) of a matrix in storage type T -> fp32 panels of `height`
-// rows, padded with zeros to whole panels. Rows are read a few ahead of their use: one row's
-// columns are a short run of lines, too short for the hardware to see the next row coming.
-template <typename T>
+// rows, padded with zeros to whole panels; f(row, column, vector) is what is stored. Rows are read a
+// few ahead of their use: one row's columns are a short run of lines, too short for the hardware to
+// see the next row coming.
+struct AsItIs {
+  PETAL_INLINE vf operator()(int64_t, int64_t, vf v) const { return v; }
+};
+template <typename T, typename F = AsItIs>
 inline void to_panels(float* dst, const T* src, int64_t ld, int64_t rows, int64_t cols,
-                      int64_t height) {
+                      int64_t height, const F& f = F()) {
   constexpr int64_t kAhead = 6, kLine = 64 / sizeof(T);
   for (int64_t i = 0; i < rows; ++i, dst += kNR, src += ld) {
     if (i + kAhead < rows) {
@@ -210,13 +235,13 @@ inline void to_panels(float* dst, const T* src, int64_t ld, int64_t rows, int64_
     float* out = dst;
     int64_t j = 0;
     for (; j + kNR <= cols; j += kNR, out += height * kNR) {
-      store(out, load(src + j));
-      store(out + kVL, load(src + j + kVL));
+      store(out, f(i, j, load(src + j)));
+      store(out + kVL, f(i, j + kVL, load(src + j + kVL)));
     }
     if (j < cols) {
       const int64_t n = cols - j;
-      store(out, n >= kVL ? load(src + j) : load_part(src + j, n));
-      store(out + kVL, n > kVL ? load_part(src + j + kVL, n - kVL) : vf{});
+      store(out, f(i, j, n >= kVL ? load(src + j) : load_part(src + j, n)));
+      store(out + kVL, n > kVL ? f(i, j + kVL, load_part(src + j + kVL, n - kVL)) : vf{});
     }
   }
 }
@@ -262,6 +287,15 @@ inline void from_rows(T* dst, int64_t ld, const float* src, int64_t width, int64
       const vf v = load(src + i * width + j);
       cols - j >= kVL ? store(dst + i * ld + j, v) : store_part(dst + i * ld + j, v, cols - j);
     }
+  }
+}
+
+// Rows of whole vectors, one after the other: what the last one has too much, the next row or part
+// covers.
+inline void copy_rows(float* dst, int64_t dst_ld, const float* src, int64_t src_ld, int64_t rows,
+                      int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; j += kVL) store(dst + i * dst_ld + j, load(src + i * src_ld + j));
   }
 }
 

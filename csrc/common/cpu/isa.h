@@ -29,10 +29,10 @@ struct CpuOperands {
   // Panels [j0, j1) of the right operand B[K, cols], element (k, c) at src[k * sk + c * sc].
   void (*pack)(float* dst, const void* src, DType, int64_t sk, int64_t sc, int64_t K, int64_t cols,
                int64_t j0, int64_t j1);
-  // Sum of `splits` partials of panel j, in order, rounded to element (r, c) at
-  // dst[r * sr + c * sc].
+  // Sum of `splits` partials [R, panel] that lie `stride` floats apart, in order, rounded; as many
+  // of `cols` columns as a panel has, element (r, c) to dst[r * sr + c * sc].
   void (*reduce)(void* dst, DType, int64_t sr, int64_t sc, const float* partials, int64_t splits,
-                 int64_t R, int64_t cols, int64_t j);
+                 int64_t stride, int64_t R, int64_t cols);
 };
 
 enum class Isa : int32_t { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };

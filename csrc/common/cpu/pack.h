@@ -91,32 +91,43 @@ class Packer {
 };
 
 // Weight gradients: one fp32 partial per split of the work, then their sum in the order of splits.
+// Gradients of matrices of equal width may share their partials, one below the other.
 class Gradients {
  public:
   Gradients(int64_t splits, int64_t panel) : splits_(splits), panel_(panel) {}
-  void add(float** partials, const Matrix& m) { items_.push_back({partials, m}); }
+  void add(float** partials, const Matrix& m) { add(partials, std::vector<Matrix>{m}); }
+  void add(float** partials, std::vector<Matrix> parts) {
+    int64_t rows = 0;
+    for (const Matrix& m : parts) rows += m.rows;
+    items_.push_back({partials, std::move(parts), rows});
+  }
   int64_t floats() const {
     int64_t n = 0;
-    for (const Item& item : items_) n += floats_of(item);
+    for (const Item& item : items_) n += splits_ * floats_of(item);
     return n;
   }
   void place(float* at) {
     for (Item& item : items_) {
       *item.partials = at;
-      at += floats_of(item);
+      at += splits_ * floats_of(item);
     }
   }
   void reduce(const CpuOperands& kernel, bool parallel) const {
     std::vector<std::pair<const Item*, int64_t>> jobs;
     for (const Item& item : items_) {
-      for (int64_t j = 0; j < ceil_div(item.m.cols, panel_); ++j) jobs.emplace_back(&item, j);
+      for (int64_t j = 0; j < panels(item); ++j) jobs.emplace_back(&item, j);
     }
     run_tasks(static_cast<int64_t>(jobs.size()), parallel, [&](const auto& next) {
       for (int64_t i = next(); i >= 0; i = next()) {
         const auto& [item, j] = jobs[i];
-        const Matrix& m = item->m;
-        kernel.reduce(m.data, m.type, m.row_stride, m.col_stride, *item->partials, splits_, m.rows,
-                      m.cols, j);
+        const float* from = *item->partials + j * item->rows * panel_;
+        for (const Matrix& m : item->parts) {
+          char* to = static_cast<char*>(m.data);
+          to += j * panel_ * m.col_stride * static_cast<int64_t>(type_bytes(m.type));
+          kernel.reduce(to, m.type, m.row_stride, m.col_stride, from, splits_, floats_of(*item),
+                        m.rows, m.cols - j * panel_);
+          from += m.rows * panel_;
+        }
       }
     });
   }
@@ -124,11 +135,11 @@ class Gradients {
  private:
   struct Item {
     float** partials;
-    Matrix m;
+    std::vector<Matrix> parts;
+    int64_t rows;
   };
-  int64_t floats_of(const Item& item) const {
-    return splits_ * ceil_div(item.m.cols, panel_) * panel_ * item.m.rows;
-  }
+  int64_t panels(const Item& item) const { return ceil_div(item.parts[0].cols, panel_); }
+  int64_t floats_of(const Item& item) const { return panels(item) * panel_ * item.rows; }
   int64_t splits_, panel_;
   std::vector<Item> items_;
 };

@@ -132,8 +132,8 @@ class Sums {
             char* to = static_cast<char*>(m.data);
             to += j * panel * m.col_stride * static_cast<int64_t>(type_bytes(m.type));
             kernel.operands.reduce(to, m.type, m.row_stride, m.col_stride,
-                                   work.data() + ((j - begin) * depth + first) * panel, 1, m.rows,
-                                   m.cols - j * panel, 0);
+                                   work.data() + ((j - begin) * depth + first) * panel, 1, 0,
+                                   m.rows, m.cols - j * panel);
           }
         }
       }

@@ -191,7 +191,7 @@ void middle_backward(const GatedArgs& a, BackwardBlock& b, Place at, Span s) {
   add_columns(a.dup_bias, at, wide(a, b.dy), s.rows, a.O, nullptr);
   if (a.need_dz) {
     gemm(narrow(b.dz, a.R), false, panels(b.dy, a.block), s.rows, a.O, a.up, a.O * kNR,
-         n_panels(a.R));
+         padded(a.R));
     clear_padding(narrow(b.dz, a.R), s.rows, a.R);
     multiply_derivative(b.dz, m.q, s.rows * padded(a.R), a.activation);
     route_backward(b.dz, m, a, s);
@@ -203,7 +203,7 @@ void middle_backward(const GatedArgs& a, BackwardBlock& b, Place at, Span s) {
   add_columns(a.dgate_up_bias, at, wide(a, b.y), s.rows, a.O, nullptr);
   if (!a.need_dzg) return;
   gemm(narrow(b.dzg, a.Rg), false, panels(b.y, a.block), s.rows, a.O, a.gate_up, a.O * kNR,
-       n_panels(a.Rg));
+       padded(a.Rg));
   multiply_derivative(b.dzg, m.zg, s.rows * padded(a.Rg), a.activation);
   add_columns(a.dgate_down_bias, at, narrow(b.dzg, a.Rg), s.rows, a.Rg, nullptr);
 }

@@ -220,11 +220,7 @@ PETAL_INLINE int64_t bits_ld(const GatedArgs& a) { return round_up(a.O, 8 * kVL)
 
 void draw_block(uint8_t* bits, const GatedArgs& a, Span s) {
   if (a.dropout.threshold == 0) return;
-  for (int64_t i = 0; i < s.rows; ++i, bits += bits_ld(a)) {
-    for (int64_t col = 0; col < a.O; col += 8 * kVL) {
-      draw_bits(bits + col / 8, a.dropout, 0, s.row0 + i, 1, col);
-    }
-  }
+  draw_bits(bits, bits_ld(a), a.dropout, 0, s.row0, s.rows, 0, (a.O + 7) / 8);
 }
 
 // The multiplier of an element: a number per row, and the mask where there is one.

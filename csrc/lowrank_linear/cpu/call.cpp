@@ -36,9 +36,9 @@ int64_t block_rows(const LowrankArgs& a, const CpuOperands& operands, bool keeps
 }
 
 bool worth_threads(const LowrankArgs& a) {
-  int64_t wide = a.D;
-  for (int64_t k = 0; k < a.K; ++k) wide += a.outs[k].width;
-  return a.N * a.R * wide > kSerialWork;
+  int64_t work = a.middle * a.D;
+  for (int64_t k = 0; k < a.K; ++k) work += a.outs[k].R * a.outs[k].width;
+  return a.N * work > kSerialWork;
 }
 
 void check_rows(const Tensor& t, const char* name, int64_t rows, int64_t cols, DType type) {
@@ -47,33 +47,69 @@ void check_rows(const Tensor& t, const char* name, int64_t rows, int64_t cols, D
   STD_TORCH_CHECK(dtype_of(t, name) == type, name, ": its dtype differs from the activations'");
 }
 
-// What forward and backward have in common; `bottleneck` is [N, R], or x where there is none yet.
-LowrankArgs arguments(const Tensor& bottleneck, const Tensors& ups,
-                      std::vector<LowrankOutput>& outs, double scale, int64_t site,
-                      const CpuDropout& dropout) {
+struct Numbers {
+  std::vector<double> scales;
+  double dropout;
+  int64_t site;
+};
+
+// What forward and backward have in common. h is [N, middle]; where that is not what every output
+// reads, each has its own part of it.
+LowrankArgs arguments(int64_t rows, int64_t middle, const Tensors& ups,
+                      std::vector<LowrankOutput>& outs, const Numbers& numbers,
+                      const Optional& rng) {
   STD_TORCH_CHECK(!ups.empty(), "ups: want at least one matrix");
-  STD_TORCH_CHECK(site >= 0 && site <= 2, "site: want 0, 1 or 2, got ", site);
+  STD_TORCH_CHECK(numbers.scales.size() == ups.size(), "scales: want ", ups.size(), ", got ",
+                  numbers.scales.size());
+  STD_TORCH_CHECK(numbers.site >= 0 && numbers.site <= 2, "site: want 0, 1 or 2, got ",
+                  numbers.site);
   LowrankArgs a = {};
-  a.N = bottleneck.size(0), a.R = ups[0].size(1), a.K = static_cast<int64_t>(ups.size());
-  a.scale = static_cast<float>(scale), a.site = static_cast<Site>(site), a.dropout = dropout;
+  a.N = rows, a.middle = middle, a.K = static_cast<int64_t>(ups.size());
+  a.site = static_cast<Site>(numbers.site), a.dropout = cpu_dropout(rng, numbers.dropout);
+  a.own = a.K > 1 && ups[0].size(1) != middle;
   outs.assign(ups.size(), LowrankOutput{});
+  int64_t at = 0;
   for (size_t k = 0; k < ups.size(); ++k) {
-    STD_TORCH_CHECK(ups[k].dim() == 2 && ups[k].size(1) == a.R, "ups: want [O, ", a.R, "]");
-    outs[k].width = ups[k].size(0);
+    STD_TORCH_CHECK(ups[k].dim() == 2 && (a.own || ups[k].size(1) == middle), "ups: want [O, ",
+                    middle, "]");
+    outs[k].width = ups[k].size(0), outs[k].R = ups[k].size(1);
+    outs[k].scale = static_cast<float>(numbers.scales[k]), outs[k].at = at;
+    if (a.own) at += outs[k].R;
   }
+  STD_TORCH_CHECK(!a.own || (at == middle && a.site != Site::kMode), "ups: want ", middle,
+                  " columns together, got ", at);
   a.outs = outs.data();
   return a;
 }
 
-void forward(Optional x, Optional down, Optional hidden, Tensors ups, Tensors weights,
-             std::vector<Optional> biases, Tensors base, Optional core, Optional rng, double scale,
-             double dropout, int64_t site, Tensors ys, Optional h) {
+int64_t rows_of(const Tensors& matrices) {
+  int64_t rows = 0;
+  for (const Tensor& m : matrices) rows += m.size(0);
+  return rows;
+}
+
+// The down-projections of forward: one operand [D, R_k] for each mask of x, or one of all.
+void pack_downs(Packer& packer, LowrankArgs& a, const Tensors& downs) {
+  const bool masked = a.site == Site::kInput && a.dropout.threshold != 0;
+  const size_t wanted = masked && a.own ? a.K : 1;
+  STD_TORCH_CHECK(downs.size() == wanted, "downs: want ", wanted, ", got ", downs.size());
+  for (size_t k = 0; k < downs.size(); ++k) {
+    STD_TORCH_CHECK(wanted == 1 || downs[k].size(0) == a.outs[k].R, "downs: want [", a.outs[k].R,
+                    ", D]");
+    packer.add(masked ? &a.outs[k].down : &a.down, matrix(downs[k], "downs").transposed());
+  }
+}
+
+void forward(Optional x, Tensors downs, Optional hidden, Tensors ups, Tensors weights,
+             std::vector<Optional> biases, Tensors base, Optional core, Optional rng,
+             std::vector<double> scales, double dropout, int64_t site, Tensors ys, Optional h) {
   const LowrankKernels& kernel = kernels();
-  STD_TORCH_CHECK(hidden || (x && down), "x: want x and down, or hidden");
-  const DType type = dtype_of(hidden ? *hidden : *x, "x");
+  STD_TORCH_CHECK(hidden || (x && !downs.empty()), "x: want x and downs, or hidden");
+  const Tensor& first = hidden ? *hidden : *x;
+  const DType type = dtype_of(first, "x");
   std::vector<LowrankOutput> outs;
-  LowrankArgs a =
-      arguments(hidden ? *hidden : *x, ups, outs, scale, site, cpu_dropout(rng, dropout));
+  LowrankArgs a = arguments(first.size(0), hidden ? hidden->size(1) : rows_of(downs), ups, outs,
+                            {std::move(scales), dropout, site}, rng);
   Packer packer;
   if (x) {
     a.D = x->size(1), a.x = x->const_data_ptr(), a.x_row = row_stride(*x, "x");
@@ -82,7 +118,7 @@ void forward(Optional x, Optional down, Optional hidden, Tensors ups, Tensors we
   if (hidden) {
     a.hidden = hidden->const_data_ptr(), a.hidden_row = row_stride(*hidden, "hidden");
   } else {
-    packer.add(&a.down, matrix(*down, "down").transposed());
+    pack_downs(packer, a, downs);
   }
   for (int64_t k = 0; k < a.K; ++k) {
     LowrankOutput& o = outs[k];
@@ -101,7 +137,7 @@ void forward(Optional x, Optional down, Optional hidden, Tensors ups, Tensors we
     check_rows(ys[k], "ys", a.N, o.width, type);
     o.y = ys[k].mutable_data_ptr();
   }
-  if (h) a.h = h->mutable_data_ptr();
+  if (h) check_rows(*h, "h", a.N, a.middle, type), a.h = h->mutable_data_ptr();
   const bool parallel = worth_threads(a);
   a.block = block_rows(a, kernel.operands, !weights.empty() || type != DType::kFloat32);
   Scratch packed(packer.floats(kernel.operands.panel));
@@ -117,30 +153,39 @@ void forward(Optional x, Optional down, Optional hidden, Tensors ups, Tensors we
   });
 }
 
+std::vector<Matrix> matrices(const Tensors& tensors, const char* name) {
+  std::vector<Matrix> out;
+  for (const Tensor& t : tensors) out.push_back(matrix(t, name));
+  return out;
+}
+
 // Absent results are nullopt or an empty list. dx_has_base: dx holds sum_k dy_k W_k already.
-void backward(Tensors dys, Optional x, Tensor h, Optional down, Tensors ups, Tensors weights,
-              Optional core, Optional rng, double scale, double dropout, int64_t site,
-              bool dx_has_base, Optional dx, Optional dh, Optional ddown, Tensors dups,
+void backward(Tensors dys, Optional x, Tensor h, Tensors downs, Tensors ups, Tensors weights,
+              Optional core, Optional rng, std::vector<double> scales, double dropout, int64_t site,
+              bool dx_has_base, Optional dx, Optional dh, Tensors ddowns, Tensors dups,
               Optional dcore) {
   const LowrankKernels& kernel = kernels();
   const DType type = dtype_of(h, "h");
   std::vector<LowrankOutput> outs;
-  LowrankArgs a = arguments(h, ups, outs, scale, site, cpu_dropout(rng, dropout));
+  LowrankArgs a =
+      arguments(h.size(0), h.size(1), ups, outs, {std::move(scales), dropout, site}, rng);
+  STD_TORCH_CHECK(downs.empty() || rows_of(downs) == a.middle, "downs: want ", a.middle,
+                  " rows together, got ", rows_of(downs));
   const int64_t least = std::clamp<int64_t>(a.N / kBlockRows * 2, 1, kLeastSplits);
   const int64_t splits = std::clamp<int64_t>(ceil_div(a.N, kSplitRows), least, kMaxSplits);
   const int64_t split_rows = std::max<int64_t>(ceil_div(a.N, splits), 1);
   Packer packer;
   Gradients gradients(splits, kernel.operands.panel);
   a.hidden = h.const_data_ptr(), a.hidden_row = row_stride(h, "h");
-  a.need_dh = ddown || dh || dcore || (dx && down);
+  a.need_dh = !ddowns.empty() || dh || dcore || (dx && !downs.empty());
   a.dx_has_base = dx_has_base;
   if (x) a.x = x->const_data_ptr(), a.x_row = row_stride(*x, "x"), a.D = x->size(1);
   if (dx) {
     a.dx = dx->mutable_data_ptr(), a.D = dx->size(1);
-    if (down) packer.add(&a.down, matrix(*down, "down"));
+    if (!downs.empty()) packer.add(&a.down, matrices(downs, "downs"));
   }
-  if (dh) a.dh = dh->mutable_data_ptr();
-  if (ddown) gradients.add(&a.ddown, matrix(*ddown, "ddown"));
+  if (dh) check_rows(*dh, "dh", a.N, a.middle, type), a.dh = dh->mutable_data_ptr();
+  if (!ddowns.empty()) gradients.add(&a.ddown, matrices(ddowns, "ddowns"));
   for (int64_t k = 0; k < a.K; ++k) {
     LowrankOutput& o = outs[k];
     check_rows(dys[k], "dys", a.N, o.width, type);
@@ -178,14 +223,14 @@ void backward(Tensors dys, Optional x, Tensor h, Optional down, Tensors ups, Ten
 
 STABLE_TORCH_LIBRARY_FRAGMENT(petal_native, m) {
   m.def(
-      "lowrank_linear_fwd(Tensor? x, Tensor? down, Tensor? hidden, Tensor[] ups, "
-      "Tensor[] weights, Tensor?[] biases, Tensor[] base, Tensor? core, Tensor? rng, float scale, "
-      "float dropout, int site, Tensor(a!)[] ys, Tensor(b!)? h) -> ()");
+      "lowrank_linear_fwd(Tensor? x, Tensor[] downs, Tensor? hidden, Tensor[] ups, "
+      "Tensor[] weights, Tensor?[] biases, Tensor[] base, Tensor? core, Tensor? rng, "
+      "float[] scales, float dropout, int site, Tensor(a!)[] ys, Tensor(b!)? h) -> ()");
   m.def(
-      "lowrank_linear_bwd(Tensor[] dys, Tensor? x, Tensor h, Tensor? down, Tensor[] ups, "
-      "Tensor[] weights, Tensor? core, Tensor? rng, float scale, "
+      "lowrank_linear_bwd(Tensor[] dys, Tensor? x, Tensor h, Tensor[] downs, Tensor[] ups, "
+      "Tensor[] weights, Tensor? core, Tensor? rng, float[] scales, "
       "float dropout, int site, bool dx_has_base, Tensor(a!)? dx, Tensor(b!)? dh, "
-      "Tensor(c!)? ddown, Tensor(d!)[] dups, Tensor(e!)? dcore) -> ()");
+      "Tensor(c!)[] ddowns, Tensor(d!)[] dups, Tensor(e!)? dcore) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(petal_native, CPU, m) {
   m.impl("lowrank_linear_fwd", TORCH_BOX(&petal::forward));

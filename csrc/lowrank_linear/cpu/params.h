@@ -9,8 +9,11 @@ namespace petal {
 enum class Site : int32_t { kBottleneck = 0, kInput = 1, kMode = 2 };
 
 struct LowrankOutput {
-  int64_t width;        // O_k
+  int64_t width;  // O_k
+  int64_t R, at;  // its rank, and the first column of its part of h
+  float scale;
   const float* up;      // forward P_k^T [R, O_k]; backward P_k [O_k, R]
+  const float* down;    // forward A_k^T [D, R] where x has a mask; that of stream k
   const float* core;    // core_k [R, R], or null
   const float* core_t;  // core_k^T [R, R], backward only
   const float* weight;  // forward W_k^T [D, O_k]; backward W_k [O_k, D]; or null
@@ -25,22 +28,23 @@ struct LowrankOutput {
 };
 
 struct LowrankArgs {
-  int64_t N, D, R, K;
-  int64_t block;  // rows of a block
-  const void* x;  // [N, D], or null
+  int64_t N, D, K;
+  int64_t middle;  // columns of h: R, or the sum of all where every output has its own
+  bool own;        // every output has columns of h of its own
+  int64_t block;   // rows of a block
+  const void* x;   // [N, D], or null
   int64_t x_row;
-  const void* hidden;  // [N, R]: given, or saved by forward
+  const void* hidden;  // [N, middle]: given, or saved by forward
   int64_t hidden_row;
-  const float* down;  // forward U^T [D, R]; backward U [R, D]; or null
+  const float* down;  // forward U^T [D, middle]; backward U [middle, D], A_k one below the other
   LowrankOutput* outs;
-  float scale;
   Site site;
   CpuDropout dropout;
-  void* h;           // forward: [N, R] contiguous, or null
+  void* h;           // forward: [N, middle] contiguous, or null
   void* dx;          // backward: [N, D] contiguous, or null
   bool dx_has_base;  // dx already holds sum_k dy_k W_k
-  void* dh;          // backward: [N, R] contiguous, or null
-  float* ddown;      // partials [splits][panels of D][R][kNR], or null
+  void* dh;          // backward: [N, middle] contiguous, or null
+  float* ddown;      // partials [splits][panels of D][middle][kNR], or null
   bool need_dh;      // any of dx's update, dU, dcore, dh
 };
 

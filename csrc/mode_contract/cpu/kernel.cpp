@@ -48,7 +48,7 @@ void middle_of(float* middle, float* slab, const ModeArgs& a, int64_t index) {
   const int64_t width = padded(a.K);
   load_slab(slab, a, index);
   gemm({middle, width, kNR}, false, row_major(slab, padded(a.R)), a.R, a.R, a.modes_t, a.R * kNR,
-       width / kNR);
+       width);
   for (int64_t i = 0; i < a.R * width; i += kVL) store(middle + i, load(middle + i) * a.scale);
 }
 
@@ -143,13 +143,13 @@ void backward_tucker(const ModeArgs& a, int64_t split, bool first, int64_t index
     middle_of(middle, slab, a, index);
     float* dup = a.dup + split * n_panels(a.O) * a.R * kNR;
     gemm({dup, kNR, a.R * kNR}, !first, row_major(middle, padded(a.K)), a.R, a.K, d, a.K * kNR,
-         n_panels(a.O));
+         padded(a.O));
   } else if (a.dmodes) {
     load_slab(slab, a, index);
   }
   if (!a.dmodes && !a.dcore) return;
   if (a.up) {
-    gemm({dm, width, kNR}, false, panels(d, a.K), a.K, a.O, a.up, a.O * kNR, width / kNR);
+    gemm({dm, width, kNR}, false, panels(d, a.K), a.K, a.O, a.up, a.O * kNR, width);
   } else {
     for (int64_t j = 0; j < width / kNR; ++j) {
       for (int64_t k = 0; k < a.K; ++k) {
@@ -168,7 +168,7 @@ void backward_tucker(const ModeArgs& a, int64_t split, bool first, int64_t index
     to_panels(result, slab, width, a.R, a.R, a.R);
     float* dmodes = a.dmodes + split * n_panels(a.R) * a.K * kNR;
     gemm({dmodes, kNR, a.K * kNR}, !first, row_major(dm, width), a.K, a.R, result, a.R * kNR,
-         width / kNR);
+         width);
   }
 }
 

@@ -24,6 +24,7 @@ same bits for any number of threads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,10 +50,6 @@ def unsupported(call: Call, plan: str) -> list[str]:
         reasons.append("plan 'extend' needs the base's weights")
     if call.device.type != "cpu":
         reasons.append("needs CPU tensors")
-    if call.own_downs:
-        reasons.append("has no kernels for a down-projection of every output's own")
-    if len(set(call.settings.scales)) > 1:
-        reasons.append("has no kernels for scales that differ")
     single = (t.x, t.hidden, t.core)
     given = [each for each in (*single, *t.downs, *t.ups, *t.weights, *t.base) if each is not None]
     wrong = {each.dtype for each in given}.difference(_DTYPES)
@@ -80,7 +77,15 @@ def _fresh(like: Tensor, cols: int) -> Tensor:
 
 def _numbers(rng: Tensor | None, s: Settings) -> list[Any]:
     """The settings as both kernels take them."""
-    return [rng, s.scales[0], s.dropout, _SITES[s.dropout_at]]
+    return [rng, s.scales, s.dropout, _SITES[s.dropout_at]]
+
+
+def _downs(call: Call, rng: Tensor | None) -> Sequence[Tensor]:
+    """As forward contracts x with them: one product, unless each reads x under its own mask."""
+    downs, masked = call.tensors.downs, rng is not None and call.settings.dropout > 0.0
+    if len(downs) < 2 or (masked and call.settings.dropout_at == "input"):
+        return downs
+    return [torch.cat(downs)]  # type: ignore[arg-type]
 
 
 def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Saved]:
@@ -96,10 +101,10 @@ def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Sa
         for y, w in zip(ys, weights, strict=True):
             torch.mm(t.x, w.t(), out=y)
         base, weights = ys, ()
-    h = like.new_empty((like.shape[0], t.ups[0].shape[1])) if t.hidden is None else t.hidden
+    h = like.new_empty((like.shape[0], call.middle)) if t.hidden is None else t.hidden
     torch.ops.petal_native.lowrank_linear_fwd(
         t.x,
-        t.downs[0] if t.downs else None,
+        _downs(call, rng),
         t.hidden,
         t.ups,
         weights,
@@ -119,13 +124,12 @@ def backward(
     """The gradients that ``need`` names."""
     device.load_cpu_library()
     t, s = call
-    h, core = saved.h, t.core
-    down = t.downs[0] if t.downs else None
+    h, core, downs = saved.h, t.core, t.downs
     weights = t.weights if "x" in need else ()
     dx: Tensor | None = None
     dx_has_base = False
-    if "x" in need and (down is not None or weights):
-        width = weights[0].shape[1] if weights else (down.shape[1] if down is not None else 0)
+    if "x" in need and (downs or weights):
+        width = (weights or downs)[0].shape[1]
         dx = _fresh(h, width)
         if weights and _library_multiplies(h.dtype):
             torch.mm(dys[0], weights[0], out=dx)
@@ -133,15 +137,15 @@ def backward(
                 dx.addmm_(dy, w)
             dx_has_base = True
             weights = ()
-    dh = h.new_empty(h.shape) if down is None or "hidden" in need else None
-    ddown = torch.empty_like(down) if down is not None and "downs" in need else None
+    dh = h.new_empty(h.shape) if not downs or "hidden" in need else None
+    ddowns = [torch.empty_like(down) for down in downs] if "downs" in need else []
     dups = [torch.empty_like(up) for up in t.ups] if "ups" in need else None
     dcore = torch.empty_like(core) if core is not None and "core" in need else None
     torch.ops.petal_native.lowrank_linear_bwd(
         dys,
-        t.x if ddown is not None else None,  # else only its shape is real: nothing may read it
+        t.x if ddowns else None,  # else only its shape is real: nothing may read it
         h,
-        down,
+        downs,
         t.ups,
         weights,
         core,
@@ -149,8 +153,8 @@ def backward(
         dx_has_base,
         dx,
         dh,
-        ddown,
+        ddowns,
         dups or [],
         dcore,
     )
-    return Gradients(dx, None if ddown is None else [ddown], dh, dups, dcore)
+    return Gradients(dx, ddowns or None, dh, dups, dcore)
