@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 from petal_kernels._runtime.backends import explain, use_backend
 from petal_kernels.ops.expert_dispatch import expert_dispatch
 from petal_kernels.ops.gated_bottleneck import gated_bottleneck
+from petal_kernels.ops.gated_mlp import gated_mlp
 from petal_kernels.ops.lowrank_linear import lowrank_linear
 from petal_kernels.ops.mode_contract import mode_contract
 
@@ -53,6 +54,7 @@ __all__ = [
     "expert_dispatch",
     "explain",
     "gated_bottleneck",
+    "gated_mlp",
     "lowrank_linear",
     "memory",
     "mode_contract",
