@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from petal_kernels.hf import Attachment as Attachment
     from petal_kernels.hf import AuroraConfig as AuroraConfig
     from petal_kernels.hf import ExpertConfig as ExpertConfig
+    from petal_kernels.hf import LoraConfig as LoraConfig
     from petal_kernels.hf import PetalConfig as PetalConfig
     from petal_kernels.hf import RoutingConfig as RoutingConfig
     from petal_kernels.hf import VLAdapterConfig as VLAdapterConfig
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _CONFIGS = (
     "AuroraConfig",
     "ExpertConfig",
+    "LoraConfig",
     "PetalConfig",
     "RoutingConfig",
     "VLAdapterConfig",
@@ -43,6 +45,7 @@ __all__ = [
     "Attachment",
     "AuroraConfig",
     "ExpertConfig",
+    "LoraConfig",
     "PetalConfig",
     "RoutingConfig",
     "VLAdapterConfig",

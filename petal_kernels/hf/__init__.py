@@ -5,6 +5,7 @@ from petal_kernels.hf.attachment import Attachment
 from petal_kernels.hf.config import (
     AuroraConfig,
     ExpertConfig,
+    LoraConfig,
     PetalConfig,
     RoutingConfig,
     VLAdapterConfig,
@@ -17,6 +18,7 @@ __all__ = [
     "Attachment",
     "AuroraConfig",
     "ExpertConfig",
+    "LoraConfig",
     "MergeReport",
     "PetalConfig",
     "Report",
