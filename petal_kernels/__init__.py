@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from petal_kernels.hf import VLPetConfig as VLPetConfig
     from petal_kernels.hf.attach import attach as attach
     from petal_kernels.hf.attach import attachment as attachment
+    from petal_kernels.hf.attach import plan as plan
 
 _CONFIGS = (
     "AuroraConfig",
@@ -39,7 +40,7 @@ _CONFIGS = (
     "VLAdapterConfig",
     "VLPetConfig",
 )
-_LAZY = dict.fromkeys(("attach", "attachment", "Attachment", *_CONFIGS), "hf")
+_LAZY = dict.fromkeys(("attach", "attachment", "plan", "Attachment", *_CONFIGS), "hf")
 
 __all__ = [
     "Attachment",
@@ -60,6 +61,7 @@ __all__ = [
     "memory",
     "mode_contract",
     "nn",
+    "plan",
     "use_backend",
 ]
 

@@ -1,6 +1,6 @@
 """Attaching the modules to Hugging Face models; works on objects and imports no model library."""
 
-from petal_kernels.hf.attach import attach, attachment
+from petal_kernels.hf.attach import attach, attachment, plan
 from petal_kernels.hf.attachment import Attachment
 from petal_kernels.hf.config import (
     AuroraConfig,
@@ -27,4 +27,5 @@ __all__ = [
     "VLPetConfig",
     "attach",
     "attachment",
+    "plan",
 ]

@@ -9,6 +9,7 @@ import warnings
 from typing import Any
 
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from petal_kernels.hf import files, tensors
 from petal_kernels.hf.attachment import NAME, Attachment
@@ -16,6 +17,8 @@ from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.merging import HANDLE
 from petal_kernels.hf.methods import method_of
 from petal_kernels.hf.peft_config import from_peft, is_peft
+from petal_kernels.hf.report import Report
+from petal_kernels.hf.twins import skeleton
 from petal_kernels.nn.arguments import check_choice
 
 IMPLEMENTATIONS = ("fused", "published")
@@ -54,6 +57,29 @@ def attach(
     for note in made.method.found.notes:
         warnings.warn(f"attach: {note}", stacklevel=2)
     return made
+
+
+def plan(
+    model: nn.Module,
+    config: AdapterConfig | str | os.PathLike[str] | Any,
+    *,
+    tokens: tuple[int, int] = (8, 128),
+) -> Report:
+    """The report that `attach(model, config)` would give here; print it.
+
+    The model is not touched: not one attribute of it changes, nothing is allocated and no random
+    number is drawn. What attach refuses is refused here too; of a saved adapter its config counts.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: want a torch.nn.Module, got a {type(model).__name__}")
+    _check_free(model)
+    if isinstance(config, (str, os.PathLike)):
+        config = files.read(config).config
+    config = _checked(config, model)
+    _check_wrapped(model, [])
+    twin = skeleton(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return _attach(twin, config, "fused").report(tokens)
 
 
 def attachment(model: nn.Module) -> Attachment:

@@ -209,6 +209,14 @@ def cases() -> list[Case]:
             signature_of=pk.attach,
         ),
         _case(
+            "plan",
+            pk.plan,
+            lambda: {"model": built, "config": pk.VLAdapterConfig(r=2), "tokens": (2, 9)},
+            legal=("tokens: first zero",),
+            elsewhere=ELSEWHERE["attach"],
+            watched=lambda: built,
+        ),
+        _case(
             "attachment",
             pk.attachment,
             lambda: {"model": attached("routing").model},
