@@ -23,27 +23,31 @@ if TYPE_CHECKING:
     from petal_kernels.hf import Attachment as Attachment
     from petal_kernels.hf import AuroraConfig as AuroraConfig
     from petal_kernels.hf import ExpertConfig as ExpertConfig
+    from petal_kernels.hf import LoraConfig as LoraConfig
     from petal_kernels.hf import PetalConfig as PetalConfig
     from petal_kernels.hf import RoutingConfig as RoutingConfig
     from petal_kernels.hf import VLAdapterConfig as VLAdapterConfig
     from petal_kernels.hf import VLPetConfig as VLPetConfig
     from petal_kernels.hf.attach import attach as attach
     from petal_kernels.hf.attach import attachment as attachment
+    from petal_kernels.hf.attach import plan as plan
 
 _CONFIGS = (
     "AuroraConfig",
     "ExpertConfig",
+    "LoraConfig",
     "PetalConfig",
     "RoutingConfig",
     "VLAdapterConfig",
     "VLPetConfig",
 )
-_LAZY = dict.fromkeys(("attach", "attachment", "Attachment", *_CONFIGS), "hf")
+_LAZY = dict.fromkeys(("attach", "attachment", "plan", "Attachment", *_CONFIGS), "hf")
 
 __all__ = [
     "Attachment",
     "AuroraConfig",
     "ExpertConfig",
+    "LoraConfig",
     "PetalConfig",
     "RoutingConfig",
     "VLAdapterConfig",
@@ -59,6 +63,7 @@ __all__ = [
     "memory",
     "mode_contract",
     "nn",
+    "plan",
     "use_backend",
 ]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -40,7 +41,8 @@ def dry_run(function: Callable[..., Any], *inputs: Any, **keywords: Any) -> list
     among it. Effects of the function's Python code stay: a module that keeps its last output keeps
     a fake one.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # Inside somebody's own mode its tensors are met, which no other mode takes.
+    mode = active_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True)
     witness = _Witness(mode)
     with _without_autocast_cache(), mode, witness:
         given, named = tree_map(witness.fake, (inputs, keywords))

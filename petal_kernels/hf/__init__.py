@@ -1,10 +1,11 @@
 """Attaching the modules to Hugging Face models; works on objects and imports no model library."""
 
-from petal_kernels.hf.attach import attach, attachment
+from petal_kernels.hf.attach import attach, attachment, plan
 from petal_kernels.hf.attachment import Attachment
 from petal_kernels.hf.config import (
     AuroraConfig,
     ExpertConfig,
+    LoraConfig,
     PetalConfig,
     RoutingConfig,
     VLAdapterConfig,
@@ -17,6 +18,7 @@ __all__ = [
     "Attachment",
     "AuroraConfig",
     "ExpertConfig",
+    "LoraConfig",
     "MergeReport",
     "PetalConfig",
     "Report",
@@ -25,4 +27,5 @@ __all__ = [
     "VLPetConfig",
     "attach",
     "attachment",
+    "plan",
 ]

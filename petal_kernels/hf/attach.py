@@ -6,14 +6,19 @@ import dataclasses
 import gc
 import os
 import warnings
+from typing import Any
 
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from petal_kernels.hf import files, tensors
 from petal_kernels.hf.attachment import NAME, Attachment
 from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.merging import HANDLE
 from petal_kernels.hf.methods import method_of
+from petal_kernels.hf.peft_config import from_peft, is_peft
+from petal_kernels.hf.report import Report
+from petal_kernels.hf.twins import skeleton
 from petal_kernels.nn.arguments import check_choice
 
 IMPLEMENTATIONS = ("fused", "published")
@@ -23,13 +28,14 @@ _ENGINES = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule",
 
 def attach(
     model: nn.Module,
-    config: AdapterConfig | str | os.PathLike[str],
+    config: AdapterConfig | str | os.PathLike[str] | Any,
     *,
     implementation: str = "fused",
 ) -> Attachment:
     """Freezes `model`, adapts its layers in place and returns the handle of what was done.
 
-    `config` is a config of one of the methods, or the directory of a saved adapter.
+    `config` is a config of one of the methods, a LoraConfig of PEFT's, or the directory of a saved
+    adapter.
     `implementation` is "fused" or "published" (the eager form of the papers over the same
     parameters: the reference). Raises ValueError where nothing matches, leaving the model as it
     was.
@@ -42,15 +48,8 @@ def attach(
     if isinstance(config, (str, os.PathLike)):
         saved = files.read(config)
         config = saved.config
-    if not isinstance(config, AdapterConfig):
-        raise TypeError(
-            f"config: want a PetalConfig, another method's config or a path, got a "
-            f"{type(config).__name__}"
-        )
+    config = _checked(config, model)
     _check_holders(model)
-    # A copy, checked again: the caller's object may have been changed since it was made, and may be
-    # changed for the next run.
-    config = dataclasses.replace(config)
     if saved is None:
         made = _attach(model, config, implementation)
     else:
@@ -58,6 +57,29 @@ def attach(
     for note in made.method.found.notes:
         warnings.warn(f"attach: {note}", stacklevel=2)
     return made
+
+
+def plan(
+    model: nn.Module,
+    config: AdapterConfig | str | os.PathLike[str] | Any,
+    *,
+    tokens: tuple[int, int] = (8, 128),
+) -> Report:
+    """The report that `attach(model, config)` would give here; print it.
+
+    The model is not touched: not one attribute of it changes, nothing is allocated and no random
+    number is drawn. What attach refuses is refused here too; of a saved adapter its config counts.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: want a torch.nn.Module, got a {type(model).__name__}")
+    _check_free(model)
+    if isinstance(config, (str, os.PathLike)):
+        config = files.read(config).config
+    config = _checked(config, model)
+    _check_wrapped(model, [])
+    twin = skeleton(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return _attach(twin, config, "fused").report(tokens)
 
 
 def attachment(model: nn.Module) -> Attachment:
@@ -72,6 +94,19 @@ def attachment(model: nn.Module) -> Attachment:
     raise ValueError(
         f"model: want a model that attach has adapted, got a {type(model).__name__} without one"
     )
+
+
+def _checked(config: Any, model: nn.Module) -> AdapterConfig:
+    """A copy, checked again: the caller's object may have been changed since it was made, and may
+    be changed for the next run."""
+    if is_peft(config):
+        return from_peft(config, model)
+    if not isinstance(config, AdapterConfig):
+        raise TypeError(
+            f"config: want a PetalConfig, another method's config or a path, got a "
+            f"{type(config).__name__}"
+        )
+    return dataclasses.replace(config)
 
 
 def _attach(model: nn.Module, config: AdapterConfig, implementation: str) -> Attachment:

@@ -42,8 +42,8 @@ from petal_kernels.hf.parts import (
 )
 from petal_kernels.hf.report import Report, make_report
 from petal_kernels.hf.routing import Routed
-from petal_kernels.hf.walk import is_a, parent_of
-from petal_kernels.hf.whole import Copies, extra_modules, offloaded
+from petal_kernels.hf.walk import is_a, joined, parent_of, uses_of
+from petal_kernels.hf.whole import Copies, CopyPart, extra_modules, offloaded
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.frozen_linear import FrozenLinear
 
@@ -58,6 +58,7 @@ class Attachment(Blocks, Routed):
         self.config: AdapterConfig = method.config
         self.adapter = method.adapter
         self._wrapped: list[tuple[Place, nn.Module, str, AdaptedLinear]] = []
+        self._again: list[tuple[nn.Module, str, AdaptedLinear]] = []  # other uses of these
         self._taken: list[tuple[nn.Module, type, Any]] = []  # with its class and own `forward`
         self._guards: set[int] = set()  # of those, modules that may be replaced: nothing is lost
         self._merged: Merged | None = None
@@ -70,7 +71,9 @@ class Attachment(Blocks, Routed):
         self._attached = True
         model.requires_grad_(False)
         self._train_whole()
+        self._uses = uses_of(model)
         method.install(self)
+        self._uses = {}
         self._bind_copies()
         self._guard_embeddings()
         self.adapter.train(model.training)
@@ -116,6 +119,11 @@ class Attachment(Blocks, Routed):
         parent, child = parent_of(self.model, place.path)
         setattr(parent, child, wrapper)
         self._wrapped.append((place, parent, child, wrapper))
+        # Wherever else the same module is used.
+        for other, name in self._uses[id(place.module)]:
+            if (other, name) != (parent, child):
+                setattr(other, name, wrapper)
+                self._again.append((other, name, wrapper))
 
     def _train_whole(self) -> None:
         """Copies of everything that is trained whole, wherever its parameters are used."""
@@ -131,14 +139,28 @@ class Attachment(Blocks, Routed):
         for path, module in wanted.values():
             names = [n for n, p in module._parameters.items() if p is not None and id(p) in trained]
             if names or module._buffers:
-                part = copies.hold(path, module, names)
-                part.method = self.method
-                module.__dict__["_petal_copy"] = part
-                self.take(module, part, Readable)
-        for path, bias in self.method.trained_biases().items():
-            self.method.biases[path] = copies.hold(path, bias, ["bias"], buffers=False).holder
+                self._read(module, copies.hold(path, module, names))
+        self._train_biases(copies)
         if copies.paths:
             self.adapter.add_module(tensors.EXTRA, copies)
+
+    def _train_biases(self, copies: Copies) -> None:
+        """Copies of biases: an adapted linear's wrapper adds them, other modules read them."""
+        adapted = {id(place.module) for place in self.found.places}
+        for path, module in self.method.trained_biases().items():
+            if id(module) in adapted:
+                part = copies.hold(path, module, ["bias"], buffers=False)
+                self.method.biases[path] = part.held("bias")[0]
+                continue
+            parameters = module._parameters.items()
+            names = [n for n, p in parameters if p is not None and "bias" in joined(path, n)]
+            self._read(module, copies.hold(path, module, names, buffers=False))
+
+    def _read(self, module: nn.Module, part: CopyPart) -> None:
+        """Lets a module run with its copies."""
+        part.method = self.method
+        module.__dict__["_petal_copy"] = part
+        self.take(module, part, Readable)
 
     def _bind_copies(self) -> None:
         """Layers that hold a trained copy bind their call too, where nothing else of them is
@@ -247,7 +269,8 @@ class Attachment(Blocks, Routed):
 
     def _load(self, saved: files.Saved) -> None:
         own = self._loadable()
-        values = saved.tensors_for(own | self._aliases(own), prefixes_of(self.model))
+        wanted, prefixes = own | self._aliases(own), prefixes_of(self.model)
+        values = saved.tensors_for(wanted, prefixes, mirrors=self.method.mirrors)
         self._copy_in(own, values)
 
     def _aliases(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -343,7 +366,8 @@ class Attachment(Blocks, Routed):
                 del module.__dict__[name]
             if forward is not None and isinstance(module.__dict__["forward"], PatchedForward):
                 module.__dict__["forward"] = forward
-        for _, parent, child, wrapper in self._wrapped:
+        places = [(parent, child, wrapper) for _, parent, child, wrapper in self._wrapped]
+        for parent, child, wrapper in (*places, *self._again):
             if parent._modules.get(child) is wrapper:  # else somebody put another one there
                 setattr(parent, child, wrapper.base)
         if NAME in self.model._modules:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
-
-import torch
+from typing import Any, ClassVar, Literal
 
 from petal_kernels._runtime.numerics import ACTIVATIONS
-from petal_kernels.hf.fields import check_pattern as _check_pattern
+from petal_kernels.hf.adapter_config import VARIANTS as VARIANTS
+from petal_kernels.hf.adapter_config import AdapterConfig as AdapterConfig
 from petal_kernels.hf.fields import is_finite as _is_finite
 from petal_kernels.hf.fields import is_number as _is_number
 from petal_kernels.hf.fields import is_size as _is_size
-from petal_kernels.hf.fields import names as _names
 from petal_kernels.hf.fields import one_of as _one_of
-from petal_kernels.hf.fields import plain as _plain
 from petal_kernels.hf.fields import want as _want
+from petal_kernels.hf.lora_config import LoraConfig as LoraConfig
 from petal_kernels.nn import low_rank_experts as moe
 from petal_kernels.nn.gated_adapter import GATES, INITS, ROUTES
 
-VARIANTS = ("paper", "release")
 _VARIANT_DEFAULTS: dict[str, dict[str, Any]] = {
     "paper": {
         "core": "cp",
@@ -37,55 +33,6 @@ _VARIANT_DEFAULTS: dict[str, dict[str, Any]] = {
         "tokens": "all",
     },
 }
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-Config = TypeVar("Config", bound="AdapterConfig")
-
-
-@dataclass
-class AdapterConfig:
-    """What the configs of all methods share."""
-
-    method: ClassVar[str] = ""
-    r: int = 64
-    variant: str = "paper"
-    target_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    adapter_dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, _plain(getattr(self, field.name)))
-        _want(_is_size(self.r, 1), "r", "an integer >= 1", self.r)
-        _one_of("variant", self.variant, VARIANTS)
-        if isinstance(self.adapter_dtype, torch.dtype):
-            self.adapter_dtype = str(self.adapter_dtype).removeprefix("torch.")
-        _one_of("adapter_dtype", self.adapter_dtype, tuple(_DTYPES))
-        if isinstance(self.target_modules, str):
-            _check_pattern("target_modules", self.target_modules)
-        else:
-            self.target_modules = _names("target_modules", self.target_modules)
-        self.modules_to_save = _names("modules_to_save", self.modules_to_save)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return _DTYPES[self.adapter_dtype]
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
-        if not isinstance(values, dict):
-            raise TypeError(f"values: want a dict, got a {type(values).__name__}")
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(str(key) for key in set(values) - set(known))
-        if unknown:
-            raise ValueError(
-                f"values: want {cls.__name__}'s keys among {known}, got unknown {unknown}"
-            )
-        return cls(**values)
 
 
 @dataclass
@@ -361,6 +308,7 @@ METHODS: dict[str, type[AdapterConfig]] = {
         VLAdapterConfig,
         RoutingConfig,
         ExpertConfig,
+        LoraConfig,
     )
 }
 

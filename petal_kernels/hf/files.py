@@ -34,7 +34,10 @@ FORMAT_VERSION = 1
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _KEYS = ("format_version", "method", "variant", "config", "base", "tensors")
 _SEAL = "sha256"  # of the json, over everything else in it
-_TRAINING_ONLY = ("dropout",)  # config fields in which a file may differ from the attachment
+_TRAINING_ONLY = (
+    "dropout",
+    "lora_dropout",
+)  # config fields in which a file may differ from the attachment
 
 
 @dataclass
@@ -72,12 +75,14 @@ class Saved:
                 )
 
     def tensors_for(
-        self, state: Mapping[str, Tensor], prefixes: Sequence[str] = ()
+        self, state: Mapping[str, Tensor], prefixes: Sequence[str] = (), *, mirrors: bool = False
     ) -> dict[str, Tensor]:
         """The tensors under the names of `state`; ValueError where names, shapes or dtypes do not
-        fit. Modules trained whole may lie elsewhere than where they were saved by what `canonical`
-        drops, `prefixes` among it."""
+        fit. Modules trained whole, and all where the adapter `mirrors` the model's names, may lie
+        elsewhere than where they were saved by what `canonical` drops, `prefixes` among it."""
         found = renamed(self.tensors, state, prefixes, f"{EXTRA}.")
+        if mirrors:
+            found = renamed(found, state, prefixes, "")
         check_tensors(str(self.path.with_name(TENSORS)), found, state)
         return found
 

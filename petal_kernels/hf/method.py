@@ -26,6 +26,7 @@ from petal_kernels.hf.routing import Routings
 from petal_kernels.hf.tokens import Tokens, named, reader_of
 from petal_kernels.hf.walk import device_of
 from petal_kernels.hf.wrappers import AdaptedLinear
+from petal_kernels.nn.frozen_linear import why_not_plain
 from petal_kernels.nn.low_rank_experts import LowRankExperts
 from petal_kernels.nn.routed_lora import linear_features
 
@@ -46,11 +47,13 @@ class Method(ABC):
     needs: ClassVar[Sequence[str]] = ()  # stacks that it cannot do without
     shares: ClassVar[bool] = True  # whether a stack's forward makes something for its layers
     stack_starts: ClassVar[bool] = True  # whether the first stack's forward begins a new routing
+    mirrors: ClassVar[bool] = False  # whether the adapter's names begin at the model's root
+    groups_rows: ClassVar[bool] = False  # whether a report's table joins equal rows of its layers
     blocks: ClassVar[Mapping[str, str]] = {}  # the `with` blocks it reads, and for what
 
     def __init__(self, model: nn.Module, config: Any, *, published: bool) -> None:
         self.config, self.published = config, published
-        self.found: Found = found.find(model, config, self.rows, self.needs)
+        self.found: Found = self.find(model)
         for layer in self.found.layers:
             layer.places = [place for place in layer.places if self.keeps(place)]
         self.reader = reader_of(config)  # what takes one choice per sample, if anything does
@@ -66,6 +69,10 @@ class Method(ABC):
     @abstractmethod
     def rows(self, stack: Stack) -> Sequence[tuple[str, Linear | Block]] | None:
         """Roles and rows that it adapts in the layers of a stack; None: none of its stacks."""
+
+    def find(self, model: nn.Module) -> Found:
+        """The places that it adapts, among its rows of the table of models."""
+        return found.find(model, self.config, self.rows, self.needs)
 
     def keeps(self, place: Place) -> bool:
         """Whether the config can adapt a place that was found; raises where it was named."""
@@ -164,6 +171,10 @@ class Method(ABC):
     def trains(self, place: Place) -> nn.Module | None:
         """The adapter of a place, which several may share: it is counted once."""
         return None
+
+    def why_called(self, base: nn.Module) -> str:
+        """Why a base is called where its weight is not read; empty where it is read."""
+        return why_not_plain(base)
 
     @abstractmethod
     def sample(

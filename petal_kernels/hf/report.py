@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from petal_kernels.hf.context import given
 from petal_kernels.hf.parts import runs_twice
 from petal_kernels.hf.twins import NotDry
 from petal_kernels.hf.whole import Copies
-from petal_kernels.nn.frozen_linear import why_not_plain, why_not_readable
+from petal_kernels.nn.frozen_linear import why_not_readable
 
 if TYPE_CHECKING:
     from petal_kernels.hf.method import Method
@@ -53,6 +54,7 @@ class Report:
     declined: dict[str, str]
     tokens: Rows = (8, 128)
     notes: list[str] = field(default_factory=list)  # what is left as it is
+    grouped: bool = False  # the table joins equal rows of a stack's layers
 
     @property
     def percent(self) -> float:
@@ -65,14 +67,15 @@ class Report:
             why: i for i, why in enumerate(dict.fromkeys(r.why for r in self.rows if r.why), 1)
         }
         table = []
-        for row in self.rows:
+        for row in joined_rows(self.rows) if self.grouped else self.rows:
             mark = f"[{notes[row.why]}]" if row.why else ""
             backend = f"{row.backend} {mark}".strip()
             table.append((row.module, row.role, row.shape, backend, f"{row.trainable:,}"))
         lines = columns(header, table, right=(4,), indent="").split("\n")
         lines.insert(1, "-" * len(lines[0]))
         lines += [f"[{number}] {why}" for why, number in notes.items()]
-        lines += [f"base called, not read: {path} ({why})" for path, why in self.declined.items()]
+        declined = _joined_paths(self.declined) if self.grouped else self.declined
+        lines += [f"base called, not read: {path} ({why})" for path, why in declined.items()]
         if any(row.why for row in self.rows):
             lines.append("backends and plans: of inputs [{}, {}, features]".format(*self.tokens))
         lines += self.notes
@@ -83,6 +86,28 @@ class Report:
         return "\n".join(lines)
 
 
+def joined_rows(rows: Sequence[Row]) -> list[Row]:
+    """Rows that are alike but for the numbers in their paths, as one: `layers.* x 32`."""
+    groups: dict[Row, list[Row]] = {}
+    for row in rows:
+        alike = replace(row, module=_NUMBER.sub("*", row.module), trainable=0)
+        groups.setdefault(alike, []).append(row)
+    return [
+        own[0]
+        if len(own) == 1
+        else replace(
+            alike, module=f"{alike.module} x {len(own)}", trainable=sum(r.trainable for r in own)
+        )
+        for alike, own in groups.items()
+    ]
+
+
+def _joined_paths(declined: Mapping[str, str]) -> dict[str, str]:
+    rows = [Row(path, why, "", "", "", 0) for path, why in declined.items()]
+    return {row.module: row.role for row in joined_rows(rows)}
+
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a name that is one
 _EAGER = ("eager", "eager: the published form, one step at a time")
 _OFF = ("off", "off: inside disabled() the model computes what it did before attach")
 _MERGED = ("merged", "merged: the update lies in the weight")
@@ -133,9 +158,10 @@ def make_report(
     parameters = sum(p.numel() for p in model.parameters() if id(p) not in own)
     trainable = sum(p.numel() for p in method.adapter.parameters() if p.requires_grad)
     stored = sum(p.numel() for p in method.adapter.parameters())
-    declined = {path: why for path, w in wrappers.items() if (why := why_not_plain(w.base))}
-    notes = method.found.notes
-    return Report(rows, implementation, parameters, trainable, stored, declined, tokens, notes)
+    declined = {path: why for path, w in wrappers.items() if (why := method.why_called(w.base))}
+    counts = (parameters, trainable, stored)
+    grouped = method.groups_rows
+    return Report(rows, implementation, *counts, declined, tokens, method.found.notes, grouped)
 
 
 def choice_in_words(found: Sequence[Explanation]) -> tuple[str, str]:

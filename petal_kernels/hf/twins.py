@@ -6,6 +6,7 @@ keep them, read them, or bring an offloaded weight.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from typing import Any
 
@@ -30,6 +31,39 @@ def twin_of(module: nn.Module, **instead: Any) -> Any:
     hooks: dict[str, Any] = {name: OrderedDict() for name in HOOKS if name in values}
     twin.__dict__.update(values | hooks | instead)
     return twin
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A model of the same modules that shares every value and no object that can be changed:
+    modules, parameters and the dictionaries that hold them, hooks among them, are its own."""
+    modules: dict[int, nn.Module] = {}
+    parameters: dict[int, Any] = {}
+
+    def twin(module: nn.Module | None) -> Any:
+        if module is None or id(module) in modules:
+            return modules.get(id(module))
+        own: Any = modules.setdefault(id(module), object.__new__(type(module)))
+        values = dict(module.__dict__)
+        for name in values:
+            if name in HOOKS or name in ("_buffers", "_non_persistent_buffers_set"):
+                values[name] = copy.copy(values[name])
+        values["_parameters"] = {n: parameter(p) for n, p in module._parameters.items()}
+        values["_modules"] = {n: twin(child) for n, child in module._modules.items()}
+        own.__dict__.update(values)
+        return own
+
+    def parameter(value: nn.Parameter | None) -> Any:
+        # What is of another class and frozen, as quantised weights are, is never written.
+        if value is None or not (type(value) is nn.Parameter or value.requires_grad):
+            return value
+        if id(value) not in parameters:
+            own = nn.Parameter(value.detach(), requires_grad=value.requires_grad)
+            own.__dict__.update(value.__dict__)
+            parameters[id(value)] = own
+        return parameters[id(value)]
+
+    found: nn.Module = twin(model)
+    return found
 
 
 def base_twin(base: nn.Module) -> nn.Module:

@@ -43,6 +43,15 @@ def device_of(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
+def uses_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where each module stands: its owners and its names there, by its id."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            found.setdefault(id(child), []).append((parent, name))
+    return found
+
+
 def joined(*parts: str) -> str:
     """A module's path."""
     return ".".join(part for part in parts if part)

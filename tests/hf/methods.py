@@ -23,62 +23,12 @@ from torch import Tensor, nn
 
 import petal_kernels as pk
 from petal_kernels.hf.config import AdapterConfig
-from tests.hf import tiny, tiny_blip, tiny_text
+from tests.hf import tiny
+from tests.hf.method_families import FAMILIES
 
 SAME = 1e-9  # relative, in fp64: another order of the same sums
 EXPERTS = 3
 Values = dict[str, Tensor | None]
-
-
-@dataclass(frozen=True)
-class Family:
-    """Tiny models of one family, and their batches."""
-
-    build: Callable[[], nn.Module]
-    batch: Callable[..., dict[str, Any]]  # of size, seed, length
-    width: int = tiny_text.WIDTH
-
-
-def _qformer_batch(family: str, size: int, seed: int, length: int) -> dict[str, Any]:
-    values = tiny.batch(family, size, seed)
-    if family == "instructblip":
-        for name in ("qformer_input_ids", "qformer_attention_mask"):
-            values[name] = values[name][:, :length]
-        values["qformer_attention_mask"][-1, 5:] = 0
-    values["pixel_values"] = values["pixel_values"].double()
-    return values
-
-
-def _blip_batch(task: str, size: int, seed: int, length: int) -> dict[str, Any]:
-    return tiny_blip.batch(task, seed, size)
-
-
-def _text_batch(family: str, size: int, seed: int, length: int) -> dict[str, Any]:
-    """Embeddings instead of ids, so that the first layer's input has a gradient too."""
-    values: dict[str, Any] = dict(tiny_text.batch(family, size, seed))
-    generator = torch.Generator().manual_seed(seed)
-    shape = (*values.pop("input_ids").shape, tiny_text.WIDTH)
-    embeds = torch.randn(shape, generator=generator, dtype=torch.float64)
-    values |= {"inputs_embeds": embeds[:, :length], "use_cache": False}
-    values["attention_mask"] = values["attention_mask"][:, :length]
-    values["labels"] = values["labels"][:, :length].contiguous()
-    return values
-
-
-FAMILIES = {
-    **{
-        name: Family(partial(build, layers=2), partial(_qformer_batch, name))
-        for name, build in tiny.FAMILIES.items()
-    },
-    **{
-        task: Family(partial(tiny_blip.build, task), partial(_blip_batch, task), tiny_blip.WIDTH)
-        for task in tiny_blip.TASKS
-    },
-    **{
-        name: Family(partial(tiny_text.build, name), partial(_text_batch, name))
-        for name in tiny_text.MODELS
-    },
-}
 
 
 @dataclass
@@ -118,7 +68,7 @@ class Row:
     @property
     def plain(self) -> bool:
         """Ordinary LoRA or adapters, which share nothing between layers."""
-        return isinstance(self.config(), pk.RoutingConfig) and not self.around
+        return isinstance(self.config(), (pk.RoutingConfig, pk.LoraConfig)) and not self.around
 
     def given(
         self,
@@ -174,6 +124,7 @@ _lora = partial(pk.RoutingConfig, r=4, alpha=6.0)
 _adapter = partial(pk.RoutingConfig, r=4, kind="adapter")
 _mix = partial(pk.ExpertConfig, r=4, experts=EXPERTS)
 _mixed = partial(_mix, kind="adapter")
+_peft = partial(pk.LoraConfig, r=4, lora_alpha=6)
 _vision = partial(Row, around="vision")
 _domains = partial(Row, around="domains")
 _CONTEXT = ("crossattention.output.LayerNorm",)  # gains the batch context
@@ -205,6 +156,12 @@ ROWS = (
     Row("lora-bart", "bart", _lora, like="lora-llama"),
     Row("lora-qformer", "instructblip", _lora, like="lora-llama"),
     Row("lora-blip", "retrieval", _lora, like="lora-llama"),
+    Row("peft-llama", "llama", partial(_peft, target_modules="all-linear")),
+    Row("peft-gpt2", "gpt2", partial(_peft, target_modules=["c_attn", "c_fc"], bias="all")),
+    Row("peft-llava", "llava", partial(_peft, use_rslora=True), like="peft-llama"),
+    Row("peft-instructblip", "instructblip",
+        partial(_peft, target_modules=["qkv", "query", "language_projection", "q_proj"],
+                parts=("language", "projector", "vision")), like="peft-llama"),
     Row("adapter-llama", "llama", _adapter),
     Row("adapter-t5", "t5", _adapter, like="adapter-llama"),
     Row("adapter-gpt2", "gpt2", partial(_adapter, share=True), like="adapter-llama"),

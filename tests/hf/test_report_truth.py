@@ -289,7 +289,8 @@ def test_a_base_that_reads_values_is_not_known_and_its_neighbours_are(row: Row) 
     assert told.backend == "not known"
     assert "not known: a Reading does not run dry (" in told.why
     assert [each.module for each in report.rows if each.backend == "not known"] == [told.module]
-    assert report.declined == {linears[-1]: "base is a Reading, not exactly nn.Linear"}
+    assert list(report.declined) == linears[-1:]
+    assert report.declined[linears[-1]].startswith("base is a Reading, not ")
     assert f"base called, not read: {told.module} (base is a Reading" in str(report)
 
 

@@ -29,6 +29,7 @@ LEGAL: dict[str, tuple[str, ...]] = {
     "report": ("tokens: first zero",),  # a call without rows
     "PetalConfig": ("use_cross_residual: bool", "experts: zero", "mix: negative"),
     "VLPetConfig": ("value_r: zero",),
+    "LoraConfig": ("lora_alpha: *", "exclude_modules: string", "*_pattern: dict"),
     "save": ("directory: string",),
     "vision": _ROWS,
     "context": _ROWS,
@@ -36,6 +37,13 @@ LEGAL: dict[str, tuple[str, ...]] = {
 }
 MORE: dict[str, dict[str, Any]] = {
     "dropout": {"above 1": 1.5},
+    "lora_dropout": {"above 1": 1.5},
+    "layers_to_transform": {"of strings": ["1"], "empty": [], "negative": [-1]},
+    "exclude_modules": {"no expression": "(", "empty": [], "of ints": [1]},
+    "rank_pattern": {"of zeros": {"q_proj": 0}, "no expression": {"(": 4}, "of ints": {1: 4}},
+    "alpha_pattern": {"of strings": {"q_proj": "4"}, "no expression": {"(": 4}},
+    "init_lora_weights": {"not supported": "pissa"},
+    "parts": {"twice": ["vision", "vision"], "unknown": ["audio"]},
     "target_modules": {"no expression": "(", "empty": [], "of ints": [1]},
     "modules_to_save": {"empty": [], "of ints": [1], "string": "head"},
     "top_k": {"beyond": 99, "zero": 0},
@@ -200,6 +208,14 @@ def cases() -> list[Case]:
             elsewhere=ELSEWHERE["attach"],
             watched=lambda: built,
             signature_of=pk.attach,
+        ),
+        _case(
+            "plan",
+            pk.plan,
+            lambda: {"model": built, "config": pk.VLAdapterConfig(r=2), "tokens": (2, 9)},
+            legal=("tokens: first zero",),
+            elsewhere=ELSEWHERE["attach"],
+            watched=lambda: built,
         ),
         _case(
             "attachment",

@@ -17,6 +17,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "vladapter": ("vladapter", "VLAdapter"),
     "routing": ("routing", "Routing"),
     "experts": ("experts", "Experts"),
+    "lora": ("lora", "Lora"),
 }
 
 

@@ -1,0 +1,138 @@
+"""LoRA as PEFT users write it: a config with PEFT's names and meanings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from petal_kernels.hf.adapter_config import AdapterConfig
+from petal_kernels.hf.fields import (
+    check_pattern,
+    is_finite,
+    is_number,
+    is_size,
+    names,
+    one_of,
+    plain,
+    want,
+)
+from petal_kernels.nn.lora import check_init
+
+PARTS = ("language", "projector", "vision")
+BIASES = ("none", "all", "lora_only")
+ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class LoraConfig(AdapterConfig):
+    """LoRA on any linear of any model; fields as in PEFT's config of this name.
+
+    r, lora_alpha, use_rslora   rank, and the scale of an update: lora_alpha / r, or / sqrt r.
+    lora_dropout         on the input, for the update only.
+    target_modules       a list of names (a module's path, or its end behind a dot), one regular
+                         expression for whole paths, or "all-linear": every linear but output heads,
+                         tied ones and routers of experts. None: the query and value projections of
+                         a model that the package knows (of InstructBLIP the Q-Former's).
+    exclude_modules      names, or an expression, of what is left out.
+    layers_to_transform, layers_pattern   the numbers of the layers that names match in, and the
+                         name of the list of these layers where a path has several.
+    rank_pattern, alpha_pattern   {ends of paths, as regular expressions: r or lora_alpha}.
+    bias                 "all" trains every bias of the model, "lora_only" those of adapted linears.
+    modules_to_save      names of modules that are trained whole; nothing in them is adapted.
+    init_lora_weights    True, False (the update is not zero at step 0) or "gaussian".
+    parts                of a vision-language model, which are searched: "language" (its decoder),
+                         "vision" (its tower) and "projector", all that is in neither.
+    adapter_dtype        as in PetalConfig.
+
+    `use_dora` and `trainable_token_indices` are not supported yet.
+    """
+
+    method: ClassVar[str] = "lora"
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    bias: str = "none"
+    init_lora_weights: bool | str = True
+    trainable_token_indices: None = None
+    parts: tuple[str, ...] = ("language",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        want(self.variant == "paper", "variant", "'paper', LoRA has no other", self.variant)
+        want(is_finite(self.lora_alpha), "lora_alpha", "a finite number", self.lora_alpha)
+        ok = is_number(self.lora_dropout) and 0.0 <= self.lora_dropout < 1.0
+        want(ok, "lora_dropout", "a number with 0 <= lora_dropout < 1", self.lora_dropout)
+        if isinstance(self.exclude_modules, str):
+            check_pattern("exclude_modules", self.exclude_modules)
+        else:
+            self.exclude_modules = names("exclude_modules", self.exclude_modules)
+        self._check_layers()
+        self.rank_pattern = _patterns("rank_pattern", self.rank_pattern, _is_rank, "integers >= 1")
+        self.alpha_pattern = _patterns("alpha_pattern", self.alpha_pattern, is_finite, "numbers")
+        want(isinstance(self.use_rslora, bool), "use_rslora", "a bool", self.use_rslora)
+        for name, only in (("use_dora", False), ("trainable_token_indices", None)):
+            value = getattr(self, name)
+            want(value is only, name, f"{only} (it is not supported yet)", value)
+        one_of("bias", self.bias, BIASES)
+        check_init("init_lora_weights", self.init_lora_weights)
+        given = names("parts", self.parts)
+        ok = given is not None and sorted({*given} & {*PARTS}) == sorted(given)
+        want(ok, "parts", f"a non-empty list of names among {PARTS}, each once", self.parts)
+        self.parts = tuple(part for part in PARTS if part in (given or ()))
+        ok = self.target_modules is not None or self.parts == PARTS[:1]
+        want(ok, "parts", f"{PARTS[:1]} where target_modules is None", self.parts)
+
+    def _check_layers(self) -> None:
+        layers = self.layers_to_transform
+        if isinstance(layers, (list, tuple, set, frozenset)):
+            layers = self.layers_to_transform = [plain(layer) for layer in layers]
+        ok = layers is None or is_size(layers, 0)
+        if isinstance(layers, list):
+            ok = len(layers) > 0 and all(is_size(layer, 0) for layer in layers)
+        want(ok, "layers_to_transform", "None, a layer's number or a list of them", layers)
+        if isinstance(self.layers_pattern, str):
+            check_pattern("layers_pattern", self.layers_pattern)
+        else:
+            self.layers_pattern = names("layers_pattern", self.layers_pattern)
+            for pattern in self.layers_pattern or ():
+                check_pattern("layers_pattern", pattern)
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                value = getattr(self, name)
+                want(value is None, name, "None where target_modules is one string", value)
+        elif layers is None:
+            name = "layers_pattern"
+            want(
+                self.layers_pattern is None,
+                name,
+                "None without layers_to_transform",
+                self.layers_pattern,
+            )
+
+    @property
+    def is_all_linear(self) -> bool:
+        """Whether target_modules means all linears."""
+        wanted = self.target_modules
+        return isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
+
+
+def _is_rank(value: object) -> bool:
+    return is_size(value, 1)
+
+
+def _patterns(name: str, value: Any, fits: Any, kind: str) -> dict[str, Any]:
+    """A dictionary of regular expressions, for ends of paths."""
+    ok = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    want(ok, name, f"a dict of names and {kind}", value)
+    found = {str(key): plain(each) for key, each in value.items()}
+    want(all(fits(each) for each in found.values()), name, f"a dict of names and {kind}", value)
+    for key in found:
+        check_pattern(name, key)
+    return found
