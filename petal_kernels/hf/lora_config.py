@@ -40,6 +40,8 @@ class LoraConfig(AdapterConfig):
     bias                 "all" trains every bias of the model, "lora_only" those of adapted linears.
     modules_to_save      names of modules that are trained whole; nothing in them is adapted.
     init_lora_weights    True, False (the update is not zero at step 0) or "gaussian".
+    recompute_mlp        an MLP that runs in one call keeps its input alone for backward, and forms
+                         the outputs of gate and up again.
     parts                of a vision-language model, which are searched: "language" (its decoder),
                          "vision" (its tower) and "projector", all that is in neither.
     adapter_dtype        as in PetalConfig.
@@ -61,6 +63,7 @@ class LoraConfig(AdapterConfig):
     bias: str = "none"
     init_lora_weights: bool | str = True
     trainable_token_indices: None = None
+    recompute_mlp: bool = False
     parts: tuple[str, ...] = ("language",)
 
     def __post_init__(self) -> None:
@@ -76,7 +79,8 @@ class LoraConfig(AdapterConfig):
         self._check_layers()
         self.rank_pattern = _patterns("rank_pattern", self.rank_pattern, _is_rank, "integers >= 1")
         self.alpha_pattern = _patterns("alpha_pattern", self.alpha_pattern, is_finite, "numbers")
-        want(isinstance(self.use_rslora, bool), "use_rslora", "a bool", self.use_rslora)
+        for name in ("use_rslora", "recompute_mlp"):
+            want(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
         for name, only in (("use_dora", False), ("trainable_token_indices", None)):
             value = getattr(self, name)
             want(value is only, name, f"{only} (it is not supported yet)", value)

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from petal_kernels.hf.linears import is_linear
 from petal_kernels.hf.parts import own_class
-from petal_kernels.nn.routed_lora import linear_features
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -53,14 +53,6 @@ class _Children(fx.Tracer):
         return True
 
 
-def _is_linear(module: nn.Module) -> bool:
-    try:
-        linear_features(module)
-    except ValueError:
-        return False
-    return True
-
-
 def activation_of(module: nn.Module) -> str | None:
     """The name of the function that an activation module computes, found by its values."""
     if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
@@ -81,7 +73,7 @@ def activation_of(module: nn.Module) -> str | None:
 
 def mlp_of(module: nn.Module) -> Mlp | None:
     """How `module` is an MLP of linears; None where its forward is anything else."""
-    linears = [name for name, child in module.named_children() if _is_linear(child)]
+    linears = [name for name, child in module.named_children() if is_linear(child)]
     if not 2 <= len(linears) <= 3 or "forward" in module.__dict__:
         return None
     try:
@@ -161,7 +153,7 @@ def one_input(module: nn.Module) -> tuple[tuple[str, ...], ...]:
     variable, in the order of the calls."""
     if "forward" in module.__dict__:
         return ()
-    linears = {name for name, child in module.named_children() if _is_linear(child)}
+    linears = {name for name, child in module.named_children() if is_linear(child)}
     return tuple(
         kept
         for group in _groups(own_class(module))

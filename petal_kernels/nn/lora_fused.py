@@ -41,8 +41,8 @@ def lora_linears(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...] | s
     with autocast_off(x):
         return lowrank_linear(
             x if x.dtype == dtype else x.to(dtype),
-            [each.down for each in given],
-            [each.up for each in given],
+            [each.down for each in given if each.down is not None],
+            [each.up for each in given if each.up is not None],
             [each.weight for each in given],
             [each.bias for each in given],
             scale=[each.scale for each in given],

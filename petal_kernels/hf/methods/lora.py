@@ -20,6 +20,7 @@ from petal_kernels.hf.lora_config import LoraConfig
 from petal_kernels.hf.method import Hand, Method
 from petal_kernels.hf.methods.embeddings import guard_embeddings
 from petal_kernels.hf.methods.insertion import lora_rows
+from petal_kernels.hf.methods.lora_parts import fused_mlp, one_input_parts, taken
 from petal_kernels.hf.models import Block, Linear, Stack
 from petal_kernels.hf.parts import LayerPart
 from petal_kernels.hf.report import Row, Rows
@@ -28,7 +29,7 @@ from petal_kernels.hf.walk import device_of, is_a, joined
 from petal_kernels.hf.whole import extra_modules
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.frozen_linear import why_not_readable
-from petal_kernels.nn.lora import LoRALinear, Operands
+from petal_kernels.nn.lora import LoRALinear
 from petal_kernels.nn.published import published_update
 
 _ROW = Stack("linears", "", ())
@@ -69,6 +70,7 @@ class Lora(Method):
             ("", model),
         )
         site = Site(_ROW, path, root)
+        self._parents = {seen.path: seen.parent for seen in chosen.linears}
         layers: dict[int, Layer] = {}
         for seen in chosen.linears:
             where, layer = _layer_of(seen.path, modules)
@@ -151,7 +153,19 @@ class Lora(Method):
             if layer.module is not layer.places[0].module:
                 # It binds a checkpointed run's call alone, for its recompute.
                 hand.take(layer.module, LayerPart(self, layer.index, 0))
+        if not self.published:
+            self._join(hand)
         guard_embeddings(self.found.root, hand)
+
+    def _join(self, hand: Hand) -> None:
+        """Lets the modules around adapted linears run several in one call, where their code says
+        that they may."""
+        parents = dict.fromkeys(self._parents[place.path] for place in self.found.places)
+        for parent in parents:
+            part = fused_mlp(self, parent, self.config.recompute_mlp)
+            parts = [part] if part is not None else one_input_parts(self, parent)
+            for each in parts:
+                hand.take(parent, each)
 
     def install_place(self, place: Place, layer: Any, hand: Hand) -> None:
         bias = self.biases.get(place.path)
@@ -192,14 +206,9 @@ class LoraLinear(AdaptedLinear):
         lora = self.used()
         if self.method.published:
             return published_update(lora, self.with_merged(x), x)
+        y = taken(self, x)
         # `forward` of the instance: an engine that loads the weights puts its own there.
-        return lora.forward(x, self.trained_bias())
-
-    def operands(self, x: Tensor) -> Operands | str:
-        """What a call that joins several linears reads of this one, or why it cannot."""
-        if self.merged is not None:
-            return "the update is merged"
-        return self.used().operands(x, self.trained_bias())
+        return lora.forward(x, self.trained_bias()) if y is None else y
 
     def used(self) -> LoRALinear:
         lora: LoRALinear = self.__dict__["lora"]

@@ -10,7 +10,7 @@ they end with it. A graph that is being compiled, which could not see that, call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from petal_kernels._runtime.autocast import autocast_on
 from petal_kernels.hf.context import THREAD, now
 from petal_kernels.hf.parts import Part, Run
-from petal_kernels.hf.structure import Mlp
+from petal_kernels.hf.structure import Mlp, mlp_of, one_input
 from petal_kernels.hf.wrappers import AdaptedLinear
-from petal_kernels.nn.lora_fused import lora_linears, lora_mlp
+from petal_kernels.nn.lora_fused import Member, lora_linears, lora_mlp
 
 
 class OneInput(Part):
@@ -60,7 +60,7 @@ class Waiting:
         if key != self.key:
             self.outputs, self.key, self.x = {}, key, x
             members = list(self.part.members.values())
-            found = lora_linears(x, [(m.used(), m.trained_bias()) for m in members])
+            found = lora_linears(x, [member_of(m) for m in members])
             if not isinstance(found, str):
                 self.outputs = dict(zip(members, found, strict=True))
         return self.outputs.pop(member, None)
@@ -96,8 +96,7 @@ class FusedMlp(Part):
         if x is None:
             return run(*args, **kwargs)
         members = [
-            (m.used(), m.trained_bias()) if isinstance(m, AdaptedLinear) else m
-            for m in self.members.values()
+            member_of(m) if isinstance(m, AdaptedLinear) else m for m in self.members.values()
         ]
         y = lora_mlp(x, members, self.form.activation, recompute=self.recompute)
         if isinstance(y, str):
@@ -122,6 +121,12 @@ class FusedMlp(Part):
         return given[0]
 
 
+def member_of(wrapper: AdaptedLinear) -> Member:
+    """What a joined call takes of a wrapper."""
+    lora: Any = wrapper.used()
+    return lora, wrapper.trained_bias()
+
+
 def watched(module: nn.Module) -> bool:
     """Whether somebody is to see this module's own call: its hooks, a forward put in its place."""
     return bool(
@@ -133,19 +138,22 @@ def watched(module: nn.Module) -> bool:
     )
 
 
-def groups_of(
-    module: nn.Module,
-    names: Sequence[Sequence[str]],
-    member_of: Callable[[nn.Module], AdaptedLinear | None],
-) -> list[dict[str, AdaptedLinear]]:
-    """Of the linears that read one tensor those that are adapted, where they are two or more."""
+def fused_mlp(method: Any, module: nn.Module, recompute: bool) -> FusedMlp | None:
+    """The part that runs an MLP with adapted linears in one call; None where it is no such MLP."""
+    form = mlp_of(module)
+    if form is None:
+        return None
+    names = [name for name in (form.gate, form.up, form.down) if name is not None]
+    members: list[AdaptedLinear | nn.Module] = [module.get_submodule(name) for name in names]
+    return FusedMlp(method, form, members, module.get_submodule(form.act), recompute)
+
+
+def one_input_parts(method: Any, module: nn.Module) -> list[OneInput]:
+    """A part for every two and more adapted linears of a module that read one tensor."""
     found = []
-    for group in names:
-        members = {}
-        for name in group:
-            member = member_of(module._modules[name])  # type: ignore[arg-type]
-            if member is not None:
-                members[name] = member
-        if len(members) > 1:
-            found.append(members)
+    for group in one_input(module):
+        linears = {name: module.get_submodule(name) for name in group}
+        members = {n: m for n, m in linears.items() if isinstance(m, AdaptedLinear)}
+        if len(members) > 1 and len({m.in_features for m in members.values()}) == 1:
+            found.append(OneInput(method, members))
     return found

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from petal_kernels._runtime import backends as rt
@@ -29,6 +30,8 @@ def problem(call: Call, inference: bool) -> planner.Problem:
     kind = first.device.type
     if kind == "cpu" and device.native_16bit(first.dtype):
         kind = "cpu native"
+    elif kind == "cpu" and first.dtype == torch.float32 and device.library_leads():
+        kind = "cpu mkl"
     return planner.Problem(
         rows=first.shape[:-1].numel(),
         width=t.x.shape[-1] if t.x is not None else 0,
