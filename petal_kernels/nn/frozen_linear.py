@@ -59,6 +59,7 @@ def why_not_readable(base: nn.Module) -> str:
     """The same for a linear of a kind that the caller knows (nn.Linear or transformers' Conv1D)."""
     kind = type(base)
     conv1d = kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+    conv1d = conv1d and kind.__base__ is nn.Module  # not one made from it by the same name
     if kind is not nn.Linear and not conv1d:  # a class of the same name has a forward of its own
         return f"base is a {kind.__name__}, not a plain linear"
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
