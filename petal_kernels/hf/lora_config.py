@@ -86,10 +86,11 @@ class LoraConfig(AdapterConfig):
             want(value is only, name, f"{only} (it is not supported yet)", value)
         one_of("bias", self.bias, BIASES)
         check_init("init_lora_weights", self.init_lora_weights)
-        given = names("parts", self.parts)
-        ok = given is not None and sorted({*given} & {*PARTS}) == sorted(given)
+        ok = isinstance(self.parts, (list, tuple, set, frozenset)) and len(self.parts) > 0
+        ok = ok and all(isinstance(part, str) and part in PARTS for part in self.parts)
+        ok = ok and len(set(self.parts)) == len(self.parts)
         want(ok, "parts", f"a non-empty list of names among {PARTS}, each once", self.parts)
-        self.parts = tuple(part for part in PARTS if part in (given or ()))
+        self.parts = tuple(part for part in PARTS if part in self.parts)
         ok = self.target_modules is not None or self.parts == PARTS[:1]
         want(ok, "parts", f"{PARTS[:1]} where target_modules is None", self.parts)
 

@@ -35,6 +35,12 @@ METHOD: dict[str, tuple[Callable[[], nn.Module], Callable[[], AdapterConfig]]] =
         lambda: pk.RoutingConfig(r=3, alpha=6.0, target_modules=["q_proj", "v_proj"]),
     ),
     "experts": (lambda: tiny_text.build("llama", F32), lambda: pk.ExpertConfig(r=2, experts=3)),
+    "lora": (
+        lambda: tiny_text.build("llama", F32),
+        lambda: pk.LoraConfig(
+            r=3, target_modules="all-linear", rank_pattern={"o_proj": 2}, bias="lora_only"
+        ),
+    ),
 }
 LEAST = 400  # mutations of each method's files
 
