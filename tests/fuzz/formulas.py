@@ -134,6 +134,27 @@ def lowrank_linear(a: dict[str, Any], loose: bool = False) -> Outputs:
     return outs
 
 
+def gated_mlp(a: dict[str, Any], loose: bool = False) -> Outputs:
+    """down(act(gate(x)) * up(x)), or down(act(up(x))); a linear: t W^T + b + s drop(t) A^T B^T."""
+    weights = a["weights"]
+    count = len(weights)
+    drop = _Drop(a, count, loose)
+
+    def linear(k: int, t: Tensor) -> Tensor:
+        biases, scale = a.get("biases"), a.get("scale", 1.0)
+        y = F.linear(t, weights[k], None if biases is None else biases[k])
+        if a.get("downs") is None or a["downs"][k] is None:
+            return y
+        scale = scale[k] if isinstance(scale, list) else scale
+        h = F.linear(drop(t, k), a["downs"][k].to(t.dtype))
+        return y + _times(scale, F.linear(h, a["ups"][k].to(t.dtype)), loose)
+
+    p = _activate(a.get("activation", "silu"), linear(0, a["x"]), loose)
+    if count == 3:
+        p = p * linear(1, a["x"])
+    return [linear(count - 1, p)]
+
+
 def _route(a: dict[str, Any], z: Tensor, loose: bool) -> Tensor:
     kind, v = a.get("route", "none"), a.get("vision")
     if kind == "none":
