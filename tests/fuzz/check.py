@@ -159,8 +159,10 @@ class Checker:
         if written:
             arguments["written_norm"] = True
         for name in ("scale", "keep", "mix") if unscaled else ():
-            if name in arguments:
-                arguments[name] = max(1.0, abs(arguments[name]))
+            if isinstance(given := arguments.get(name), list):
+                arguments[name] = [max(1.0, abs(each)) for each in given]
+            elif given is not None:
+                arguments[name] = max(1.0, abs(given))
         upstream = [None if i is None else tensors[i] for i in c.upstream]
         return formulas.evaluate(c.operator, arguments, leaves, upstream, loose)
 

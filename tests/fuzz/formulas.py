@@ -135,6 +135,22 @@ def lowrank_linear(a: dict[str, Any], loose: bool = False) -> Outputs:
     return outs
 
 
+def gated_mlp(a: dict[str, Any], loose: bool = False) -> Outputs:
+    """down(act(gate(x)) * up(x)), or down(act(up(x))); a linear: t W^T + b + s drop(t) A^T B^T."""
+    count, scale, outs, t = len(a["weights"]), a.get("scale", 1.0), [], a["x"]
+    drop, none = _Drop(a, count, loose), [None] * 3
+    for k, weight in enumerate(a["weights"]):
+        if k == count - 1:
+            t = _activate(a["activation"], outs[0], loose)
+            t = t * outs[1] if count == 3 else t
+        y, down = F.linear(t, weight, a.get("biases", none)[k]), a.get("downs", none)[k]
+        if down is not None:
+            update = F.linear(F.linear(drop(t, k), down.to(t.dtype)), a["ups"][k].to(t.dtype))
+            y = y + _times(scale[k] if isinstance(scale, list) else scale, update, loose)
+        outs.append(y)
+    return outs[-1:]
+
+
 def _route(a: dict[str, Any], z: Tensor, loose: bool) -> Tensor:
     kind, v = a.get("route", "none"), a.get("vision")
     if kind == "none":

@@ -19,6 +19,8 @@ FILES = sorted(p for p in PACKAGE.rglob("*.py"))
 RANK = {"_runtime": 0, "ops": 1, "nn": 2, "hf": 3, "memory": 3, "tools": 3}
 OPERATORS = sorted(p.parent for p in (PACKAGE / "ops").glob("*/op.py"))
 CSRC = ROOT / "csrc"
+# Backends that an operator has not yet: each says so in `explain`.
+TO_COME = {"gated_mlp": {"triton", "cuda"}}
 CUDA_KERNELS = sorted(CSRC.glob("*/cuda/*.cu*"))
 CPU_KERNELS = sorted((*CSRC.glob("*/cpu/*.h"), *CSRC.glob("*/cpu/kernel.cpp")))
 
@@ -107,9 +109,10 @@ def test_modules_and_public_functions_have_docstrings(path: Path) -> None:
 
 @pytest.mark.parametrize("folder", OPERATORS, ids=lambda p: p.name)
 def test_an_operator_folder_is_complete(folder: Path) -> None:
-    wanted = ["__init__.py", "reference.py", "op.py", "workload.py"] + [
-        f"{b}_impl.py" for b in ("torch", "native", "triton", "cuda")
-    ]
+    backends = {"torch", "native", "triton", "cuda"}
+    present = {b for b in backends if (folder / f"{b}_impl.py").exists()}
+    assert present == backends - TO_COME.get(folder.name, set())
+    wanted = ["__init__.py", "reference.py", "op.py", "workload.py"]
     assert [w for w in wanted if not (folder / w).exists()] == []
     package = importlib.import_module(f"petal_kernels.ops.{folder.name}")
     assert package.__all__ == [folder.name]
@@ -125,7 +128,7 @@ def test_an_operator_folder_is_complete(folder: Path) -> None:
     ):
         assert hasattr(workload, name), f"{folder.name}/workload.py lacks {name}"
     assert {"published", "eager"} <= set(workload.BASELINES)
-    for implementation in ("native", "triton", "cuda"):
+    for implementation in sorted(present - {"torch"}):
         text = (
             ast.get_docstring(ast.parse((folder / f"{implementation}_impl.py").read_text())) or ""
         )

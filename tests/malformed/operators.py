@@ -116,6 +116,29 @@ def gated_columns() -> dict[str, Any]:
     return values | {"base": t(B, L, 2 * OUT), "update_at": OUT}
 
 
+def mlp() -> dict[str, Any]:
+    """Widths that tell the linears apart, whichever is left out."""
+    return {
+        "x": t(B, L, D),
+        "weights": [t(7, D), t(7, D), t(OUT, 7)],
+        "biases": [t(7), None, t(OUT)],
+        "downs": [t(R, D), t(3, D), t(2, 7)],
+        "ups": [t(7, R), t(7, 3), t(OUT, 2)],
+        "scale": [1.0, 2.0, 3.0],
+        "dropout": 0.1,
+        "rng": rng(),
+    }
+
+
+def mlp_plain() -> dict[str, Any]:
+    values = {"x": t(B, L, D), "weights": [t(7, D), t(OUT, 7)], "activation": "gelu"}
+    return values | {"downs": [None, t(2, 7)], "ups": [None, t(OUT, 2)], "recompute": True}
+
+
+def mlp_frozen() -> dict[str, Any]:
+    return {"x": t(B, L, D), "weights": [t(7, D), t(7, D), t(OUT, 7)], "scale": 2.0}
+
+
 def experts() -> dict[str, Any]:
     return {
         "x": t(B, L, D),
@@ -159,6 +182,7 @@ FORMS: list[tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = [
     ),
     *((pk.gated_bottleneck, f) for f in (gated, gated_token, gated_column, gated_small)),
     *((pk.gated_bottleneck, f) for f in (gated_routed, gated_given, gated_columns)),
+    *((pk.gated_mlp, f) for f in (mlp, mlp_plain, mlp_frozen)),
     *((pk.expert_dispatch, f) for f in (experts, experts_pooled, experts_gates)),
     *((pk.expert_dispatch, f) for f in (experts_indices, experts_mean)),
 ]
@@ -195,6 +219,9 @@ LEGAL: dict[str, tuple[str, ...]] = {
     "gated_routed": ("x: size*@-2", "vision: size+1@-2", "base: [nN]one"),
     "gated_given": ("base: None", "residual: beside columns"),
     "gated_columns": ("update_at: zero", "base: size+1@-1"),
+    "mlp": (*ANY_ROWS, *(f"scale: {what}" for what in ("number", "first negative", "first one"))),
+    "mlp_plain": (*ANY_ROWS, TWO_SCALES),
+    "mlp_frozen": (*ANY_ROWS, "dropout: *"),
     "experts": ("base: None",),
     "experts_pooled": (
         *MASK,

@@ -134,15 +134,17 @@ def _check_updates(given: Given, weights: Sequence[Tensor]) -> tuple[Sequence[An
         return nothing, nothing
     downs, ups = (_sequence(name, getattr(given, name), count) for name in ("downs", "ups"))
     for k, (weight, down, up) in enumerate(zip(weights, downs, ups, strict=True)):
+        rank: int | str = "R"
+        if down is not None:
+            checks.check_shape(f"downs[{k}]", down, (rank, weight.shape[1]))
+            rank = down.shape[0]
+            if rank < 1:
+                raise ValueError(f"downs[{k}]: want R >= 1, got {list(down.shape)}")
+        if up is not None:
+            checks.check_shape(f"ups[{k}]", up, (weight.shape[0], rank))
         if (down is None) != (up is None):
             missing, present = ("downs", "ups") if down is None else ("ups", "downs")
             raise TypeError(f"{missing}[{k}]: want a Tensor, as {present}[{k}] is given, got None")
-        if down is None:
-            continue
-        checks.check_shape(f"downs[{k}]", down, ("R", weight.shape[1]))
-        if down.shape[0] < 1:
-            raise ValueError(f"downs[{k}]: want R >= 1, got {list(down.shape)}")
-        checks.check_shape(f"ups[{k}]", up, (weight.shape[0], down.shape[0]))
     return downs, ups
 
 

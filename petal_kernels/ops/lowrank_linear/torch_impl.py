@@ -49,7 +49,9 @@ def _masks(rng: Tensor | None, call: Call, h: Tensor) -> list[Tensor] | None:
 
 def _middles(call: Call, h: Tensor, rng: Tensor | None) -> list[Tensor]:
     t = call.tensors
-    middles = [h[:, at : at + rank] for at, rank in call.spans]
+    # Contiguous: oneDNN's 16-bit product multiplies what lies behind a row's end by zero, and a NaN
+    # of a neighbour would come through.
+    middles = [h[:, at : at + rank].contiguous() for at, rank in call.spans]
     if t.core is not None:
         middles = [m @ c.to(h.dtype) for m, c in zip(middles, t.core, strict=True)]
     masks = _masks(rng, call, h)

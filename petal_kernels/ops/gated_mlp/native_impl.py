@@ -1,0 +1,67 @@
+"""What lies between the linears of ``gated_mlp``, on the C++ CPU kernels (``csrc/gated_mlp/cpu``).
+
+    forward   p = act(g) * u
+    backward  du = act(g) * dp,  dg = act'(g) * u * dp,  dA = dh^T (mask * p), p formed again
+
+One pass each way: activation and derivative share their exponential, the mask is drawn beside the
+product that needs it, and p waits in cache for that. A backward task owns a strip of columns for a
+split of the rows.
+
+Shapes: g, u and their gradients [N, F], dh [N, R] with unit stride in the last dim and any row
+stride, dA [R, F]. Traffic: 3 N F forward, 5 N F backward (2 and 3 without u); eager code moves 5 and
+9, masks apart. Numerics: fp32, rounded once; dA's sums are fp32 partials over splits of the rows
+that N and F alone fix, summed in order: the same bits for any number of threads. Source: the maths
+of ``reference.py``. Limits: CPU tensors, fp32, fp16 or bf16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from petal_kernels._runtime import device
+from petal_kernels._runtime.numerics import ACTIVATIONS
+from petal_kernels.ops.gated_mlp.arguments import Call, Gradients, Product
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LARGE = 4 << 20  # bytes
+
+
+def unsupported(call: Call) -> list[str]:
+    """Every reason for not running on these tensors."""
+    reasons = []
+    if call.device.type != "cpu":
+        reasons.append("needs CPU tensors")
+    if call.g.dtype not in _DTYPES:
+        reasons.append(f"has no kernels for {call.g.dtype}")
+    return reasons
+
+
+def _fresh(like: Tensor) -> Tensor:
+    """A result to be written whole; the hint spares large ones most of their page faults."""
+    out = like.new_empty(like.shape)
+    if out.numel() * out.element_size() >= _LARGE:
+        torch.ops.petal_native.expect_whole_write(out)
+    return out
+
+
+def forward(call: Call) -> Tensor:
+    """p [N, F]."""
+    device.load_cpu_library()
+    p = _fresh(call.g)
+    torch.ops.petal_native.gated_mlp_act_fwd(call.g, call.u, ACTIVATIONS.index(call.activation), p)
+    return p
+
+
+def backward(call: Call, dp: Tensor | None, product: Product | None) -> Gradients:
+    """dg and du where dp is given, dA where ``product`` is."""
+    device.load_cpu_library()
+    g, u, name = call
+    dg = None if dp is None else _fresh(g)
+    du = None if dp is None or u is None else _fresh(g)
+    dh, down, rng, dropout = (None, None, None, 0.0) if product is None else product
+    ddown = None if down is None else down.new_empty(down.shape)
+    torch.ops.petal_native.gated_mlp_act_bwd(
+        dp, g, u, dh, rng, dropout, ACTIVATIONS.index(name), dg, du, ddown
+    )
+    return Gradients(dg, du, ddown)
