@@ -39,14 +39,14 @@ void lowrank(DType dtype, int64_t rows, int64_t depth, int64_t rank, int64_t pad
   ShrinkParams shrink = {};
   shrink.dtype = dtype;
   shrink.rows = rows;
-  shrink.rank = static_cast<int32_t>(rank);
+  shrink.ranks[0] = static_cast<int32_t>(rank);
   shrink.outputs = 1;
   shrink.a[0] = x.view();
   shrink.widths[0] = depth;
   shrink.b[0] = down.view();
   shrink.b_rank_rows = true;
   shrink.out = h.view();
-  shrink.scale = 1.0f;
+  shrink.scales[0] = 1.0f;
   shrink.small = transposed;
   check(launch_lowrank_shrink(shrink, nullptr));
   const auto hidden = [&](int64_t r, int64_t c) {
@@ -59,13 +59,14 @@ void lowrank(DType dtype, int64_t rows, int64_t depth, int64_t rank, int64_t pad
   UpdateParams update = {};
   update.expand.dtype = dtype;
   update.expand.rows = rows;
-  update.expand.rank = static_cast<int32_t>(rank);
   update.expand.outputs = outputs;
   update.expand.b_rank_columns = !transposed;
-  update.expand.scale = 1.0f;
   update.expand.dropout = dropout(drop);
   update.expand.mask_a = drop;
   for (int k = 0; k < outputs; ++k) {
+    update.expand.ranks[k] = static_cast<int32_t>(rank);
+    update.expand.scales[k] = 1.0f;
+    update.downs[k] = down.view();
     update.expand.a[k] = h.view();
     update.expand.b[k] = ups[k].view();
     update.expand.base[k] = bases[k].view();
@@ -73,7 +74,6 @@ void lowrank(DType dtype, int64_t rows, int64_t depth, int64_t rank, int64_t pad
     update.expand.widths[k] = widths[k];
   }
   update.x = x.view();
-  update.down = down.view();
   update.depth = depth;
   const auto expect_ys = [&](const std::string& what) {
     for (int k = 0; k < outputs; ++k)
@@ -96,15 +96,15 @@ void lowrank(DType dtype, int64_t rows, int64_t depth, int64_t rank, int64_t pad
   ShrinkParams back = {};
   back.dtype = dtype;
   back.rows = rows;
-  back.rank = static_cast<int32_t>(rank);
   back.outputs = outputs;
   back.b_rank_rows = transposed;
   back.out = dh.view();
-  back.scale = 1.0f;
   back.dropout = dropout(drop);
-  back.mask_out = drop;
+  back.mask_out = back.apart = drop;
   back.small = !transposed;
   for (int k = 0; k < outputs; ++k) {
+    back.ranks[k] = static_cast<int32_t>(rank);
+    back.scales[k] = 1.0f;
     back.a[k] = dys[k].view();
     back.widths[k] = widths[k];
     back.b[k] = ups[k].view();
@@ -118,15 +118,11 @@ void lowrank(DType dtype, int64_t rows, int64_t depth, int64_t rank, int64_t pad
     return sum;
   });
 
-  const int64_t splits = 2;
-  std::vector<float> partial(static_cast<size_t>(splits * (widths[0] + widths[1] + depth) * rank));
   ParamGradParams grads = {};
   grads.dtype = dtype;
   grads.rows = rows;
-  grads.rank = static_cast<int32_t>(rank);
   grads.jobs = outputs + 1;
-  grads.partial = partial.data();
-  grads.splits = splits;
+  grads.splits = 2;
   grads.dropout = dropout(drop);
   Matrix dup0(DType::kFloat32, widths[0], rank), dup1(dtype, rank, widths[1]),
       ddown(dtype, rank, depth);
@@ -139,13 +135,17 @@ void lowrank(DType dtype, int64_t rows, int64_t depth, int64_t rank, int64_t pad
     job.width = j < outputs ? widths[j] : depth;
     job.mask_small = drop && j < outputs;
     job.mask_big = drop && j == outputs;
-    job.stream = static_cast<uint32_t>(j);
+    job.rank = static_cast<int32_t>(rank);
+    job.stream = j < outputs ? static_cast<uint32_t>(j) : 0;
     job.scale = 1.0f;
     job.out = j == 0 ? dup0.memory.get() : j == 1 ? dup1.memory.get() : ddown.memory.get();
     job.out_dtype = j == 0 ? DType::kFloat32 : dtype;
     job.out_stride_width = j == 0 ? rank : 1;
     job.out_stride_rank = j == 0 ? 1 : job.width;
   }
+  plan_param_grad(grads);
+  std::vector<float> partial(static_cast<size_t>(grads.splits * grads.partial_stride));
+  grads.partial = partial.data();
   check(launch_lowrank_param_grad(grads, nullptr));
   const auto reduce = [&](const Matrix& big, int job, int64_t col, int64_t r) {
     double sum = 0;

@@ -65,6 +65,8 @@ class Linear:
     pad: int = 3
     source: str = "weights"  # "weights", "base", "none", "hidden"
     wide_parameters: bool = False  # float32 factors
+    ranks: tuple[int, ...] = ()  # a down-projection of every output's own
+    scales: tuple[float, ...] = ()  # in place of one for all
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
         n, d, r = self.rows, self.width, self.rank
@@ -73,14 +75,16 @@ class Linear:
         def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.randn(*shape).div(shape[-1] ** 0.5).to(dtype)
 
-        ups = [randn(o, r, dtype=kept) for o in self.outs]
+        ranks = self.ranks or (r,) * len(self.outs)
+        ups = [randn(o, k, dtype=kept) for o, k in zip(self.outs, ranks, strict=True)]
         if self.transposed:
             ups = [up.t().contiguous().t() for up in ups]
         hidden = self.source == "hidden"
+        down = [randn(k, d, dtype=kept) for k in self.ranks] or randn(r, d, dtype=kept)
         weights = [randn(o, d) for o in self.outs] if self.source == "weights" else []
         return {
             "x": None if hidden else pad_rows(randn(n, d), self.pad),
-            "down": None if hidden else randn(r, d, dtype=kept),
+            "down": None if hidden else down,
             "hidden": pad_rows(randn(n, r), self.pad) if hidden else None,
             "ups": ups,
             "weights": weights,
@@ -90,7 +94,7 @@ class Linear:
             else [],
             "core": randn(len(self.outs), r, r, dtype=kept) if self.site == "mode" else None,
             "rng": RNG if self.p else None,
-            "scale": 0.7,
+            "scale": list(self.scales) or 0.7,
             "dropout": self.p,
             "dropout_at": self.site,
         }

@@ -3,6 +3,7 @@
 TESTS = [
     "tests/emulation/test_emulation.py",
     "tests/ops/lowrank_linear/test_cuda_exact.py",
+    "tests/ops/lowrank_linear/test_cuda_own.py",
     "tests/ops/lowrank_linear/test_cuda.py",
     "tests/ops/mode_contract/test_cuda.py",
     "tests/ops/gated_bottleneck/test_cuda.py",
@@ -13,6 +14,8 @@ TESTS = [
 ]
 
 _COMMON = "csrc/common"
+_BLOCK = "csrc/lowrank_linear/cuda/block.cuh"
+_SHRINK = "csrc/lowrank_linear/cuda/shrink.cu"
 _FWD = "csrc/lowrank_linear/cuda/forward.cu"
 _BWD = "csrc/lowrank_linear/cuda/weights.cu"
 _HOST = "csrc/lowrank_linear/cuda/call.cpp"
@@ -38,17 +41,21 @@ _EXPERTS = "petal_kernels/ops/expert_dispatch/cuda_impl.py"
 MUTANTS = [
     # masks
     (
-        _FWD,
+        _SHRINK,
         "const uint32_t keep = mask.keep8(k, row, col);\n#pragma",
         "const uint32_t keep = mask.keep8(0, row, col);\n#pragma",
     ),
-    (_FWD, "if (p.mask_x) mask_tile<T, kBM, kD>(down_ring.a(tile), mask, 0, row0, tile * kD);", ""),
+    (
+        _FWD,
+        "mask_tile<T, kBM, kD>(down_ring.a(tile), mask, stream, row0, tile * kD);",
+        "down_ring.a(tile);",
+    ),
     (
         _FWD,
         "const float hidden_scale = p.mask_x ? e.dropout.scale : 1.0f;",
         "const float hidden_scale = 1.0f;",
     ),
-    (_HOST, "job.stream = static_cast<uint32_t>(j);", "job.stream = 0;"),
+    (_HOST, "job.stream = static_cast<uint32_t>(streams[j]);", "job.stream = 0;"),
     (f"{_COMMON}/philox.h", "round < 7", "round < 6"),
     (
         f"{_COMMON}/cuda/tile.cuh",
@@ -56,7 +63,7 @@ MUTANTS = [
         "mask.keep8(stream, row0 + r, c)",
     ),
     # tiles, splits, indices
-    (_FWD, "if (!here.advance(p.widths, kD) ||", "if (here.advance(p.widths, kD), "),
+    (_SHRINK, "if (!here.advance(p.widths, kD) ||", "if (here.advance(p.widths, kD), "),
     (
         _FWD,
         "while (static_cast<int64_t>(blockIdx.y) >= p.first_tile[k + 1]) ++k;",
@@ -64,8 +71,8 @@ MUTANTS = [
     ),
     (
         _FWD,
-        "const bool writes_hidden = blockIdx.y == 0 && k == 0;",
-        "const bool writes_hidden = blockIdx.y == 1 && k == 0;",
+        "const bool writes_hidden = blockIdx.y == 0 &&",
+        "const bool writes_hidden = blockIdx.y == 1 &&",
     ),
     (
         _BWD,
@@ -74,8 +81,8 @@ MUTANTS = [
     ),
     (
         _BWD,
-        "float* const partial = p.partial + (blockIdx.z * columns +",
-        "float* const partial = p.partial + (0 * columns +",
+        "float* const partial = p.partial + blockIdx.z * p.partial_stride;",
+        "float* const partial = p.partial + 0 * p.partial_stride;",
     ),
     (
         f"{_COMMON}/cuda/reduce.cuh",
@@ -128,7 +135,64 @@ MUTANTS = [
     ),
     # host side
     (_LINEAR, "core.to(dtype).transpose(1, 2)", "core.to(dtype)"),
-    (_LINEAR, "masks.append(_MASK_BIG if at_input else _NO_MASK)", "masks.append(_NO_MASK)"),
+    (_LINEAR, "mask = _MASK_BIG if at_input else _NO_MASK", "mask = _NO_MASK"),
+    # lowrank_linear: a down-projection, a mask and a scale of every output's own
+    (_BLOCK, "base + slot >= first[i + 1]", "base + slot > first[i + 1]"),
+    (_BLOCK, "return (base + slot - first[item]) * kSlot;", "return (base + slot) * kSlot;"),
+    (_BLOCK, "bits + (planes >> ((col + n * 8) / kSlot * 4) & 15u) * kPlane;", "bits;"),
+    (_BLOCK, "bits + (planes >> (Base::col(run) / kSlot * 4) & 15u) * kPlane;", "bits;"),
+    (
+        _BLOCK,
+        "f[half + 2] = keep_pair(a[half + 2], bits >> 8, bits >> 9);",
+        "f[half + 2] = a[half + 2];",
+    ),
+    (_BLOCK, "high = two_bytes(p + kPlaneLd) >> across;", "high = low;"),
+    (
+        _BLOCK,
+        "plane[i] = static_cast<unsigned char>(mask.keep8(stream,",
+        "plane[i] = static_cast<unsigned char>(mask.keep8(0,",
+    ),
+    (_SHRINK, "mask, k, row0, here.col);", "mask, from, row0, here.col);"),
+    (
+        _SHRINK,
+        "b.vec, slots.col(s, k),\n                                    p.ranks[k],",
+        "b.vec, slots.col(s, k),\n                                    p.ranks[0],",
+    ),
+    (_SHRINK, "(OWN ? p.offsets[k] : 0)", "(OWN ? p.offsets[0] : 0)"),
+    (_SHRINK, "OWN ? p.ranks[k] : rank, 8)", "OWN ? kSlot * p.first_slot[k + 1] : rank, 8)"),
+    (_SHRINK, "v[j] *= p.scales[k];", "v[j] *= p.scales[0];"),
+    (
+        _SHRINK,
+        "static_cast<T*>(p.out.data) + p.offsets[first];",
+        "static_cast<T*>(p.out.data) + first * rank;",
+    ),
+    (_FWD, "const uint32_t stream = p.own ? k : 0;", "const uint32_t stream = 0;"),
+    (_FWD, "blockIdx.y == 0 && (p.own || k == 0);", "blockIdx.y == 0 && k == 0;"),
+    (
+        _FWD,
+        "keep_plane<kBM, kBN>(plane, mask, here.k, row0, col0);",
+        "keep_plane<kBM, kBN>(plane, mask, k, row0, col0);",
+    ),
+    (_FWD, "here.col + kD < p.ranks[here.k]) return false;", "here.col > 0) return false;"),
+    (
+        _FWD,
+        "        sum.add_kept(product, plane);\n        product.clear();",
+        "        sum.add_kept(product, plane);",
+    ),
+    (_FWD, "const float scale = p.scales[k] *", "const float scale = p.scales[0] *"),
+    (_BWD, "p.job[j].stream, row,", "stream, row,"),
+    (_BWD, "return job.big.data == before.big.data && ", "return "),
+    (
+        _BWD,
+        "partial + p.first_element[j] + col * ranks + rank",
+        "partial + p.first_element[first] + col * ranks + rank",
+    ),
+    (_HOST, "columns += p.ranks[k];", "columns += p.ranks[0];"),
+    (_HOST, "const Tensor& down = p.own ? downs[k] : downs[0];", "const Tensor& down = downs[0];"),
+    (_HOST, "(p.mask_out || differ);", "p.mask_out;"),
+    (_HOST, "aligned = aligned &&", "aligned = aligned ||"),
+    (_LINEAR, "separate = core is not None or call.own_downs", "separate = core is not None"),
+    (_LINEAR, "1.0, mask, stream))", "1.0, mask, 0))"),
     # gated_bottleneck
     (_GATED_BLOCK, "at<T>(left, row / length, c)", "at<T>(left, 0, c)"),
     (_GATED_BLOCK, "mask.keep8(0, at_.row, at_.col)", "mask.keep8(0, at_.local_row, at_.col)"),

@@ -26,8 +26,8 @@ constexpr int kDepth =
     128 / static_cast<int>(sizeof(T));  // contraction depth of one stage: 128 bytes
 
 // Rows [row0, row0 + ROWS) x columns [col0, col0 + COLS) of a matrix of `rows` x `cols`; zeros
-// outside.
-template <typename T, int ROWS, int COLS>
+// outside. LD: elements from row to row where the tile is a piece of a wider one.
+template <typename T, int ROWS, int COLS, int LD = kLd<T, COLS>>
 __device__ __forceinline__ void load_tile(T* tile, const T* data, int64_t stride, bool vec,
                                           int64_t row0, int64_t rows, int64_t col0, int64_t cols) {
   constexpr int kChunks = COLS / kVec<T>;
@@ -35,7 +35,7 @@ __device__ __forceinline__ void load_tile(T* tile, const T* data, int64_t stride
                   // registers
   for (int i = threadIdx.x; i < ROWS * kChunks; i += kThreads) {
     const int r = i / kChunks, c = (i % kChunks) * kVec<T>;
-    T* const target = tile + r * kLd<T, COLS> + c;
+    T* const target = tile + r * LD + c;
     const int valid = row0 + r < rows ? valid_columns(col0 + c, cols, kVec<T>) : 0;
     const T* const source = data + (valid > 0 ? (row0 + r) * stride + col0 + c : 0);
     if (vec) {

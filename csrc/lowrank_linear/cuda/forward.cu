@@ -1,150 +1,42 @@
-// lowrank_linear, forward direction. Legend: N rows, D input width, R rank, K outputs of widths
-// O_k; T = fp32, fp16, bf16.
+// lowrank_linear, out of the bottleneck. Legend: N rows, D input width, R rank, K outputs of widths
+// O_k and ranks R_k; T = fp32, fp16, bf16.
 //
-//   shrink   out[N, R] = s sum_k mask_k * (drop(a_k) b_k^T)
-//            h (a = x, b = down) and dh (a_k = dy_k, b_k = ups[k])
-//   expand   out_k[N, O_k] = base_k + s mask * (drop_k(a_k) b_k^T)
+//   expand   out_k[N, O_k] = base_k + s_k mask * (drop_k(a_k) b_k^T)
 //            the update (a = h, b = ups) and dx (a = dh, b = down)
-//   update   h = drop(x) down^T and the expansion in one launch, for few rows
+//   terms    out[N, D] = base + s sum_k mask_k * (a_k b_k^T): dx of own down-projections
+//   update   h = drop(x) down^T, or every h_k = drop_k(x) down_k^T, and the expansion in one launch,
+//            for few rows
 //
 // Shapes   a row-major with any row stride; b in either orientation (template B_KC: its contraction
 //          index is the contiguous one); 16-byte copies where address and row stride allow
 //          (MatrixView::vec), element copies otherwise; no size is a multiple of anything.
-// Grid     shrink: (row blocks, rank blocks, K if separate). expand: (row blocks, column tiles of
-//          all outputs): k is found from the tile, so outputs may differ in width and nothing is
-//          unrolled over k. update: (row blocks, column groups, K).
-// Traffic  shrink: a_k from DRAM once (read once per 64 columns of R, in fp32 per 32), b_k from L2,
-//          out once. expand: base and out once, a and b from L2. update: as expand, and x from L2
-//          K x column groups times; no block waits for another one's h.
+// Grid     expand: (row blocks, column tiles of all outputs): k is found from the tile, so outputs
+//          may differ in width and rank and nothing is unrolled over k. update: (row blocks, column
+//          groups, K).
+// Traffic  expand: base and out once, also of a sum of terms; a and b from L2. update: as expand,
+//          and x from L2 K x column groups times; no block waits for another one's h.
 // Numerics fp32 accumulators and epilogue, one rounding per output element; h is rounded to T
 //          before it is expanded (T is what is saved). Dropped operand elements become exact zeros,
 //          the factor of the kept ones is applied to the fp32 result. fp32 products are IEEE FMAs.
-// Limits   K <= 4, R <= 256 (update: R <= 64). Every sum has a fixed order: same bits on every run.
-// Source   ops/lowrank_linear/reference.py: y_k = x W_k^T + b_k + s drop_k(x U^T) P_k^T.
+// Limits   K <= 4, R_k <= 256 (update: R_k <= 64). Every sum has a fixed order: same bits on every
+//          run.
+// Source   ops/lowrank_linear/reference.py: y_k = x W_k^T + b_k + s_k drop_k(x U^T) P_k^T, dx.
+#include "block.cuh"
 #include "common/cuda/launchers.cuh"
-#include "common/cuda/pipeline.cuh"
-#include "params.h"
 
 namespace petal {
 namespace {
 
-// Columns of h per block. Tensor cores have multiplications to spare next to reading x, the FMA
-// pipes have not: fewer padded columns in fp32.
-template <typename T>
-constexpr int kShrinkColumns = sizeof(T) == 2 ? 64 : 32;
-
-// Block shapes: the products of 64-row blocks split C over the warps, those of 16-row blocks split
-// the contraction.
-template <typename T, int BM, int BN, bool B_KC>
-struct ShrinkShape {
-  static constexpr int kD = kDepth<T>;
-  static constexpr int kWarpsM = BM == 64 ? 2 : 1, kWarpsN = BM == 64 ? 2 : 1,
-                       kWarpsK = BM == 64 ? 1 : 4;
-  using Product = TileProduct<T, BM, BN, kD, true, B_KC, kWarpsM, kWarpsN, kWarpsK>;
-  static constexpr int kA = kTileElements<T, BM, kD>,
-                       kB = B_KC ? kTileElements<T, BN, kD> : kTileElements<T, kD, BN>;
-  using Tiles = Ring<T, kA, kB>;
-  static constexpr size_t kStageBytes = sizeof(float) * Product::kCopies * Stage<BM, BN>::kFloats;
-};
-
-// Where the loop over (k, contraction tiles of k) stands.
-struct Cursor {
-  int k;
-  int64_t col;
-  __device__ __forceinline__ bool advance(const int64_t* widths,
-                                          int depth) {  // true after the last tile of k
-    col += depth;
-    if (col < widths[k]) return false;
-    col = 0;
-    ++k;
-    return true;
-  }
-};
-
-template <typename T, int BM, int BN, bool B_KC>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    lowrank_shrink_kernel(const __grid_constant__ ShrinkParams p) {
-  using Shape = ShrinkShape<T, BM, BN, B_KC>;
-  using Out = Stage<BM, BN>;
-  constexpr int kD = Shape::kD;
-  PETAL_SHARED(shared);
-  const typename Shape::Tiles ring{reinterpret_cast<T*>(shared)};
-  float* const stage = reinterpret_cast<float*>(shared + Shape::Tiles::kBytes);
-  float* const sum = reinterpret_cast<float*>(shared + Shape::Tiles::kBytes + Shape::kStageBytes);
-  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * BM,
-                col0 = static_cast<int64_t>(blockIdx.y) * BN;
-  const int first = p.separate ? blockIdx.z : 0, last = p.separate ? first + 1 : p.outputs;
-  const MaskSource mask = mask_source(p.dropout);
-  const float scale = p.scale * (p.mask_a || p.mask_out ? p.dropout.scale : 1.0f);
-  T* const out =
-      static_cast<T*>(p.out.data) + (p.separate ? static_cast<int64_t>(first) * p.rank : 0);
-
-  int64_t tiles = 0;
-  for (int k = first; k < last; ++k) tiles += (p.widths[k] + kD - 1) / kD;
-  Cursor ahead{first, 0}, here{first, 0};
-  typename Shape::Product product;
-  product.clear();
-
-  run_pipeline(
-      tiles,
-      [&](int64_t tile) {
-        const MatrixView a = p.a[ahead.k], b = p.b[ahead.k];
-        const int64_t width = p.widths[ahead.k];
-        load_tile<T, BM, kD>(ring.a(tile), static_cast<const T*>(a.data), a.stride, a.vec, row0,
-                             p.rows, ahead.col, width);
-        if constexpr (B_KC) {
-          load_tile<T, BN, kD>(ring.b(tile), static_cast<const T*>(b.data), b.stride, b.vec, col0,
-                               p.rank, ahead.col, width);
-        } else {
-          load_tile<T, kD, BN>(ring.b(tile), static_cast<const T*>(b.data), b.stride, b.vec,
-                               ahead.col, width, col0, p.rank);
-        }
-        ahead.advance(p.widths, kD);
-      },
-      [&](int64_t tile) {
-        if (p.mask_a) mask_tile<T, BM, kD>(ring.a(tile), mask, 0, row0, here.col);
-        return p.mask_a;
-      },
-      [&](int64_t tile) {
-        product.step(ring.a(tile), ring.b(tile));
-        const int k = here.k;
-        if (!here.advance(p.widths, kD) || (!p.mask_out && here.k < last)) return;
-        // Every later store to the stage lies behind the barrier at the top of the pipeline, after
-        // these reads. A masked sum over k is kept in shared memory, each group of columns by the
-        // thread that owns it: in registers it would cost occupancy.
-        product.store(stage);
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < Out::kPerThread; ++i) {
-          if (!Out::has(i)) continue;
-          const int64_t row = row0 + Out::row(i), col = col0 + Out::col(i);
-          float v[8];
-          Out::template read<Shape::Product::kCopies>(v, stage, i);
-          if (p.mask_out) {
-            const uint32_t keep = mask.keep8(k, row, col);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) v[j] = (keep >> j) & 1u ? v[j] : 0.0f;
-            if (last - first > 1) Out::accumulate(v, sum, i, k == first);
-          }
-          const int valid = here.k == last && row < p.rows ? valid_columns(col, p.rank, 8) : 0;
-          if (valid == 0) continue;
-#pragma unroll
-          for (int j = 0; j < 8; ++j) v[j] *= scale;
-          store8<T>(out + row * p.out.stride + col, v, valid, p.out.vec);
-        }
-        product.clear();
-      });
-}
-
-// base + scale * mask * C for one staged tile of output k: shared by expand and update.
-template <typename T, int BM, int BN, int COPIES>
+// base + scale * mask * C for one staged tile of output k: shared by expand and update. MASKED: C
+// has met its masks.
+template <typename T, int BM, int BN, int COPIES, bool MASKED>
 __device__ __forceinline__ void expand_epilogue(const ExpandParams& p, const MaskSource& mask,
                                                 int k, const float* stage, int64_t row0,
                                                 int64_t col0) {
   using Out = Stage<BM, BN>;
   const MatrixView base = p.base[k], out = p.out[k];
   const int64_t width = p.widths[k];
-  const float scale = p.scale * (p.mask_a || p.mask_out ? p.dropout.scale : 1.0f);
+  const float scale = p.scales[k] * (p.mask_a || p.mask_out ? p.dropout.scale : 1.0f);
 #pragma unroll
   for (int i = 0; i < Out::kPerThread; ++i) {
     const int64_t row = row0 + Out::row(i), col = col0 + Out::col(i);
@@ -154,7 +46,7 @@ __device__ __forceinline__ void expand_epilogue(const ExpandParams& p, const Mas
     Out::template read<COPIES>(c, stage, i);
     if (base.data != nullptr)
       load8<T>(y, static_cast<const T*>(base.data) + row * base.stride + col, valid, base.vec);
-    const uint32_t keep = p.mask_out ? mask.keep8(0, row, col) : 0xFFu;
+    const uint32_t keep = !MASKED && p.mask_out ? mask.keep8(0, row, col) : 0xFFu;
 #pragma unroll
     for (int j = 0; j < 8; ++j) y[j] += (keep >> j) & 1u ? scale * c[j] : 0.0f;
     store8<T>(static_cast<T*>(out.data) + row * out.stride + col, y, valid, out.vec);
@@ -167,15 +59,16 @@ constexpr int kExpandColumns = sizeof(T) == 2 ? 128 : 64;
 template <typename T, bool B_KC>
 struct ExpandShape {
   static constexpr int kBM = 64, kBN = kExpandColumns<T>, kD = kDepth<T>;
-  using Product = TileProduct<T, kBM, kBN, kD, true, B_KC, 2, 2, 1>;
+  using Product = KeptProduct<T, kBM, kBN, kD, true, B_KC, 2, 2, 1>;
   static constexpr int kA = kTileElements<T, kBM, kD>,
                        kB = B_KC ? kTileElements<T, kBN, kD> : kTileElements<T, kD, kBN>;
   using Tiles = Ring<T, kA, kB>;
   static constexpr size_t kStageBytes = sizeof(float) * Stage<kBM, kBN>::kFloats;
   static constexpr size_t kShared = Tiles::kBytes > kStageBytes ? Tiles::kBytes : kStageBytes;
+  static constexpr size_t kPlane = kPlaneBytes<kBM, kBN>;
 };
 
-template <typename T, bool B_KC>
+template <typename T, bool B_KC, bool TERMS>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     lowrank_expand_kernel(const __grid_constant__ ExpandParams p) {
   using Shape = ExpandShape<T, B_KC>;
@@ -183,36 +76,60 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   PETAL_SHARED(shared);
   const typename Shape::Tiles ring{reinterpret_cast<T*>(shared)};
   float* const stage = reinterpret_cast<float*>(shared);
+  unsigned char* const plane = shared + Shape::kShared;  // of the term that is at its last tile
   int k = 0;
   while (static_cast<int64_t>(blockIdx.y) >= p.first_tile[k + 1]) ++k;
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kBM;
   const int64_t col0 = (static_cast<int64_t>(blockIdx.y) - p.first_tile[k]) * kBN;
-  const MatrixView a = p.a[k], b = p.b[k];
   const int64_t width = p.widths[k];
   const MaskSource mask = mask_source(p.dropout);
-  typename Shape::Product product;
+  const int last = TERMS ? p.terms : k + 1;
+  int64_t tiles = 0;
+  for (int t = k; t < last; ++t) tiles += (p.ranks[t] + kD - 1) / kD;
+  Cursor ahead{k, 0}, here{k, 0};
+  typename Shape::Product product, sum;
   product.clear();
-  run_pipeline((p.rank + kD - 1) / kD,
-               [&](int64_t tile) {
-                 load_tile<T, kBM, kD>(ring.a(tile), static_cast<const T*>(a.data), a.stride, a.vec,
-                                       row0, p.rows, tile * kD, p.rank);
-                 if constexpr (B_KC) {
-                   load_tile<T, kBN, kD>(ring.b(tile), static_cast<const T*>(b.data), b.stride,
-                                         b.vec, col0, width, tile * kD, p.rank);
-                 } else {
-                   load_tile<T, kD, kBN>(ring.b(tile), static_cast<const T*>(b.data), b.stride,
-                                         b.vec, tile * kD, p.rank, col0, width);
-                 }
-               },
-               [&](int64_t tile) {
-                 if (p.mask_a) mask_tile<T, kBM, kD>(ring.a(tile), mask, k, row0, tile * kD);
-                 return p.mask_a;
-               },
-               [&](int64_t tile) { product.step(ring.a(tile), ring.b(tile)); });
+  if (TERMS) sum.clear();
+  run_pipeline(
+      tiles,
+      [&](int64_t tile) {
+        const int t = TERMS ? ahead.k : k, rank = p.ranks[t];
+        const MatrixView a = p.a[t], b = p.b[t];
+        load_tile<T, kBM, kD>(ring.a(tile), static_cast<const T*>(a.data), a.stride, a.vec, row0,
+                              p.rows, ahead.col, rank);
+        if constexpr (B_KC) {
+          load_tile<T, kBN, kD>(ring.b(tile), static_cast<const T*>(b.data), b.stride, b.vec, col0,
+                                width, ahead.col, rank);
+        } else {
+          load_tile<T, kD, kBN>(ring.b(tile), static_cast<const T*>(b.data), b.stride, b.vec,
+                                ahead.col, rank, col0, width);
+        }
+        ahead.advance(p.ranks, kD);
+      },
+      [&](int64_t tile) {
+        if constexpr (TERMS) {
+          if (!p.mask_out || here.col + kD < p.ranks[here.k]) return false;
+          keep_plane<kBM, kBN>(plane, mask, here.k, row0, col0);
+          return true;
+        } else {
+          if (p.mask_a) mask_tile<T, kBM, kD>(ring.a(tile), mask, k, row0, here.col);
+          return p.mask_a;
+        }
+      },
+      [&](int64_t tile) {
+        product.step(ring.a(tile), ring.b(tile));
+        if (!here.advance(p.ranks, kD) || !TERMS || !p.mask_out) return;
+        sum.add_kept(product, plane);
+        product.clear();
+      });
   __syncthreads();  // the stage lies over the ring
-  product.store(stage);
+  if (TERMS && p.mask_out) {
+    sum.store(stage);
+  } else {
+    product.store(stage);
+  }
   __syncthreads();
-  expand_epilogue<T, kBM, kBN, 1>(p, mask, k, stage, row0, col0);
+  expand_epilogue<T, kBM, kBN, 1, TERMS>(p, mask, k, stage, row0, col0);
 }
 
 // 16 rows; the whole bottleneck (BR >= R columns) stays in shared memory as the left operand of the
@@ -246,7 +163,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   float* const stage = reinterpret_cast<float*>(shared + Shape::kRingBytes);
   T* const hidden = reinterpret_cast<T*>(shared + Shape::kRingBytes + Shape::kStageBytes);
   const ExpandParams& e = p.expand;
-  const int k = blockIdx.z;
+  const int k = blockIdx.z, rank = e.ranks[k];
+  const uint32_t stream = p.own ? k : 0;  // of x
+  const MatrixView down = p.downs[k], out = e.a[k];
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kBM;
   const MaskSource mask = mask_source(e.dropout);
 
@@ -257,18 +176,19 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
                  [&](int64_t tile) {
                    load_tile<T, kBM, kD>(down_ring.a(tile), static_cast<const T*>(p.x.data),
                                          p.x.stride, p.x.vec, row0, e.rows, tile * kD, p.depth);
-                   load_tile<T, BR, kD>(down_ring.b(tile), static_cast<const T*>(p.down.data),
-                                        p.down.stride, p.down.vec, 0, e.rank, tile * kD, p.depth);
+                   load_tile<T, BR, kD>(down_ring.b(tile), static_cast<const T*>(down.data),
+                                        down.stride, down.vec, 0, rank, tile * kD, p.depth);
                  },
                  [&](int64_t tile) {
-                   if (p.mask_x) mask_tile<T, kBM, kD>(down_ring.a(tile), mask, 0, row0, tile * kD);
+                   if (p.mask_x)
+                     mask_tile<T, kBM, kD>(down_ring.a(tile), mask, stream, row0, tile * kD);
                    return p.mask_x;
                  },
                  [&](int64_t tile) { product.step(down_ring.a(tile), down_ring.b(tile)); });
     product.store(stage);
   }
   __syncthreads();
-  const bool writes_hidden = blockIdx.y == 0 && k == 0;
+  const bool writes_hidden = blockIdx.y == 0 && (p.own || k == 0);
   const float hidden_scale = p.mask_x ? e.dropout.scale : 1.0f;
 #pragma unroll
   for (int i = 0; i < Out::kPerThread; ++i) {
@@ -276,11 +196,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     float v[8];
     Out::template read<Down::Product::kCopies>(v, stage, i);
     const int64_t row = row0 + Out::row(i);
-    const int col = Out::col(i), valid = row < e.rows ? valid_columns(col, e.rank, 8) : 0;
+    const int col = Out::col(i), valid = row < e.rows ? valid_columns(col, rank, 8) : 0;
 #pragma unroll
     for (int j = 0; j < 8; ++j) v[j] *= hidden_scale;
     if (writes_hidden && valid > 0) {
-      store8<T>(static_cast<T*>(e.a[0].data) + row * e.a[0].stride + col, v, valid, e.a[0].vec);
+      store8<T>(static_cast<T*>(out.data) + row * out.stride + col, v, valid, out.vec);
     }
     const uint32_t keep = e.mask_a ? mask.keep8(k, row, col) : 0xFFu;
 #pragma unroll
@@ -302,10 +222,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
         const int64_t col0 = (first + tile) * kBN;
         if constexpr (B_KC) {
           load_tile<T, kBN, BR>(up_ring.b(tile), static_cast<const T*>(b.data), b.stride, b.vec,
-                                col0, width, 0, e.rank);
+                                col0, width, 0, rank);
         } else {
           load_tile<T, BR, kBN>(up_ring.b(tile), static_cast<const T*>(b.data), b.stride, b.vec, 0,
-                                e.rank, col0, width);
+                                rank, col0, width);
         }
       },
       [](int64_t) { return false; },
@@ -315,20 +235,20 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
         product.step(hidden, up_ring.b(tile));
         product.store(stage);
         __syncthreads();
-        expand_epilogue<T, kBM, kBN, 1>(e, mask, k, stage, row0, (first + tile) * kBN);
+        expand_epilogue<T, kBM, kBN, 1, false>(e, mask, k, stage, row0, (first + tile) * kBN);
       });
 }
 
-template <typename T, int BM, bool B_KC>
-const char* shrink(const ShrinkParams& p, void* stream) {
-  constexpr int kBN = kShrinkColumns<T>;
-  using Shape = ShrinkShape<T, BM, kBN, B_KC>;
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.rows, BM)),
-                  static_cast<unsigned>(ceil_div(p.rank, kBN)), p.separate ? p.outputs : 1);
-  const bool sums = p.mask_out && p.outputs > 1 && !p.separate;
-  const size_t bytes = Shape::Tiles::kBytes + Shape::kStageBytes +
-                       (sums ? sizeof(float) * Stage<BM, kBN>::kFloats : 0);
-  return launch(&lowrank_shrink_kernel<T, BM, kBN, B_KC>, grid, bytes, stream, p);
+template <typename T, bool B_KC, bool TERMS>
+const char* expand(ExpandParams p, void* stream) {
+  using Shape = ExpandShape<T, B_KC>;
+  p.first_tile[0] = 0;
+  for (int k = 0; k < p.outputs; ++k)
+    p.first_tile[k + 1] = p.first_tile[k] + ceil_div(p.widths[k], Shape::kBN);
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.rows, Shape::kBM)),
+                  static_cast<unsigned>(p.first_tile[p.outputs]));
+  const size_t bytes = Shape::kShared + (TERMS && p.mask_out ? Shape::kPlane : 0);
+  return launch(&lowrank_expand_kernel<T, B_KC, TERMS>, grid, bytes, stream, p);
 }
 
 template <typename T, int BR, bool B_KC>
@@ -352,29 +272,12 @@ const char* update(UpdateParams p, void* stream) {
 
 }  // namespace
 
-const char* launch_lowrank_shrink(const ShrinkParams& params, void* stream) {
-  return dispatch_dtype(params.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    return dispatch_bool(params.b_rank_rows, [&](auto kc) {
-      constexpr bool kKC = decltype(kc)::value;
-      return params.small ? shrink<T, 16, kKC>(params, stream) : shrink<T, 64, kKC>(params, stream);
-    });
-  });
-}
-
 const char* launch_lowrank_expand(ExpandParams params, void* stream) {
   return dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    return dispatch_bool(params.b_rank_columns, [&](auto kc) {
-      constexpr bool kKC = decltype(kc)::value;
-      using Shape = ExpandShape<T, kKC>;
-      params.first_tile[0] = 0;
-      for (int k = 0; k < params.outputs; ++k)
-        params.first_tile[k + 1] = params.first_tile[k] + ceil_div(params.widths[k], Shape::kBN);
-      const dim3 grid(static_cast<unsigned>(ceil_div(params.rows, Shape::kBM)),
-                      static_cast<unsigned>(params.first_tile[params.outputs]));
-      return launch(&lowrank_expand_kernel<T, kKC>, grid, Shape::kShared, stream, params);
-    });
+    return params.terms > 1        ? expand<T, false, true>(params, stream)
+           : params.b_rank_columns ? expand<T, true, false>(params, stream)
+                                   : expand<T, false, false>(params, stream);
   });
 }
 
