@@ -113,6 +113,26 @@ PETAL_INLINE void rows_of(const MlpArgs& a, Activation name, int64_t row0, int64
   }
 }
 
+// Masks `rows` rows of panels [cols / kNR][height][kNR] whose first element is (row0, col0).
+void mask_panels(float* panels, int64_t height, int64_t rows, int64_t cols, const CpuDropout& d,
+                 uint32_t stream, int64_t row0, int64_t col0) {
+  constexpr int64_t kRows = 16, kBytes = 16;
+  uint8_t bits[kRows * kBytes];
+  for (int64_t i0 = 0; i0 < rows; i0 += kRows) {
+    const int64_t n = least(rows - i0, kRows);
+    for (int64_t c = 0; c < cols; c += 8 * kBytes) {
+      const int64_t some = least(cols - c, 8 * kBytes);
+      draw_bits(bits, kBytes, d, stream, row0 + i0, n, (col0 + c) / 8, (some + 7) / 8);
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < some; j += kVL) {
+          float* at = panels + ((c + j) / kNR * height + i0 + i) * kNR + (c + j) % kNR;
+          store(at, load(at) * multipliers(bits + i * kBytes, j, d.scale));
+        }
+      }
+    }
+  }
+}
+
 template <typename T>
 void backward_of(const MlpArgs& a, int64_t split, int64_t begin, int64_t end, int64_t strip,
                  float* scratch) {
@@ -126,7 +146,7 @@ void backward_of(const MlpArgs& a, int64_t split, int64_t begin, int64_t end, in
       rows_of<T>(a, name, row0, rows, col0, cols, panel);
     });
     if (!panel) continue;
-    if (a.dropout.threshold) mask_panels(panel, rows, rows, cols, a.dropout, 0, row0, col0);
+    if (a.dropout.threshold) mask_panels(panel, rows, rows, padded(cols), a.dropout, 0, row0, col0);
     to_rows(dh, padded(a.R), from_row<T>(a.dh, row0), a.dh.ld, rows, a.R);
     gemm_columns({sum, kNR, a.R * kNR}, row0 > begin, dh, padded(a.R), a.R, panel, rows * kNR, rows,
                  count);
