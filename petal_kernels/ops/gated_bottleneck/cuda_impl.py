@@ -180,7 +180,7 @@ def _read_output(t: Tensors, work: Work) -> tuple[Tensors, Work]:
 
 
 def forward(
-    call: Call, rng: Tensor | None, keep: bool, out: Tensor | None = None
+    call: Call, rng: Tensor | None, save: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Saved]:
     """out [N, O] and what backward needs; ``out`` is given where a sum overwrites its base."""
     s, first = call.settings, call.first
@@ -190,14 +190,14 @@ def forward(
     product = s.route == "product" and not outer  # by the library
     form_z = t.bottleneck is None
     z = t.bottleneck
-    if form_z and (keep or product or small):
+    if form_z and (save or product or small):
         z = first.new_empty(n, rank)
     zg = logits = moments = None
-    if keep and t.gate_up is not None:
+    if save and t.gate_up is not None:
         zg = first.new_empty(n, t.gate_up.shape[1])
-    if small or (keep and s.gate == "middleX"):
+    if small or (save and s.gate == "middleX"):
         logits = first.new_empty(n, dtype=torch.float32)
-    if keep and t.norm_weight is not None:
+    if save and t.norm_weight is not None:
         moments = first.new_empty(n, 2, dtype=torch.float32)
     work = Work(z=z, zg=zg, logits=logits, moments=moments)
     if s.gate in _ROW_GATES and s.gate_sees_output:
