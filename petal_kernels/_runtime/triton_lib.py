@@ -138,7 +138,7 @@ def project(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """x W^T + c in fp32, [BLOCK_M, BLOCK_R]."""
+    """x w^T + bias in fp32, [BLOCK_M, BLOCK_R]."""
     offs_r = tl.arange(0, BLOCK_R)
     acc = tl.zeros((offs_m.shape[0], BLOCK_R), tl.float32)
     for k0 in range(0, D, BLOCK_K):

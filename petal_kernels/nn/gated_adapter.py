@@ -2,7 +2,7 @@
 
 `GatedAdapter` turns a frozen module's output h into
 
-    norm(residual + dropout(s * G * (h + act(route(h D^T + c)) U^T + b)))
+    norm(residual + dropout(scale G (h + act(route(h down^T + down_bias)) up^T + up_bias)))
 
 in one operator call; what follows G is optional. Gates (`reference.py` of the operator writes each
 out) read x, the frozen module's input. Two initialisations are published: "normal" (VL-PET on BART:

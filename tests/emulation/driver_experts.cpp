@@ -93,23 +93,23 @@ void experts(const Config& c) {
   p.f.mix = 2.0f;
   p.form_logits = c.topk;
   if (c.sorted) {
-    if (c.topk) check(launch_expert_fwd(p, nullptr));
-    check(launch_expert_sort({chosen.data(), n, 1, slots, c.experts, counts.data(), order.data(),
-                              offsets.data(), inverse.data()},
-                             nullptr));
+    if (c.topk) check(launch_expert_dispatch_fwd(p, nullptr));
+    check(launch_expert_dispatch_fwd_sort({chosen.data(), n, 1, slots, c.experts, counts.data(),
+                                           order.data(), offsets.data(), inverse.data()},
+                                          nullptr));
     p.f.slots = slots;
     p.f.order = order.data();
     p.f.offsets = offsets.data();
     p.f.inverse = inverse.data();
     p.form_logits = false;
     p.form_z = p.by_slot = true;
-    check(launch_expert_fwd(p, nullptr));
+    check(launch_expert_dispatch_fwd(p, nullptr));
   }
   p.by_slot = false;
   p.form_z = !c.sorted;
   p.h = h.view();
   p.out = out.view();
-  check(launch_expert_fwd(p, nullptr));
+  check(launch_expert_dispatch_fwd(p, nullptr));
 
   const auto hidden = [&](int64_t i, int64_t e, int64_t k) {
     const int64_t row = (c.shared ? 0 : e * r) + k;
@@ -148,15 +148,15 @@ void experts(const Config& c) {
   b.ga = ga.view();
   b.dx = dx.view();
   b.dgates = floats(dgates);
-  b.weights = floats(weights);
+  b.gates = floats(weights);
   b.form_dz = true;
   b.by_slot = c.sorted;
   if (c.sorted) {
-    check(launch_expert_rows(b, nullptr));
+    check(launch_expert_dispatch_bwd_rows(b, nullptr));
     b.form_dz = b.by_slot = false;
   }
   b.form_dx = true;
-  check(launch_expert_rows(b, nullptr));
+  check(launch_expert_dispatch_bwd_rows(b, nullptr));
   expect(label + " dx", dx, [&](int64_t i, int64_t d) {
     double sum = 0;
     for (int64_t k = 0; k < inner; ++k) sum += through.get(i, k) * all_downs.get(k, d);
@@ -183,7 +183,7 @@ void experts(const Config& c) {
   w.product[0] = {dout.view(), ga.view(), c.outs, up_partial.data()};
   w.product[1] = {x.view(), dz.view(), c.width, down_partial.data()};
   w.splits = splits;
-  check(launch_expert_weights(w, nullptr));
+  check(launch_expert_dispatch_bwd_weights(w, nullptr));
   ExpertSumsParams s = {};
   s.rows = n;
   s.experts = c.experts;
@@ -191,7 +191,7 @@ void experts(const Config& c) {
   s.jobs = 1;
   s.job[0] = {dout.view(), t, c.outs, floats(weights), sum_partial.data()};
   s.splits = splits;
-  check(launch_expert_sums(s, nullptr));
+  check(launch_expert_dispatch_bwd_sums(s, nullptr));
   Matrix dup(t, e_all * c.outs, r), ddown(f32, downs * r, c.width), dup_bias(f32, e_all, c.outs);
   ExpertReduceParams reduce = {};
   reduce.jobs = 3;
@@ -225,7 +225,7 @@ void experts(const Config& c) {
                    1,
                    2.0f,
                    c.experts};
-  check(launch_expert_reduce(reduce, nullptr));
+  check(launch_expert_dispatch_bwd_reduce(reduce, nullptr));
   const auto over_rows = [&](const std::function<double(int64_t)>& term) {
     double sum = 0;
     for (int64_t i = 0; i < n; ++i) sum += term(i);

@@ -88,14 +88,14 @@ void gated(const Config& c) {
   p.logits = row_gate ? floats(logits) : nullptr;
   p.form_logits = row_gate;
   if (c.gate == Gate::kSmall) {
-    check(launch_gated_fwd(p, nullptr));
-    check(launch_gated_pool({p.logits, 1, c.samples, c.length, nullptr, true, floats(pooled)},
-                            nullptr));
+    check(launch_gated_bottleneck_fwd(p, nullptr));
+    check(launch_gated_bottleneck_pool(
+        {p.logits, 1, c.samples, c.length, nullptr, true, floats(pooled)}, nullptr));
     p.pooled = floats(pooled);
     p.down.form = p.form_logits = false;
   }
   p.out = out.view();
-  check(launch_gated_fwd(p, nullptr));
+  check(launch_gated_bottleneck_fwd(p, nullptr));
   const auto hidden = [&](int64_t r, int64_t k) {
     double sum = down_bias.get(0, k);
     for (int64_t d = 0; d < c.width; ++d) sum += x.get(r, d) * down.get(k, d);
@@ -134,7 +134,7 @@ void gated(const Config& c) {
   Matrix dout(t, rows, c.outs, c.pad), sums(f32, rows, kRowSums), totals(f32, c.samples, 1);
   Matrix kept_a(t, rows, c.rank, c.pad), kept_ag(t, rows, rg, c.pad), dz(t, rows, c.rank, c.pad);
   Matrix dzg(t, rows, rg, c.pad), dq(t, rows, c.rank, c.pad), dh(t, rows, c.outs, c.pad);
-  Matrix dx(t, rows, c.width, c.pad), dx_gate(t, rows, c.outs, c.pad);
+  Matrix dx(t, rows, c.width, c.pad), dgate_input(t, rows, c.outs, c.pad);
   dout.fill(20);
   p.down.form = p.gate.form = false;
   GatedRowsParams b = {};
@@ -147,25 +147,25 @@ void gated(const Config& c) {
   b.dq = dq.view();
   b.dh = dh.view();
   b.dx = dx.view();
-  b.dx_gate = dx_gate.view();
+  b.dgate_input = dgate_input.view();
   if (large) b.ag = kept_ag.view(), b.dzg = dzg.view();
   b.need_dz = true;
   b.need_dzg = large;
   b.form_sums = row_gate;
   b.form_columns = c.gate != Gate::kSmall;
-  check(launch_gated_rows(b, nullptr));
+  check(launch_gated_bottleneck_bwd_rows(b, nullptr));
   if (c.gate == Gate::kSmall) {
-    check(launch_gated_pool(
+    check(launch_gated_bottleneck_pool(
         {b.sums + 2, kRowSums, c.samples, c.length, nullptr, false, floats(totals)}, nullptr));
     b.totals = floats(totals);
     b.form_sums = false;
     b.form_columns = true;
-    check(launch_gated_rows(b, nullptr));
+    check(launch_gated_bottleneck_bwd_rows(b, nullptr));
   }
   const auto dy = [&](int64_t r, int64_t o) { return 2 * gate * keep(r, o) * dout.get(r, o); };
   expect(label + " a", kept_a, [&](int64_t r, int64_t k) { return a.get(r, k); });
   expect(label + " dh", dh, dy);
-  expect(label + " dx_gate", dx_gate, [&](int64_t r, int64_t o) { return dout.get(r, o); });
+  expect(label + " dgate_input", dgate_input, [&](int64_t r, int64_t o) { return dout.get(r, o); });
   const auto through = [&](int64_t r, int64_t k) {
     double sum = 0;
     for (int64_t o = 0; o < c.outs; ++o) sum += dy(r, o) * up.get(o, k);
@@ -182,7 +182,7 @@ void gated(const Config& c) {
   });
 
   const int64_t splits = 3;
-  std::vector<float> partial_up(splits * c.outs * c.rank), partial_gate(splits * c.outs * rg),
+  std::vector<float> partial_up(splits * c.outs * c.rank), partial_gate_up(splits * c.outs * rg),
       partial_sums(splits * c.outs * kColumnSums), partial_down(splits * c.width * c.rank);
   Matrix dup(t, c.outs, c.rank), dup_bias(f32, 1, c.outs), ddown(f32, c.rank, c.width);
   GatedWeightsParams w = {};
@@ -195,11 +195,11 @@ void gated(const Config& c) {
   w.need_gate_up = large;
   w.wanted = (1u << kColumnSums) - 1;
   w.partial_up = partial_up.data();
-  w.partial_gate = partial_gate.data();
+  w.partial_gate_up = partial_gate_up.data();
   w.partial_sums = partial_sums.data();
   w.down[0] = {x.view(), dz.view(), c.width, c.rank, partial_down.data()};
   w.splits = splits;
-  check(launch_gated_weights(w, nullptr));
+  check(launch_gated_bottleneck_bwd_weights(w, nullptr));
   GatedReduceParams reduce_all = {};
   reduce_all.splits = splits;
   reduce_all.jobs = 3;
@@ -215,7 +215,7 @@ void gated(const Config& c) {
                        1};
   reduce_all.job[2] = {
       partial_down.data(), c.width * c.rank, c.width, c.rank, ddown.memory.get(), f32, 1, c.width};
-  check(launch_gated_reduce(reduce_all, nullptr));
+  check(launch_gated_bottleneck_bwd_reduce(reduce_all, nullptr));
   const auto over_rows = [&](const std::function<double(int64_t)>& term) {
     double sum = 0;
     for (int64_t r = 0; r < rows; ++r) sum += term(r);

@@ -46,7 +46,7 @@ MUTANTS = [
     (_LINEAR, "outputs.append((m * scale) @ p.t())", "outputs.append(m @ p.t())"),
     (_GATED, "dv = du if s.scale == 1.0 else du * s.scale", "dv = du"),
     (_GATED, "w, b, s.norm_eps)", "w, b, 1e-5)"),
-    (_GATED, "    if keep is not None:\n        dv = dv * keep\n", ""),
+    (_GATED, "    if mask is not None:\n        dv = dv * mask\n", ""),
     (_GATED_SETTINGS, "s.norm_eps]", "1e-5]"),
     (_GATED_SETTINGS, "[s.scale,", "[abs(s.scale),"),
     (

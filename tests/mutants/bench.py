@@ -8,6 +8,7 @@ TESTS = [
     "tests/tools/test_bench_fresh.py",
     "tests/tools/test_bench.py",
     "tests/tools/test_bench_command.py",
+    "tests/tools/test_bench_plans.py",
     "tests/benchmarks/test_tables.py",
     "tests/benchmarks/test_run.py",
     "tests/tools/test_cli.py",
@@ -32,6 +33,7 @@ _OP = "petal_kernels/tools/bench/op.py"
 _MODEL = "petal_kernels/tools/bench/model.py"
 _HTML = "petal_kernels/tools/bench/html.py"
 _OUTPUTS = "petal_kernels/tools/bench/outputs.py"
+_PLANS = "petal_kernels/tools/bench/plans.py"
 _REQUEST = "petal_kernels/tools/bench/request.py"
 _TABLES = "benchmarks/tables.py"
 _EXITS = "petal_kernels/tools/exits.py"
@@ -226,4 +228,8 @@ MUTANTS = [
     (_TABLES, "else exits.BROKEN_BOUND", "else exits.FINE"),
     (_LOWRANK, "fwd = reads_x + base + biases", "fwd = reads_x + biases"),
     (_LOWRANK, "n * d + base\n", "n * d\n"),
+    # plans: an operator with a planner left out, a mode timed as the other, one backend alone
+    (_PLANS, 'if op.module("planner") is not None]', 'if op.name == "lowrank_linear"]'),
+    (_PLANS, "operators.trainable(op, case) if training else ()", "()"),
+    (_PLANS, 'dict.fromkeys((chosen, "torch"))', "(chosen,)"),
 ]  # fmt: skip

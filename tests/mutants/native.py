@@ -110,11 +110,11 @@ MUTANTS = [
     # The variance counts the padding of the last panel.
     (GATED, "for (int64_t c = most(a.O - col, 0); c < kVL; ++c) d[c] = 0.0f;", ""),
     # The logit that reads Y reads H alone.
-    (GATED, "if (a.weight_a) t += dot(", "if (false) t += dot("),
+    (GATED, "if (a.weight_a) logit += dot(", "if (false) logit += dot("),
     # The gate of a channel is left out of backward's norm.
     (GATED_BACKWARD, "if (a.channel) u *= load(a.channel + col);", ""),
     # The norm's gradient without its second sum.
-    (GATED_BACKWARD, "g - total[i] - load(b.other + k) * along[i]", "g - total[i]"),
+    (GATED_BACKWARD, "g - mean_g[i] - load(b.other + k) * mean_gx[i]", "g - total[i]"),
     # Padding weighs as much as a token.
     (GATED_BACKWARD, "a.token_weights ? a.token_weights[s.row0 + i] : even", "even"),
     # A sample longer than a block: only its last block's sum reaches the logits.

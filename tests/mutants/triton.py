@@ -102,10 +102,10 @@ MUTANTS = [
     ),
     (
         _GATED_ROWS,
-        "rstd * (dgate - c1 * through1 - c2 * through2)",
-        "rstd * (dgate - c1 * through1)",
+        "rstd * (dgate - mean_g * sum_kept - mean_gx * sum_kept_x)",
+        "rstd * (dgate - mean_g * sum_kept)",
     ),
-    (_GATED_WEIGHTS, "(du - c1 - xhat * c2)", "(du - c1 + xhat * c2)"),
+    (_GATED_WEIGHTS, "(du - mean_g - xhat * mean_gx)", "(du - mean_g + xhat * mean_gx)"),
     # masks and gates: the first columns' mask, the token's weight, the logit's gradient, its sign
     (
         _GATED_FWD,
@@ -119,7 +119,7 @@ MUTANTS = [
     ),
     (_GATED_ROWS, "dh += through", "dh -= through"),
     (_GATED_ROWS, "if ADD:", "if not ADD:"),
-    (_GATED_WEIGHTS, "_store_sum(p_gate_weight_ptr + O,", "_store_sum(p_gate_weight_ptr,"),
+    (_GATED_WEIGHTS, "_store_sum(p_gate_weight_ptr + W,", "_store_sum(p_gate_weight_ptr,"),
     # splits that overlap, only the first split, rows of many samples, addresses in 32 bits
     (_GATED_WEIGHTS, "split * rows_per_split + step", "split * (rows_per_split - 1) + step"),
     (_LIB, "part += stride_part", "part += 0"),
@@ -135,7 +135,7 @@ MUTANTS = [
         "triton.cdiv(self.slots, block) + self.experts,",
         "triton.cdiv(self.slots, block),",
     ),
-    (_DISPATCH_TILES, "place_ptr + e * N + offs_m", "place_ptr + offs_m"),
+    (_DISPATCH_TILES, "inverse_ptr + e * N + offs_m", "inverse_ptr + offs_m"),
     (_DISPATCH_FWD, "e, column(g, e), mask_e", "e, column(g, 0), mask_e"),
     # an expert passed by that some row chose
     (_DISPATCH_FWD, "if SHARED or not CHOICE or tl.max(", "if SHARED or not CHOICE or tl.min("),

@@ -1,11 +1,11 @@
 // Backward of expert_dispatch on the CPU but for the sums over rows. Per block of rows, dout
 // becoming fp32 panels once:
-//   per group: t = dout B                     r wide, over gathered rows where sorted
-//              dg = mix (<t, act(z)> + <dout, b>),  dz = mix g t act'(z),  s as in forward
+//   per group: t = dout up                    r wide, over gathered rows where sorted
+//              dg = mix (<t, act(z)> + <dout, up_bias>),  dz = mix g t act'(z), mixed as there
 //   dl = softmax'(dg) + the losses'
-//   dx = keep dout + dl W;  per group: dx += dz A      over dout's panels
-// dz, s and dl, r and E wide, go to memory in fp32 for the weight gradients. Traffic: dout, z and
-// logits read once, dx, dz and s written once.
+//   dx = keep dout + dl router;  per group: dx += dz down      over dout's panels
+// dz, mixed and dl, r and E wide, go to memory in fp32 for the weight gradients. Traffic: dout, z
+// and logits read once, dx, dz and mixed written once.
 #pragma once
 
 #include "parts.h"
@@ -16,12 +16,12 @@ namespace {
 
 struct BackwardBlock {
   Gates gates;
-  float* wide;    // dout, then dx
-  float* picked;  // sorted: rows of one expert
-  float *t, *z;   // of one group
-  float* along;   // [block][experts of a group]: <dout, b>
-  float* dg;      // [block][E]
-  float* p;       // [padded(E)]: a row's softmax over all experts
+  float* wide;      // dout, then dx
+  float* gathered;  // sorted: rows of one expert
+  float *t, *z;     // of one group
+  float* along;     // [block][experts of a group]: <dout, up_bias>
+  float* dg;        // [block][E]
+  float* p;         // [padded(E)]: a row's softmax over all experts
 };
 
 template <typename A>
@@ -29,7 +29,7 @@ BackwardBlock carve_backward(const ExpertArgs& a, A& arena) {
   BackwardBlock b = {};
   b.gates = carve_gates(a, arena);
   b.wide = arena.take(a.block * padded(most(a.D, a.O)));
-  if (a.sorted) b.picked = arena.take(a.block * padded(a.O));
+  if (a.sorted) b.gathered = arena.take(a.block * padded(a.O));
   b.t = arena.take(a.block * narrow_ld(t_width(a)));
   b.z = arena.take(a.block * narrow_ld(z_width(a)));
   b.along = arena.take(a.block * per_group(a));
@@ -72,8 +72,8 @@ PETAL_INLINE vf first_lanes(vf v, int64_t n) {
   return lane < static_cast<int32_t>(n) ? v : vf{};
 }
 
-// dg, dz and s of a group's rows. Segments are written in whole vectors, the next one over what
-// hangs out.
+// dg, dz and `mixed` of a group's rows. Segments are written in whole vectors, the next one over
+// what hangs out.
 template <typename T>
 void middle_of(const ExpertArgs& a, const BackwardBlock& b, const Group& g, Span s) {
   const int64_t experts = per_group(a), own = a.downs == 1 ? 0 : a.R;
@@ -83,7 +83,7 @@ void middle_of(const ExpertArgs& a, const BackwardBlock& b, const Group& g, Span
       const uint8_t* choice = choice_of(a, s.row0 + token);
       const float* gates = b.gates.rounded + token * padded(a.E) + g.index;
       const float *t = b.t + i * narrow_ld(t_width(a)), *z = b.z + i * narrow_ld(z_width(a));
-      float* act = a.act ? a.act + (g.slot + i) * a.act_ld : nullptr;
+      float* mixed = a.mixed ? a.mixed + (g.slot + i) * a.mixed_ld : nullptr;
       float* dz = a.dz ? a.dz + (g.slot + i) * a.dz_ld : nullptr;
       for (int64_t e = 0; e < experts; ++e) {
         const bool in = is_in(choice, g.index + e), add = own == 0 && e > 0;
@@ -91,7 +91,7 @@ void middle_of(const ExpertArgs& a, const BackwardBlock& b, const Group& g, Span
         vf along = {};
         for (int64_t c = 0; c < a.R; c += kVL) {
           const vf q = load(z + e * own + c), value = activation(name, q);
-          if (act) store(act + e * a.R + c, in ? rounded<T>(value * gates[e]) * a.mix : vf{});
+          if (mixed) store(mixed + e * a.R + c, in ? rounded<T>(value * gates[e]) * a.mix : vf{});
           if (!a.need_t) continue;
           const vf d = load(t + e * a.R + c);
           along += first_lanes(d * value, a.R - c);
@@ -103,7 +103,7 @@ void middle_of(const ExpertArgs& a, const BackwardBlock& b, const Group& g, Span
         const float bias = a.up_bias ? b.along[i * experts + e] : 0.0f;
         b.dg[token * a.E + g.index + e] = in ? a.mix * (sum(along) + bias) : 0.0f;
       }
-      for (int64_t e = 0; act && e < experts; ++e) act[experts * a.R + e] = a.mix * gates[e];
+      for (int64_t e = 0; mixed && e < experts; ++e) mixed[experts * a.R + e] = a.mix * gates[e];
     }
   });
 }
@@ -164,7 +164,7 @@ void backward(const ExpertArgs& a, int64_t block, float* scratch) {
     if (g.rows == 0) continue;
     load_z(a, b, g);
     if (a.need_t) {
-      const float* from = rows_of(b.picked, b.wide, a, g, a.O);
+      const float* from = rows_of(b.gathered, b.wide, a, g, a.O);
       project({b.t, narrow_ld(width), kNR}, false, {panels(from, a.block), a.O, a.up[g.index]},
               g.rows, n_panels(width), nullptr);
       if (a.need_gates && a.up_bias) {

@@ -63,11 +63,11 @@ void forward(Optionals tensors, std::vector<int64_t> codes, std::vector<double> 
   a.out = c.rows(results[kOut], "out", a.O);
   if (tensors[Input::kRouter]) a.logits = floats(results[kLogits], "logits");
   if (a.gate == ExpertGate::kTopK) {
-    a.chosen = whole<uint8_t>(results[kChoice], ScalarType::Bool, "chosen");
+    a.chosen = whole<uint8_t>(results[kChosen], ScalarType::Bool, "chosen");
   }
   c.pack_forward();
   c.cut_blocks(kernel.operands,
-               std::max(a.D, a.O) + (sorted ? a.top_k * a.act_ld : c.z_width() + a.act_ld));
+               std::max(a.D, a.O) + (sorted ? a.top_k * a.mixed_ld : c.z_width() + a.mixed_ld));
   const bool save = results[kZ].numel() > 0, moved = save && sorted;
   const int64_t packed = c.packer.floats(kernel.operands.panel);
   const int64_t z = moved ? round_up(c.slots() * a.R) : 0, order = moved ? c.slots() : 0;
@@ -175,7 +175,7 @@ Sums gradients_of(const Call& c, const Tensors& grads) {
     sums.add({a.dz, a.dz_ld, width, {}, 0, nullptr, begin, end},
              {{0, piece(grads[Input::kDownBias], "down_bias", g * width, width)}});
   }
-  for (int64_t g = 0; a.act && g < c.groups(); ++g) {
+  for (int64_t g = 0; a.mixed && g < c.groups(); ++g) {
     const auto [begin, end] = slots(g, false);
     const int64_t each = c.per_group(), width = each * a.R, first = wanted(Input::kUp) ? 0 : width;
     const int64_t cols = (wanted(Input::kUp) ? width : 0) + (wanted(Input::kUpBias) ? each : 0);
@@ -187,7 +187,8 @@ Sums gradients_of(const Call& c, const Tensors& grads) {
       targets.push_back(
           {width - first, rows_of(matrix(grads[Input::kUpBias], "up_bias"), g, each)});
     }
-    sums.add({a.act + first, a.act_ld, cols, a.dout, a.O, a.order, begin, end}, std::move(targets));
+    sums.add({a.mixed + first, a.mixed_ld, cols, a.dout, a.O, a.order, begin, end},
+             std::move(targets));
   }
   if (wanted(Input::kRouter) && a.sorted) {
     sums.add({a.dl, a.dl_ld, a.E, a.x, a.D, nullptr, 0, a.N},
@@ -206,7 +207,7 @@ Sums gradients_of(const Call& c, const Tensors& grads) {
   return sums;
 }
 
-// saved: z, logits, chosen, order, offsets, or empty; flat_up: stationary, B side by side [O, E r].
+// saved: z, logits, chosen, order, offsets, or empty; flat_up: stationary, up as [O, E r].
 // grads: in the order of the tensors, empty where not wanted; those of noise and gates are fp32.
 void backward(Optionals tensors, std::vector<int64_t> codes, std::vector<double> numbers,
               Tensor dout, Optional flat_up, Optional dlogits, Tensors saved, Tensors grads) {
@@ -219,7 +220,7 @@ void backward(Optionals tensors, std::vector<int64_t> codes, std::vector<double>
   a.dout = c.rows(dout, "dout", a.O);
   const auto kept = [&](Result r) -> const Tensor& { return saved[r - kZ]; };
   if (kept(kLogits).numel()) a.logits = floats(kept(kLogits), "logits");
-  if (kept(kChoice).numel()) a.chosen = whole<uint8_t>(kept(kChoice), ScalarType::Bool, "chosen");
+  if (kept(kChosen).numel()) a.chosen = whole<uint8_t>(kept(kChosen), ScalarType::Bool, "chosen");
   a.z = {const_cast<void*>(kept(kZ).const_data_ptr()), row_stride(kept(kZ), "z")};
   if (sorted) {
     a.order = whole<int32_t>(kept(kOrder), ScalarType::Int, "order");
@@ -232,7 +233,7 @@ void backward(Optionals tensors, std::vector<int64_t> codes, std::vector<double>
                                   wanted(Input::kRouterBias) || wanted(Input::kNoise));
   const bool need_dz =
       wanted(Input::kX) || wanted(Input::kDown) || wanted(Input::kDownBias) || (routed && !sorted);
-  const bool need_act = wanted(Input::kUp) || wanted(Input::kUpBias);
+  const bool need_mixed = wanted(Input::kUp) || wanted(Input::kUpBias);
   a.need_gates = routed || wanted(Input::kGates);
   a.need_t = need_dz || a.need_gates;
   if (wanted(Input::kX)) a.dx = c.rows(grads[Input::kX], "x", a.D);
@@ -242,16 +243,17 @@ void backward(Optionals tensors, std::vector<int64_t> codes, std::vector<double>
   const bool own_dgates = wanted(Input::kGates) && a.L > 1;
   if (wanted(Input::kGates) && !own_dgates) a.dgates = floats(grads[Input::kGates], "gates");
   if (routed && sorted) a.dl_ld = round_up(a.E);
-  const int64_t dz = need_dz ? c.slots() * a.dz_ld : 0, act = need_act ? c.slots() * a.act_ld : 0;
+  const int64_t dz = need_dz ? c.slots() * a.dz_ld : 0,
+                mixed = need_mixed ? c.slots() * a.mixed_ld : 0;
   const int64_t dl = round_up(a.N * a.dl_ld);
-  Scratch work(packed + dz + act + dl + (own_dgates ? a.N * a.E : 0) + kSlack);
+  Scratch work(packed + dz + mixed + dl + (own_dgates ? a.N * a.E : 0) + kSlack);
   float* at = work.data() + packed;
   if (need_dz) a.dz = at;
-  if (need_act) a.act = at + dz;
-  if (routed && sorted) a.dl = at + dz + act;
+  if (need_mixed) a.mixed = at + dz;
+  if (routed && sorted) a.dl = at + dz + mixed;
   if (routed && !sorted) a.dl = a.dz + c.z_width(), a.dl_ld = a.dz_ld;
-  if (own_dgates) a.dgates = at + dz + act + dl;
-  c.cut_blocks(kernel.operands, std::max(a.D, a.O) + (sorted ? a.top_k * (a.dz_ld + a.act_ld)
+  if (own_dgates) a.dgates = at + dz + mixed + dl;
+  c.cut_blocks(kernel.operands, std::max(a.D, a.O) + (sorted ? a.top_k * (a.dz_ld + a.mixed_ld)
                                                              : 2 * a.E * a.R + c.z_width()));
   const bool parallel = c.worth_threads();
   c.packer.run(work.data(), kernel.operands, parallel);

@@ -13,7 +13,7 @@ using Tensors = std::vector<Tensor>;
 using Optional = std::optional<Tensor>;
 using Optionals = std::vector<Optional>;
 
-enum Result { kOut, kZ, kLogits, kChoice, kOrder, kOffsets, kResults };
+enum Result { kOut, kZ, kLogits, kChosen, kOrder, kOffsets, kResults };
 
 constexpr int64_t kBlockBytes = 704 << 10;  // of a block's rows: L2 holds them and some weights
 constexpr int64_t kBlockRows = 192;
@@ -75,12 +75,12 @@ struct Call {
     if (given[Input::kNoise]) a.noise = floats(*given[Input::kNoise], "noise");
     if (given[Input::kGates]) a.gates = floats(*given[Input::kGates], "gates");
     if (given[Input::kChosen]) {
-      a.picked = whole<uint8_t>(*given[Input::kChosen], ScalarType::Bool, "chosen");
+      a.given_choice = whole<uint8_t>(*given[Input::kChosen], ScalarType::Bool, "chosen");
       check_choice();
     }
     a.up_biased = given[Input::kUpBias].has_value();
     const int64_t each = per_group();
-    a.act_ld = round_up(each * a.R + std::max(each, kSlack));
+    a.mixed_ld = round_up(each * a.R + std::max(each, kSlack));
     a.dz_ld = round_up(z_width() + std::max(a.sorted ? 0 : a.E, kSlack));
     down.resize(down_groups()), down_bias.resize(down_groups()), up.resize(groups());
   }
@@ -101,7 +101,7 @@ struct Call {
                     " rows");
     for (int64_t i = 0; a.sorted && i < samples; ++i) {
       int64_t n = 0;
-      for (int64_t e = 0; e < a.E; ++e) n += a.picked[i * a.E + e];
+      for (int64_t e = 0; e < a.E; ++e) n += a.given_choice[i * a.E + e];
       STD_TORCH_CHECK(n <= a.top_k, "chosen: want at most ", a.top_k, " experts, got ", n);
     }
   }
@@ -111,14 +111,15 @@ struct Call {
     STD_TORCH_CHECK(dtype_of(t, name) == a.type, name, ": its dtype differs from the activations'");
     return {const_cast<void*>(t.const_data_ptr()), row_stride(t, name)};
   }
-  // A of a group: [z_width, D].
+  // down of a group: [z_width, D].
   Matrix down_of(const Tensor& t, int64_t group) const {
     Matrix m = slice(t, group, "down");
     m.rows = z_width();
     m.row_stride = m.cols;  // with a rank of 1 the stride between its rows says nothing
     return m;
   }
-  // What forward multiplies with: A^T and a; B^T, the biases of a group's experts below it.
+  // What forward multiplies with: down^T and down_bias; up^T, the biases of a group's experts below
+  // it.
   void pack_forward() {
     const Optional &bias = tensors[Input::kDownBias], &up_bias = tensors[Input::kUpBias];
     for (int64_t g = 0; g < down_groups(); ++g) {
@@ -139,7 +140,7 @@ struct Call {
     a.down_t = down.data(), a.up_t = up.data();
     if (bias) a.down_bias = down_bias.data();
   }
-  // What backward multiplies with: B; for dx A and the router, stationary below it.
+  // What backward multiplies with: up; for dx down and the router, stationary below it.
   void pack_backward(const Optional& flat_up, bool routed, bool wants_x) {
     for (int64_t g = 0; a.need_t && g < groups(); ++g) {
       STD_TORCH_CHECK(a.sorted || flat_up, "flat_up: want it with the stationary plan");

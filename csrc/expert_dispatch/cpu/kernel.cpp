@@ -1,9 +1,9 @@
 // expert_dispatch on the CPU, compiled per instruction set. Forward, one block of rows at a time (x
 // becomes fp32 panels once; those panels then become out):
-//   l = x W^T + w + noise, choice, gates       kept, fp32
-//   per group: z = x A^T + a                   rounded to storage and kept
-//              s = mix [round(g act(z)) | g]   r wide
-//   y = keep H;  per group: y += s [B; b]      over x's panels
+//   l = x router^T + router_bias + noise, choice, gates g      kept, fp32
+//   per group: z = x down^T + down_bias                        rounded to storage and kept
+//              mixed = mix [ga | g], ga = round(g act(z))      r wide
+//   y = keep H;  per group: y += mixed [up^T; up_bias]         over x's panels
 // Stationary there is one group of all rows; its K loop runs through every expert, so y is touched
 // once. Sorted, a group is an expert and the block's rows that chose it: they are gathered within
 // the block and added back into it, so that nothing N k D leaves the cache and no two threads add
@@ -13,7 +13,7 @@
 // Shapes   x [N, D], base and out [N, O] of any row stride, unit column stride; parameters of any.
 // Grid     a task: a block of at most 192 rows, all experts.
 // Traffic  x and base read once, out and z written once (sorted z twice).
-// Numerics fp32 accumulation in index order; z, g and g act(z) are rounded to storage, out once.
+// Numerics fp32 accumulation in index order; z, g and ga are rounded to storage, out once.
 // Limits   fp32, fp16, bf16; parameters fp32 too. Same bits for any number of threads.
 // Source   ops/expert_dispatch/reference.py. Backward: backward.h; weight gradients: sums.h.
 #include "backward.h"
@@ -25,10 +25,10 @@ namespace {
 
 struct ForwardBlock {
   Gates gates;
-  float* wide;    // x, then y
-  float* picked;  // sorted: rows of one expert
-  float* z;       // of one group
-  float* act;     // s of all groups
+  float* wide;      // x, then y
+  float* gathered;  // sorted: rows of one expert
+  float* z;         // of one group
+  float* mixed;     // of all groups
 };
 
 template <typename A>
@@ -36,9 +36,9 @@ ForwardBlock carve_forward(const ExpertArgs& a, A& arena) {
   ForwardBlock b = {};
   b.gates = carve_gates(a, arena);
   b.wide = arena.take(a.block * padded(most(a.D, a.O)));
-  if (a.sorted) b.picked = arena.take(a.block * padded(a.D));
+  if (a.sorted) b.gathered = arena.take(a.block * padded(a.D));
   b.z = arena.take(a.block * narrow_ld(z_width(a)));
-  b.act = arena.take(a.block * (a.sorted ? a.top_k : 1) * a.act_ld);
+  b.mixed = arena.take(a.block * (a.sorted ? a.top_k : 1) * a.mixed_ld);
   return b;
 }
 
@@ -73,12 +73,13 @@ Group forward_group(const ExpertArgs& a, const Gates& g, int64_t e, Span s) {
   return {e, g.tokens + start, g.starts[e + 1] - start, s.row0 * a.top_k + start};
 }
 
-// s of a group's rows. Segments are written in whole vectors, the next one over what hangs out.
+// `mixed` of a group's rows. Segments are written in whole vectors, the next one over what hangs
+// out.
 template <typename T>
-void weigh_of(float* act, const ExpertArgs& a, const ForwardBlock& b, const Group& g, Span s) {
+void weigh_of(float* mixed, const ExpertArgs& a, const ForwardBlock& b, const Group& g, Span s) {
   const int64_t ld = narrow_ld(z_width(a)), experts = per_group(a), own = a.sorted ? 0 : a.R;
   by_activation(a.activation, [&](Activation name) __attribute__((always_inline)) {
-    for (int64_t i = 0; i < g.rows; ++i, act += a.act_ld) {
+    for (int64_t i = 0; i < g.rows; ++i, mixed += a.mixed_ld) {
       const int64_t token = g.tokens ? g.tokens[i] : i;
       const uint8_t* choice = choice_of(a, s.row0 + token);
       const float* gates = b.gates.rounded + token * padded(a.E) + g.index;
@@ -87,10 +88,10 @@ void weigh_of(float* act, const ExpertArgs& a, const ForwardBlock& b, const Grou
         const bool in = is_in(choice, g.index + e);
         for (int64_t c = 0; c < a.R; c += kVL) {
           const vf v = rounded<T>(activation(name, load(z + c)) * gates[e]) * a.mix;
-          store(act + e * a.R + c, in ? v : vf{});
+          store(mixed + e * a.R + c, in ? v : vf{});
         }
       }
-      for (int64_t e = 0; e < experts; ++e) act[experts * a.R + e] = a.mix * gates[e];
+      for (int64_t e = 0; e < experts; ++e) mixed[experts * a.R + e] = a.mix * gates[e];
     }
   });
 }
@@ -115,20 +116,20 @@ void forward(const ExpertArgs& a, int64_t block, float* scratch) {
   form_gates(b.gates, a, s);
   if (a.sorted) list_tokens(b.gates, a, s);
   const int64_t width = z_width(a), ld = narrow_ld(width);
-  const auto act_of = [&](const Group& g) {
-    return b.act + (a.sorted ? g.slot - s.row0 * a.top_k : 0) * a.act_ld;
+  const auto mixed_of = [&](const Group& g) {
+    return b.mixed + (a.sorted ? g.slot - s.row0 * a.top_k : 0) * a.mixed_ld;
   };
   for (int64_t e = 0; e < n_groups(a); ++e) {
     const Group g = forward_group(a, b.gates, e, s);
     if (a.counts && a.sorted) a.counts[block * a.E + e] = static_cast<int32_t>(g.rows);
     if (g.rows == 0) continue;
-    const float* from = rows_of(b.picked, b.wide, a, g, a.D);
+    const float* from = rows_of(b.gathered, b.wide, a, g, a.D);
     const int64_t own = down_of(a, g);
     project({b.z, ld, kNR}, false, {panels(from, a.block), a.D, a.down_t[own]}, g.rows,
             n_panels(width), a.down_bias ? a.down_bias[own] : nullptr);
     round_to(a.type, b.z, g.rows * ld);
     keep_z(a, b, g, s);
-    PETAL_BY_TYPE(a.type, weigh_of<T>(act_of(g), a, b, g, s));
+    PETAL_BY_TYPE(a.type, weigh_of<T>(mixed_of(g), a, b, g, s));
   }
   if (a.add_input) {
     scale_wide(b.wide, a, a.keep, s.rows, a.O);
@@ -141,7 +142,7 @@ void forward(const ExpertArgs& a, int64_t block, float* scratch) {
   const int64_t depth = t_width(a) + (a.up_biased ? per_group(a) : 0);
   for (int64_t e = 0; e < n_groups(a); ++e) {
     const Group g = forward_group(a, b.gates, e, s);
-    expand(b.wide, a, g.tokens, g.rows, act_of(g), a.act_ld, depth, a.up_t[g.index], a.O);
+    expand(b.wide, a, g.tokens, g.rows, mixed_of(g), a.mixed_ld, depth, a.up_t[g.index], a.O);
   }
   store_wide(a, a.out, b.wide, s, a.O);
   stream_fence();

@@ -24,16 +24,16 @@ struct ExpertArgs {
   float keep, mix;
 
   CpuRows x, base;
-  const float *gates, *noise;  // [N / L, E], [N, E] contiguous
-  const uint8_t* picked;       // choice of given gates [N / L, E] contiguous
-  float* logits;               // [N, E]: written by forward, read by backward
-  uint8_t* chosen;             // topk [N, E]: likewise
+  const float *gates, *noise;   // [N / L, E], [N, E] contiguous
+  const uint8_t* given_choice;  // choice of given gates [N / L, E] contiguous
+  float* logits;                // [N, E]: written by forward, read by backward
+  uint8_t* chosen;              // topk [N, E]: likewise
 
-  const float* const* down_t;         // forward: A^T [D, r]
+  const float* const* down_t;         // forward: transposed, [D, r]
   const float* const* down_bias;      // forward: padded to whole panels
-  const float* const* up_t;           // forward: B^T [r, O], the biases below it
-  const float* const* up;             // backward: B [O, r]
-  const float* const* down;           // backward: A [r, D], stationary the router below it
+  const float* const* up_t;           // forward: transposed, [r, O], the biases below it
+  const float* const* up;             // backward: [O, r]
+  const float* const* down;           // backward: [r, D], stationary the router below it
   const float *router, *router_bias;  // [E, D], [E]
   const float* up_bias;               // backward: [E, O]
 
@@ -47,12 +47,12 @@ struct ExpertArgs {
   const int32_t* offsets;
 
   CpuRows dout, dx;
-  bool need_t, need_gates;  // t = dout B; the gradients of gates and logits
+  bool need_t, need_gates;  // t = dout up; the gradients of gates and logits
   const float* dlogits;     // [N, E], of the losses
   // The left operands of the weight gradients, rows as in z, `*_ld` floats apart: mix g t act'(z),
-  // then (stationary) the logits' gradient; mix g act(z), then mix g of each expert of the group.
-  float *dz, *act;
-  int64_t dz_ld, act_ld;
+  // then (stationary) the logits' gradient; mix ga, then mix g of each expert of the group.
+  float *dz, *mixed;
+  int64_t dz_ld, mixed_ld;
   float* dl;  // the logits' gradient: within dz, or (sorted) [N, dl_ld]
   int64_t dl_ld;
   float *dnoise, *dgates;  // [N, E]

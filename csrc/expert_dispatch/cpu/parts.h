@@ -109,7 +109,7 @@ void softmax(float* g, const float* logits, const uint8_t* chosen, int64_t exper
 // The choice of a row, or null: every expert.
 PETAL_INLINE const uint8_t* choice_of(const ExpertArgs& a, int64_t row) {
   if (a.gate == ExpertGate::kTopK) return a.chosen + row * a.E;
-  return a.picked ? a.picked + row / a.L * a.E : nullptr;
+  return a.given_choice ? a.given_choice + row / a.L * a.E : nullptr;
 }
 
 PETAL_INLINE bool is_in(const uint8_t* choice, int64_t e) { return choice == nullptr || choice[e]; }
@@ -163,7 +163,7 @@ struct Group {
   int64_t index;          // of the weights: the expert, or 0 for all
   const int32_t* tokens;  // within the block; null: every row
   int64_t rows;
-  int64_t slot;  // of its first row in z, dz and act
+  int64_t slot;  // of its first row in z, dz and mixed
 };
 
 PETAL_INLINE int64_t n_groups(const ExpertArgs& a) { return a.sorted ? a.E : 1; }
@@ -176,19 +176,19 @@ PETAL_INLINE int64_t down_of(const ExpertArgs& a, const Group& g) {
 // Rows that vectors may run over the end of.
 PETAL_INLINE int64_t narrow_ld(int64_t width) { return padded(width) + kNR; }
 
-// The group's rows of a wide block: itself, or gathered into `picked`.
-const float* rows_of(float* picked, const float* wide, const ExpertArgs& a, const Group& g,
+// The group's rows of a wide block: itself, or gathered into `gathered`.
+const float* rows_of(float* gathered, const float* wide, const ExpertArgs& a, const Group& g,
                      int64_t cols) {
   if (!g.tokens) return wide;
   const int64_t panel = a.block * kNR;
   for (int64_t j = 0; j < n_panels(cols); ++j) {
     for (int64_t i = 0; i < g.rows; ++i) {
       const float* from = wide + j * panel + g.tokens[i] * kNR;
-      store(picked + j * panel + i * kNR, load(from));
-      store(picked + j * panel + i * kNR + kVL, load(from + kVL));
+      store(gathered + j * panel + i * kNR, load(from));
+      store(gathered + j * panel + i * kNR + kVL, load(from + kVL));
     }
   }
-  return picked;
+  return gathered;
 }
 
 // wide[tokens] += A B, A [rows, depth] in rows of ld floats.

@@ -1,9 +1,9 @@
 // expert_dispatch, backward over rows. Legend as in forward.cu.
 //
-//   t_e  = dout B_e;   dz_e = mix g_e t_e act'(z_e);   ga_e = g_e act(z_e)
-//   dg_e = mix (<t_e, act(z_e)> + <dout, b_e>), 0 where e was not chosen
-//   dl_e = s_e (dg_e - sum_j g_j dg_j) + what losses add; s = g, or the softmax over all
-//   dx   = keep dout (where H is x) + sum_e dz_e A_e + dl W
+//   t_e  = dout up_e;   a_e = act(z_e), ga_e = g_e a_e;   dz_e = mix g_e t_e act'(z_e)
+//   dg_e = mix (<t_e, a_e> + <dout, up_bias_e>), 0 where e was not chosen
+//   dl_e = p_e (dg_e - sum_j g_j dg_j) + what losses add; p = g, or the softmax over all
+//   dx   = keep dout (where H is x) + sum_e dz_e down_e + dl router
 //
 // Shapes   as there; dout with any row stride.
 // Grid     stationary: blocks of 32 tokens do all of it, t for 64 columns of the bottlenecks at a
@@ -106,7 +106,7 @@ __device__ __forceinline__ void form_dlogits(float* g, float* d, const ExpertRow
   float inner = 0.0f;
 #pragma unroll 1
   for (int e = 0; e < f.experts; ++e) {
-    if (p.weights != nullptr) p.weights[first + e] = g[e];
+    if (p.gates != nullptr) p.gates[first + e] = g[e];
     if (p.dgates == nullptr) continue;
     d[e] = has_bit(chosen, e) ? p.dgates[first + e] : 0.0f;
     inner += has_bit(chosen, e) ? g[e] * d[e] : 0.0f;
@@ -128,7 +128,7 @@ __device__ __forceinline__ void form_dlogits(float* g, float* d, const ExpertRow
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    expert_rows_kernel(const __grid_constant__ ExpertRowsParams p) {
+    expert_dispatch_bwd_rows_kernel(const __grid_constant__ ExpertRowsParams p) {
   PETAL_SHARED(shared);
   const ExpertParams& f = p.f;
   const int inner = f.experts * f.rank;
@@ -171,14 +171,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 }  // namespace
 
-const char* launch_expert_rows(const ExpertRowsParams& params, void* stream) {
+const char* launch_expert_dispatch_bwd_rows(const ExpertRowsParams& params, void* stream) {
   const ExpertParams& f = params.f;
   return dispatch_dtype(f.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     constexpr int kRows = ExpertShape<T>::kRows;
     const int64_t blocks =
         params.by_slot ? ceil_div(f.slots, kRows) + f.experts : ceil_div(f.rows, kRows);
-    return launch(&expert_rows_kernel<T>, dim3(static_cast<unsigned>(blocks)),
+    return launch(&expert_dispatch_bwd_rows_kernel<T>, dim3(static_cast<unsigned>(blocks)),
                   ExpertMemory<T>::bytes(f.experts, f.experts * f.rank), stream, params);
   });
 }

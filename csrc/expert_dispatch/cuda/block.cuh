@@ -2,7 +2,8 @@
 // slots of one expert, and does two kinds of product: `project` takes its rows, 64 columns of the
 // bottlenecks at a time, down to a stage in fp32; `combine` forms an operand as wide as all
 // bottlenecks that a token of the block chose, keeps it in shared memory and goes through the
-// output in tiles of 64 columns.
+// output in tiles of 64 columns. `inner` is E r, the columns of all bottlenecks side by side, and
+// `depth` what a product sums over.
 #pragma once
 
 #include "common/cuda/activation.cuh"
@@ -48,26 +49,26 @@ struct ExpertMemory {
   int* piece;
   T *hold, *weights;  // `project` has its ring over both
 
-  static __host__ __device__ int pieces(int width) { return (width + Shape::kD - 1) / Shape::kD; }
-  static __host__ __device__ int held(int width) {
-    return pieces(width) < Shape::kHold ? pieces(width) : Shape::kHold;
+  static __host__ __device__ int pieces(int inner) { return (inner + Shape::kD - 1) / Shape::kD; }
+  static __host__ __device__ int held(int inner) {
+    return pieces(inner) < Shape::kHold ? pieces(inner) : Shape::kHold;
   }
-  static size_t bytes(int experts, int width) {
+  static size_t bytes(int experts, int inner) {
     const size_t fixed =
         sizeof(ExpertTile) + sizeof(float) * (experts * (2 * Shape::kRows + Shape::kWide) +
-                                              Shape::Out::kFloats + (pieces(width) + 3) / 4 * 4);
-    const size_t held_bytes = sizeof(T) * held(width) * Shape::kSide + Shape::Weights::kBytes;
+                                              Shape::Out::kFloats + (pieces(inner) + 3) / 4 * 4);
+    const size_t held_bytes = sizeof(T) * held(inner) * Shape::kSide + Shape::Weights::kBytes;
     return fixed + (held_bytes > Shape::Rows::kBytes ? held_bytes : Shape::Rows::kBytes);
   }
-  __device__ __forceinline__ ExpertMemory(unsigned char* shared, int experts, int width) {
+  __device__ __forceinline__ ExpertMemory(unsigned char* shared, int experts, int inner) {
     tile = reinterpret_cast<ExpertTile*>(shared);
     gates = reinterpret_cast<float*>(shared + sizeof(ExpertTile));
     dgates = gates + experts * Shape::kRows;
     columns = dgates + experts * Shape::kRows;
     stage = columns + experts * Shape::kWide;
     piece = reinterpret_cast<int*>(stage + Shape::Out::kFloats);
-    hold = reinterpret_cast<T*>(piece + (pieces(width) + 3) / 4 * 4);
-    weights = hold + held(width) * Shape::kSide;
+    hold = reinterpret_cast<T*>(piece + (pieces(inner) + 3) / 4 * 4);
+    weights = hold + held(inner) * Shape::kSide;
   }
 };
 

@@ -32,7 +32,7 @@ void expert_dispatch_fwd(MaybeTensors tensors, MaybeTensors work, std::vector<in
   }
   want(f.z.data != nullptr || (!form_z && p.out.data == nullptr), "z");
   const Device device(x);
-  check_launch(launch_expert_fwd(p, device.stream()), "expert_dispatch_fwd");
+  check_launch(launch_expert_dispatch_fwd(p, device.stream()), "expert_dispatch_fwd");
 }
 
 // dz, ga and dgates, then what follows by token: dlogits in dgates' place, the gates, dx.
@@ -45,14 +45,14 @@ void expert_dispatch_bwd_rows(Tensor dout, MaybeTensors tensors, MaybeTensors wo
   ExpertParams& f = p.f;
   const int64_t experts = f.experts, inner = experts * f.rank;
   const bool sorted = f.order != nullptr;
-  const int64_t kept_rows = sorted ? f.slots : f.rows, kept_cols = sorted ? f.rank : inner;
+  const int64_t side_rows = sorted ? f.slots : f.rows, side_cols = sorted ? f.rank : inner;
   f.down = view(tensors[Input::kDown], f.dtype, inner, f.width, "down");
   p.dout = matrix(dout, f.rows, f.outs, "dout");
-  p.dz = view(work[kDz], f.dtype, kept_rows, kept_cols, "dz");
-  p.ga = view(work[kGa], f.dtype, kept_rows, kept_cols, "ga");
+  p.dz = view(work[kDz], f.dtype, side_rows, side_cols, "dz");
+  p.ga = view(work[kGa], f.dtype, side_rows, side_cols, "ga");
   p.dx = view(work[kDx], f.dtype, f.rows, f.width, "dx");
   p.dgates = floats(work[kDgates], f.rows * experts, "dgates");
-  p.weights = floats(work[kWeights], f.rows * experts, "weights");
+  p.gates = floats(work[kGates], f.rows * experts, "gates");
   p.dlogits = floats(work[kDlogits], f.rows * experts, "dlogits");
   p.form_dz = form_dz;
   p.form_dx = form_dx;
@@ -64,7 +64,7 @@ void expert_dispatch_bwd_rows(Tensor dout, MaybeTensors tensors, MaybeTensors wo
   want(!by_slot || sorted, "order");
   want(f.logits == nullptr || p.dx.data == nullptr || f.router.data != nullptr, "router");
   const Device device(dout);
-  check_launch(launch_expert_rows(p, device.stream()), "expert_dispatch_bwd_rows");
+  check_launch(launch_expert_dispatch_bwd_rows(p, device.stream()), "expert_dispatch_bwd_rows");
 }
 
 ExpertSortParams sort_params(const Tensor& order, const Tensor& offsets, const Tensor& inverse) {
@@ -93,13 +93,13 @@ void expert_dispatch_fwd_sort(Tensor chosen, Tensor order, Tensor offsets, Tenso
       torch::stable::new_empty(order, {ceil_div(p.rows, kSortTokens) * p.experts}, ScalarType::Int);
   p.counts = static_cast<int32_t*>(counts.data_ptr());
   const Device device(order);
-  check_launch(launch_expert_sort(p, device.stream()), "expert_dispatch_fwd_sort");
+  check_launch(launch_expert_dispatch_fwd_sort(p, device.stream()), "expert_dispatch_fwd_sort");
 }
 
 void expert_dispatch_bwd_invert(Tensor order, Tensor offsets, Tensor inverse) {
   const ExpertSortParams p = sort_params(order, offsets, inverse);
   const Device device(order);
-  check_launch(launch_expert_invert(p, device.stream()), "expert_dispatch_bwd_invert");
+  check_launch(launch_expert_dispatch_bwd_invert(p, device.stream()), "expert_dispatch_bwd_invert");
 }
 
 // The gradients of the weights, in the order of `grads`: products, then sums over rows.
@@ -138,8 +138,8 @@ Weights weights_of(const Tensor& dout, const MaybeTensor& x, const MaybeTensors&
     want(p.offsets != nullptr, "offsets");
   }
   const bool sorted = p.order != nullptr;
-  const int64_t kept_rows = sorted ? work[kOrder]->numel() : p.rows,
-                kept_cols = sorted ? rank : experts * rank;
+  const int64_t side_rows = sorted ? work[kOrder]->numel() : p.rows,
+                side_cols = sorted ? rank : experts * rank;
   p.dout = matrix(dout, p.rows, outs, "dout");
   int64_t width = 0;
   if (grads[kGradDown].has_value() || grads[kGradRouter].has_value()) {
@@ -147,9 +147,9 @@ Weights weights_of(const Tensor& dout, const MaybeTensor& x, const MaybeTensors&
     width = x->size(1);
     p.x = view(x, p.dtype, p.rows, width, "x");
   }
-  p.dz = view(work[kDz], p.dtype, kept_rows, kept_cols, "dz");
-  p.ga = view(work[kGa], p.dtype, kept_rows, kept_cols, "ga");
-  p.factors[0] = floats(work[kWeights], p.rows * experts, "weights");
+  p.dz = view(work[kDz], p.dtype, side_rows, side_cols, "dz");
+  p.ga = view(work[kGa], p.dtype, side_rows, side_cols, "ga");
+  p.factors[0] = floats(work[kGates], p.rows * experts, "gates");
   p.factors[1] = floats(work[kDgates], p.rows * experts, "dgates");
   const int64_t widths[] = {outs, width, outs, width, rank};
   for (int j = 0; j < kMaxExpertReduces; ++j) {
@@ -244,16 +244,18 @@ void expert_dispatch_bwd_weights(Tensor dout, MaybeTensor x, MaybeTensors work, 
   const Device device(dout);
   const char* const name = "expert_dispatch_bwd_weights";
   if (products.product[0].width + products.product[1].width > 0)
-    check_launch(launch_expert_weights(products, device.stream()), name);
-  if (sums.jobs > 0) check_launch(launch_expert_sums(sums, device.stream()), name);
-  if (reduce.jobs > 0) check_launch(launch_expert_reduce(reduce, device.stream()), name);
+    check_launch(launch_expert_dispatch_bwd_weights(products, device.stream()), name);
+  if (sums.jobs > 0) check_launch(launch_expert_dispatch_bwd_sums(sums, device.stream()), name);
+  if (reduce.jobs > 0)
+    check_launch(launch_expert_dispatch_bwd_reduce(reduce, device.stream()), name);
 }
 
 // What the largest block asks for.
 int64_t expert_dispatch_shared_bytes(Tensor like, int64_t experts, int64_t rank) {
   const DType dtype = dtype_of(like, "expert_dispatch_shared_bytes");
-  const size_t rows = expert_fwd_bytes(dtype, static_cast<int>(experts), static_cast<int>(rank)),
-               weights = expert_weights_bytes(dtype);
+  const size_t rows = expert_dispatch_fwd_bytes(dtype, static_cast<int>(experts),
+                                                static_cast<int>(rank)),
+               weights = expert_dispatch_bwd_weights_bytes(dtype);
   return static_cast<int64_t>(rows > weights ? rows : weights);
 }
 

@@ -12,7 +12,7 @@ namespace {
 enum Work {
   kZ,
   kLogits,
-  kChoice,
+  kChosen,
   kOrder,
   kOffsets,
   kInverse,
@@ -21,7 +21,7 @@ enum Work {
   kGa,
   kDx,
   kDgates,
-  kWeights,
+  kGates,
   kDlogits,
   kWork
 };
@@ -64,7 +64,7 @@ void add_gates(ExpertParams& p, const Call& call) {
     p.gates = vector(t[Input::kGates], p.dtype, gate_rows * experts, "gates");
   }
   const bool topk = p.gate == ExpertGate::kTopK;
-  p.chosen = elements<uint8_t>(topk ? w[kChoice] : t[Input::kChosen], ScalarType::Bool,
+  p.chosen = elements<uint8_t>(topk ? w[kChosen] : t[Input::kChosen], ScalarType::Bool,
                                gate_rows * experts, "chosen");
   want(!topk || p.chosen != nullptr, "chosen");
 }

@@ -1,10 +1,11 @@
 // expert_dispatch, forward. Legend: N tokens, E experts, r rank of each, D input width, O output
-// width, S slots; T = fp32, fp16, bf16.
+// width, S slots; H is base or x, l the logits, g the gates, _e an expert's; every other name is an
+// argument's; T = fp32, fp16, bf16.
 //
-//   l   = x W^T + w + noise, the choice of the k largest, g: softmax over the chosen (or over all,
-//         kept at the chosen) | 1 / E | given per token or per sample
-//   z_e = x A_e^T + a_e                       rounded to T and stored
-//   out = keep H + mix sum_e g_e (act(z_e) B_e^T + b_e)
+//   l   = x router^T + router_bias + noise, the choice of the k largest, g: softmax over the chosen
+//         (or over all, kept at the chosen) | 1 / E | given per token or per sample
+//   z_e = x down_e^T + down_bias_e            rounded to T and stored
+//   out = keep H + mix sum_e g_e (act(z_e) up_e^T + up_bias_e)
 //
 // Shapes   row matrices with any row stride; weights [E r, D] and [O, E r] in T; vectors in T or
 //          fp32; 16-byte copies where address and row stride allow. No size is a multiple of
@@ -19,8 +20,8 @@
 //          times by slots, z written and read once, H read and out written once. Weights from L2
 //          per block.
 // Numerics fp32 accumulators, gates and epilogue, IEEE products in fp32; logits in fp32 whatever T.
-//          Rounded to T: z, g act(z), out. What an expert that was not chosen would have added is
-//          left out, not multiplied by 0.
+//          Rounded to T: z, ga = g act(z), out. What an expert that was not chosen would have added
+//          is left out, not multiplied by 0.
 // Limits   r <= 256, E <= 64. Every sum has a fixed order: same bits on every run.
 // Source   ops/expert_dispatch/reference.py.
 #include "gates.cuh"
@@ -64,7 +65,7 @@ __device__ __forceinline__ void form_z(const ExpertMemory<T>& m, const ExpertPar
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    expert_fwd_kernel(const __grid_constant__ ExpertFwdParams p) {
+    expert_dispatch_fwd_kernel(const __grid_constant__ ExpertFwdParams p) {
   PETAL_SHARED(shared);
   const ExpertParams& f = p.f;
   const int inner = f.experts * f.rank;
@@ -108,19 +109,19 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 }  // namespace
 
-const char* launch_expert_fwd(const ExpertFwdParams& params, void* stream) {
+const char* launch_expert_dispatch_fwd(const ExpertFwdParams& params, void* stream) {
   const ExpertParams& f = params.f;
   return dispatch_dtype(f.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     constexpr int kRows = ExpertShape<T>::kRows;
     const int64_t blocks =
         params.by_slot ? ceil_div(f.slots, kRows) + f.experts : ceil_div(f.rows, kRows);
-    return launch(&expert_fwd_kernel<T>, dim3(static_cast<unsigned>(blocks)),
+    return launch(&expert_dispatch_fwd_kernel<T>, dim3(static_cast<unsigned>(blocks)),
                   ExpertMemory<T>::bytes(f.experts, f.experts * f.rank), stream, params);
   });
 }
 
-size_t expert_fwd_bytes(DType dtype, int experts, int rank) {
+size_t expert_dispatch_fwd_bytes(DType dtype, int experts, int rank) {
   size_t bytes = 0;
   dispatch_dtype(dtype, [&](auto tag) {
     bytes = ExpertMemory<typename decltype(tag)::type>::bytes(experts, experts * rank);

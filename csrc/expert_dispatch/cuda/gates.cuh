@@ -134,10 +134,10 @@ __device__ __forceinline__ void form_gates(const ExpertMemory<T>& m, const Exper
 #pragma unroll
     for (int mask = kWarp / 2; mask > 0; mask /= 2) any |= __shfl_xor_sync(0xFFFFFFFFu, any, mask);
     if (row == 0) {
-      const int width = p.experts * p.rank;
+      const int inner = p.experts * p.rank;
       int count = 0;
-      for (int c = 0; c < width; c += kD) {
-        if (any & experts_between(c, c + kD < width ? c + kD : width, p.rank))
+      for (int c = 0; c < inner; c += kD) {
+        if (any & experts_between(c, c + kD < inner ? c + kD : inner, p.rank))
           m.piece[count++] = c / kD;
       }
       if (count == 0) m.piece[count++] = 0;  // an operand of zeros

@@ -46,7 +46,7 @@ struct ExpertRowsParams {
   MatrixView dz, ga;      // [N, E r] or [S, r]; ga = g act(z); no address: not wanted
   MatrixView dx;          // [N, D]
   float* dgates;          // [N, E]: in the end the gradient of the logits, where there are any
-  float* weights;         // [N, E]: the gates
+  float* gates;           // [N, E]: what f makes of them
   const float* dlogits;   // [N, E]: added to the logits' gradient
   bool form_dz, form_dx;  // form_dx: everything by token that follows dz
   bool by_slot;           // form dz by slots, nothing else
@@ -116,15 +116,15 @@ struct ExpertSortParams {
   int32_t *order, *offsets, *inverse;
 };
 
-size_t expert_fwd_bytes(DType dtype, int experts, int rank);
-size_t expert_weights_bytes(DType dtype);
+size_t expert_dispatch_fwd_bytes(DType dtype, int experts, int rank);
+size_t expert_dispatch_bwd_weights_bytes(DType dtype);
 
-const char* launch_expert_sort(const ExpertSortParams& params, void* stream);
-const char* launch_expert_invert(const ExpertSortParams& params, void* stream);
-const char* launch_expert_fwd(const ExpertFwdParams& params, void* stream);
-const char* launch_expert_rows(const ExpertRowsParams& params, void* stream);
-const char* launch_expert_weights(ExpertWeightsParams params, void* stream);
-const char* launch_expert_sums(ExpertSumsParams params, void* stream);
-const char* launch_expert_reduce(ExpertReduceParams params, void* stream);
+const char* launch_expert_dispatch_fwd_sort(const ExpertSortParams& params, void* stream);
+const char* launch_expert_dispatch_bwd_invert(const ExpertSortParams& params, void* stream);
+const char* launch_expert_dispatch_fwd(const ExpertFwdParams& params, void* stream);
+const char* launch_expert_dispatch_bwd_rows(const ExpertRowsParams& params, void* stream);
+const char* launch_expert_dispatch_bwd_weights(ExpertWeightsParams params, void* stream);
+const char* launch_expert_dispatch_bwd_sums(ExpertSumsParams params, void* stream);
+const char* launch_expert_dispatch_bwd_reduce(ExpertReduceParams params, void* stream);
 
 }  // namespace petal

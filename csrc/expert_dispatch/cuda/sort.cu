@@ -46,7 +46,7 @@ __device__ __forceinline__ void count_warps(int* counts, const ExpertSortParams&
 }
 
 __global__ void __launch_bounds__(kThreads)
-    expert_count_kernel(const __grid_constant__ ExpertSortParams p) {
+    expert_dispatch_fwd_sort_count_kernel(const __grid_constant__ ExpertSortParams p) {
   PETAL_SHARED(shared);
   int* const counts = reinterpret_cast<int*>(shared);
   count_warps(counts, p);
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // counts become the first slots of their blocks.
 __global__ void __launch_bounds__(kThreads)
-    expert_scan_kernel(const __grid_constant__ ExpertSortParams p) {
+    expert_dispatch_fwd_sort_scan_kernel(const __grid_constant__ ExpertSortParams p) {
   PETAL_SHARED(shared);
   int* const totals = reinterpret_cast<int*>(shared);
   const int e = threadIdx.x;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    expert_place_kernel(const __grid_constant__ ExpertSortParams p) {
+    expert_dispatch_fwd_sort_place_kernel(const __grid_constant__ ExpertSortParams p) {
   PETAL_SHARED(shared);
   int* const counts = reinterpret_cast<int*>(shared);
   count_warps(counts, p);
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    expert_invert_kernel(const __grid_constant__ ExpertSortParams p) {
+    expert_dispatch_bwd_invert_kernel(const __grid_constant__ ExpertSortParams p) {
   const int64_t slot = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (slot >= p.offsets[p.experts]) return;
   int e = 0;
@@ -124,17 +124,20 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-const char* launch_expert_sort(const ExpertSortParams& params, void* stream) {
+const char* launch_expert_dispatch_fwd_sort(const ExpertSortParams& params, void* stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(params.rows, kSortTokens)));
   const size_t bytes = sizeof(int) * kWarps * params.experts;
-  const char* error = launch(&expert_count_kernel, grid, bytes, stream, params);
-  if (error == nullptr) error = launch(&expert_scan_kernel, dim3(1), bytes, stream, params);
-  return error != nullptr ? error : launch(&expert_place_kernel, grid, bytes, stream, params);
+  const char* error = launch(&expert_dispatch_fwd_sort_count_kernel, grid, bytes, stream, params);
+  if (error == nullptr)
+    error = launch(&expert_dispatch_fwd_sort_scan_kernel, dim3(1), bytes, stream, params);
+  return error != nullptr
+             ? error
+             : launch(&expert_dispatch_fwd_sort_place_kernel, grid, bytes, stream, params);
 }
 
-const char* launch_expert_invert(const ExpertSortParams& params, void* stream) {
+const char* launch_expert_dispatch_bwd_invert(const ExpertSortParams& params, void* stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(params.slots, kThreads)));
-  return launch(&expert_invert_kernel, grid, 0, stream, params);
+  return launch(&expert_dispatch_bwd_invert_kernel, grid, 0, stream, params);
 }
 
 }  // namespace petal

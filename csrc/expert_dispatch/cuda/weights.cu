@@ -1,8 +1,8 @@
-// expert_dispatch, the reductions over tokens. Legend as in forward.cu;
-// backward.cu leaves ga = g act(z), dz, the gates and dl.
+// expert_dispatch, the reductions over tokens. Legend as in forward.cu; backward.cu leaves
+// ga = g act(z), dz, the gates and dl. Inner: the columns of ga and dz, E r, or r of slots.
 //
-//   dB_e = mix dout^T ga_e, dA_e^T = x^T dz_e;  db_e = mix sum g_e dout, dW = dl^T x, da_e = sum
-//   dz_e (sorted)
+//   dup_e = mix dout^T ga_e, ddown_e^T = x^T dz_e;  dup_bias_e = mix sum g_e dout,
+//   drouter = dl^T x, ddown_bias_e = sum dz_e (sorted)
 //
 // Shapes   as there; targets of the reduce at any strides, in T or fp32.
 // Grid     weights: (64 columns of O or D, 64 of the bottlenecks, splits of the tokens), stationary
@@ -40,7 +40,7 @@ __device__ __forceinline__ void take_share(int64_t& first, int64_t& end, int64_t
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    expert_weights_kernel(const __grid_constant__ ExpertWeightsParams p) {
+    expert_dispatch_bwd_weights_kernel(const __grid_constant__ ExpertWeightsParams p) {
   using Shape = ExpertWeightsShape<T>;
   using Result = typename Shape::Result;
   constexpr int kWide = Shape::kWide, kRows = Shape::kRows;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const bool sorted = p.offsets != nullptr;
   const int tiles = sorted ? (p.rank + kWide - 1) / kWide : gridDim.y;
   const int expert = blockIdx.y / tiles, c0 = blockIdx.y % tiles * kWide,
-            columns = sorted ? p.rank : p.experts * p.rank;
+            inner = sorted ? p.rank : p.experts * p.rank;
   int64_t first = sorted ? p.offsets[expert] : 0, end = sorted ? p.offsets[expert + 1] : p.rows;
   take_share(first, end, blockIdx.z, p.splits, kRows);
 
@@ -71,30 +71,30 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
             },
             col0, job.width);
         load_tile<T, kRows, kWide>(ring.b(t), at<T>(job.side, 0, 0), job.side.stride, job.side.vec,
-                                   row0, end, c0, columns);
+                                   row0, end, c0, inner);
       },
       [](int64_t) { return false; }, [&](int64_t t) { product.step(ring.a(t), ring.b(t)); });
   __syncthreads();  // the stage lies over the ring
   product.store(stage);
   __syncthreads();
-  const auto place = [&](int e, int64_t col, int own) {
+  const auto address = [&](int e, int64_t col, int own) {
     return job.partial + ((blockIdx.z * p.experts + e) * job.width + col) * p.rank + own;
   };
 #pragma unroll 1
   for (int i = 0; i < Result::kPerThread; ++i) {
     const int64_t col = col0 + Result::row(i);
-    const int c = c0 + Result::col(i), valid = col < job.width ? valid_columns(c, columns, 8) : 0;
+    const int c = c0 + Result::col(i), valid = col < job.width ? valid_columns(c, inner, 8) : 0;
     if (valid == 0) continue;
     float v[8];
     Result::template read<1>(v, stage, i);
     int e = sorted ? expert : c / p.rank, own = sorted ? c : c - e * p.rank;
     if (sorted || p.rank % 8 == 0) {
-      store8<float>(place(e, col, own), v, valid, p.rank % 4 == 0);
+      store8<float>(address(e, col, own), v, valid, p.rank % 4 == 0);
       continue;
     }
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-      if (k < valid) *place(e, col, own) = v[k];
+      if (k < valid) *address(e, col, own) = v[k];
       if (++own == p.rank) own = 0, ++e;
     }
   }
@@ -104,7 +104,7 @@ constexpr int kSumColumns = kWarp * 8, kSumExperts = 4, kWarps = kThreads / kWar
 constexpr size_t kSumBytes = sizeof(float) * kWarps * kSumExperts * kSumColumns;
 
 __global__ void __launch_bounds__(kThreads)
-    expert_sums_kernel(const __grid_constant__ ExpertSumsParams p) {
+    expert_dispatch_bwd_sums_kernel(const __grid_constant__ ExpertSumsParams p) {
   PETAL_SHARED(shared);
   float* const sums = reinterpret_cast<float*>(shared);
   int j = 0;
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    expert_reduce_kernel(const __grid_constant__ ExpertReduceParams p) {
+    expert_dispatch_bwd_reduce_kernel(const __grid_constant__ ExpertReduceParams p) {
   int j = 0;
   while (static_cast<int64_t>(blockIdx.x) >= p.first_tile[j + 1]) ++j;
   const ExpertReduce& job = p.job[j];
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-const char* launch_expert_weights(ExpertWeightsParams params, void* stream) {
+const char* launch_expert_dispatch_bwd_weights(ExpertWeightsParams params, void* stream) {
   return dispatch_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Shape = ExpertWeightsShape<T>;
@@ -172,16 +172,16 @@ const char* launch_expert_weights(ExpertWeightsParams params, void* stream) {
                               : ceil_div(params.experts * params.rank, Shape::kWide);
     const dim3 grid(static_cast<unsigned>(params.first_tile[1]), static_cast<unsigned>(tiles),
                     static_cast<unsigned>(params.splits));
-    return launch(&expert_weights_kernel<T>, grid, Shape::kBytes, stream, params);
+    return launch(&expert_dispatch_bwd_weights_kernel<T>, grid, Shape::kBytes, stream, params);
   });
 }
 
-size_t expert_weights_bytes(DType dtype) {
+size_t expert_dispatch_bwd_weights_bytes(DType dtype) {
   return dtype == DType::kFloat32 ? ExpertWeightsShape<float>::kBytes
                                   : ExpertWeightsShape<__half>::kBytes;
 }
 
-const char* launch_expert_sums(ExpertSumsParams params, void* stream) {
+const char* launch_expert_dispatch_bwd_sums(ExpertSumsParams params, void* stream) {
   int64_t groups = 0;
   params.first_tile[0] = 0;
   for (int j = 0; j < params.jobs; ++j) {
@@ -192,10 +192,10 @@ const char* launch_expert_sums(ExpertSumsParams params, void* stream) {
   }
   const dim3 grid(static_cast<unsigned>(params.first_tile[params.jobs]),
                   static_cast<unsigned>(groups), static_cast<unsigned>(params.splits));
-  return launch(&expert_sums_kernel, grid, kSumBytes, stream, params);
+  return launch(&expert_dispatch_bwd_sums_kernel, grid, kSumBytes, stream, params);
 }
 
-const char* launch_expert_reduce(ExpertReduceParams params, void* stream) {
+const char* launch_expert_dispatch_bwd_reduce(ExpertReduceParams params, void* stream) {
   params.first_tile[0] = 0;
   for (int j = 0; j < params.jobs; ++j) {
     const ExpertReduce& job = params.job[j];
@@ -204,7 +204,7 @@ const char* launch_expert_reduce(ExpertReduceParams params, void* stream) {
                                                           ceil_div(job.cols, kReduceTile);
   }
   const dim3 grid(static_cast<unsigned>(params.first_tile[params.jobs]));
-  return launch(&expert_reduce_kernel, grid, kReduceBytes, stream, params);
+  return launch(&expert_dispatch_bwd_reduce_kernel, grid, kReduceBytes, stream, params);
 }
 
 }  // namespace petal

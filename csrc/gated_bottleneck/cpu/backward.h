@@ -1,10 +1,10 @@
 // Backward of gated_bottleneck on the CPU. Per block of rows, everything N x O stays in cache:
 //   Y, G again from z, zg;  xhat from them, the residual and the row's moments
-//   du = rstd (g - mean(g) - xhat mean(g xhat)),  g = dout * w
-//   t = scale * mask * du;  dY = t G;  dlogit = t Y G (1 - G), or its sum over a row (middleX), a
-//   sample times the token's weight (small), a column (middleY)
-//   da = dY U,  dU^T += a^T dY;  dz = route'(da act'(q));  dD += dz^T x;  the gate alike
-//   dH = dY + dlogit w_h;  dx = dH + dz D;  dX = du (+ dzg Gd) (+ dlogit w_x)
+//   du = rstd (g - mean(g) - xhat mean(g xhat)),  g = dout * norm_weight
+//   dv = scale * mask * du;  dY = G dv;  dlogit = dv Y G (1 - G), or its sum over a row (middleX),
+//   a sample times the token's weight (small), a column (middleY)
+//   da = dY up,  dup^T += a^T dY;  dz = route'(da act'(q));  ddown += dz^T x;  the gate alike
+//   dH = dY + dlogit w_h;  dx = dH + dz down;  dgate_input = du (+ dzg gate_down) (+ dlogit w_x)
 // Where the logit reads Y, dlogit w_h belongs to dY. Traffic: every row tensor that is needed, z,
 // zg and dout are read once (x and gate_input a second time, from the next cache), every row
 // gradient is written once. Weight and vector gradients are fp32 partials per split of the rows;
@@ -22,11 +22,11 @@ struct BackwardBlock {
   float *dz, *dzg;  // [block, padded(R)], [block, padded(Rg)]
   float* y;         // Y, then dlogit of the large gate
   float* dy;        // G of the large gate, then dY, then dH
-  float* du;        // dout, then du, then what dX begins with
+  float* du;        // dout, then du, then what dgate_input begins with
   float* other;     // the residual, then xhat, then x or gate_input
   float* factor;    // [block]: scale * G
   float* scale;     // [block]: scale alone
-  float* dlogit;    // [block]: t . Y, then the gradient of the row's logit
+  float* dlogit;    // [block]: dv . Y, then the gradient of the row's logit
   float* sums;      // two of [block][kVL]
   uint8_t* bits;
 };
@@ -59,15 +59,15 @@ void rebuild(const GatedArgs& a, BackwardBlock& b, Span s) {
   Middle& m = b.middle;
   load_narrow(m.z, a, a.z, s, a.R);
   route(m, a, s);
-  activate(m.act, m.q, s.rows * padded(a.R), a.activation);
+  activate(m.a, m.q, s.rows * padded(a.R), a.activation);
   row_factors(b.factor, a, s);
   for (int64_t i = 0; i < s.rows; ++i) b.scale[i] = a.scale;
   draw_block(b.bits, a, s);
   load_wide(b.du, a, a.dout, s, a.O);
   if (a.gate == Gate::kLarge) {
     load_narrow(m.zg, a, a.zg, s, a.Rg);
-    activate(m.act_g, m.zg, s.rows * padded(a.Rg), a.activation);
-    project(wide(a, b.dy), false, {row_major(m.act_g, padded(a.Rg)), a.Rg, a.gate_up_t}, s.rows,
+    activate(m.ag, m.zg, s.rows * padded(a.Rg), a.activation);
+    project(wide(a, b.dy), false, {row_major(m.ag, padded(a.Rg)), a.Rg, a.gate_up_t}, s.rows,
             n_panels(a.O), a.gate_up_bias);
     clear_padding(wide(a, b.dy), s.rows, a.O);
     for_wide(a, s.rows, a.O, [&](int64_t, int64_t, int64_t k) __attribute__((always_inline)) {
@@ -77,7 +77,7 @@ void rebuild(const GatedArgs& a, BackwardBlock& b, Span s) {
   if (a.gate == Gate::kNone && !a.norm_weight) return;
   const CpuRows& h = base_of(a);
   if (h.p) load_wide(b.y, a, h, s, a.O);
-  project(wide(a, b.y), h.p, {row_major(m.act, padded(a.R)), a.R, a.up_t}, s.rows, n_panels(a.O),
+  project(wide(a, b.y), h.p, {row_major(m.a, padded(a.R)), a.R, a.up_t}, s.rows, n_panels(a.O),
           a.up_bias);
   clear_padding(wide(a, b.y), s.rows, a.O);
 }
@@ -88,7 +88,7 @@ void norm_backward(const GatedArgs& a, BackwardBlock& b, const Place* place, Spa
   const bool large = a.gate == Gate::kLarge;
   const CpuRows& residual = a.add_gate_input ? a.gate_input : a.residual;
   const float* moments = a.moments + 2 * s.row0;
-  float *total = b.sums, *along = b.sums + a.block * kVL;
+  float *mean_g = b.sums, *mean_gx = b.sums + a.block * kVL;  // sums in lanes first
   if (residual.p) load_wide(b.other, a, residual, s, a.O);
   memset(b.sums, 0, 2 * a.block * kVL * sizeof(float));
   for_wide(a, s.rows, a.O, [&](int64_t i, int64_t col, int64_t k) __attribute__((always_inline)) {
@@ -99,8 +99,8 @@ void norm_backward(const GatedArgs& a, BackwardBlock& b, const Place* place, Spa
     const vf xhat = (u - moments[2 * i]) * moments[2 * i + 1];
     const vf g = load(b.du + k) * load(a.norm_weight + col);
     store(b.other + k, xhat);
-    store(total + i * kVL, load(total + i * kVL) + g);
-    store(along + i * kVL, load(along + i * kVL) + g * xhat);
+    store(mean_g + i * kVL, load(mean_g + i * kVL) + g);
+    store(mean_gx + i * kVL, load(mean_gx + i * kVL) + g * xhat);
   });
   if (place) {
     add_columns(a.dnorm_bias, *place, wide(a, b.du), s.rows, a.O, nullptr);
@@ -111,16 +111,16 @@ void norm_backward(const GatedArgs& a, BackwardBlock& b, const Place* place, Spa
   }
   const float share = 1.0f / static_cast<float>(a.O);
   for (int64_t i = 0; i < s.rows; ++i) {
-    total[i] = sum(load(total + i * kVL)) * share;  // sums of later rows lie further on
-    along[i] = sum(load(along + i * kVL)) * share;
+    mean_g[i] = sum(load(mean_g + i * kVL)) * share;  // sums of later rows lie further on
+    mean_gx[i] = sum(load(mean_gx + i * kVL)) * share;
   }
   for_wide(a, s.rows, a.O, [&](int64_t i, int64_t col, int64_t k) __attribute__((always_inline)) {
     const vf g = load(b.du + k) * load(a.norm_weight + col);
-    store(b.du + k, (g - total[i] - load(b.other + k) * along[i]) * moments[2 * i + 1]);
+    store(b.du + k, (g - mean_g[i] - load(b.other + k) * mean_gx[i]) * moments[2 * i + 1]);
   });
 }
 
-// t = scale * mask * du -> dY, dlogit of the large gate, t . Y of every row or channel.
+// dv = scale * mask * du -> dY, dlogit of the large gate, dv . Y of every row or channel.
 void gate_backward(const GatedArgs& a, BackwardBlock& b, const Place* place, int64_t rows) {
   const Masked factor(a, b.factor, b.bits), scale(a, b.scale, b.bits);
   if (a.gate == Gate::kLarge) {
@@ -144,8 +144,8 @@ void gate_backward(const GatedArgs& a, BackwardBlock& b, const Place* place, int
   if (!a.weight_x) return;
   memset(b.sums, 0, rows * kVL * sizeof(float));
   for_wide(a, rows, a.O, [&](int64_t i, int64_t col, int64_t k) __attribute__((always_inline)) {
-    const vf t = load(b.du + k) * scale(i, col);
-    store(b.sums + i * kVL, load(b.sums + i * kVL) + t * load(b.y + k));
+    const vf dv = load(b.du + k) * scale(i, col);
+    store(b.sums + i * kVL, load(b.sums + i * kVL) + dv * load(b.y + k));
   });
   for (int64_t i = 0; i < rows; ++i) b.dlogit[i] = sum(load(b.sums + i * kVL));
 }
@@ -165,7 +165,7 @@ void add_rank_one(float* p, const GatedArgs& a, const float* column, const float
   });
 }
 
-// t . Y -> the gradient of the row's logit. `total`: of a sample longer than a block.
+// dv . Y -> the gradient of the row's logit. `total`: of a sample longer than a block.
 void logit_backward(const GatedArgs& a, BackwardBlock& b, Place at, const float* total, Span s) {
   for_samples(a, s, [&](int64_t, int64_t first, int64_t n) {
     const bool small = a.gate == Gate::kSmall;
@@ -184,10 +184,10 @@ void logit_backward(const GatedArgs& a, BackwardBlock& b, Place at, const float*
   if (a.sees_output) add_rank_one(b.dy, a, b.dlogit, a.weight_h, s.rows);
 }
 
-// The gradients of everything that is r wide, and of U and Gu.
+// The gradients of everything that is r wide, and of up and gate_up.
 void middle_backward(const GatedArgs& a, BackwardBlock& b, Place at, Span s) {
   Middle& m = b.middle;
-  add_product(a.dup_t, at, a, m.act, a.R, b.dy, s.rows, a.O);
+  add_product(a.dup_t, at, a, m.a, a.R, b.dy, s.rows, a.O);
   add_columns(a.dup_bias, at, wide(a, b.dy), s.rows, a.O, nullptr);
   if (a.need_dz) {
     gemm(narrow(b.dz, a.R), false, panels(b.dy, a.block), s.rows, a.O, a.up, a.O * kNR,
@@ -199,7 +199,7 @@ void middle_backward(const GatedArgs& a, BackwardBlock& b, Place at, Span s) {
     if (a.dz.p) store_narrow(a, a.dz, b.dz, s, a.R);
   }
   if (a.gate != Gate::kLarge) return;
-  add_product(a.dgate_up_t, at, a, m.act_g, a.Rg, b.y, s.rows, a.O);
+  add_product(a.dgate_up_t, at, a, m.ag, a.Rg, b.y, s.rows, a.O);
   add_columns(a.dgate_up_bias, at, wide(a, b.y), s.rows, a.O, nullptr);
   if (!a.need_dzg) return;
   gemm(narrow(b.dzg, a.Rg), false, panels(b.y, a.block), s.rows, a.O, a.gate_up, a.O * kNR,
@@ -208,7 +208,7 @@ void middle_backward(const GatedArgs& a, BackwardBlock& b, Place at, Span s) {
   add_columns(a.dgate_down_bias, at, narrow(b.dzg, a.Rg), s.rows, a.Rg, nullptr);
 }
 
-// What reads x, H and X once more: the gradients of D and Gd and of the gate's vector.
+// What reads x, H and gate_input once more: the gradients of down, gate_down and gate_weight.
 void input_sums(const GatedArgs& a, BackwardBlock& b, Place at, Span s) {
   const Block other = wide(a, b.other);
   const bool reads_h = a.dweight_h && !a.sees_output;

@@ -27,7 +27,7 @@ const char* const kNameOf[Input::kCount] = {
     "up_bias",   "base",           "left",      "right",        "gate_input",
     "gate_down", "gate_down_bias", "gate_up",   "gate_up_bias", "gate_weight",
     "gate_bias", "token_weights",  "residual",  "norm_weight",  "norm_bias"};
-// What the caller derives from the tensors: G of middleY, and for logits U^T w_h where they read Y
+// What the caller derives from the tensors: G of middleY, and for logits up^T w_h where they read Y
 // and the bias.
 enum Derived { kChannel, kWeightA, kLogitBias, kDerived };
 
@@ -219,8 +219,8 @@ void add_gradients(Gradients& gradients, GatedArgs& a, const Tensors& grads) {
 }
 
 // saved: z, zg, logits, moments, or empty. grads: in the order of the tensors, empty where not
-// wanted; gate_weight's is fp32: [O] (middleY, with respect to G) or [2, O] (of X and of what the
-// logit sees).
+// wanted; gate_weight's is fp32: [O] (middleY, with respect to G) or [2, O] (of gate_input and of
+// what the logit sees).
 void backward(Optionals tensors, Optionals derived, Optional rng, std::vector<int64_t> codes,
               std::vector<double> numbers, Tensor dout, Tensors saved, Tensors grads) {
   const GatedKernels& kernel = kernels();

@@ -2,13 +2,16 @@
 // instruction set.
 //
 // Forward, per block of rows (storage becomes fp32 panels once):
-//   z = x D^T + c,  zg = X Gd^T + gd       rounded to storage and kept
+//   z = x down^T + down_bias,  zg = gate_input gate_down^T + gate_down_bias   rounded, kept
 //   a = act(route(z)),  ag = act(zg)       r wide
-//   t = w_x . X + w_h . H (+ (U^T w_h) . a where the logit reads Y)      kept, fp32
-//   per panel of columns:  Y = a U^T + b + H,  G = sigmoid(ag Gu^T + bg) or of t, or per channel
+//   logit = w_x . gate_input + w_h . H + gate_bias (+ (up^T w_h) . a where it reads Y) kept, fp32
+//   per panel of columns:  Y = a up^T + up_bias + H
+//                          G = sigmoid(ag gate_up^T + gate_up_bias) or of the logit, or per channel
 //                          u = residual + mask * scale * G * Y           over H, in cache
-//   out = u, or (u - mean) * rstd * w + b  the variance in a second pass over the block
-// Gate "small" needs the sample's logits first: a block holds whole samples, or a longer sample is
+//   out = u, or (u - mean) * rstd * norm_weight + norm_bias: the variance in a second pass over the
+//   block
+// H is x, base or 0, gate_weight is (w_x, w_h); other names are the operator's arguments. Gate
+// "small" needs the sample's logits first: a block holds whole samples, or a longer sample is
 // walked twice.
 //
 // Shapes   row tensors [N, width] of any row stride, unit column stride; parameters of any strides.
@@ -48,13 +51,13 @@ ForwardBlock carve_forward(const GatedArgs& a, A& arena) {
 }
 
 // z = A B + bias, A wide, rounded to storage and kept.
-void shrink(float* z, const GatedArgs& a, const CpuRows& kept, const float* from, int64_t depth,
+void shrink(float* z, const GatedArgs& a, const CpuRows& saved, const float* from, int64_t depth,
             int64_t width, const float* weight, const float* bias, Span s) {
   project_in_chains(narrow(z, width), {panels(from, a.block), depth, weight}, s.rows,
                     n_panels(width), bias);
   clear_padding(narrow(z, width), s.rows, width);
   round_to(a.type, z, s.rows * padded(width));
-  store_narrow(a, kept, z, s, width);
+  store_narrow(a, saved, z, s, width);
 }
 
 // Which of a walk's two passes over a long sample: the logits alone, or the rest; or both at once.
@@ -74,13 +77,13 @@ void open_block(const GatedArgs& a, ForwardBlock& b, Pass pass, Span s) {
       shrink(m.z, a, a.z, b.y, a.D, a.R, a.down_t, a.down_bias, s);
     }
     route(m, a, s);
-    activate(m.act, m.q, s.rows * padded(a.R), a.activation);
+    activate(m.a, m.q, s.rows * padded(a.R), a.activation);
   }
   if (a.base.p) load_wide(b.y, a, a.base, s, a.O);
   if (a.gate_input.p) load_wide(b.other, a, a.gate_input, s, a.Dg);
   if (a.gate == Gate::kLarge) {
     shrink(m.zg, a, a.zg, b.other, a.Dg, a.Rg, a.gate_down_t, a.gate_down_bias, s);
-    activate(m.act_g, m.zg, s.rows * padded(a.Rg), a.activation);
+    activate(m.ag, m.zg, s.rows * padded(a.Rg), a.activation);
   }
 }
 
@@ -88,15 +91,15 @@ void write_logits(const GatedArgs& a, const ForwardBlock& b, Span s) {
   const bool has_h = a.add_input || a.base.p;
   memset(b.sums, 0, s.rows * kVL * sizeof(float));
   for_wide(a, s.rows, a.O, [&](int64_t i, int64_t col, int64_t k) __attribute__((always_inline)) {
-    vf t = load(b.sums + i * kVL) + load(b.other + k) * load(a.weight_x + col);
-    if (has_h) t += load(b.y + k) * load(a.weight_h + col);
-    store(b.sums + i * kVL, t);
+    vf terms = load(b.sums + i * kVL) + load(b.other + k) * load(a.weight_x + col);
+    if (has_h) terms += load(b.y + k) * load(a.weight_h + col);
+    store(b.sums + i * kVL, terms);
   });
   const int64_t width = padded(a.R);
   for (int64_t i = 0; i < s.rows; ++i) {
-    float t = sum(load(b.sums + i * kVL));
-    if (a.weight_a) t += dot(b.middle.act + i * width, a.weight_a, width);
-    a.logits[s.row0 + i] = t + (a.logit_bias ? a.logit_bias[0] : 0.0f);
+    float logit = sum(load(b.sums + i * kVL));
+    if (a.weight_a) logit += dot(b.middle.a + i * width, a.weight_a, width);
+    a.logits[s.row0 + i] = logit + (a.logit_bias ? a.logit_bias[0] : 0.0f);
   }
 }
 
@@ -108,11 +111,11 @@ void gated_panel(const GatedArgs& a, const ForwardBlock& b, int64_t j, int64_t r
   float* y = b.y + col0 * a.block;
   const float* other = b.other + col0 * a.block;
   project({y, kNR, 0}, a.add_input || a.base.p,
-          {row_major(b.middle.act, padded(a.R)), a.R, a.up_t + col0 * a.R}, rows, 1,
+          {row_major(b.middle.a, padded(a.R)), a.R, a.up_t + col0 * a.R}, rows, 1,
           a.up_bias ? a.up_bias + col0 : nullptr);
   if (large) {
     project({b.gate, kNR, 0}, false,
-            {row_major(b.middle.act_g, padded(a.Rg)), a.Rg, a.gate_up_t + col0 * a.Rg}, rows, 1,
+            {row_major(b.middle.ag, padded(a.Rg)), a.Rg, a.gate_up_t + col0 * a.Rg}, rows, 1,
             a.gate_up_bias ? a.gate_up_bias + col0 : nullptr);
   }
   if (j == a.O / kNR) {

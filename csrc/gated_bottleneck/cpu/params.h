@@ -30,15 +30,15 @@ struct GatedArgs {
   const float* token_weights;  // [N], or null: 1 / L each
   const void *left, *right;    // [B, V, R] contiguous, in the activations' dtype
 
-  const float *down_t, *gate_down_t;  // forward: D^T [D, R], Gd^T [Dg, Rg]
-  const float *up_t, *gate_up_t;      // both: U^T [R, O], Gu^T [Rg, O]
-  const float *down, *gate_down;      // backward: D [R, D], Gd [Rg, Dg]
-  const float *up, *gate_up;          // backward: U [O, R], Gu [O, Rg]
+  const float *down_t, *gate_down_t;  // forward: transposed, [D, R], [Dg, Rg]
+  const float *up_t, *gate_up_t;      // both: transposed, [R, O], [Rg, O]
+  const float *down, *gate_down;      // backward: [R, D], [Rg, Dg]
+  const float *up, *gate_up;          // backward: [O, R], [O, Rg]
   const float *down_bias, *up_bias, *gate_down_bias, *gate_up_bias;
   const float* channel;              // middleY: G [O]
   const float *weight_x, *weight_h;  // middleX, small: [O] each
-  const float* weight_a;             // where the logit reads Y: U^T w_h [R]
-  const float* logit_bias;           // [1]; with w_h . b where the logit reads Y
+  const float* weight_a;             // where the logit reads Y: up^T w_h [R]
+  const float* logit_bias;           // [1]; with w_h . up_bias where the logit reads Y
   const float *norm_weight, *norm_bias;
 
   CpuRows out;  // forward, [N, O] contiguous

@@ -113,8 +113,8 @@ struct RouteScratch {
 };
 
 struct Middle {
-  float *z, *q, *act;  // [block][padded(R)]
-  float *zg, *act_g;   // [block][padded(Rg)]
+  float *z, *q, *a;  // [block][padded(R)]: a = act(q), q = route(z)
+  float *zg, *ag;    // [block][padded(Rg)]: ag = act(zg)
   RouteScratch route;
 };
 
@@ -123,8 +123,8 @@ void carve(Middle& m, const GatedArgs& a, bool backward, A& arena) {
   const int64_t r = a.block * padded(a.R), g = a.block * padded(a.Rg);
   m.z = arena.take(r);
   m.q = a.route == Route::kNone ? m.z : arena.take(r);
-  m.act = arena.take(r);
-  if (a.gate == Gate::kLarge) m.zg = arena.take(g), m.act_g = arena.take(g);
+  m.a = arena.take(r);
+  if (a.gate == Gate::kLarge) m.zg = arena.take(g), m.ag = arena.take(g);
   RouteScratch& s = m.route;
   s.sample = -1;
   if (a.route == Route::kNone) return;
@@ -187,7 +187,7 @@ void add_product(float* partial, Place at, const GatedArgs& a, const float* narr
 // ---- gates of one number per row
 
 // Mean of the sigmoids of a sample's logits, padding left out by the weights.
-float sample_gate(const GatedArgs& a, int64_t sample) {
+float pooled_gate(const GatedArgs& a, int64_t sample) {
   const float* logits = a.logits + sample * a.L;
   const float* weights = a.token_weights ? a.token_weights + sample * a.L : nullptr;
   vf total = {};
@@ -208,7 +208,7 @@ void row_factors(float* factor, const GatedArgs& a, Span s) {
     if (a.gate == Gate::kMiddleX) gate = sigmoid_of(splat(a.logits[s.row0 + i]))[0];
     if (a.gate == Gate::kSmall && (s.row0 + i) / a.L != sample) {
       sample = (s.row0 + i) / a.L;
-      gate = sample_gate(a, sample);
+      gate = pooled_gate(a, sample);
     }
     factor[i] = a.scale * gate;
   }

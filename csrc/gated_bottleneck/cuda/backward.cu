@@ -1,22 +1,22 @@
 // gated_bottleneck, backward over rows. Legend as in forward.cu.
 //
-//   u, Y, G again from z, zg and the rows;  xhat = (u - mean) rstd, g = dout w
-//   du = rstd (g - mean(g) - xhat mean(g xhat)), or dout;   dv = drop(du);   dY = s G dv
-//   large: dlogit = s dv Y G (1 - G), dzg = (dlogit Gu) act'(zg), dX += dzg Gd
-//   row gates: dlogit = sum(s dv Y) G (1 - G), pooled: of the sample's total times the token's
-//   weight; dX += dlogit w_x, dH += dlogit w_h (sees_output: dY as well)
-//   dq = (dY U) act'(q), dz = route'(dq), dx = dz D (+ dH where H is x)
+//   u, Y, G again from z, zg and the rows;  xhat = (u - mean) rstd, g = dout norm_weight
+//   du = rstd (g - mean(g) - xhat mean(g xhat)), or dout;   dv = scale drop(du);   dY = G dv
+//   large: dlogit = dv Y G (1 - G), dzg = (dlogit gate_up) act'(zg), dgate_input += dzg gate_down
+//   row gates: dlogit = sum(dv Y) G (1 - G), pooled: of the sample's total times the token's
+//   weight; dgate_input += dlogit w_x, dH += dlogit w_h (sees_output: dY as well)
+//   dq = (dY up) act'(q), dz = route'(dq), dx = dz down (+ dH where H is x)
 //
 // Shapes   as in forward.cu; dout with any row stride.
 // Grid     blocks of 32 rows (16 in fp32 with a rank above 128). Up to three loops over columns in
 //          tiles of 128 bytes: sums (a norm or a row gate: five sums per row, since sum(dv Y) is
-//          linear in the two means), columns (dY U and dlogit Gu stay in registers), and dx, dX
-//          over D, Dg. A pooled gate ends a launch after the sums.
-// Traffic  x, X, H, residual, dout from DRAM once and from L2 for the second loop; du, dH, dX
-//          written once, read back and written again to L2 where dz D or dzg Gd is added; z, zg
-//          read, act(q), act(zg), dz, dzg written.
+//          linear in the two means), columns (dY up and dlogit gate_up stay in registers), and
+//          dx, dgate_input over D, Dg. A pooled gate ends a launch after the sums.
+// Traffic  x, gate_input, H, residual, dout from DRAM once and from L2 for the second loop; du, dH,
+//          dgate_input written once, read back and written again to L2 where dz down or dzg
+//          gate_down is added; z, zg read, act(q), act(zg), dz, dzg written.
 // Numerics fp32 accumulators. Rounded to T: act(q), act(zg), dY and dlogit as operands, dz, dzg,
-//          and dH, dX before their products are added.
+//          and dH, dgate_input before their products are added.
 // Limits   ranks <= 256. Every sum has a fixed order.
 // Source   ops/gated_bottleneck/reference.py.
 #include "block.cuh"
@@ -36,13 +36,14 @@ struct RowsShape : GatedShape<T, RANK> {
   }
 };
 
-// The block's shared memory.
+// The block's shared memory. Where a product with down or gate_down is added, their pieces lie in
+// `up`.
 template <typename T, int RANK>
 struct RowsMemory {
   using Shape = RowsShape<T, RANK>;
   float* columns;
   RowInfo* info;
-  T *a, *ag, *u, *gu, *dy, *dgate;
+  T *a, *ag, *up, *gate_up, *dy, *dlogit;
   float *stage, *gate_stage;
   __device__ __forceinline__ RowsMemory(unsigned char* shared, bool large) {
     const int sides = large ? 2 : 1;
@@ -50,12 +51,12 @@ struct RowsMemory {
     info = reinterpret_cast<RowInfo*>(shared + Shape::kColumnBytes);
     a = reinterpret_cast<T*>(shared + Shape::kFixedBytes);
     ag = a + Shape::kPieces * Shape::kSide;
-    u = a + sides * Shape::kPieces * Shape::kSide;
-    gu = u + Shape::kPieces * Shape::kSquare;
-    stage = reinterpret_cast<float*>(u + sides * Shape::kPieces * Shape::kSquare);
+    up = a + sides * Shape::kPieces * Shape::kSide;
+    gate_up = up + Shape::kPieces * Shape::kSquare;
+    stage = reinterpret_cast<float*>(up + sides * Shape::kPieces * Shape::kSquare);
     gate_stage = stage + Shape::Out::kFloats;
     dy = reinterpret_cast<T*>(stage);  // over what they are formed from
-    dgate = reinterpret_cast<T*>(gate_stage);
+    dlogit = reinterpret_cast<T*>(gate_stage);
   }
 };
 
@@ -75,10 +76,11 @@ __device__ __forceinline__ void form_sums(const GatedRowsParams& p, const RowsMe
   constexpr int kD = Shape::kD;
   const GatedParams& f = p.f;
   const bool large = f.gate.rank > 0, norm = f.columns[kNormWeight].data != nullptr;
-  float sums[Out::kPerThread][5] = {};  // g, g xhat, k Y g, k Y, k Y xhat with k the kept
+  // g, g xhat, and of what dropout keeps of Y: Y g, Y, Y xhat.
+  float sums[Out::kPerThread][5] = {};
   const auto load = [&](int64_t col0) {
-    load_pieces<T, RANK>(m.u, f.up, col0, f.outs, f.down.rank);
-    if (large) load_pieces<T, RANK>(m.gu, f.gate_up, col0, f.outs, f.gate.rank);
+    load_pieces<T, RANK>(m.up, f.up, col0, f.outs, f.down.rank);
+    if (large) load_pieces<T, RANK>(m.gate_up, f.gate_up, col0, f.outs, f.gate.rank);
     cp_async_commit();
   };
   load(0);
@@ -86,8 +88,9 @@ __device__ __forceinline__ void form_sums(const GatedRowsParams& p, const RowsMe
     cp_async_wait<0>();
     __syncthreads();
     load_columns<T, RANK>(m.columns, f, col0);
-    multiply_pieces<T, RANK, typename Shape::Up>(m.stage, m.a, m.u, f.down.rank);
-    if (large) multiply_pieces<T, RANK, typename Shape::Up>(m.gate_stage, m.ag, m.gu, f.gate.rank);
+    multiply_pieces<T, RANK, typename Shape::Up>(m.stage, m.a, m.up, f.down.rank);
+    if (large)
+      multiply_pieces<T, RANK, typename Shape::Up>(m.gate_stage, m.ag, m.gate_up, f.gate.rank);
     __syncthreads();
     if (col0 + kD < f.outs) load(col0 + kD);
 #pragma unroll
@@ -132,15 +135,15 @@ __device__ __forceinline__ void form_sums(const GatedRowsParams& p, const RowsMe
     dot *= f.scale * f.dropout.scale;
     if (f.kind == Gate::kMiddleX) dot *= info.gate * (1.0f - info.gate);
     info.dlogit = dot;
-    float* const kept = p.sums + row * kRowSums;
-    kept[0] = info.mean_g;
-    kept[1] = info.mean_gx;
-    kept[2] = info.dlogit;
+    float* const row_sums = p.sums + row * kRowSums;
+    row_sums[0] = info.mean_g;
+    row_sums[1] = info.mean_gx;
+    row_sums[2] = info.dlogit;
   }
   __syncthreads();
 }
 
-// The gradients of one column tile: what is stored, and dY and dgate as operands.
+// The gradients of one column tile: what is stored, and dY and dlogit as operands.
 template <typename T, int RANK>
 __device__ __forceinline__ void form_tile(const GatedRowsParams& p, const RowsMemory<T, RANK>& m,
                                           const MaskSource& mask, int64_t row0, int64_t col0) {
@@ -174,8 +177,8 @@ __device__ __forceinline__ void form_tile(const GatedRowsParams& p, const RowsMe
       }
       if (p.dh.data != nullptr)
         store8<T>(at_out<T>(p.dh, at_.row, at_.col), dh, at_.valid, p.dh.vec);
-      if (p.dx_gate.data != nullptr && (f.adds_gate_input || has_row_gate(f)))
-        store8<T>(at_out<T>(p.dx_gate, at_.row, at_.col), dx, at_.valid, p.dx_gate.vec);
+      if (p.dgate_input.data != nullptr && (f.adds_gate_input || has_row_gate(f)))
+        store8<T>(at_out<T>(p.dgate_input, at_.row, at_.col), dx, at_.valid, p.dgate_input.vec);
 #pragma unroll
       for (int j = 0; j < 8; ++j) dy[i][j] = g.dy[j], dgate[i][j] = g.dgate[j];
     }
@@ -186,11 +189,11 @@ __device__ __forceinline__ void form_tile(const GatedRowsParams& p, const RowsMe
     if (!Out::has(i)) continue;
     const int offset = Out::row(i) * kLd<T, kD> + Out::col(i);
     store8<T>(m.dy + offset, dy[i], 8, true);
-    if (f.gate.rank > 0) store8<T>(m.dgate + offset, dgate[i], 8, true);
+    if (f.gate.rank > 0) store8<T>(m.dlogit + offset, dgate[i], 8, true);
   }
 }
 
-// One staged piece of da: dz = route'(da act'(route(z))), stored and kept as the operand of dz D.
+// One staged piece of da: dz = route'(da act'(route(z))), stored, and the operand of dz down.
 template <typename T, int RANK>
 __device__ __forceinline__ void form_dz(T* tile, const float* stage, const Bottleneck& b,
                                         const GatedParams& f, Route route, const MatrixView& dz,
@@ -236,7 +239,7 @@ __device__ __forceinline__ void add_product(const T* tile, const RowsMemory<T, R
 #pragma unroll 1
     for (int c = 0; c < Shape::kPieces; ++c) {
       if (c * kD < b.rank)
-        load_tile<T, kD, kD>(m.u + c * Shape::kSquare, at<T>(b.weight, 0, 0), b.weight.stride,
+        load_tile<T, kD, kD>(m.up + c * Shape::kSquare, at<T>(b.weight, 0, 0), b.weight.stride,
                              b.weight.vec, c * kD, b.rank, col0, b.width);
     }
     cp_async_commit();
@@ -246,7 +249,7 @@ __device__ __forceinline__ void add_product(const T* tile, const RowsMemory<T, R
   for (int64_t col0 = 0; col0 < b.width; col0 += kD) {
     cp_async_wait<0>();
     __syncthreads();
-    multiply_pieces<T, RANK, typename Shape::Back>(m.stage, tile, m.u, b.rank);
+    multiply_pieces<T, RANK, typename Shape::Back>(m.stage, tile, m.up, b.rank);
     __syncthreads();
     if (col0 + kD < b.width) load(col0 + kD);
 #pragma unroll
@@ -293,7 +296,7 @@ __device__ __forceinline__ RowInfo row_info(const GatedRowsParams& p, int64_t ro
 
 template <typename T, int RANK>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    gated_rows_kernel(const __grid_constant__ GatedRowsParams p) {
+    gated_bottleneck_bwd_rows_kernel(const __grid_constant__ GatedRowsParams p) {
   using Shape = RowsShape<T, RANK>;
   constexpr int kRows = Shape::kRows, kD = Shape::kD, kPieces = Shape::kPieces;
   PETAL_SHARED(shared);
@@ -327,24 +330,24 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     dag[c].clear();
   }
   for (int64_t col0 = 0; col0 < f.outs; col0 += kD) {
-    load_pieces<T, RANK>(m.u, f.up, col0, f.outs, f.down.rank);
-    if (large) load_pieces<T, RANK>(m.gu, f.gate_up, col0, f.outs, f.gate.rank);
+    load_pieces<T, RANK>(m.up, f.up, col0, f.outs, f.down.rank);
+    if (large) load_pieces<T, RANK>(m.gate_up, f.gate_up, col0, f.outs, f.gate.rank);
     cp_async_commit();
     load_columns<T, RANK>(m.columns, f, col0);
     cp_async_wait<0>();
     __syncthreads();
     if (forms_values(f)) {
-      multiply_pieces<T, RANK, typename Shape::Up>(m.stage, m.a, m.u, f.down.rank);
+      multiply_pieces<T, RANK, typename Shape::Up>(m.stage, m.a, m.up, f.down.rank);
       if (large)
-        multiply_pieces<T, RANK, typename Shape::Up>(m.gate_stage, m.ag, m.gu, f.gate.rank);
+        multiply_pieces<T, RANK, typename Shape::Up>(m.gate_stage, m.ag, m.gate_up, f.gate.rank);
       __syncthreads();
     }
     form_tile<T, RANK>(p, m, mask, row0, col0);
     __syncthreads();
 #pragma unroll
     for (int c = 0; c < kPieces; ++c) {
-      if (p.need_dz && c * kD < f.down.rank) da[c].step(m.dy, m.u + c * Shape::kSquare);
-      if (p.need_dzg && c * kD < f.gate.rank) dag[c].step(m.dgate, m.gu + c * Shape::kSquare);
+      if (p.need_dz && c * kD < f.down.rank) da[c].step(m.dy, m.up + c * Shape::kSquare);
+      if (p.need_dzg && c * kD < f.gate.rank) dag[c].step(m.dlogit, m.gate_up + c * Shape::kSquare);
     }
     __syncthreads();  // before the weights and vectors of the next tile
   }
@@ -360,23 +363,23 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     __syncthreads();
   }
   if (p.dx.data != nullptr) add_product<T, RANK>(m.a, m, f.down, p.dx, p.dx_on_dh, row0, f.rows);
-  if (large && p.dx_gate.data != nullptr)
-    add_product<T, RANK>(m.ag, m, f.gate, p.dx_gate, f.adds_gate_input, row0, f.rows);
+  if (large && p.dgate_input.data != nullptr)
+    add_product<T, RANK>(m.ag, m, f.gate, p.dgate_input, f.adds_gate_input, row0, f.rows);
 }
 
 }  // namespace
 
-const char* launch_gated_rows(const GatedRowsParams& params, void* stream) {
+const char* launch_gated_bottleneck_bwd_rows(const GatedRowsParams& params, void* stream) {
   return dispatch_gated(params.f.dtype, widest_rank(params.f), [&](auto tag, auto rank) {
     using T = typename decltype(tag)::type;
     using Shape = RowsShape<T, decltype(rank)::value>;
     const dim3 grid(static_cast<unsigned>(ceil_div(params.f.rows, Shape::kRows)));
-    return launch(&gated_rows_kernel<T, decltype(rank)::value>, grid,
+    return launch(&gated_bottleneck_bwd_rows_kernel<T, decltype(rank)::value>, grid,
                   Shape::bytes(params.f.gate.rank > 0), stream, params);
   });
 }
 
-size_t gated_rows_bytes(DType dtype, int rank, int gate_rank) {
+size_t gated_bottleneck_bwd_rows_bytes(DType dtype, int rank, int gate_rank) {
   size_t bytes = 0;
   dispatch_gated(dtype, rank > gate_rank ? rank : gate_rank, [&](auto tag, auto wide) {
     bytes = RowsShape<typename decltype(tag)::type, decltype(wide)::value>::bytes(gate_rank > 0);

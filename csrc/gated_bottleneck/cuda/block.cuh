@@ -1,7 +1,7 @@
 // gated_bottleneck: what the kernels of both directions do alike. A block holds the activations of
 // kRows rows in shared memory and goes through the output columns in tiles of 128 bytes; on each it
-// forms a U^T (and the large gate's product), stages them in fp32, and every thread finishes groups
-// of eight columns.
+// forms a up^T (and the large gate's product), stages them in fp32, and every thread finishes
+// groups of eight columns.
 #pragma once
 
 #include "common/cuda/activation.cuh"
@@ -45,11 +45,11 @@ __device__ __forceinline__ int hidden_offset(int row, int c) {
 }
 
 // Pieces of an activated bottleneck: tile = act(route(z)), zero where there is no row or rank; the
-// route is element by element. In `keep`, where it has an address, the same for later kernels.
+// route is element by element. In `copy`, where it has an address, the same for later kernels.
 template <typename T, int RANK>
 __device__ __forceinline__ void form_hidden(T* tile, unsigned char* scratch, const Bottleneck& b,
                                             Activation activation, Route route,
-                                            const MatrixView& left, const MatrixView& keep,
+                                            const MatrixView& left, const MatrixView& copy,
                                             int64_t row0, int64_t rows, int64_t length) {
   using Shape = GatedShape<T, RANK>;
   using Hidden = typename Shape::Hidden;
@@ -101,7 +101,7 @@ __device__ __forceinline__ void form_hidden(T* tile, unsigned char* scratch, con
           const float q = route == Route::kMul ? v[j] * by[j] : v[j] + by[j];
           v[j] = j < valid ? activate(activation, q) : 0.0f;
         }
-        if (keep.data != nullptr) store8<T>(at_out<T>(keep, row, c), v, valid, keep.vec);
+        if (copy.data != nullptr) store8<T>(at_out<T>(copy, row, c), v, valid, copy.vec);
       }
       store8<T>(tile + hidden_offset<T, RANK>(r, c), v, 8, true);
     }
@@ -121,15 +121,16 @@ __device__ __forceinline__ void load_pieces(T* tile, const MatrixView& m, int64_
   }
 }
 
-// stage = a u^T over all pieces; PRODUCT says how a piece of u lies.
+// stage = a weight^T over all pieces; Product says how a piece of the weight lies.
 template <typename T, int RANK, class Product>
-__device__ __forceinline__ void multiply_pieces(float* stage, const T* a, const T* u, int rank) {
+__device__ __forceinline__ void multiply_pieces(float* stage, const T* a, const T* weight,
+                                                int rank) {
   using Shape = GatedShape<T, RANK>;
   Product product;
   product.clear();
 #pragma unroll 1
   for (int c = 0; c < Shape::kPieces; ++c) {
-    if (c * Shape::kD < rank) product.step(a + c * Shape::kSide, u + c * Shape::kSquare);
+    if (c * Shape::kD < rank) product.step(a + c * Shape::kSide, weight + c * Shape::kSquare);
   }
   product.store(stage);
 }
@@ -224,7 +225,7 @@ __device__ __forceinline__ uint32_t keep_bits(const GatedParams& p, const MaskSo
   return p.dropout.rng != nullptr ? mask.keep8(0, at_.row, at_.col) : 0xFFu;
 }
 
-// u = residual + s G drop(Y) of one group.
+// u = residual + scale G drop(Y) of one group.
 template <typename T>
 __device__ __forceinline__ void form_sum(float (&u)[8], const float (&y)[8], const float (&gate)[8],
                                          const GatedParams& p, uint32_t keep, const Place& at_) {
@@ -237,8 +238,8 @@ __device__ __forceinline__ void form_sum(float (&u)[8], const float (&y)[8], con
   for (int j = 0; j < 8; ++j) u[j] += (keep >> j) & 1u ? scale * gate[j] * y[j] : 0.0f;
 }
 
-// What backward forms of one group; zero beyond the matrix. dy: G dv, where dv = s drop(du); dgate: the gradient of the
-// large gate's logits, or of G itself where that is one value per column.
+// What backward forms of one group; zero beyond the matrix. dy: G dv, where dv = scale drop(du);
+// dgate: dv Y, the gradient of G, and of a large gate's the gradient of its logits.
 struct Gradients {
   float dout[8], y[8], xhat[8], du[8], dy[8], dgate[8];
 };

@@ -30,7 +30,7 @@ void gated_bottleneck_fwd(MaybeTensors tensors, MaybeTensors work, MaybeTensor o
     p.out = view(out, p.dtype, p.rows, p.outs, "out");
   }
   const Device device(*first);
-  check_launch(launch_gated_fwd(p, device.stream()), "gated_bottleneck_fwd");
+  check_launch(launch_gated_bottleneck_fwd(p, device.stream()), "gated_bottleneck_fwd");
 }
 
 // out[b] = the sum of values, or of weight times their sigmoid, over the tokens of a sample.
@@ -47,7 +47,7 @@ void gated_bottleneck_pool(Tensor values, MaybeTensor token_weights, Tensor out,
   p.sigmoid = sigmoid;
   p.out = floats(out, p.samples, "out");
   const Device device(out);
-  check_launch(launch_gated_pool(p, device.stream()), "gated_bottleneck_pool");
+  check_launch(launch_gated_bottleneck_pool(p, device.stream()), "gated_bottleneck_pool");
 }
 
 // The row sums, then dz, dzg and the row gradients that `work` has room for.
@@ -74,8 +74,8 @@ void gated_bottleneck_bwd_rows(Tensor dout, MaybeTensors tensors, MaybeTensors w
   }
   p.du = view(work[kDu], dtype, rows, f.outs, "du");
   p.dh = view(work[kDh], dtype, rows, f.outs, "dh");
-  p.dx_gate =
-      view(work[kDxGate], dtype, rows, f.kind == Gate::kLarge ? f.gate.width : f.outs, "dx_gate");
+  p.dgate_input = view(work[kDgateInput], dtype, rows,
+                       f.kind == Gate::kLarge ? f.gate.width : f.outs, "dgate_input");
   p.dx = view(work[kDx], dtype, rows, f.down.width, "dx");
   p.form_sums = form_sums;
   p.form_columns = form_columns;
@@ -91,7 +91,7 @@ void gated_bottleneck_bwd_rows(Tensor dout, MaybeTensors tensors, MaybeTensors w
     check_saved(f);
   }
   const Device device(dout);
-  check_launch(launch_gated_rows(p, device.stream()), "gated_bottleneck_bwd_rows");
+  check_launch(launch_gated_bottleneck_bwd_rows(p, device.stream()), "gated_bottleneck_bwd_rows");
 }
 
 // The gradients of the weights, in the order of `grads`: matrices, then one per ColumnSum.
@@ -179,7 +179,7 @@ void gated_bottleneck_bwd_weights(Tensor dout, MaybeTensors tensors, MaybeTensor
   Tensor partial = torch::stable::new_empty(dout, {at.first[kMatrices + 1]}, ScalarType::Float);
   float* const data = static_cast<float*>(partial.data_ptr());
   p.partial_up = data;
-  p.partial_gate = data + at.first[1];
+  p.partial_gate_up = data + at.first[1];
   p.down[0].partial = data + at.first[2];
   p.down[1].partial = data + at.first[3];
   p.partial_sums = data + at.first[4];
@@ -190,15 +190,18 @@ void gated_bottleneck_bwd_weights(Tensor dout, MaybeTensors tensors, MaybeTensor
     reduce.job[reduce.jobs++] = reduce_of(*grads[j], j, at, data, p.f.outs);
   }
   const Device device(dout);
-  check_launch(launch_gated_weights(p, device.stream()), "gated_bottleneck_bwd_weights");
-  check_launch(launch_gated_reduce(reduce, device.stream()), "gated_bottleneck_bwd_weights");
+  check_launch(launch_gated_bottleneck_bwd_weights(p, device.stream()),
+               "gated_bottleneck_bwd_weights");
+  check_launch(launch_gated_bottleneck_bwd_reduce(reduce, device.stream()),
+               "gated_bottleneck_bwd_weights");
 }
 
 // What the largest block asks for: sm_80, sm_90 and sm_100 have it for every rank.
 int64_t gated_bottleneck_shared_bytes(Tensor like, int64_t rank, int64_t gate_rank) {
   const DType dtype = dtype_of(like, "gated_bottleneck_shared_bytes");
   size_t most = 0;
-  for (const auto bytes : {gated_fwd_bytes, gated_rows_bytes, gated_weights_bytes}) {
+  for (const auto bytes : {gated_bottleneck_fwd_bytes, gated_bottleneck_bwd_rows_bytes,
+                           gated_bottleneck_bwd_weights_bytes}) {
     const size_t found = bytes(dtype, static_cast<int>(rank), static_cast<int>(gate_rank));
     most = found > most ? found : most;
   }

@@ -25,7 +25,7 @@ enum Work {
   kDq,
   kDu,
   kDh,
-  kDxGate,
+  kDgateInput,
   kDx,
   kWork
 };

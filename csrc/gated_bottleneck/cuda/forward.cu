@@ -1,13 +1,14 @@
 // gated_bottleneck, forward. Legend: N rows, L of one sample, D input width, r rank, O output
-// width, Dg and rg of the large gate; X gate_input, H base or x, s scale; D down, U up, Gd and Gu
-// those of the gate; T = fp32, fp16, bf16.
+// width, Dg and rg of the large gate; H is base or x, f is relu or nothing, gate_weight is (w_x,
+// w_h) or w; every other name is an argument's; T = fp32, fp16, bf16.
 //
-//   z = x D^T + c, zg = X Gd^T + cg        rounded to T and stored
-//   Y = H + act(route(z)) U^T + b          route: none, + left, * left, or (f(z) . left) right of
+//   z = x down^T + down_bias, zg = gate_input gate_down^T + gate_down_bias   rounded to T, stored
+//   Y = H + act(route(z)) up^T + up_bias   route: none, + left, * left, or (f(z) . left) right of
 //                                          one vision token (through more: the library's product)
-//   G = 1 | sigmoid(act(zg) Gu^T + bg) | sigmoid(w_x . X + w_h . H + g) per row |
-//       1 + sigmoid(w) per column | the pooled row gate per sample
-//   out = u or LayerNorm(u), u = residual + s drop(G Y)
+//   G = 1 | sigmoid(act(zg) gate_up^T + gate_up_bias) | per row
+//       sigmoid(w_x . gate_input + w_h . H + gate_bias) | per column 1 + sigmoid(w) | per sample
+//       the pooled row gate
+//   out = u or LayerNorm(u), u = residual + scale drop(G Y)
 //
 // Shapes   row matrices with any row stride; weights row-major, any row stride; vectors with any
 //          stride in T or fp32; 16-byte copies where address and row stride allow. No size is a
@@ -15,10 +16,10 @@
 // Grid     fwd: blocks of 32 rows (16 in fp32 with a rank above 128): z of its rows in one loop
 //          over D, then all columns in tiles of 128 bytes, the next tile's weights being copied
 //          while this one is finished. pool: a warp per sample.
-// Traffic  x, X, H, residual from DRAM once (where H is x and the residual X they come again from
-//          L2), z, zg, out written once; with a norm out is read back three times from L1 and
-//          written again to L2. Weights from L2 per block. A pooled gate needs x and X a second
-//          time: its sum over the sample lies between two launches.
+// Traffic  x, gate_input, H, residual from DRAM once (where H is x and the residual gate_input,
+//          they come again from L2), z, zg, out written once; with a norm out is read back three
+//          times from L1 and written again to L2. Weights from L2 per block. A pooled gate needs x
+//          and gate_input a second time: its sum over the sample lies between two launches.
 // Numerics fp32 accumulators and epilogue, IEEE products in fp32. Rounded to T: z, zg, q of a
 //          product, act(q), act(zg), u (before a norm), out. Moments: the mean first, then squared
 //          deviations of the rounded u. Dropped elements add nothing to the residual, whatever
@@ -71,7 +72,8 @@ __device__ __forceinline__ void route_outer(T* tile, const GatedParams& p, int64
   }
 }
 
-// The logits of the rows of a warp, eight at most at a time: w_x . X + w_h . H (+ weight_a . a) + bias.
+// The logits of the rows of a warp, eight at most at a time: w_x . gate_input + w_h . H
+// (+ weight_a . a) + bias.
 template <typename T, int RANK>
 __device__ __forceinline__ void form_logits(RowInfo* info, const T* a, const GatedParams& p,
                                             int64_t row0) {
@@ -162,7 +164,7 @@ __device__ __forceinline__ void normalise(const GatedParams& p, int64_t row0, in
 
 template <typename T, int RANK>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    gated_fwd_kernel(const __grid_constant__ GatedParams p) {
+    gated_bottleneck_fwd_kernel(const __grid_constant__ GatedParams p) {
   using Shape = FwdShape<T, RANK>;
   using Out = typename Shape::Out;
   constexpr int kRows = Shape::kRows, kD = Shape::kD;
@@ -196,14 +198,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
   if (p.out.data == nullptr) return;
 
-  T* const u = reinterpret_cast<T*>(scratch);
-  T* const gu = u + Shape::kPieces * Shape::kSquare;
+  T* const up = reinterpret_cast<T*>(scratch);
+  T* const gate_up = up + Shape::kPieces * Shape::kSquare;
   float* const stage = reinterpret_cast<float*>(scratch + (large ? 2 : 1) * Shape::kSquareBytes);
   float* const gate_stage = stage + Out::kFloats;
   const MaskSource mask = mask_source(p.dropout);
   const auto load = [&](int64_t col0) {
-    load_pieces<T, RANK>(u, p.up, col0, p.outs, p.down.rank);
-    if (large) load_pieces<T, RANK>(gu, p.gate_up, col0, p.outs, p.gate.rank);
+    load_pieces<T, RANK>(up, p.up, col0, p.outs, p.down.rank);
+    if (large) load_pieces<T, RANK>(gate_up, p.gate_up, col0, p.outs, p.gate.rank);
     cp_async_commit();
   };
   load(0);
@@ -211,8 +213,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     cp_async_wait<0>();
     __syncthreads();  // the weights are there, and all are done with the stages and the vectors
     load_columns<T, RANK>(columns, p, col0);
-    multiply_pieces<T, RANK, typename Shape::Up>(stage, a, u, p.down.rank);
-    if (large) multiply_pieces<T, RANK, typename Shape::Up>(gate_stage, ag, gu, p.gate.rank);
+    multiply_pieces<T, RANK, typename Shape::Up>(stage, a, up, p.down.rank);
+    if (large) multiply_pieces<T, RANK, typename Shape::Up>(gate_stage, ag, gate_up, p.gate.rank);
     __syncthreads();
     if (col0 + kD < p.outs) load(col0 + kD);
 #pragma unroll
@@ -227,12 +229,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
   if (p.columns[kNormWeight].data == nullptr) return;
   __syncthreads();  // the block's own rows, read back by other threads
-  const int64_t left = p.rows - row0;
-  normalise<T>(p, row0, left < kRows ? static_cast<int>(left) : kRows);
+  const int64_t remaining = p.rows - row0;
+  normalise<T>(p, row0, remaining < kRows ? static_cast<int>(remaining) : kRows);
 }
 
 __global__ void __launch_bounds__(kThreads)
-    gated_pool_kernel(const __grid_constant__ GatedPoolParams p) {
+    gated_bottleneck_pool_kernel(const __grid_constant__ GatedPoolParams p) {
   const int64_t sample =
       static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (sample >= p.samples) return;
@@ -250,18 +252,19 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-const char* launch_gated_fwd(const GatedParams& params, void* stream) {
+const char* launch_gated_bottleneck_fwd(const GatedParams& params, void* stream) {
   return dispatch_gated(params.dtype, widest_rank(params), [&](auto tag, auto rank) {
     using T = typename decltype(tag)::type;
     using Shape = FwdShape<T, decltype(rank)::value>;
     const dim3 grid(static_cast<unsigned>(ceil_div(params.rows, Shape::kRows)));
     const size_t bytes = Shape::bytes(params.gate.rank > 0, params.down.form || params.gate.form,
                                       params.out.data != nullptr);
-    return launch(&gated_fwd_kernel<T, decltype(rank)::value>, grid, bytes, stream, params);
+    return launch(&gated_bottleneck_fwd_kernel<T, decltype(rank)::value>, grid, bytes, stream,
+                  params);
   });
 }
 
-size_t gated_fwd_bytes(DType dtype, int rank, int gate_rank) {
+size_t gated_bottleneck_fwd_bytes(DType dtype, int rank, int gate_rank) {
   size_t bytes = 0;
   dispatch_gated(dtype, rank > gate_rank ? rank : gate_rank, [&](auto tag, auto wide) {
     using Shape = FwdShape<typename decltype(tag)::type, decltype(wide)::value>;
@@ -271,9 +274,9 @@ size_t gated_fwd_bytes(DType dtype, int rank, int gate_rank) {
   return bytes;
 }
 
-const char* launch_gated_pool(const GatedPoolParams& params, void* stream) {
+const char* launch_gated_bottleneck_pool(const GatedPoolParams& params, void* stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(params.samples, kThreads / kWarp)));
-  return launch(&gated_pool_kernel, grid, 0, stream, params);
+  return launch(&gated_bottleneck_pool_kernel, grid, 0, stream, params);
 }
 
 }  // namespace petal

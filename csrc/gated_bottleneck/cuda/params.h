@@ -35,12 +35,12 @@ struct GatedParams {
   MatrixView left, right;  // [B, r]; right: product
   Gate kind;
   bool gate_linear;      // middleY: 1 + w in place of 1 + sigmoid(w)
-  bool sees_output;      // middleX, small: Y in place of H; then weight_a = U^T w_h, fp32 [r]
+  bool sees_output;      // middleX, small: Y in place of H; then weight_a = up^T w_h, fp32 [r]
   bool adds_gate_input;  // the residual is gate_input
   const float* weight_a;
   VectorView columns[kColumns];  // kGateColumn: the large gate's second bias, or w of middleY
   VectorView gate_bias;
-  MatrixView h, gate_input, residual;  // [N, O]; h: Y = h + a U^T + b; no address: zero
+  MatrixView h, gate_input, residual;  // [N, O]; h: Y = h + a up^T + up_bias; no address: zero
   MatrixView up, gate_up;              // [O, r], [O, rg]
   float scale, eps;
   Dropout dropout;
@@ -59,20 +59,20 @@ constexpr int kRowSums = 3;
 struct GatedRowsParams {
   GatedParams f;
   MatrixView dout;
-  float* sums;                 // [N, kRowSums]
-  const float* totals;         // small: [B], the samples' sums
-  const float* token_weights;  // small: [N]; no address: 1 / L
-  MatrixView a, ag;            // [N, r], [N, rg]: stored where they have an address
-  MatrixView dz, dzg, dq;      // the same; dq: before a multiplicative route
-  MatrixView du, dh, dx_gate;  // [N, O], [N, O], [N, Dg]; no address: not wanted
-  MatrixView dx;               // [N, D]: dh (or nothing, if it lies elsewhere) + dz down
+  float* sums;                     // [N, kRowSums]
+  const float* totals;             // small: [B], the samples' sums
+  const float* token_weights;      // small: [N]; no address: 1 / L
+  MatrixView a, ag;                // [N, r], [N, rg]: stored where they have an address
+  MatrixView dz, dzg, dq;          // the same; dq: before a multiplicative route
+  MatrixView du, dh, dgate_input;  // [N, O], [N, O], [N, Dg]; no address: not wanted
+  MatrixView dx;                   // [N, D]: dh (or nothing, if it lies elsewhere) + dz down
   bool form_sums, form_columns;
   bool need_dz, need_dzg;
   bool read_dz;   // dz comes from the library's part of a product; nothing but dx is left to do
   bool dx_on_dh;  // dx is dh's memory
 };
 
-// dU, dGu, the sums over rows of column vectors, and dD, dGd, by row splits.
+// dup, dgate_up, the sums over rows of column vectors, and ddown, dgate_down, by row splits.
 enum ColumnSum { kSumUpBias, kSumGate, kSumLogitH, kSumNormWeight, kSumNormBias, kColumnSums };
 
 // partial[splits, width, rank] = in^T dz.
@@ -89,9 +89,10 @@ struct GatedWeightsParams {
   const float* sums;
   MatrixView a, ag;
   bool need_up, need_gate_up;
-  uint32_t wanted;                                  // bit per ColumnSum
-  float *partial_up, *partial_gate, *partial_sums;  // [splits, O, r], [.., O, rg], [.., kinds, O]
-  DownGrad down[2];                                 // of x, of gate_input
+  uint32_t wanted;                      // bit per ColumnSum
+  float *partial_up, *partial_gate_up;  // [splits, O, r], [splits, O, rg]
+  float* partial_sums;                  // [splits, kColumnSums, O]
+  DownGrad down[2];                     // of x, of gate_input
   int64_t splits;
   int64_t rows_per_split, first_tile[3];  // filled by the launcher; the tiles of down[0], down[1]
 };
@@ -123,14 +124,14 @@ struct GatedPoolParams {
 };
 
 // Shared memory of the largest block for these ranks.
-size_t gated_fwd_bytes(DType dtype, int rank, int gate_rank);
-size_t gated_rows_bytes(DType dtype, int rank, int gate_rank);
-size_t gated_weights_bytes(DType dtype, int rank, int gate_rank);
+size_t gated_bottleneck_fwd_bytes(DType dtype, int rank, int gate_rank);
+size_t gated_bottleneck_bwd_rows_bytes(DType dtype, int rank, int gate_rank);
+size_t gated_bottleneck_bwd_weights_bytes(DType dtype, int rank, int gate_rank);
 
-const char* launch_gated_fwd(const GatedParams& params, void* stream);
-const char* launch_gated_pool(const GatedPoolParams& params, void* stream);
-const char* launch_gated_rows(const GatedRowsParams& params, void* stream);
-const char* launch_gated_weights(GatedWeightsParams params, void* stream);
-const char* launch_gated_reduce(GatedReduceParams params, void* stream);
+const char* launch_gated_bottleneck_fwd(const GatedParams& params, void* stream);
+const char* launch_gated_bottleneck_pool(const GatedPoolParams& params, void* stream);
+const char* launch_gated_bottleneck_bwd_rows(const GatedRowsParams& params, void* stream);
+const char* launch_gated_bottleneck_bwd_weights(GatedWeightsParams params, void* stream);
+const char* launch_gated_bottleneck_bwd_reduce(GatedReduceParams params, void* stream);
 
 }  // namespace petal

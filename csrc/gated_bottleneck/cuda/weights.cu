@@ -1,8 +1,9 @@
 // gated_bottleneck, the reductions over rows. Legend as in forward.cu; backward.cu leaves
 // a = act(q), ag = act(zg), dz, dzg and the row sums.
 //
-//   dU = dY^T a, dGu = dlogit^T ag, dD^T = x^T dz, dGd^T = X^T dzg, and sums over rows: dY, dlogit
-//   (large), s dv Y (middleY), dlogit X and dlogit H or Y (row gates), dout xhat, dout (norm)
+//   dup = dY^T a, dgate_up = dlogit^T ag, ddown^T = x^T dz, dgate_down^T = gate_input^T dzg, and
+//   sums over rows: dY, dlogit (large), dv Y (middleY), dlogit gate_input and dlogit H or Y (row
+//   gates), dout xhat, dout (norm); dv = scale drop(du)
 //
 // Shapes   as in forward.cu; targets of the reduce at any two strides, in T or fp32.
 // Grid     weights: (column tiles of 128 bytes of O, D and Dg, 128 columns of the ranks, splits of
@@ -10,12 +11,13 @@
 //          rows in blocks of 32 (16 in fp32 with a rank above 128), forms dY and dlogit of its
 //          columns again and multiplies them from shared memory; a block of D or Dg is a plain
 //          product. reduce: (32 x 32 tiles of all targets).
-// Traffic  x, X, H, residual, dout from DRAM once: blocks of the same rows run side by side, so
-//          that what several of them read comes from L2. a, ag, dz, dzg once per column tile, from
-//          L2; fp32 partials [splits, O (r + rg + sums) + D r + Dg rg] written and read once.
+// Traffic  x, gate_input, H, residual, dout from DRAM once: blocks of the same rows run side by
+//          side, so that what several of them read comes from L2. a, ag, dz, dzg once per column
+//          tile, from L2; fp32 partials [splits, O (r + rg + sums) + D r + Dg rg] written and read
+//          once.
 // Numerics dY and dlogit rounded to T as operands; fp32 accumulators, partials and column sums; the
 //          reduce adds the splits in ascending order and rounds once.
-// Limits   ranks <= 256. Same bits on every run: the splits depend on N alone.
+// Limits   ranks <= 256; any N, D, O and Dg. Same bits on every run: the splits depend on N alone.
 // Source   ops/gated_bottleneck/reference.py.
 #include "block.cuh"
 
@@ -74,10 +76,10 @@ __device__ __forceinline__ void add_slot(float* slots, ColumnSum kind, const flo
 // dY and dlogit of a tile as operands, and the column sums.
 template <typename T, int RANK>
 __device__ __forceinline__ void form_operands(const GatedWeightsParams& p, float* slots, T* dy,
-                                              T* dgate, const float* stage, const float* gate_stage,
-                                              const float* columns, const RowInfo* info,
-                                              const MaskSource& mask, int64_t row0, int64_t end,
-                                              int64_t col0) {
+                                              T* dlogit, const float* stage,
+                                              const float* gate_stage, const float* columns,
+                                              const RowInfo* info, const MaskSource& mask,
+                                              int64_t row0, int64_t end, int64_t col0) {
   using Shape = WeightsShape<T, RANK>;
   using Out = typename Shape::Out;
   const GatedParams& f = p.f;
@@ -122,7 +124,7 @@ __device__ __forceinline__ void form_operands(const GatedWeightsParams& p, float
     }
     const int offset = at_.local_row * kLd<T, Shape::kD> + at_.local_col;
     store8<T>(dy + offset, g.dy, 8, true);
-    if (f.gate.rank > 0) store8<T>(dgate + offset, g.dgate, 8, true);
+    if (f.gate.rank > 0) store8<T>(dlogit + offset, g.dgate, 8, true);
   }
 }
 
@@ -189,7 +191,7 @@ __device__ __forceinline__ void down_product(unsigned char* shared, const DownGr
 
 template <typename T, int RANK>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    gated_weights_kernel(const __grid_constant__ GatedWeightsParams p) {
+    gated_bottleneck_bwd_weights_kernel(const __grid_constant__ GatedWeightsParams p) {
   using Shape = WeightsShape<T, RANK>;
   constexpr int kD = Shape::kD, kRows = Shape::kRows, kMine = Shape::kMine;
   PETAL_SHARED(shared);
@@ -212,25 +214,25 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   T* const a =
       reinterpret_cast<T*>(shared + Shape::kFixedBytes + (p.wanted != 0 ? Shape::kSumBytes : 0));
   T* const ag = a + Shape::kPieces * Shape::kSide;
-  T* const u = a + sides * Shape::kPieces * Shape::kSide;
-  T* const gu = u + Shape::kPieces * Shape::kSquare;
-  float* const stage = reinterpret_cast<float*>(u + sides * Shape::kPieces * Shape::kSquare);
+  T* const up = a + sides * Shape::kPieces * Shape::kSide;
+  T* const gate_up = up + Shape::kPieces * Shape::kSquare;
+  float* const stage = reinterpret_cast<float*>(up + sides * Shape::kPieces * Shape::kSquare);
   float* const gate_stage = stage + Shape::Out::kFloats;
   T* const dy = reinterpret_cast<T*>(stage + sides * Shape::Out::kFloats);
-  T* const dgate = dy + Shape::kSide;
+  T* const dlogit = dy + Shape::kSide;
 
   const MaskSource mask = mask_source(f.dropout);
-  load_pieces<T, RANK>(u, f.up, col0, f.outs, f.down.rank);
-  if (large) load_pieces<T, RANK>(gu, f.gate_up, col0, f.outs, f.gate.rank);
+  load_pieces<T, RANK>(up, f.up, col0, f.outs, f.down.rank);
+  if (large) load_pieces<T, RANK>(gate_up, f.gate_up, col0, f.outs, f.gate.rank);
   load_columns<T, RANK>(columns, f, col0);
   if (p.wanted != 0) {
     for (int i = threadIdx.x; i < kColumnSums * kThreads * 8; i += kThreads) slots[i] = 0.0f;
   }
-  typename Shape::Weight du[kMine], dgu[kMine];
+  typename Shape::Weight dup[kMine], dgate_up[kMine];
 #pragma unroll
   for (int c = 0; c < kMine; ++c) {
-    du[c].clear();
-    dgu[c].clear();
+    dup[c].clear();
+    dgate_up[c].clear();
   }
   for (int64_t row0 = first; row0 < end; row0 += kRows) {
     load_side<T, RANK>(a, p.a, row0, end, f.down.rank);
@@ -255,18 +257,19 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     cp_async_wait<0>();
     __syncthreads();
     if (forms_values(f)) {
-      multiply_pieces<T, RANK, typename Shape::Up>(stage, a, u, f.down.rank);
-      if (large) multiply_pieces<T, RANK, typename Shape::Up>(gate_stage, ag, gu, f.gate.rank);
+      multiply_pieces<T, RANK, typename Shape::Up>(stage, a, up, f.down.rank);
+      if (large) multiply_pieces<T, RANK, typename Shape::Up>(gate_stage, ag, gate_up, f.gate.rank);
       __syncthreads();
     }
-    form_operands<T, RANK>(p, slots, dy, dgate, stage, gate_stage, columns, info, mask, row0, end,
+    form_operands<T, RANK>(p, slots, dy, dlogit, stage, gate_stage, columns, info, mask, row0, end,
                            col0);
     __syncthreads();
 #pragma unroll
     for (int c = 0; c < kMine; ++c) {
       const int piece = piece0 + c;
-      if (p.need_up && piece * kD < f.down.rank) du[c].step(dy, a + piece * Shape::kSide);
-      if (p.need_gate_up && piece * kD < f.gate.rank) dgu[c].step(dgate, ag + piece * Shape::kSide);
+      if (p.need_up && piece * kD < f.down.rank) dup[c].step(dy, a + piece * Shape::kSide);
+      if (p.need_gate_up && piece * kD < f.gate.rank)
+        dgate_up[c].step(dlogit, ag + piece * Shape::kSide);
     }
     __syncthreads();  // before the operands of the next rows
   }
@@ -274,16 +277,16 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   for (int c = 0; c < kMine; ++c) {
     const int rank0 = (piece0 + c) * kD;
     if (p.need_up && rank0 < f.down.rank) {
-      du[c].store(stage);
+      dup[c].store(stage);
       __syncthreads();
       store_partial<T, RANK>(stage, p.partial_up + split * f.outs * f.down.rank, f.outs,
                              f.down.rank, rank0, col0);
       __syncthreads();
     }
     if (p.need_gate_up && rank0 < f.gate.rank) {
-      dgu[c].store(stage);
+      dgate_up[c].store(stage);
       __syncthreads();
-      store_partial<T, RANK>(stage, p.partial_gate + split * f.outs * f.gate.rank, f.outs,
+      store_partial<T, RANK>(stage, p.partial_gate_up + split * f.outs * f.gate.rank, f.outs,
                              f.gate.rank, rank0, col0);
       __syncthreads();
     }
@@ -302,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    gated_reduce_kernel(const __grid_constant__ GatedReduceParams p) {
+    gated_bottleneck_bwd_reduce_kernel(const __grid_constant__ GatedReduceParams p) {
   int j = 0;
   while (static_cast<int64_t>(blockIdx.x) >= p.first_tile[j + 1]) ++j;
   const GatedReduce& job = p.job[j];
@@ -315,7 +318,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-const char* launch_gated_weights(GatedWeightsParams params, void* stream) {
+const char* launch_gated_bottleneck_bwd_weights(GatedWeightsParams params, void* stream) {
   const int ranks = widest_rank(params.f);
   return dispatch_gated(params.f.dtype, ranks, [&](auto tag, auto rank) {
     using T = typename decltype(tag)::type;
@@ -330,11 +333,12 @@ const char* launch_gated_weights(GatedWeightsParams params, void* stream) {
                     static_cast<unsigned>(ceil_div(ranks, Shape::kRanks)),
                     static_cast<unsigned>(params.splits));
     const size_t bytes = Shape::bytes(params.f.gate.rank > 0, columns, params.wanted != 0);
-    return launch(&gated_weights_kernel<T, decltype(rank)::value>, grid, bytes, stream, params);
+    return launch(&gated_bottleneck_bwd_weights_kernel<T, decltype(rank)::value>, grid, bytes,
+                  stream, params);
   });
 }
 
-size_t gated_weights_bytes(DType dtype, int rank, int gate_rank) {
+size_t gated_bottleneck_bwd_weights_bytes(DType dtype, int rank, int gate_rank) {
   size_t bytes = 0;
   dispatch_gated(dtype, rank > gate_rank ? rank : gate_rank, [&](auto tag, auto wide) {
     using Shape = WeightsShape<typename decltype(tag)::type, decltype(wide)::value>;
@@ -344,13 +348,13 @@ size_t gated_weights_bytes(DType dtype, int rank, int gate_rank) {
   return bytes;
 }
 
-const char* launch_gated_reduce(GatedReduceParams params, void* stream) {
+const char* launch_gated_bottleneck_bwd_reduce(GatedReduceParams params, void* stream) {
   params.first_tile[0] = 0;
   for (int j = 0; j < params.jobs; ++j)
     params.first_tile[j + 1] = params.first_tile[j] + ceil_div(params.job[j].rows, kReduceTile) *
                                                           ceil_div(params.job[j].cols, kReduceTile);
   const dim3 grid(static_cast<unsigned>(params.first_tile[params.jobs]));
-  return launch(&gated_reduce_kernel, grid, kReduceBytes, stream, params);
+  return launch(&gated_bottleneck_bwd_reduce_kernel, grid, kReduceBytes, stream, params);
 }
 
 }  // namespace petal

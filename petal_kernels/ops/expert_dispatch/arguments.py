@@ -139,7 +139,7 @@ class Saved(NamedTuple):
 
     z: (
         Tensor | None
-    )  # x A^T + a in x's dtype, ``Call.z_shape``; blocks nobody chose are not written
+    )  # x down^T + down_bias in x's dtype, ``Call.z_shape``; blocks nobody chose are not written
     logits: Tensor | None  # with a router: fp32 (fp64) [N, E]; also without backward
     chosen: Tensor | None  # topk: bool [N, E]; also without backward
     order: Tensor | None  # sorted: int32 [slots], the token of each slot, -1 behind the last

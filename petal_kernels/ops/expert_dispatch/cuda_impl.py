@@ -4,14 +4,16 @@ Kernels, in ``csrc/expert_dispatch/cuda``: ``sort.cu`` (sort, invert), ``forward
 ``backward.cu`` (rows), ``weights.cu`` (weights, sums, reduce).
 
 Maths (N tokens, E experts, r rank of each, D input width, O output width, S slots = (token, expert)
-pairs that were chosen; T = x.dtype):
+pairs that were chosen; T = x.dtype; H is x, base or 0, l the logits, g the gates):
 
-    fwd      l = x W^T + w + noise, choice, g; z_e = x A_e^T + a_e;
-             out = keep H + mix sum_e g_e (act(z_e) B_e^T + b_e)
-    rows     t_e = dout B_e; dz_e = mix g_e t_e act'; dg_e = mix (<t_e, act> + <dout, b_e>); dl;
-             dx = keep dout + sum_e dz_e A_e + dl W
-    weights  dB_e = mix dout^T (g_e act(z_e)), dA_e = dz_e^T x;  sums: db_e, dW, sorted da_e
-    reduce     the splits of both in order
+    fwd      l = x router^T + router_bias + noise, choice, g; z_e = x down_e^T + down_bias_e;
+             out = keep H + mix sum_e g_e (act(z_e) up_e^T + up_bias_e)
+    rows     t_e = dout up_e; a_e = act(z_e), ga_e = g_e a_e; dz_e = mix g_e t_e act';
+             dg_e = mix (<t_e, a_e> + <dout, up_bias_e>); dl;
+             dx = keep dout + sum_e dz_e down_e + dl router
+    weights  dup_e = mix dout^T ga_e, ddown_e = dz_e^T x;  sums: dup_bias_e, drouter, sorted
+             ddown_bias_e
+    reduce   the splits of both in order
 
 Stationary: one launch forward, four backward. Sorted: logits (top-k), sort (three small launches),
 z by slots, out by tokens; backward inverts the order and has rows by slots before rows by tokens.
@@ -20,13 +22,13 @@ strides: a call casts and lays out the projections once, as [E r, D] and [O, E r
 Grid: in the headers of the .cu files. No block waits for another, nothing waits for the host.
 Traffic, in elements, weights excluded, for H = x and S = N k. Stationary: forward reads x and
 writes out, z and the logits: 2 N D + N E r; backward reads dout twice, x and z, writes dx, and
-writes and reads dz and g act(z): 4 N D + 5 N E r (sums have dout and x from L2). Sorted: forward
+writes and reads dz and ga: 4 N D + 5 N E r (sums have dout and x from L2). Sorted: forward
 reads x for the logits, k times gathered and as H, and writes out: (3 + k) N D + 2 S r; backward
 reads dout by slots, by tokens and, with x, gathered for the weights: (2 + 3 k) N D + 5 S r. Nothing
 is N k D large. The eager chain writes and reads N D numbers (sorted: k N D) at every step of an
 expert. fp32 partials of at most 8 splits times the weights are written and read once in L2.
 Numerics: fp32 accumulators, gates and epilogues; logits in fp32 of x and router as they are.
-Rounded to T: z, g act(z), dz, out, dx. 16-bit products run on tensor cores (mma.sync), fp32 ones
+Rounded to T: z, ga, dz, out, dx. 16-bit products run on tensor cores (mma.sync), fp32 ones
 are IEEE FMAs. Every reduction has a fixed order, the number of splits depends on shapes alone: same
 bits on every run.
 Limits: exactly what ``unsupported`` says.
@@ -58,7 +60,7 @@ class Work(NamedTuple):
 
     z: Tensor | None = None
     logits: Tensor | None = None
-    choice: Tensor | None = None
+    chosen: Tensor | None = None
     order: Tensor | None = None
     offsets: Tensor | None = None
     inverse: Tensor | None = None  # [N, E]: the slot of a token and an expert it chose
@@ -67,7 +69,7 @@ class Work(NamedTuple):
     ga: Tensor | None = None  # g act(z)
     dx: Tensor | None = None
     dgates: Tensor | None = None  # with a router its logits' gradient
-    weights: Tensor | None = None  # the gates, fp32 [N, E]
+    gates: Tensor | None = None  # fp32 [N, E]
     dlogits: Tensor | None = None
 
 
@@ -132,7 +134,7 @@ def forward(call: Call, save: bool) -> tuple[Tensor, Saved]:
     work = Work(
         z=first.new_empty(call.z_shape),
         logits=first.new_empty(n, experts, dtype=torch.float32) if call.routed else None,
-        choice=first.new_empty(n, experts, dtype=torch.bool) if topk else None,
+        chosen=first.new_empty(n, experts, dtype=torch.bool) if topk else None,
     )
 
     def run(work: Work, logits: bool, z: bool, by_slot: bool = False) -> None:
@@ -141,7 +143,7 @@ def forward(call: Call, save: bool) -> tuple[Tensor, Saved]:
     if is_sorted:
         if topk:
             run(work._replace(z=None), True, False)
-        chosen = work.choice if topk else t.chosen
+        chosen = work.chosen if topk else t.chosen
         assert chosen is not None
         work = work._replace(
             order=first.new_empty(call.slots, dtype=torch.int32),
@@ -152,7 +154,7 @@ def forward(call: Call, save: bool) -> tuple[Tensor, Saved]:
         run(work, False, True, by_slot=True)
     out = first.new_empty(n, outs)
     run(work._replace(out=out), call.routed and not is_sorted, not is_sorted)
-    return out, Saved(work.z, work.logits, work.choice, work.order, work.offsets)
+    return out, Saved(work.z, work.logits, work.chosen, work.order, work.offsets)
 
 
 def _splits(call: Call) -> int:
@@ -172,7 +174,7 @@ def backward(
     t, numbers = _arguments(call, True), settings.codes(call)
     through_router = bool(need & {"x", "router", "router_bias", "noise"})
     wants_gates = "gates" in need or (call.routed and through_router)
-    kept = (call.slots, call.rank) if is_sorted else (n, experts * call.rank)
+    side = (call.slots, call.rank) if is_sorted else (n, experts * call.rank)
 
     def empty(wanted: bool, *shape: int, dtype: torch.dtype | None = None) -> Tensor | None:
         return dout.new_empty(shape, dtype=dtype) if wanted else None
@@ -180,15 +182,15 @@ def backward(
     work = Work(
         z=saved.z,
         logits=saved.logits,
-        choice=saved.chosen,
+        chosen=saved.chosen,
         order=saved.order,
         offsets=saved.offsets,
         inverse=empty(is_sorted, n, experts, dtype=torch.int32),
-        dz=empty(bool(need & {"x", "down", "down_bias"}), *kept),
-        ga=empty("up" in need, *kept),
+        dz=empty(bool(need & {"x", "down", "down_bias"}), *side),
+        ga=empty("up" in need, *side),
         dx=empty("x" in need, n, t.down.shape[1]),
         dgates=empty(wants_gates, n, experts, dtype=torch.float32),
-        weights=empty("up_bias" in need, n, experts, dtype=torch.float32),
+        gates=empty("up_bias" in need, n, experts, dtype=torch.float32),
         dlogits=None if dlogits is None else dlogits.contiguous(),
     )
 
@@ -235,7 +237,7 @@ def _collect(
         wanted = name in need and name in by_kernel and given is not None
         targets.append(given.new_empty(given.shape) if wanted and given is not None else None)
     if any(target is not None for target in targets):
-        left = work._replace(z=None, logits=None, choice=None, dx=None)
+        left = work._replace(z=None, logits=None, chosen=None, dx=None)
         _ops().expert_dispatch_bwd_weights(
             dout, t.x, list(left), targets, call.experts, call.rank, s.mix, _splits(call)
         )

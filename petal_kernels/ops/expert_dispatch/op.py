@@ -133,7 +133,7 @@ def prepare(
     if given.router_input == "pooled":
         logits = PooledLogitsFunction.apply(x, router, router_bias, given.mask, noise)
         chosen = None if top_k is None else routing.choose(logits, top_k)
-        gates = routing.weights(logits, chosen, given.renormalize)
+        gates = routing.gates(logits, chosen, given.renormalize)
         settled = routing.Routing(logits, chosen)
         gate, router, router_bias, noise = "given", None, None, None
     elif gate == "given" and indices is not None:

@@ -1,24 +1,25 @@
 """``expert_dispatch`` by definition, in plain torch, for any dtype and device.
 
-With x [.., D], experts e = 0 .. E - 1 of A_e [r, D], a_e [r], B_e [O, r], b_e [O]:
+With x [.., D], experts e = 0 .. E - 1 of down_e [r, D], down_bias_e [r], up_e [O, r], up_bias_e
+[O]:
 
-    z_e = x A_e^T + a_e                            [.., r]; one shared A: every z_e is z_0
-    out = keep * H + mix * sum_e g_e * (act(z_e) B_e^T + b_e)      H = x | base | 0
+    z_e = x down_e^T + down_bias_e                 [.., r]; one shared down: every z_e is z_0
+    out = keep H + mix sum_e g_e (act(z_e) up_e^T + up_bias_e)     H = x | base | 0
     g   by ``gate``                                [.., E] fp32
           mean     1 / E                           (PETAL's released code)
-          softmax  softmax(l), l = x W^T + w + noise; with ``top_k``: over the k largest l of a
-                   token (``renormalize``), or the softmax over all, kept at those k
+          softmax  softmax(l), l = x router^T + router_bias + noise; with ``top_k``: over the k
+                   largest l of a token (``renormalize``), or the softmax over all, kept at those k
           given    ``gates`` [.., E] or one row per sample; with ``indices`` [.., k]: gates[.., j]
                    is the weight of expert indices[.., j]
-    router_input="pooled": l = xbar W^T + w + noise, xbar the mean over a sample's tokens (with
-    ``mask``, of those that count): one g per sample.
+    router_input="pooled": l = xbar router^T + router_bias + noise, xbar the mean over a sample's
+    tokens (with ``mask``, of those that count): one g per sample.
 
 The gates are formed in fp32 and rounded to x's dtype before they multiply. Gradients, with dY = mix
-dout and t_e = dY B_e:
+dout and t_e = dY up_e:
 
-    dg_e = <t_e, act(z_e)> + <dY, b_e>, 0 where e is not chosen;  dl by the softmax
-    dz_e = g_e t_e act'(z_e);  dx = keep dout + sum_e dz_e A_e + dl W
-    dA_e = dz_e^T x;  dB_e = dY^T (g_e act(z_e));  db_e = sum g_e dY;  dW = dl^T x
+    dg_e = <t_e, act(z_e)> + <dY, up_bias_e>, 0 where e is not chosen;  dl by the softmax
+    dz_e = g_e t_e act'(z_e);  dx = keep dout + sum_e dz_e down_e + dl router
+    ddown_e = dz_e^T x;  dup_e = dY^T (g_e act(z_e));  dup_bias_e = sum g_e dY;  drouter = dl^T x
 
 Source: PETAL arXiv 2312.12458 (paper: a trainable gate; release: the mean), and the mixtures of
 LoRA and adapters after it.
@@ -79,7 +80,7 @@ def _gates(
     if noise is not None:
         logits = logits + noise.to(dtype)
     chosen = None if top_k is None else routing.choose(logits, top_k)
-    return routing.weights(logits, chosen, renormalize), logits, chosen
+    return routing.gates(logits, chosen, renormalize), logits, chosen
 
 
 def _forward(
@@ -158,7 +159,7 @@ def _router_backward(
     mask = mask if isinstance(mask, Tensor) else None
     pooled = options.get("router_input", "token") == "pooled"
     dl = dgates.sum(-2) if pooled else dgates
-    dl = routing.weights_backward(dl, logits, chosen, bool(options.get("renormalize", True)))
+    dl = routing.gates_backward(dl, logits, chosen, bool(options.get("renormalize", True)))
     router_in = _router_input(x, "pooled" if pooled else "token", mask)
     grads["router"] = _outer(dl, router_in)
     grads["router_bias"] = dl.sum(tuple(range(dl.dim() - 1)))

@@ -21,7 +21,7 @@ def choose(logits: Tensor, k: int) -> Tensor:
     return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, True)
 
 
-def weights(logits: Tensor, chosen: Tensor | None, renormalize: bool) -> Tensor:
+def gates(logits: Tensor, chosen: Tensor | None, renormalize: bool) -> Tensor:
     """softmax(logits); with a choice, over the chosen alone, or (not ``renormalize``) over all and
     0 elsewhere. Differentiable."""
     if chosen is None:
@@ -32,12 +32,12 @@ def weights(logits: Tensor, chosen: Tensor | None, renormalize: bool) -> Tensor:
     return logits.softmax(-1).masked_fill(others, 0.0)
 
 
-def weights_backward(
+def gates_backward(
     dgates: Tensor, logits: Tensor, chosen: Tensor | None, renormalize: bool
 ) -> Tensor:
-    """dlogits of ``weights``: g_e (dg_e - sum_j g_j dg_j), with the softmax over all in place of g
+    """dlogits of ``gates``: g_e (dg_e - sum_j g_j dg_j), with the softmax over all in place of g
     outside the sum where it is not renormalised."""
-    g = weights(logits, chosen, renormalize)
+    g = gates(logits, chosen, renormalize)
     if chosen is not None:
         dgates = dgates.masked_fill(~chosen, 0.0)
     inner = (g * dgates).sum(-1, keepdim=True)
@@ -55,10 +55,10 @@ def sort_by_expert(chosen: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """
     n, experts = chosen.shape
     by_expert = chosen.t().reshape(-1)
-    place = by_expert.cumsum(0) - 1
+    slot = by_expert.cumsum(0) - 1
     tokens = torch.arange(n, dtype=torch.int32, device=chosen.device).repeat(experts)
     order = tokens.new_full((slots + 1,), -1)
-    order = order.scatter(0, place.masked_fill(~by_expert, slots), tokens)[:slots]
+    order = order.scatter(0, slot.masked_fill(~by_expert, slots), tokens)[:slots]
     offsets = torch.zeros(experts + 1, dtype=torch.int32, device=chosen.device)
     offsets[1:] = chosen.sum(0).cumsum(0)
     return order, offsets

@@ -53,7 +53,7 @@ def _gates(call: Call, logits: Tensor | None, chosen: Tensor | None) -> Tensor:
         gates = gates if chosen is None else gates.masked_fill(~chosen, 0.0)
         return _per_token(gates, s)
     assert logits is not None
-    return routing.weights(logits, chosen, s.renormalize)
+    return routing.gates(logits, chosen, s.renormalize)
 
 
 def _per_token(rows: Tensor, s: Settings) -> Tensor:
@@ -61,7 +61,7 @@ def _per_token(rows: Tensor, s: Settings) -> Tensor:
 
 
 def _flat_up(call: Call, dtype: torch.dtype) -> Tensor:
-    """Every B side by side: [O, E r]."""
+    """Every up side by side: [O, E r]."""
     return call.tensors.up.to(dtype).permute(1, 0, 2).reshape(call.tensors.up.shape[1], -1)
 
 
@@ -174,7 +174,7 @@ def backward(
     if "gates" in need:
         grads["gates"] = dgates.view(-1, s.tokens_per_gate, call.experts).sum(1)
     if saved.logits is not None:
-        dl = routing.weights_backward(dgates, saved.logits, chosen, s.renormalize)
+        dl = routing.gates_backward(dgates, saved.logits, chosen, s.renormalize)
         _router_backward(call, dl if dlogits is None else dl + dlogits, grads, need)
     return grads
 
@@ -258,9 +258,9 @@ def _slots_to_blocks(call: Call, saved: Saved) -> Tensor:
     n, experts = call.rows, call.experts
     expert = _expert_of_slot(call, saved.offsets)
     used = saved.order >= 0
-    place = (saved.order * experts + expert).masked_fill(~used, n * experts).long()
+    row = (saved.order * experts + expert).masked_fill(~used, n * experts).long()
     z = saved.z.new_zeros(n * experts + 1, call.rank)
-    return z.index_copy_(0, place, saved.z)[:-1].view(n, experts, call.rank)
+    return z.index_copy_(0, row, saved.z)[:-1].view(n, experts, call.rank)
 
 
 def _backward_sorted(

@@ -79,20 +79,20 @@ _ROWS_100 = {
     "fp32": tile(4, 1, BLOCK_M=16, BLOCK_O=16),
 }
 _WEIGHTS_80 = {
-    "small": tile(4, 3, BLOCK_M=32, BLOCK_O=64),
-    "large": tile(4, 3, BLOCK_M=64, BLOCK_O=64),
-    "wide": tile(8, 2, BLOCK_M=32, BLOCK_O=64),
-    "fp32": tile(8, 2, BLOCK_M=16, BLOCK_O=16),
-    "fp32_wide": tile(8, 1, BLOCK_M=16, BLOCK_O=16),
+    "small": tile(4, 3, BLOCK_M=32, BLOCK_W=64),
+    "large": tile(4, 3, BLOCK_M=64, BLOCK_W=64),
+    "wide": tile(8, 2, BLOCK_M=32, BLOCK_W=64),
+    "fp32": tile(8, 2, BLOCK_M=16, BLOCK_W=16),
+    "fp32_wide": tile(8, 1, BLOCK_M=16, BLOCK_W=16),
 }
-_WEIGHTS_100 = {**_WEIGHTS_80, "wide": tile(8, 2, BLOCK_M=32, BLOCK_O=32)}
+_WEIGHTS_100 = {**_WEIGHTS_80, "wide": tile(8, 2, BLOCK_M=32, BLOCK_W=32)}
 _INTERPRETER = {
     "route": tile(1, 1, BLOCK_M=64, BLOCK_K=32),
     "shrink": tile(1, 1, BLOCK_M=32, BLOCK_K=32),
     "fwd": tile(1, 1, BLOCK_M=64, BLOCK_K=32, BLOCK_O=32),
     "slots": tile(1, 1, BLOCK_M=32, BLOCK_O=16),
     "rows": tile(1, 1, BLOCK_M=64, BLOCK_O=32),
-    "weights": tile(1, 1, BLOCK_M=64, BLOCK_O=32),
+    "weights": tile(1, 1, BLOCK_M=64, BLOCK_W=32),
 }
 REDUCE = tile(4, 2, BLOCK=1024)
 TABLE: dict[tuple[str, int], dict[str, Tile]] = {
@@ -143,14 +143,14 @@ _TYPES = {
     **dict.fromkeys(("logits", "dl", "dlogits", "dg", "dgates"), "*fp32"),
     **dict.fromkeys(("down", "down_bias", "up", "up_bias", "router", "router_bias"), "*fp32"),
     "chosen": "*i8",
-    "place": "*i32",
+    "inverse": "*i32",
     "order": "*i32",
     "offsets": "*i32",
     "keep": "fp32",
     "mix": "fp32",
 }
 # What each compiled form lacks, and its switches.
-_SORT = ("place", "order", "offsets")
+_SORT = ("inverse", "order", "offsets")
 _ROUTER = ("router", "router_bias", "noise", "logits", "dl", "dlogits")
 _FORMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "softmax": (("chosen", "gates", "dgates", *_SORT), {"GATE": "softmax"}),

@@ -1,18 +1,20 @@
 """``expert_dispatch`` in Triton: forward and backward, every gate, activation and plan;
 deterministic.
 
-Maths. l = x W^T + w + noise, c the choice, g the gates; A is one down-projection or E of them:
+Maths. l = x router^T + router_bias + noise, c the choice, g the gates, H is x, base or 0; there are
+A down-projections, E or one that all experts share; what has no letter has its argument's name:
 
     route    l, c (sorted: before the sort)
-    shrink   z_e = x A_e^T + a_e of the slots of each expert (sorted)
-    fwd      out = keep H + mix sum_e g_e (act(z_e) B_e^T + b_e); stationary: l, c and z before
-    slots    t_e = mix dout B_e, dg_e = <t_e, act(z_e)> + mix <dout, b_e>, dz_e = g_e t_e act'(z_e)
-             of each expert's slots (sorted)
+    shrink   z_e = x down_e^T + down_bias_e of the slots of each expert (sorted)
+    fwd      a_e = act(z_e), ga_e = g_e a_e; out = keep H + mix sum_e g_e (a_e up_e^T + up_bias_e);
+             stationary: l, c and z before
+    slots    t_e = mix dout up_e, dg_e = <t_e, a_e> + mix <dout, up_bias_e>,
+             dz_e = g_e t_e act'(z_e) of each expert's slots (sorted)
     rows     the same of whole rows (stationary), summed over e where A is one; dgates = dg where
              chosen; dl = p (dg - sum g dg) + dlogits, p the softmax that g was read from;
-             dx = keep dout + sum_e dz_e A_e + dl W
-    weights  dB_e = mix dout^T (g_e act(z_e)), db = mix g^T dout; dA_e = dz_e^T x, da_e = sum dz_e,
-             dW = dl^T x; by splits of each expert's rows or slots
+             dx = keep dout + sum_e dz_e down_e + dl router
+    weights  dup_e = mix dout^T ga_e, dup_bias = mix g^T dout; ddown_e = dz_e^T x,
+             ddown_bias_e = sum dz_e, drouter = dl^T x; by splits of each expert's rows or slots
     reduce   the sums of those partials, in the order of the splits
     library  the sort (``routing.sort_by_expert``) and its inverse, sums of dl and of dgates over
              the tokens that share them: N E small numbers
@@ -43,7 +45,7 @@ output. A sorted launch that gathers asks for x or dout k times, of DRAM once if
 
 Numerics. Every product, logit, gate and sum is fp32; where the router is float32 and x is not, its
 products are tf32 in three parts, 22 bits, and x is exact. Roundings to the activations' dtype: z
-(saved), g_e act(z_e), g where it multiplies biases, dz, dl where it multiplies W or x, and each
+(saved), ga, g where it multiplies biases, dz, dl where it multiplies router or x, and each
 output. Partials are fp32, summed in the order of the splits, whose number depends on the sizes
 alone and whose bounds on the routing: the same bits every time. fp32 products are IEEE unless torch
 allows tf32. NaN and Inf propagate, but not from an expert's bottleneck to a token that did not

@@ -2,9 +2,10 @@
 
 What those compute, their traffic, numerics and limits are in ``triton_impl.py``. Common to all: N
 tokens, E experts (padded to BLOCK_E) of rank R, A down-projections (E, or 1 for all); L tokens
-share a row of given gates. Where ``place_ptr`` is given the plan is sorted: row n of z is slot n,
-and ``place`` [E, N] holds the slot of an expert's token; else row n A + e is expert e's of token n.
-Expert numbers are made int64 before they multiply.
+share a row of given gates. Where ``inverse_ptr`` is given the plan is sorted: row n of z is slot n,
+and ``inverse`` [E, N] (the CUDA sources' is [N, E]) holds the slot of an expert's token; else row
+n A + e is expert e's of token n. In the kernels of sums over rows W is the width of what is being
+reduced, O or D. Expert numbers are made int64 before they multiply.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def logit_tile(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """x W^T + w + noise in fp32; a router that is wider than x is not rounded."""
+    """x router^T + router_bias + noise in fp32; a router that is wider than x is not rounded."""
     SAME: tl.constexpr = x_ptr.dtype.element_ty == router_ptr.dtype.element_ty
     offs_e = tl.arange(0, BLOCK_E)
     acc = tl.zeros((offs_m.shape[0], BLOCK_E), tl.float32)
@@ -126,12 +127,12 @@ def gates_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def z_rows(place_ptr, offs_m, mask, e, N, A):  # type: ignore[no-untyped-def]
+def z_rows(inverse_ptr, offs_m, mask, e, N, A):  # type: ignore[no-untyped-def]
     """Where expert e's bottleneck of each token lies in z."""
-    if place_ptr is None:
+    if inverse_ptr is None:
         rows = offs_m * A + e % A
     else:
-        rows = tl.load(place_ptr + e * N + offs_m, mask=mask, other=0).to(tl.int64)
+        rows = tl.load(inverse_ptr + e * N + offs_m, mask=mask, other=0).to(tl.int64)
     return rows
 
 
@@ -171,7 +172,7 @@ def expert_gradient(  # type: ignore[no-untyped-def]
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """<t, act(z)> and dz of one expert, t = mix dout B."""
+    """<t, act(z)> and dz of one expert, t = mix dout up."""
     offs_r = tl.arange(0, BLOCK_R)
     t = tl.zeros((offs_m.shape[0], BLOCK_R), tl.float32)
     for o0 in range(0, O, BLOCK_O):

@@ -42,12 +42,12 @@ def _expert_sum(  # type: ignore[no-untyped-def]
     RENORM: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One expert's share of a split: of dB where UP, else of dA and da. ``experts`` is 1 where one
-    down-projection has the slots of all."""
+    """One expert's share of a split: of dup where UP, else of ddown and ddown_bias. ``experts`` is
+    1 where one down-projection has the slots of all."""
     begin = 0
     end = N
     if offsets_ptr is not None:
@@ -56,10 +56,10 @@ def _expert_sum(  # type: ignore[no-untyped-def]
     per_split = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_M) * BLOCK_M
     start = begin + split * per_split
     stop = tl.minimum(start + per_split, end)
-    pid_o = tl.program_id(1)
-    offs_o = pid_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    pid_w = tl.program_id(1)
+    offs_w = pid_w * BLOCK_W + tl.arange(0, BLOCK_W)
     offs_r = tl.arange(0, BLOCK_R)
-    acc = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)
+    acc = tl.zeros((BLOCK_W, BLOCK_R), tl.float32)
     bias = tl.zeros((BLOCK_R,), tl.float32)
     for s0 in range(start, stop, BLOCK_M):
         offs = (s0 + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -79,19 +79,19 @@ def _expert_sum(  # type: ignore[no-untyped-def]
                     logits_ptr, gates_ptr, chosen_ptr, tokens, mask, L, E, GATE, RENORM, BLOCK_E
                 )
                 a = activate(small.to(tl.float32), ACT)
-                small = (a * column(g, e)[:, None]).to(small.dtype)
-            elif p_vector_ptr is not None and pid_o == 0:
+                small = (a * column(g, e)[:, None]).to(small.dtype)  # ga
+            elif p_vector_ptr is not None and pid_w == 0:
                 bias += tl.sum(small.to(tl.float32), 0)
             if p_matrix_ptr is not None:
-                rows = load_tile(rows_ptr, stride_rows, tokens, offs_o, mask, W)  # [M, O]
+                rows = load_tile(rows_ptr, stride_rows, tokens, offs_w, mask, W)  # [M, W]
                 acc = tl.dot(tl.trans(rows), small, acc, input_precision=PRECISION)
     if p_matrix_ptr is not None:
         matrix_ptr = p_matrix_ptr + part + e * R * W
         if UP:
-            store_tile(matrix_ptr, R, offs_o, offs_r, offs_o < W, R, mix * acc)
+            store_tile(matrix_ptr, R, offs_w, offs_r, offs_w < W, R, mix * acc)
         else:
-            store_tile(matrix_ptr, W, offs_r, offs_o, offs_r < R, W, tl.trans(acc))
-    if not UP and p_vector_ptr is not None and pid_o == 0:
+            store_tile(matrix_ptr, W, offs_r, offs_w, offs_r < R, W, tl.trans(acc))
+    if not UP and p_vector_ptr is not None and pid_w == 0:
         tl.store(p_vector_ptr + part + e * R + offs_r, bias, mask=offs_r < R)
 
 
@@ -117,20 +117,20 @@ def _gate_sum(  # type: ignore[no-untyped-def]
     RENORM: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """A split's share of db = mix g^T dout where UP, else of dW = dl^T x."""
-    offs_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    """A split's share of dup_bias = mix g^T dout where UP, else of drouter = dl^T x."""
+    offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     offs_e = tl.arange(0, BLOCK_E)
     per_split = tl.cdiv(tl.cdiv(N, splits), BLOCK_M) * BLOCK_M
     start = split * per_split
     stop = tl.minimum(start + per_split, N)
-    acc = tl.zeros((BLOCK_O, BLOCK_E), tl.float32)
+    acc = tl.zeros((BLOCK_W, BLOCK_E), tl.float32)
     for s0 in range(start, stop, BLOCK_M):
         tokens = (s0 + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask = tokens < stop
-        rows = load_tile(rows_ptr, stride_rows, tokens, offs_o, mask, W)  # [M, O]
+        rows = load_tile(rows_ptr, stride_rows, tokens, offs_w, mask, W)  # [M, W]
         if UP:
             small, _, _ = gates_tile(
                 logits_ptr, gates_ptr, chosen_ptr, tokens, mask, L, E, GATE, RENORM, BLOCK_E
@@ -140,7 +140,7 @@ def _gate_sum(  # type: ignore[no-untyped-def]
             small = load_tile(dl_ptr, E, tokens, offs_e, mask, E)  # [M, E]
         small = small.to(rows.dtype)
         acc = tl.dot(tl.trans(rows), small, acc, input_precision=PRECISION)
-    store_tile(p_wide_ptr + part, W, offs_e, offs_o, offs_e < E, W, tl.trans(acc))
+    store_tile(p_wide_ptr + part, W, offs_e, offs_w, offs_e < E, W, tl.trans(acc))
 
 
 @triton.jit
@@ -173,13 +173,13 @@ def _expert_dispatch_bwd_weights_kernel(  # type: ignore[no-untyped-def]
     RENORM: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Partial sums over one split of an expert's rows, BLOCK_O columns; behind the experts, of all
-    rows for what has one number per gate. UP: of dout with g act(z) or g; else of x with dz or
-    dl."""
+    """Partial sums over one split of an expert's rows, BLOCK_W columns; behind the experts, of all
+    rows for what has one number per gate. UP: of dout (W is O) with ga or g; else of x (W is D)
+    with dz or dl."""
     e = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
     part = split.to(tl.int64) * stride_part
@@ -187,12 +187,12 @@ def _expert_dispatch_bwd_weights_kernel(  # type: ignore[no-untyped-def]
         _expert_sum(
             p_matrix_ptr, p_vector_ptr, part, rows_ptr, small_ptr, logits_ptr, gates_ptr,
             chosen_ptr, order_ptr, offsets_ptr, e, split, experts, splits, N, L, R, W, E, A,
-            stride_rows, mix, UP, ACT, GATE, RENORM, PRECISION, BLOCK_M, BLOCK_O, BLOCK_R, BLOCK_E,
+            stride_rows, mix, UP, ACT, GATE, RENORM, PRECISION, BLOCK_M, BLOCK_W, BLOCK_R, BLOCK_E,
         )  # fmt: skip
     elif p_wide_ptr is not None:
         _gate_sum(
             p_wide_ptr, part, rows_ptr, dl_ptr, logits_ptr, gates_ptr, chosen_ptr, split, splits,
-            N, L, W, E, stride_rows, mix, UP, GATE, RENORM, PRECISION, BLOCK_M, BLOCK_O, BLOCK_E,
+            N, L, W, E, stride_rows, mix, UP, GATE, RENORM, PRECISION, BLOCK_M, BLOCK_W, BLOCK_E,
         )  # fmt: skip
 
 

@@ -112,8 +112,8 @@ class Problem:
         """Programs that own rows."""
         return (triton.cdiv(self.rows, block),)
 
-    def place(self, chosen: Tensor | None) -> Tensor | None:
-        """Sorted: the slot of an expert's token [E, N], of those that are chosen."""
+    def inverse(self, chosen: Tensor | None) -> Tensor | None:
+        """Sorted: the slot of an expert's token [E, N], of those that are chosen; else None."""
         if not self.sorted:
             return None
         return self.per_token(chosen).t().reshape(-1).cumsum(0, dtype=torch.int32).sub_(1)
@@ -145,12 +145,12 @@ def forward(p: Problem, save: bool) -> tuple[Tensor, Saved]:
     logits = None if t.router is None else first.new_empty(pairs, dtype=torch.float32)
     ours = first.new_empty(pairs, dtype=torch.bool) if s.gate == "topk" else None
     chosen = t.chosen if ours is None else ours
-    order = offsets = place = None
+    order = offsets = inverse = None
     if p.sorted:
         if logits is not None:
             _route(p, logits, ours)
         order, offsets = routing.sort_by_expert(p.per_token(chosen), p.slots)
-        place = p.place(chosen)
+        inverse = p.inverse(chosen)
         config = p.config("shrink")
         tk._expert_dispatch_shrink_kernel[p.slot_tiles(config["BLOCK_M"])](
             z, t.x, t.down, t.down_bias, order, offsets,
@@ -160,7 +160,7 @@ def forward(p: Problem, save: bool) -> tuple[Tensor, Saved]:
     config = p.config("fwd")
     tk._expert_dispatch_fwd_kernel[p.row_tiles(config["BLOCK_M"])](
         out, z, logits, _bytes(chosen), None if p.sorted else t.x, t.down, t.down_bias, h,
-        t.up, t.up_bias, t.router, t.router_bias, t.noise, t.gates, place,
+        t.up, t.up_bias, t.router, t.router_bias, t.noise, t.gates, inverse,
         p.rows, s.tokens_per_gate, p.width, p.rank, p.out, p.experts, p.downs, s.top_k,
         _stride(t.x), _stride(h), out.stride(0), s.keep, s.mix,
         ACT=s.activation, SHARED=p.shared, **p.gating(), **config,
@@ -199,7 +199,7 @@ def rows_backward(
     if not (wants_z or given or routed):
         return d
     chosen = t.chosen if saved.chosen is None else saved.chosen
-    place, dg = p.place(chosen), None
+    inverse, dg = p.inverse(chosen), None
     if p.sorted:
         dg = pairs.new_empty(p.rows, p.experts) if given or routed else None
         config = p.config("slots")
@@ -214,7 +214,8 @@ def rows_backward(
     config = p.config("rows")
     tb._expert_dispatch_bwd_rows_kernel[p.row_tiles(config["BLOCK_M"])](
         d.x, d.z, d.gates, d.logits, dout, saved.z, dg, saved.logits, t.gates, _bytes(chosen),
-        None if dlogits is None else dlogits.contiguous(), place, t.down, t.up, t.up_bias, t.router,
+        None if dlogits is None else dlogits.contiguous(), inverse,
+        t.down, t.up, t.up_bias, t.router,
         p.rows, s.tokens_per_gate, p.width, p.rank, p.out, p.experts, p.downs,
         dout.stride(0), s.keep, s.mix,
         ACT=s.activation, SHARED=p.shared, ADD_INPUT=s.add_input, **p.gating(), **config,
@@ -249,7 +250,7 @@ def weights_backward(
         starts[n] = total
         total += triton.cdiv(v.numel(), lib.ALIGNED.value) * lib.ALIGNED.value
     config = p.config("weights")
-    tiles = p.experts * triton.cdiv(max(p.out, p.width), config["BLOCK_O"])
+    tiles = p.experts * triton.cdiv(max(p.out, p.width), config["BLOCK_W"])
     splits = lib.row_splits(lib.machine(dout), p.rows, tiles, config["BLOCK_M"], total * 4)
     part = torch.empty((splits, total), dtype=torch.float32, device=dout.device)
     sections = {n: part[:, start : start + given[n].numel()] for n, start in starts.items()}
@@ -283,7 +284,7 @@ def _weights_launch(
     chosen = t.chosen if saved.chosen is None else saved.chosen
     if not up and (p.sorted or p.shared):
         chosen = None  # dz has every row that is read
-    tiles = 1 if matrix is None and wide is None else triton.cdiv(width, config["BLOCK_O"])
+    tiles = 1 if matrix is None and wide is None else triton.cdiv(width, config["BLOCK_W"])
     tw._expert_dispatch_bwd_weights_kernel[(experts + (wide is not None), tiles, part.shape[0])](
         matrix, vector, wide, rows, small, d.logits, saved.logits, t.gates, _bytes(chosen),
         saved.order, saved.offsets, experts, part.shape[0], part.stride(0),

@@ -75,7 +75,7 @@ class Tensors(NamedTuple):
     gate_down_bias: Tensor | None  # large: [rg]
     gate_up: Tensor | None  # large: [O, rg]
     gate_up_bias: Tensor | None  # large: [O]
-    gate_weight: Tensor | None  # middleX, middleY: [O]; small: [2 O], X's half first
+    gate_weight: Tensor | None  # middleX, middleY: [O]; small: [2 O], gate_input's half first
     gate_bias: Tensor | None  # middleX, small: [1]
     token_weights: Tensor | None  # small: fp32 (fp64) [N], sums to 1 over a sample; None: 1 / L
     residual: Tensor | None  # [N, O]

@@ -3,16 +3,19 @@
 Kernels, in ``csrc/gated_bottleneck/cuda``: ``forward.cu`` (fwd, pool), ``backward.cu`` (rows),
 ``weights.cu`` (weights, reduce).
 
-Maths (N rows, D input width, r rank, O output width, Dg and rg of the gate; T = x.dtype):
+Maths (N rows, D input width, r rank, O output width, Dg and rg of the gate; H is x, base or 0;
+T = x.dtype; what has no letter has its argument's name):
 
-    fwd      z = x D^T + c, zg = X Gd^T + cg, Y = H + act(route(z)) U^T + b,
-             out = norm(residual + drop(s G Y)), and the logits of a row gate
+    fwd      z = x down^T + down_bias, zg = gate_input gate_down^T + gate_down_bias,
+             Y = H + act(route(z)) up^T + up_bias, out = norm(residual + scale drop(G Y)), and the
+             logits of a row gate
     pool     sums over the tokens of a sample: the gate of "small", and its gradient
-    rows     the sums of a norm or a row gate; du, dv, dY, dlogit; dz = route'((dY U) act'),
-             dzg = (dlogit Gu) act'; dx = dH + dz D, dX = du + dlogit w_x + dzg Gd
-    weights  dU = dY^T a, dGu = dlogit^T ag and all sums over rows, dY and dlogit formed again;
-             dD = dz^T x, dGd = dzg^T X
-    reduce     the splits of weights in order
+    rows     the sums of a norm or a row gate; du, dv = scale drop(du), dY = G dv, dlogit;
+             dz = route'((dY up) act'), dzg = (dlogit gate_up) act'; dx = dH + dz down,
+             dgate_input = du + dlogit w_x + dzg gate_down
+    weights  dup = dY^T a, dgate_up = dlogit^T ag and all sums over rows, dY and dlogit formed
+             again; ddown = dz^T x, dgate_down = dzg^T gate_input
+    reduce   the splits of weights in order
 
 One launch forward, three backward. "small" adds one before a pool in both directions; a product
 route through more than one vision token one for z, and every product route one for dx after its own
@@ -20,18 +23,19 @@ backward on r-wide tensors.
 Shapes and strides: row tensors [N, width] with unit column stride and any row stride, parameters
 with any strides (weights are made row-major where their rows are not, and rounded once to T).
 Grid: in the headers of the .cu files. No block waits for another.
-Traffic, in elements, for the large gate with a norm, D = O = Dg, H = x, residual = X, r = rg:
-forward reads x, X and writes out, z, zg: 3 N D + 2 N r (the rows' second reading and the norm's
-come from L2 and L1). Backward: rows reads x, X, dout, z, zg and writes dx, dX, a, ag, dz, dzg;
-weights reads x, X, dout, a, ag, dz, dzg: 8 N D + 10 N r. At r = D / 8 that is 3.25 and 9.25 N D,
-beside fp32 partials of N / 256 (at most 8) times the weights, written and read once in L2. "small"
-reads x and X twice in forward, x, X, dout once more in backward. A product by the library reads z
-again, writes q and reads it: 3 N r and 2 N V for its half. Through one vision token forward forms
-it from the rows at hand and moves nothing more. The eager chain's forward moves about 20 N D.
+Traffic, in elements, for the large gate with a norm, D = O = Dg, H = x, r = rg, the residual being
+X = gate_input: forward reads x, X and writes out, z, zg: 3 N D + 2 N r (the rows' second reading
+and the norm's come from L2 and L1). Backward: rows reads x, X, dout, z, zg and writes dx, dX, a,
+ag, dz, dzg; weights reads x, X, dout, a, ag, dz, dzg: 8 N D + 10 N r. At r = D / 8 that is 3.25 and
+9.25 N D, beside fp32 partials of N / 256 (at most 8) times the weights, written and read once in
+L2. "small" reads x and X twice in forward, x, X, dout once more in backward. A product by the
+library reads z again, writes q and reads it: 3 N r and 2 N V for its half. Through one vision token
+forward forms it from the rows at hand and moves nothing more. The eager chain's forward moves about
+20 N D.
 Numerics: fp32 accumulators and epilogues. Rounded to T: z, zg, q of a product, act(q), act(zg), dY
-and dlogit as operands, dz, dzg, and dH, dX before their products are added; u before a norm. 16-bit
-products run on tensor cores (mma.sync), fp32 ones are IEEE FMAs. Every reduction has a fixed order,
-and splits of the rows depend on N alone: same bits on every run.
+and dlogit as operands, dz, dzg, and dH, dgate_input before their products are added; u before a
+norm. 16-bit products run on tensor cores (mma.sync), fp32 ones are IEEE FMAs. Every reduction has a
+fixed order, and splits of the rows depend on N alone: same bits on every run.
 Limits: exactly what ``unsupported`` says.
 Source: see ``reference.py``.
 """
@@ -66,7 +70,7 @@ class Work(NamedTuple):
     logits: Tensor | None = None
     pooled: Tensor | None = None  # small: the samples' gates
     moments: Tensor | None = None
-    weight_a: Tensor | None = None  # U^T w_h, where the logit reads Y
+    weight_a: Tensor | None = None  # up^T w_h, where the logit reads Y
     sums: Tensor | None = None  # [N, 3]: mean(g), mean(g xhat), dlogit
     totals: Tensor | None = None  # small: the samples' gradients
     a: Tensor | None = None
@@ -76,7 +80,7 @@ class Work(NamedTuple):
     dq: Tensor | None = None
     du: Tensor | None = None
     dh: Tensor | None = None
-    dx_gate: Tensor | None = None
+    dgate_input: Tensor | None = None
     dx: Tensor | None = None
 
 
@@ -166,7 +170,7 @@ def _pool(values: Tensor, token_weights: Tensor | None, samples: int, sigmoid: b
 
 
 def _read_output(t: Tensors, work: Work) -> tuple[Tensors, Work]:
-    """w_h . Y = w_h . H + (U^T w_h) . a + w_h . b: the logit's second half without Y."""
+    """w_h . Y = w_h . H + (up^T w_h) . a + w_h . up_bias: the logit's second half without Y."""
     assert t.gate_weight is not None
     weight = t.gate_weight[-t.up.shape[0] :].float()
     bias = weight.new_zeros(1) if t.gate_bias is None else t.gate_bias.float()
@@ -176,7 +180,7 @@ def _read_output(t: Tensors, work: Work) -> tuple[Tensors, Work]:
 
 
 def forward(
-    call: Call, rng: Tensor | None, keep: bool, out: Tensor | None = None
+    call: Call, rng: Tensor | None, save: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Saved]:
     """out [N, O] and what backward needs; ``out`` is given where a sum overwrites its base."""
     s, first = call.settings, call.first
@@ -186,14 +190,14 @@ def forward(
     product = s.route == "product" and not outer  # by the library
     form_z = t.bottleneck is None
     z = t.bottleneck
-    if form_z and (keep or product or small):
+    if form_z and (save or product or small):
         z = first.new_empty(n, rank)
     zg = logits = moments = None
-    if keep and t.gate_up is not None:
+    if save and t.gate_up is not None:
         zg = first.new_empty(n, t.gate_up.shape[1])
-    if small or (keep and s.gate == "middleX"):
+    if small or (save and s.gate == "middleX"):
         logits = first.new_empty(n, dtype=torch.float32)
-    if keep and t.norm_weight is not None:
+    if save and t.norm_weight is not None:
         moments = first.new_empty(n, 2, dtype=torch.float32)
     work = Work(z=z, zg=zg, logits=logits, moments=moments)
     if s.gate in _ROW_GATES and s.gate_sees_output:
@@ -237,7 +241,7 @@ def backward(
             dout, list(t), list(work), rng, *numbers, sums, columns, read_dz
         )
 
-    columns = any(g is not None for g in (work.dz, work.dzg, work.du, work.dh, work.dx_gate))
+    columns = any(g is not None for g in (work.dz, work.dzg, work.du, work.dh, work.dgate_input))
     # dx waits for the library's part of a product.
     direct = work._replace(dx=None) if s.route == "product" else work
     if s.gate == "small":
@@ -303,7 +307,7 @@ def _room(
         dq=empty(s.route == "mul" and "left" in need, rank),
         du=grads["residual"],
         dh=grads["x"] if s.add_input else grads["base"],
-        dx_gate=grads["gate_input"],
+        dgate_input=grads["gate_input"],
         dx=grads["x"] if projected else None,
     )
     return work, grads
@@ -318,7 +322,7 @@ def _weight_gradients(
     need: frozenset[str],
     grads: dict[str, Tensor | None],
 ) -> None:
-    """dU, dGu, dD, dGd and the sums over rows."""
+    """The gradients of the four matrices, and the sums over rows."""
     outs = t.up.shape[0]
     for name in need & _WEIGHTS:
         given: Tensor = getattr(t, name)

@@ -61,11 +61,11 @@ def flat_rows(t: Tensor | None) -> Tensor | None:
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
-def _saved_shapes(call: Call, keep: bool) -> list[tuple[int, ...]]:
+def _saved_shapes(call: Call, save: bool) -> list[tuple[int, ...]]:
     """Of z, zg, logits and moments; (0,) for what is absent."""
     t, n = call.tensors, call.first.shape[0]
     none: tuple[int, ...] = (0,)
-    if not keep:
+    if not save:
         return [none] * 4
     return [
         none if t.bottleneck is not None else (n, t.up.shape[1]),
@@ -80,15 +80,15 @@ def _saved_dtypes(call: Call) -> list[torch.dtype]:
     return [dtype, dtype, wide_dtype(dtype), wide_dtype(dtype)]
 
 
-def _empty_saved(call: Call, keep: bool) -> list[Tensor]:
-    kinds = zip(_saved_shapes(call, keep), _saved_dtypes(call), strict=True)
+def _empty_saved(call: Call, save: bool) -> list[Tensor]:
+    kinds = zip(_saved_shapes(call, save), _saved_dtypes(call), strict=True)
     return [call.first.new_empty(shape, dtype=dtype) for shape, dtype in kinds]
 
 
-def _kept(call: Call, found: Saved, keep: bool) -> list[Tensor]:
+def _stored(call: Call, found: Saved, save: bool) -> list[Tensor]:
     """What a backend kept, as the fake promises it."""
     return [
-        each.contiguous() if keep and each is not None else call.first.new_empty(0, dtype=dtype)
+        each.contiguous() if save and each is not None else call.first.new_empty(0, dtype=dtype)
         for each, dtype in zip(found, _saved_dtypes(call), strict=True)
     ]
 
@@ -96,15 +96,15 @@ def _kept(call: Call, found: Saved, keep: bool) -> list[Tensor]:
 def _fwd(
     tensors: list[Any], rng: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *settings, keep, backend = rest
+    *settings, save, backend = rest
     call = Call(Tensors(*tensors), Settings(*settings))
     first = call.first
     if first.shape[0] == 0:
-        saved = _empty_saved(call, keep)
+        saved = _empty_saved(call, save)
         return first.new_empty((0, call.tensors.up.shape[0])), *saved  # type: ignore[return-value]
     impl = select(call, backend).load()
-    out, found = impl.forward(call, rng, keep)
-    return out.contiguous(), *_kept(call, found, keep)
+    out, found = impl.forward(call, rng, save)
+    return out.contiguous(), *_stored(call, found, save)
 
 
 def _explain(tensors: list[Any], _: Tensor | None, *rest: Any) -> rt.Explanation | None:
@@ -116,10 +116,10 @@ def _explain(tensors: list[Any], _: Tensor | None, *rest: Any) -> rt.Explanation
 def _fwd_fake(
     tensors: list[Any], rng: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *settings, keep, _ = rest
+    *settings, save, _ = rest
     call = Call(Tensors(*tensors), Settings(*settings))
     out = call.first.new_empty((call.first.shape[0], call.tensors.up.shape[0]))
-    return out, *_empty_saved(call, keep)  # type: ignore[return-value]
+    return out, *_empty_saved(call, save)  # type: ignore[return-value]
 
 
 def _gradient_shape(name: str, t: Tensors, rows: int) -> tuple[int, ...]:
@@ -200,13 +200,13 @@ def _update_call(
 def _update(
     base: Tensor, first: int, tensors: list[Any], rng: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *settings, keep, backend = rest
+    *settings, save, backend = rest
     call, columns = _update_call(base, first, tensors, settings)
     if base.shape[0] == 0:
-        return tuple(_empty_saved(call, keep))  # type: ignore[return-value]
+        return tuple(_empty_saved(call, save))  # type: ignore[return-value]
     impl = select(call, backend).load()
-    _, found = impl.forward(call, rng, keep, columns)
-    return tuple(_kept(call, found, keep))  # type: ignore[return-value]
+    _, found = impl.forward(call, rng, save, columns)
+    return tuple(_stored(call, found, save))  # type: ignore[return-value]
 
 
 def _explain_update(
@@ -220,13 +220,13 @@ def _explain_update(
 def _update_fake(
     base: Tensor, first: int, tensors: list[Any], rng: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *settings, keep, _ = rest
+    *settings, save, _ = rest
     call = Call(Tensors(*tensors), Settings(*settings))
-    return tuple(_empty_saved(call, keep))  # type: ignore[return-value]
+    return tuple(_empty_saved(call, save))  # type: ignore[return-value]
 
 
 forward_op = define(
-    f"{NAME}_fwd(Tensor?[] tensors, Tensor? rng, {_SETTINGS}, bool keep, str backend) "
+    f"{NAME}_fwd(Tensor?[] tensors, Tensor? rng, {_SETTINGS}, bool save, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd,
     _fwd_fake,
@@ -242,7 +242,7 @@ _backward_op = define(
 
 update_op = define(
     f"{NAME}_update(Tensor(a!) base, int first, Tensor?[] tensors, Tensor? rng, {_SETTINGS}, "
-    "bool keep, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool save, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _update,
     _update_fake,
     _explain_update,

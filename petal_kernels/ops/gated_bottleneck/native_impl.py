@@ -59,14 +59,15 @@ def _fresh(like: Tensor, cols: int) -> Tensor:
 
 
 def _halves(call: Call) -> tuple[Tensor, Tensor]:
-    """The logit's weights of X and of what else it sees, fp32."""
+    """The logit's weights of gate_input and of what else it sees, fp32."""
     assert call.tensors.gate_weight is not None
     w, out = call.tensors.gate_weight.float(), call.tensors.up.shape[0]
     return w[:out], w[-out:]
 
 
 def _derived(call: Call) -> list[Tensor | None]:
-    """The gate of middleY; U^T w_h where the logit reads Y = H + a U^T + b; the logit's bias."""
+    """The gate of middleY; up^T w_h where the logit reads Y = H + a up^T + up_bias; the logit's
+    bias."""
     t, s = call.tensors, call.settings
     if s.gate == "middleY":
         assert t.gate_weight is not None
@@ -97,7 +98,7 @@ def _arguments(call: Call, rng: Tensor | None) -> list[Any]:
 
 
 def forward(
-    call: Call, rng: Tensor | None, keep: bool, out: Tensor | None = None
+    call: Call, rng: Tensor | None, save: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Saved]:
     """out [N, O] and what backward needs; ``out`` is given where a sum overwrites its base."""
     device.load_cpu_library()
@@ -142,7 +143,7 @@ def backward(
     torch.ops.petal_native.gated_bottleneck_bwd(
         *_arguments(call, rng),
         dout,
-        [empty if kept is None else kept for kept in saved],
+        [empty if s is None else s for s in saved],
         [grads.get(name, empty) for name in Tensors._fields],
     )
     if "gate_weight" in grads:

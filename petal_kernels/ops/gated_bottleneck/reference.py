@@ -1,18 +1,20 @@
 """``gated_bottleneck`` by definition, in plain torch, for any dtype and device.
 
-With x [B, L, D] (any leading dims where nothing is per sample), E = down [r, D], U = up [O, r]:
+With x [B, L, D] (any leading dims where nothing is per sample), down [r, D], up [O, r], H = x, base
+or 0:
 
-    z   = x E^T + c                     [.., r]   (or given as ``bottleneck``)
-    q   = route(z)                      with v = vision [B, V, r], already projected by E and c:
+    z   = x down^T + down_bias          [.., r]   (or given as ``bottleneck``)
+    q   = route(z)                      with v = vision [B, V, r], already projected likewise:
           none  z                       add   z + mean(v)          mul   z * mean(v)
           expand  (sum_i z_i) mean(v)   gram  (z v^T) v            gram_relu  (relu(z) relu(v)^T) v
-    Y   = H + act(q) U^T + b            [.., O]   H = x | base | 0
-    u   = residual + drop(s * G * Y),   G by ``gate``, with X = gate_input:
+    Y   = H + act(q) up^T + up_bias     [.., O]
+    u   = residual + drop(scale G Y),   G by ``gate``, with w = gate_weight:
           none     1
-          large    sigmoid(act(X Gd^T + gd) Gu^T + gu)
-          middleX  sigmoid(w . (X + H) + g)                       per token
+          large    sigmoid(act(gate_input gate_down^T + gate_down_bias) gate_up^T + gate_up_bias)
+          middleX  sigmoid(w . (gate_input + H) + gate_bias)      per token
           middleY  1 + sigmoid(w)                                 per channel
-          small    mean over tokens of sigmoid(w . [X; H] + g)    per sample, padding left out
+          small    mean over tokens of sigmoid(w . [gate_input; H] + gate_bias)
+                                                                  per sample, padding left out
     out = u, or LayerNorm(u)
 
 ``variant="release"`` is what the authors' code does: middleX and small read Y in place of H,
@@ -148,12 +150,12 @@ def _values(
         assert gate_weight is not None
         w = wide(gate_weight.to(dtype))
         if gate == "middleX":
-            t = (wide(gate_input) + wide(logit_h)) @ w
+            logit = (wide(gate_input) + wide(logit_h)) @ w
         else:
-            t = wide(gate_input) @ w[: y.shape[-1]] + wide(logit_h) @ w[y.shape[-1] :]
+            logit = wide(gate_input) @ w[: y.shape[-1]] + wide(logit_h) @ w[y.shape[-1] :]
         if gate_bias is not None:
-            t = t + wide(gate_bias.to(dtype))
-        v.logits = t.unsqueeze(-1)
+            logit = logit + wide(gate_bias.to(dtype))
+        v.logits = logit.unsqueeze(-1)
         v.gate = torch.sigmoid(v.logits)
         if gate == "small":
             weights = _token_weights(mask, y)
@@ -240,52 +242,52 @@ def _add(grads: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 
 def _gate_backward(
-    v: _Values, dv: Tensor, options: dict[str, object], grads: dict[str, Tensor]
+    v: _Values, masked: Tensor, options: dict[str, object], grads: dict[str, Tensor]
 ) -> Tensor | None:
     """Adds the gradients of the gate's arguments; that of what it sees beside its input, if any."""
     get = options.get
     gate, variant = get("gate", "none"), str(get("variant", "paper"))
     scale, activation = float(get("scale", 1.0)), str(get("activation", "gelu_tanh"))  # type: ignore[arg-type]
-    lead = tuple(range(dv.dim() - 1))
-    x_gate = get("gate_input")
+    lead = tuple(range(masked.dim() - 1))
+    gate_input = get("gate_input")
     w = get("gate_weight")
     if gate == "large":
         gate_up, gate_down = get("gate_up"), get("gate_down")
         assert isinstance(gate_up, Tensor)
         assert isinstance(gate_down, Tensor)
-        assert isinstance(x_gate, Tensor)
+        assert isinstance(gate_input, Tensor)
         assert v.zg is not None
-        dlogit = scale * dv * v.y * v.gate * (1 - v.gate)
+        dlogit = scale * masked * v.y * v.gate * (1 - v.gate)
         grads["gate_up"] = _outer(dlogit, activate(activation, v.zg))
         grads["gate_up_bias"] = dlogit.sum(lead)
         dzg = (dlogit @ gate_up) * derivative(activation, v.zg)
-        grads["gate_down"] = _outer(dzg, x_gate)
+        grads["gate_down"] = _outer(dzg, gate_input)
         grads["gate_down_bias"] = dzg.sum(lead)
         _add(grads, "gate_input", dzg @ gate_down)
     elif gate == "middleY":
         assert isinstance(w, Tensor)
-        dw = (scale * dv * v.y).sum(lead)
+        dw = (scale * masked * v.y).sum(lead)
         s = torch.sigmoid(w)
         grads["gate_weight"] = dw if variant == "release" else dw * s * (1 - s)
     elif gate in ("middleX", "small"):
         assert isinstance(w, Tensor)
-        assert isinstance(x_gate, Tensor)
+        assert isinstance(gate_input, Tensor)
         assert v.logits is not None
         s = torch.sigmoid(v.logits)
-        dgate = (scale * dv * v.y).sum(-1, keepdim=True)
+        dgate = (scale * masked * v.y).sum(-1, keepdim=True)
         if gate == "small":
             mask = get("mask")
             weights = _token_weights(mask if isinstance(mask, Tensor) else None, v.y)
             dgate = dgate.sum(-2, keepdim=True) * weights
-        dt = dgate * s * (1 - s)
+        dlogit = dgate * s * (1 - s)
         logit_h = v.y if variant == "release" else v.h if v.h is not None else torch.zeros_like(v.y)
         d = v.y.shape[-1]
         wx, wh = (w, w) if gate == "middleX" else (w[:d], w[d:])
-        dwx, dwh = (dt * x_gate).sum(lead), (dt * logit_h).sum(lead)
+        dwx, dwh = (dlogit * gate_input).sum(lead), (dlogit * logit_h).sum(lead)
         grads["gate_weight"] = dwx + dwh if gate == "middleX" else torch.cat((dwx, dwh))
-        grads["gate_bias"] = dt.sum().view(1)
-        _add(grads, "gate_input", dt * wx)
-        return dt * wh
+        grads["gate_bias"] = dlogit.sum().view(1)
+        _add(grads, "gate_input", dlogit * wx)
+        return dlogit * wh
     return None
 
 
@@ -294,9 +296,10 @@ def backward(
 ) -> dict[str, Tensor]:
     """Gradients by the written-out formulas, for fp32 and wider.
 
-    dv = mask * du;  dY = s G dv;  dlogit = s dv Y G (1 - G) (large), its sum over channels
-    (middleX), over the sample times the token's weight (small);  da = dY U;
-    dz = route'(da act'(q));  dH = dY (+ dlogit w);  dU = dY^T a;  dE = dz^T x;  the gate alike.
+    dv = scale mask du;  dY = G dv;  dlogit = dv Y G (1 - G) (large), its sum over channels
+    (middleX), over the sample times the token's weight (small);  da = dY up;
+    dz = route'(da act'(q));  dH = dY (+ dlogit w);  dup = dY^T a;  ddown = dz^T x;  the gate alike.
+    In the code below `scale` multiplies last: what it multiplies is ``masked``.
     """
     v = _values(x, down, up, **options)  # type: ignore[arg-type]
     get = options.get
@@ -313,10 +316,10 @@ def backward(
     residual = get("residual")
     if residual is not None:
         _add(grads, "gate_input" if isinstance(residual, str) else "residual", du)
-    dv = du if v.mask is None else du * v.mask
-    dy = scale * v.gate * dv
+    masked = du if v.mask is None else du * v.mask
+    dy = scale * v.gate * masked
     dh = dy
-    dseen = _gate_backward(v, dv, options, grads)
+    dseen = _gate_backward(v, masked, options, grads)
     if dseen is not None:
         dh = dy + dseen
         if variant == "release":

@@ -85,13 +85,13 @@ class _Middle:
 
 
 def _gate_halves(t: Tensors, s: Settings) -> tuple[Tensor, Tensor]:
-    """The weights of X and of H, as applied to rows of x's dtype."""
+    """The weights w_x of gate_input and w_h of H, as applied to rows of x's dtype."""
     assert t.gate_weight is not None
     out = t.up.shape[0]
     return t.gate_weight[:out], t.gate_weight[-out:]
 
 
-def _sample_gate(t: Tensors, s: Settings, sigmoid: Tensor) -> Tensor:
+def _pooled_gate(t: Tensors, s: Settings, sigmoid: Tensor) -> Tensor:
     """The mean over a sample's tokens, for each of its tokens: [N, 1]."""
     per_token = _samples(sigmoid, s)
     if t.token_weights is None:
@@ -126,7 +126,7 @@ def _middle(call: Call, z: Tensor, zg: Tensor | None, logits: Tensor | None, y: 
         if logits is None:
             logits = _logits(call, m.y)
         m.sigmoid = logits.sigmoid().unsqueeze(1)
-        m.gate = m.sigmoid if s.gate == "middleX" else _sample_gate(t, s, m.sigmoid)
+        m.gate = m.sigmoid if s.gate == "middleX" else _pooled_gate(t, s, m.sigmoid)
     return m
 
 
@@ -144,28 +144,28 @@ def _logits(call: Call, y: Tensor | None) -> Tensor:
     return logits
 
 
-def _keep(rng: Tensor | None, s: Settings, like: Tensor) -> Tensor | None:
+def _mask(rng: Tensor | None, s: Settings, like: Tensor) -> Tensor | None:
     if rng is None:
         return None
     n, out = like.shape
     return philox.scaled_masks(rng, s.dropout, 1, n, out, like.dtype)[0]
 
 
-def _sum(call: Call, m: _Middle, keep: Tensor | None) -> Tensor:
-    """u = residual + drop(scale * G * Y)."""
+def _sum(call: Call, m: _Middle, mask: Tensor | None) -> Tensor:
+    """u = residual + drop(scale G Y)."""
     t, s = call.tensors, call.settings
     assert m.y is not None
     u = m.y if s.scale == 1.0 else m.y * s.scale
     if m.gate is not None:
         u = u * m.gate.to(u.dtype)
-    if keep is not None:
-        u = u * keep
+    if mask is not None:
+        u = u * mask
     residual = t.gate_input if s.add_gate_input else t.residual
     return u if residual is None else u + residual
 
 
 def forward(
-    call: Call, rng: Tensor | None, keep: bool, out: Tensor | None = None
+    call: Call, rng: Tensor | None, save: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Saved]:
     """out [N, O] and what backward needs; ``out`` is given where a sum overwrites its base."""
     t, s = call.tensors, call.settings
@@ -192,8 +192,8 @@ def forward(
             out += t.up_bias.to(dtype)
         return out, Saved(None if t.bottleneck is not None else z, None, None, None)
     assert m.y is not None
-    u = _sum(call, m, _keep(rng, s, m.y))
-    logits = None if m.sigmoid is None or not keep else _logits(call, m.y)
+    u = _sum(call, m, _mask(rng, s, m.y))
+    logits = None if m.sigmoid is None or not save else _logits(call, m.y)
     moments = None
     if t.norm_weight is not None:
         assert t.norm_bias is not None
@@ -237,27 +237,28 @@ def backward(
     assert z is not None
     values = s.gate != "none" or t.norm_weight is not None
     m = _middle(call, z, saved.zg, saved.logits, values)
-    keep = _keep(rng, s, dout)
+    mask = _mask(rng, s, dout)
     du = dout
     if t.norm_weight is not None:
         du, grads["norm_weight"], grads["norm_bias"] = _norm_backward(
-            t, saved, _sum(call, m, keep), dout, need
+            t, saved, _sum(call, m, mask), dout, need
         )
-    dx_gate = du if s.add_gate_input and "gate_input" in need else None
+    dgate_input = du if s.add_gate_input and "gate_input" in need else None
     if "residual" in need:
         grads["residual"] = du
+    # dv = scale drop(du), the gradient of G Y.
     dv = du if s.scale == 1.0 else du * s.scale
-    if keep is not None:
-        dv = dv * keep
+    if mask is not None:
+        dv = dv * mask
     dy = dv if m.gate is None else dv * m.gate.to(dtype)
     dh = dy
     if s.gate != "none":
         assert m.y is not None
         assert m.gate is not None
-        dh, dy, gate_dx = _gate_backward(call, saved, m, dv, dy, need, grads)
-        if gate_dx is not None:
-            dx_gate = gate_dx if dx_gate is None else dx_gate + gate_dx
-    grads["gate_input"] = dx_gate
+        dh, dy, through_gate = _gate_backward(call, saved, m, dv, dy, need, grads)
+        if through_gate is not None:
+            dgate_input = through_gate if dgate_input is None else dgate_input + through_gate
+    grads["gate_input"] = dgate_input
     grads["base"] = dh if "base" in need else None
     grads["up"] = dy.t() @ m.a if "up" in need else None
     grads["up_bias"] = dy.sum(0) if "up_bias" in need else None
@@ -309,7 +310,7 @@ def _gate_backward(
     need: frozenset[str],
     grads: dict[str, Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dH, dY as the up-projection sees it, and what the gate adds to dX."""
+    """dH, dY as the up-projection sees it, and what the gate adds to dgate_input."""
     t, s = call.tensors, call.settings
     assert m.y is not None
     assert m.gate is not None
@@ -344,17 +345,17 @@ def _gate_backward(
         share = 1.0 / length if t.token_weights is None else t.token_weights.unsqueeze(1)
         dgate = total.reshape_as(dgate) * share
     assert saved.logits is not None
-    dt = dgate * _sigmoid_slope(saved.logits).unsqueeze(1)
+    dlogit = dgate * _sigmoid_slope(saved.logits).unsqueeze(1)
     wx, wh = (w.to(dtype) for w in _gate_halves(t, s))
     logit_h = m.y if s.gate_sees_output else t.x if s.add_input else t.base
     if "gate_weight" in need:
         assert t.gate_input is not None
-        dwx = dt.t() @ wide(t.gate_input)
-        dwh = torch.zeros_like(dwx) if logit_h is None else dt.t() @ wide(logit_h)
+        dwx = dlogit.t() @ wide(t.gate_input)
+        dwh = torch.zeros_like(dwx) if logit_h is None else dlogit.t() @ wide(logit_h)
         both = dwx + dwh if s.gate == "middleX" else torch.cat((dwx, dwh), 1)
         grads["gate_weight"] = both[0]
-    grads["gate_bias"] = dt.sum().view(1) if "gate_bias" in need else None
-    small = dt.to(dtype)
+    grads["gate_bias"] = dlogit.sum().view(1) if "gate_bias" in need else None
+    small = dlogit.to(dtype)
     dh = dy if logit_h is None else torch.addcmul(dy, small, wh.unsqueeze(0))
-    gate_dx = small * wx if "gate_input" in need else None
-    return dh, dh if s.gate_sees_output else dy, gate_dx
+    through_gate = small * wx if "gate_input" in need else None
+    return dh, dh if s.gate_sees_output else dy, through_gate

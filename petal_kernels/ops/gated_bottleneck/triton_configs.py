@@ -64,31 +64,31 @@ _ROWS_100 = {
     "wide": tile(8, 1, BLOCK_M=16, BLOCK_O=16, BLOCK_V=16),
 }
 _WEIGHTS_80 = {
-    "small": tile(8, 2, BLOCK_M=32, BLOCK_O=32),
-    "large": tile(8, 2, BLOCK_M=32, BLOCK_O=32),
-    "small_gated": tile(8, 2, BLOCK_M=16, BLOCK_O=16),
-    "large_gated": tile(8, 2, BLOCK_M=16, BLOCK_O=16),
-    "wide": tile(8, 3, BLOCK_M=16, BLOCK_O=16),
-    "wide_gated": tile(8, 3, BLOCK_M=16, BLOCK_O=16),
-    "fp32": tile(8, 1, BLOCK_M=16, BLOCK_O=16),
-    "fp32_gated": tile(8, 1, BLOCK_M=16, BLOCK_O=16),
-    "fp32_wide": tile(8, 1, BLOCK_M=16, BLOCK_O=16),
+    "small": tile(8, 2, BLOCK_M=32, BLOCK_W=32),
+    "large": tile(8, 2, BLOCK_M=32, BLOCK_W=32),
+    "small_gated": tile(8, 2, BLOCK_M=16, BLOCK_W=16),
+    "large_gated": tile(8, 2, BLOCK_M=16, BLOCK_W=16),
+    "wide": tile(8, 3, BLOCK_M=16, BLOCK_W=16),
+    "wide_gated": tile(8, 3, BLOCK_M=16, BLOCK_W=16),
+    "fp32": tile(8, 1, BLOCK_M=16, BLOCK_W=16),
+    "fp32_gated": tile(8, 1, BLOCK_M=16, BLOCK_W=16),
+    "fp32_wide": tile(8, 1, BLOCK_M=16, BLOCK_W=16),
 }
 _WEIGHTS_100 = {
     **_WEIGHTS_80,
-    "small": tile(8, 3, BLOCK_M=16, BLOCK_O=32),
-    "large": tile(8, 3, BLOCK_M=16, BLOCK_O=32),
-    "fp32_gated": tile(8, 2, BLOCK_M=16, BLOCK_O=16),
+    "small": tile(8, 3, BLOCK_M=16, BLOCK_W=32),
+    "large": tile(8, 3, BLOCK_M=16, BLOCK_W=32),
+    "fp32_gated": tile(8, 2, BLOCK_M=16, BLOCK_W=16),
 }
 _WEIGHTS_90 = {
     **_WEIGHTS_100,
-    "small_gated": tile(8, 3, BLOCK_M=16, BLOCK_O=32),
-    "large_gated": tile(8, 3, BLOCK_M=16, BLOCK_O=32),
+    "small_gated": tile(8, 3, BLOCK_M=16, BLOCK_W=32),
+    "large_gated": tile(8, 3, BLOCK_M=16, BLOCK_W=32),
 }
 _INTERPRETER = {
     "fwd": tile(1, 1, BLOCK_M=64, BLOCK_K=32, BLOCK_O=32, BLOCK_V=32),
     "rows": tile(1, 1, BLOCK_M=64, BLOCK_O=16, BLOCK_V=32),
-    "weights": tile(1, 1, BLOCK_M=64, BLOCK_O=32),
+    "weights": tile(1, 1, BLOCK_M=64, BLOCK_W=32),
 }
 REDUCE = tile(4, 2, BLOCK=1024)
 
@@ -132,7 +132,7 @@ _KERNELS = {
 }
 # Argument types that do not follow from a row's dtype: trained parameters are float32 by default.
 _TYPES = {
-    **dict.fromkeys(("logits", "moments", "stats", "weight_a", "token_weights", "part"), "*fp32"),
+    **dict.fromkeys(("logits", "moments", "sums", "weight_a", "token_weights", "part"), "*fp32"),
     **dict.fromkeys(("down", "down_bias", "up", "up_bias", "norm_weight", "norm_bias"), "*fp32"),
     **dict.fromkeys(("gate_down", "gate_down_bias", "gate_up", "gate_up_bias"), "*fp32"),
     **dict.fromkeys(("gate_weight", "gate_bias"), "*fp32"),
@@ -179,9 +179,9 @@ def _absent(kernel: str, form: str) -> set[str]:
     if gate in ("none", "large"):
         absent |= {"gate_weight"}
     if not norm:
-        absent |= {"moments", "norm_weight", "norm_bias", "res", "dres"}
+        absent |= {"moments", "norm_weight", "norm_bias", "residual", "dresidual"}
     if not (norm or row_gate):
-        absent |= {"stats", "dg"}
+        absent |= {"sums", "dgate_input"}
     if route == "none":
         absent |= {"left", "dq"}
     if route not in ("outer", "product") or form == "square":
@@ -191,7 +191,7 @@ def _absent(kernel: str, form: str) -> set[str]:
     if kernel == "fwd" and form == "small":
         absent |= {"x", "down", "down_bias"}
     if kernel == "weights" and norm:
-        absent |= {"x", "g"}
+        absent |= {"x", "gate_input"}
     return absent | {f"p_{n}" for n in absent}
 
 

@@ -1,22 +1,29 @@
 """``gated_bottleneck`` in Triton: forward and backward, every gate, activation and route;
 deterministic.
 
-Maths. k is 0 or keep_scale times ``scale``, the mask stream 0 of ``_runtime/philox.py``; X is
-gate_input, H is x, base or 0; G is 1, large, per channel (middleY) or per row (middleX, small).
+Maths. k is 0 or keep_scale times ``scale``, the mask stream 0 of ``_runtime/philox.py``; H is x,
+base or 0; G is 1, large, per channel (middleY) or per row (middleX, small), whose gate_weight is
+(w_x, w_h); what has no letter has its argument's name:
 
-    fwd      z = x D^T + c, q = route(z), a = act(q); zg = X Gd^T + cg, ag = act(zg)
-             t = w_x.X + w_h.H + g; released gates add (U^T w_h).a + w_h.b
-             Y = H + a U^T + b, u = res + k G Y, out = (u - mean) rstd w + b or u
-    rows     xhat of u, formed again; c1 = mean(w dout), c2 = mean(w dout xhat)
-             du = rstd (w dout - c1 - xhat c2) or dout;  dv = k du;  dY = G dv
-             dlogit = dv Y G (1 - G), or per row dt = s (1 - s) sum_o dv Y (small: summed over the
-             sample, times the token's weight);  dH = dY + dt w_h
-             dz = route'(act'(q) dY U), dzg = act'(zg) dlogit Gu
-             dx = dH + dz D;  dX = du (as residual) + dt w_x or dzg Gd
-    weights  dU = dY^T a, dGu = dlogit^T ag, dD = dz^T x, dGd = dzg^T X; sums over rows of dY,
-             dlogit, dout, dout xhat, dv Y or dt (X + H), by splits of the rows
+    fwd      z = x down^T + down_bias, q = route(z), a = act(q)
+             zg = gate_input gate_down^T + gate_down_bias, ag = act(zg)
+             logit = w_x . gate_input + w_h . H + gate_bias; released gates add
+             (up^T w_h) . a + w_h . up_bias
+             Y = H + a up^T + up_bias, u = residual + k G Y
+             out = (u - mean) rstd norm_weight + norm_bias or u
+    rows     xhat of u, formed again; g = norm_weight dout, mean_g = mean(g),
+             mean_gx = mean(g xhat);  du = rstd (g - mean_g - xhat mean_gx) or dout
+             dv = k du;  dY = G dv
+             dlogit = dv Y G (1 - G), or per row s (1 - s) sum_o dv Y, s = sigmoid(logit) (small:
+             summed over the sample, times the token's weight);  dH = dY + dlogit w_h
+             dz = route'(act'(q) dY up), dzg = act'(zg) dlogit gate_up
+             dx = dH + dz down
+             dgate_input = du (as residual) + dlogit w_x or dzg gate_down
+    weights  dup = dY^T a, dgate_up = dlogit^T ag, ddown = dz^T x, dgate_down = dzg^T gate_input;
+             sums over rows of dY, dlogit, dout, dout xhat, dv Y or dlogit (gate_input + H), by
+             splits of the rows
     reduce   the sums of those partials, in the order of the splits
-    library  sums over rows of dz, dzg, dt; dleft, dright of a route, from q's gradient
+    library  sums over rows of dz, dzg, dlogit; dleft, dright of a route, from q's gradient
 
 Shapes. N rows in samples of L; row tensors have any row stride and unit column stride, everything
 else is made dense. D, O, Dg, V and L are any; r and rg at most 256, padded to a power of two >= 16.
@@ -34,13 +41,13 @@ reads of its own stores, of its own rows, comes from L2 and is not counted):
     fwd      (N (D + Dg [gate or residual] + O [other H, residual] + O + r + rg) + P) e + 8 N [norm]
     rows     (N (O + O [H] + O [residual, with a norm] + 3 r + 3 rg + every row gradient) + P) e
              + 4 N for every number per row
-    weights  (N (O + D + Dg + O [other H, residual] + 2 r + 2 rg) + P [U, Gu]) e + 4 S P
+    weights  (N (O + D + Dg + O [other H, residual] + 2 r + 2 rg) + P [up, gate_up]) e + 4 S P
     reduce   4 S P + P e
 
 VL-PET large with a norm, r = d / 8: 3.25 N d forward and 9.25 N d backward, where the published
 form moves each of some forty [N, d] intermediates. Gates without a second bottleneck, and calls
 without a gate or a norm, which do not form Y again, move less. Own rows read again: u once with a
-norm; dH and du once where dz D or dzg Gd is added.
+norm; dH and du once where dz down or dzg gate_down is added.
 
 Numerics. Every product, gate logit, sum and moment is fp32; mean and variance by Chan's merge over
 column tiles. Roundings to the activations' dtype: z, zg (saved), a, ag, the operands dY, dlogit,
@@ -82,13 +89,13 @@ def unsupported(call: Call) -> list[str]:
 
 
 def forward(
-    call: Call, rng: Tensor | None, keep: bool, out: Tensor | None = None
+    call: Call, rng: Tensor | None, save: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Saved]:
     """out [N, O] and what backward needs; ``out`` is given where a sum overwrites its base."""
     first = call.first
     with lib.on_device(first):
         p = launch.Problem.of(call, first.shape[0])
-        return launch.forward(p, first, launch.Dropout.of(rng, call.settings), keep, out)
+        return launch.forward(p, first, launch.Dropout.of(rng, call.settings), save, out)
 
 
 def _route_gradients(

@@ -2,6 +2,23 @@
 
 What it computes, its traffic, numerics and limits are in ``triton_impl.py``; the conventions are
 those of ``triton_kernels_tiles.py``.
+
+Args of ``_gated_bottleneck_fwd_kernel`` that are not an argument of the operator with ``_ptr``:
+    out_ptr: out [N, O], or None: no more than z, zg and the logits
+    z_ptr: z [N, R], written where x is given (None: not wanted), else read
+    zg_ptr, logits_ptr, moments_ptr: [N, RG], [N], [N, 2] for backward, None where not wanted; gate
+        "small" reads its logits in the second launch
+    h_ptr: H, which is x, base or None
+    weight_a_ptr: up^T w_h and behind it w_h . up_bias, where the logit reads Y: [R + 1]
+    token_weights_ptr: [N], or None: 1 / L
+    tiles, rows, length: programs of a part, rows of a part, rows of a sample; a part is a sample
+        or everything
+    V, D, R, O, DG, RG: sizes, 0 where there is none
+    stride_xm, .. zm, hm, gm, rm, om: from row to row of x, z, H, gate_input, residual and out
+    scale: the operator's, times what dropout multiplies kept elements with; threshold: dropout's
+    LINEAR: middleY is 1 + gate_weight; LOGITS: this launch forms a row gate's logits
+    BLOCK_K: columns of D and DG, and of O for the logits; BLOCK_O of O; BLOCK_V vision tokens;
+        BLOCK_R and BLOCK_G all of R and RG
 """
 
 from __future__ import annotations
@@ -21,40 +38,41 @@ from petal_kernels.ops.gated_bottleneck.triton_kernels_tiles import (
     gate_tile,
     output_tile,
     owned_rows,
+    pooled_gate,
     route,
-    sample_mean,
 )
 
 
 @triton.jit
 def _logit_rows(  # type: ignore[no-untyped-def]
-    g_ptr,
-    stride_g,
+    gate_input_ptr,
+    stride_gm,
     h_ptr,
-    stride_h,
+    stride_hm,
     weight_ptr,
     bias_ptr,
     offs_m,
     mask_m,
     O,  # noqa: E741
     GATE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_O: tl.constexpr,
 ):
-    """w_x . X + w_h . H + g per row, in fp32."""
-    t = tl.zeros(offs_m.shape, tl.float32)
-    for k0 in range(0, O, BLOCK_K):
-        offs_k = k0 + tl.arange(0, BLOCK_K)
-        w = load_vector(weight_ptr, offs_k, O)[None, :]
-        terms = load_tile(g_ptr, stride_g, offs_m, offs_k, mask_m, O).to(tl.float32) * w  # [M, K]
+    """w_x . gate_input + w_h . H + gate_bias per row, in fp32."""
+    logit = tl.zeros(offs_m.shape, tl.float32)
+    for o0 in range(0, O, BLOCK_O):
+        offs_o = o0 + tl.arange(0, BLOCK_O)
+        w = load_vector(weight_ptr, offs_o, O)[None, :]
+        terms = load_tile(gate_input_ptr, stride_gm, offs_m, offs_o, mask_m, O)  # [M, O]
+        terms = terms.to(tl.float32) * w
         if h_ptr is not None:
             if GATE == "small":
-                w = load_vector(weight_ptr + O, offs_k, O)[None, :]
-            # [M, K]
-            terms += load_tile(h_ptr, stride_h, offs_m, offs_k, mask_m, O).to(tl.float32) * w
-        t += tl.sum(terms, 1)
+                w = load_vector(weight_ptr + O, offs_o, O)[None, :]
+            # [M, O]
+            terms += load_tile(h_ptr, stride_hm, offs_m, offs_o, mask_m, O).to(tl.float32) * w
+        logit += tl.sum(terms, 1)
     if bias_ptr is not None:
-        t += tl.load(bias_ptr).to(tl.float32)
-    return t
+        logit += tl.load(bias_ptr).to(tl.float32)
+    return logit
 
 
 @triton.jit
@@ -72,7 +90,7 @@ def _gated_bottleneck_fwd_kernel(  # type: ignore[no-untyped-def]
     up_bias_ptr,
     left_ptr,
     right_ptr,
-    g_ptr,
+    gate_input_ptr,
     gate_down_ptr,
     gate_down_bias_ptr,
     gate_up_ptr,
@@ -81,7 +99,7 @@ def _gated_bottleneck_fwd_kernel(  # type: ignore[no-untyped-def]
     gate_bias_ptr,
     weight_a_ptr,
     token_weights_ptr,
-    res_ptr,
+    residual_ptr,
     norm_weight_ptr,
     norm_bias_ptr,
     rng_ptr,
@@ -117,7 +135,7 @@ def _gated_bottleneck_fwd_kernel(  # type: ignore[no-untyped-def]
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """out = norm(res + drop(scale G Y)); a program owns BLOCK_M rows, all columns.
+    """out = norm(residual + drop(scale G Y)); a program owns BLOCK_M rows, all columns.
 
     z is computed where x is given, else read. Gate "small" takes two launches: the first (LOGITS,
     no out) stores z and the logits, the second needs those of whole samples.
@@ -144,25 +162,25 @@ def _gated_bottleneck_fwd_kernel(  # type: ignore[no-untyped-def]
     row_gate = tl.zeros((BLOCK_M,), tl.float32)
     if GATE == "large":
         zg = project(
-            g_ptr, stride_gm, gate_down_ptr, gate_down_bias_ptr, offs_m, mask_m, DG, RG,
+            gate_input_ptr, stride_gm, gate_down_ptr, gate_down_bias_ptr, offs_m, mask_m, DG, RG,
             PRECISION, BLOCK_K, BLOCK_G,
         ).to(z.dtype)  # fmt: skip
         if zg_ptr is not None:
             store_tile(zg_ptr, RG, offs_m, tl.arange(0, BLOCK_G), mask_m, RG, zg)
         ag = activate(zg.to(tl.float32), ACT).to(z.dtype)
     elif LOGITS:
-        t = _logit_rows(
-            g_ptr, stride_gm, h_ptr, stride_hm, gate_weight_ptr, gate_bias_ptr, offs_m, mask_m, O,
-            GATE, BLOCK_K,
+        logit = _logit_rows(
+            gate_input_ptr, stride_gm, h_ptr, stride_hm, gate_weight_ptr, gate_bias_ptr,
+            offs_m, mask_m, O, GATE, BLOCK_K,
         )  # fmt: skip
         if weight_a_ptr is not None:
             weight_a = load_vector(weight_a_ptr, offs_r, R)[None, :]
-            t += tl.sum(a * weight_a, 1) + tl.load(weight_a_ptr + R)
+            logit += tl.sum(a * weight_a, 1) + tl.load(weight_a_ptr + R)
         if logits_ptr is not None:
-            tl.store(logits_ptr + offs_m, t, mask=mask_m)
-        row_gate = tl.sigmoid(t)
+            tl.store(logits_ptr + offs_m, logit, mask=mask_m)
+        row_gate = tl.sigmoid(logit)
     elif GATE == "small":
-        row_gate += sample_mean(logits_ptr, token_weights_ptr, sample, rows, BLOCK_L=128)
+        row_gate += pooled_gate(logits_ptr, token_weights_ptr, sample, rows, BLOCK_L=128)
     if out_ptr is not None:
         a = a.to(z.dtype)
         if rng_ptr is not None:
@@ -189,9 +207,9 @@ def _gated_bottleneck_fwd_kernel(  # type: ignore[no-untyped-def]
             )  # fmt: skip
             if rng_ptr is not None:
                 u = tl.where(dropout_keep(seed, stream, offs_m, o0, BLOCK_O, threshold), u, 0.0)
-            if res_ptr is not None:
+            if residual_ptr is not None:
                 # [M, O]
-                u += load_tile(res_ptr, stride_rm, offs_m, offs_o, mask_m, O).to(tl.float32)
+                u += load_tile(residual_ptr, stride_rm, offs_m, offs_o, mask_m, O).to(tl.float32)
             store_tile(out_ptr, stride_om, offs_m, offs_o, mask_m, O, u)
             if norm_weight_ptr is not None:
                 # Chan's merge of each tile's mean and centred squares: exact in one pass.

@@ -1,9 +1,9 @@
 """Triton kernel of ``gated_bottleneck``'s backward per row; sums over rows are in
 ``triton_kernels_weights.py``.
 
-Conventions are those of ``triton_kernels_tiles.py``. ``stats_ptr`` holds five fp32 numbers per row
-as planes of N: the norm's two means c1 and c2, the row's gate, its gradient, the logit's gradient
-dt.
+Conventions are those of ``triton_kernels_tiles.py``. ``sums_ptr`` holds five fp32 numbers per row
+as planes of N: the norm's mean_g and mean_gx, the row's gate, its gradient dgate, the logit's
+gradient dlogit.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from petal_kernels.ops.gated_bottleneck.triton_kernels_tiles import (
     normalised,
     output_tile,
     owned_rows,
+    pooled_gate,
     route,
-    sample_mean,
 )
 
 
@@ -81,25 +81,25 @@ def _route_backward(  # type: ignore[no-untyped-def]
 def _add_product(  # type: ignore[no-untyped-def]
     d_ptr,
     small,
-    w_ptr,
+    weight_ptr,
     offs_m,
     mask_m,
-    D,
+    W,
     R,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """d (+)= small W, over all D columns of the rows owned."""
+    """d (+)= small weight, over all W columns (of D or DG) of the rows owned."""
     offs_r = tl.arange(0, BLOCK_R)
-    for o0 in range(0, D, BLOCK_O):
-        offs_o = o0 + tl.arange(0, BLOCK_O)
-        w = load_tile(w_ptr, D, offs_r, offs_o, offs_r < R, D).to(small.dtype)  # [R, O]
-        d = tl.dot(small, w, input_precision=PRECISION)
+    for w0 in range(0, W, BLOCK_W):
+        offs_w = w0 + tl.arange(0, BLOCK_W)
+        weight = load_tile(weight_ptr, W, offs_r, offs_w, offs_r < R, W).to(small.dtype)  # [R, W]
+        d = tl.dot(small, weight, input_precision=PRECISION)
         if ADD:
-            d += load_tile(d_ptr, D, offs_m, offs_o, mask_m, D).to(tl.float32)  # [M, O]
-        store_tile(d_ptr, D, offs_m, offs_o, mask_m, D, d)
+            d += load_tile(d_ptr, W, offs_m, offs_w, mask_m, W).to(tl.float32)  # [M, W]
+        store_tile(d_ptr, W, offs_m, offs_w, mask_m, W, d)
 
 
 @triton.jit
@@ -107,14 +107,14 @@ def _gated_bottleneck_bwd_rows_kernel(  # type: ignore[no-untyped-def]
     dout_ptr,
     dx_ptr,
     dh_ptr,
-    dg_ptr,
-    dres_ptr,
+    dgate_input_ptr,
+    dresidual_ptr,
     dz_ptr,
     dzg_ptr,
     dq_ptr,
     a_ptr,
     ag_ptr,
-    stats_ptr,
+    sums_ptr,
     z_ptr,
     zg_ptr,
     logits_ptr,
@@ -130,7 +130,7 @@ def _gated_bottleneck_bwd_rows_kernel(  # type: ignore[no-untyped-def]
     gate_up_bias_ptr,
     gate_weight_ptr,
     token_weights_ptr,
-    res_ptr,
+    residual_ptr,
     norm_weight_ptr,
     rng_ptr,
     tiles,
@@ -169,8 +169,8 @@ def _gated_bottleneck_bwd_rows_kernel(  # type: ignore[no-untyped-def]
     """Everything of N rows that backward writes; a program owns BLOCK_M rows, all columns.
 
     SUMS: the sums over a row (of the norm, of one gate per row). GRADS: the gradients of the row
-    tensors and of the bottlenecks, where dx, dg hold dH, du until dz, dzg are known. Gate "small"
-    takes a launch for each, because its gate's gradient is a sum over the sample.
+    tensors and of the bottlenecks, where dx, dgate_input hold dH, du until dz, dzg are known. Gate
+    "small" takes a launch for each, because its gate's gradient is a sum over the sample.
     """
     sample, offs_m, mask_m = owned_rows(tl.program_id(0), tiles, rows, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
@@ -192,23 +192,21 @@ def _gated_bottleneck_bwd_rows_kernel(  # type: ignore[no-untyped-def]
         stream = tl.load(rng_ptr + 1)
     mean = tl.zeros((BLOCK_M,), tl.float32)
     rstd = mean
-    c1 = mean
-    c2 = mean
-    row_gate = mean
-    dgate = mean
+    mean_g, mean_gx = mean, mean
+    row_gate, dgate = mean, mean
     if NORM:
         mean = load_row(moments_ptr, 2 * offs_m, mask_m)
         rstd = load_row(moments_ptr + 1, 2 * offs_m, mask_m)
     if ROW_GATE and SUMS:
         row_gate = tl.sigmoid(load_row(logits_ptr, offs_m, mask_m))
         if GATE == "small":
-            row_gate = sample_mean(logits_ptr, token_weights_ptr, sample, rows, 128) + dgate
-        tl.store(stats_ptr + 2 * N + offs_m, row_gate, mask=mask_m)
+            row_gate = pooled_gate(logits_ptr, token_weights_ptr, sample, rows, 128) + dgate
+        tl.store(sums_ptr + 2 * N + offs_m, row_gate, mask=mask_m)
     if SUMS and (NORM or ROW_GATE):
         # With a norm, du is linear in its two means, which are known only after the loop: so is
-        # the gate's gradient, as dgate - c1 * through1 - c2 * through2.
-        through1 = tl.zeros((BLOCK_M,), tl.float32)
-        through2 = through1
+        # the gate's gradient, as dgate - mean_g * sum_kept - mean_gx * sum_kept_x.
+        sum_kept = tl.zeros((BLOCK_M,), tl.float32)
+        sum_kept_x = sum_kept
         for o0 in range(0, O, BLOCK_O):
             offs_o = o0 + tl.arange(0, BLOCK_O)
             mask_o = offs_o < O
@@ -233,44 +231,44 @@ def _gated_bottleneck_bwd_rows_kernel(  # type: ignore[no-untyped-def]
                     ag, row_gate, gate_up, gate_up_bias_ptr, gate_weight_ptr, offs_o, O,
                     GATE, LINEAR, PRECISION,
                 )  # fmt: skip
-                res = None
-                if res_ptr is not None:
-                    res = load_tile(res_ptr, stride_rm, offs_m, offs_o, mask_m, O)  # [M, O]
-                xhat = normalised(y, gate, keep, res, mean, rstd, scale)
+                residual = None
+                if residual_ptr is not None:
+                    # [M, O]
+                    residual = load_tile(residual_ptr, stride_rm, offs_m, offs_o, mask_m, O)
+                xhat = normalised(y, gate, keep, residual, mean, rstd, scale)
                 d *= load_vector(norm_weight_ptr, offs_o, O)[None, :]
-                c1 += tl.sum(d, 1)
-                c2 += tl.sum(d * xhat, 1)
+                mean_g += tl.sum(d, 1)
+                mean_gx += tl.sum(d * xhat, 1)
                 if ROW_GATE:
-                    through1 += tl.sum(kept, 1)
-                    through2 += tl.sum(kept * xhat, 1)
+                    sum_kept += tl.sum(kept, 1)
+                    sum_kept_x += tl.sum(kept * xhat, 1)
             if ROW_GATE:
                 dgate += tl.sum(kept * d, 1)
         if NORM:
-            c1 /= O
-            c2 /= O
-            dgate = rstd * (dgate - c1 * through1 - c2 * through2)
-            tl.store(stats_ptr + offs_m, c1, mask=mask_m)
-            tl.store(stats_ptr + N + offs_m, c2, mask=mask_m)
+            mean_g /= O
+            mean_gx /= O
+            dgate = rstd * (dgate - mean_g * sum_kept - mean_gx * sum_kept_x)
+            tl.store(sums_ptr + offs_m, mean_g, mask=mask_m)
+            tl.store(sums_ptr + N + offs_m, mean_gx, mask=mask_m)
         if GATE == "small":
-            tl.store(stats_ptr + 3 * N + offs_m, dgate, mask=mask_m)
+            tl.store(sums_ptr + 3 * N + offs_m, dgate, mask=mask_m)
     if GRADS:
-        dt = tl.zeros((BLOCK_M,), tl.float32)
         if GATE == "small":
             if NORM:
-                c1 = load_row(stats_ptr, offs_m, mask_m)
-                c2 = load_row(stats_ptr + N, offs_m, mask_m)
-            row_gate = load_row(stats_ptr + 2 * N, offs_m, mask_m)
+                mean_g = load_row(sums_ptr, offs_m, mask_m)
+                mean_gx = load_row(sums_ptr + N, offs_m, mask_m)
+            row_gate = load_row(sums_ptr + 2 * N, offs_m, mask_m)
             total = tl.zeros((128,), tl.float32)
             for l0 in range(0, rows, 128):
                 offs_l = l0 + tl.arange(0, 128)
-                total += load_row(stats_ptr + 3 * N + sample * rows, offs_l, offs_l < rows)
+                total += load_row(sums_ptr + 3 * N + sample * rows, offs_l, offs_l < rows)
             dgate = tl.sum(total, 0) / rows
             if token_weights_ptr is not None:
                 dgate = tl.sum(total, 0) * load_row(token_weights_ptr, offs_m, mask_m)
         if ROW_GATE:
             s = tl.sigmoid(load_row(logits_ptr, offs_m, mask_m))
-            dt = dgate * s * (1.0 - s)
-            tl.store(stats_ptr + 4 * N + offs_m, dt, mask=mask_m)
+            dlogit = dgate * s * (1.0 - s)
+            tl.store(sums_ptr + 4 * N + offs_m, dlogit, mask=mask_m)
         if a_ptr is not None:
             store_tile(a_ptr, R, offs_m, offs_r, mask_m, R, a)
         if ag_ptr is not None:
@@ -299,34 +297,36 @@ def _gated_bottleneck_bwd_rows_kernel(  # type: ignore[no-untyped-def]
                     h = load_tile(h_ptr, stride_hm, offs_m, offs_o, mask_m, O)  # [M, O]
                 y = output_tile(a, up, up_bias_ptr, h, offs_o, O, PRECISION)
             if NORM:
-                res = None
-                if res_ptr is not None:
-                    res = load_tile(res_ptr, stride_rm, offs_m, offs_o, mask_m, O)  # [M, O]
-                xhat = normalised(y, gate, keep, res, mean, rstd, scale)
+                residual = None
+                if residual_ptr is not None:
+                    # [M, O]
+                    residual = load_tile(residual_ptr, stride_rm, offs_m, offs_o, mask_m, O)
+                xhat = normalised(y, gate, keep, residual, mean, rstd, scale)
                 du *= load_vector(norm_weight_ptr, offs_o, O)[None, :]
-                du = rstd[:, None] * (du - c1[:, None] - xhat * c2[:, None])
-            if dres_ptr is not None:
-                store_tile(dres_ptr, O, offs_m, offs_o, mask_m, O, du)
+                du = rstd[:, None] * (du - mean_g[:, None] - xhat * mean_gx[:, None])
+            if dresidual_ptr is not None:
+                store_tile(dresidual_ptr, O, offs_m, offs_o, mask_m, O, du)
             dv = du * scale
             if rng_ptr is not None:
                 dv = tl.where(keep, dv, 0.0)
             dy = dv * gate
             dh = dy
             if ROW_GATE:
-                # middleX has one weight for both halves; small has X's first.
+                # middleX has one weight for both halves; small has gate_input's first.
                 half = gate_weight_ptr + O if GATE == "small" else gate_weight_ptr
-                through = dt[:, None] * load_vector(half, offs_o, O)[None, :]
+                through = dlogit[:, None] * load_vector(half, offs_o, O)[None, :]
                 if SEES_OUTPUT:
                     dy += through
                 if SEES_OUTPUT or h_ptr is not None:
                     dh += through
             if dh_ptr is not None:
                 store_tile(dh_ptr, O, offs_m, offs_o, mask_m, O, dh)
-            if dg_ptr is not None and (ADD_GATE_INPUT or ROW_GATE):
-                dg = du if ADD_GATE_INPUT else tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+            if dgate_input_ptr is not None and (ADD_GATE_INPUT or ROW_GATE):
+                dgate_input = du if ADD_GATE_INPUT else tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
                 if ROW_GATE:
-                    dg += dt[:, None] * load_vector(gate_weight_ptr, offs_o, O)[None, :]
-                store_tile(dg_ptr, O, offs_m, offs_o, mask_m, O, dg)
+                    weight_x = load_vector(gate_weight_ptr, offs_o, O)[None, :]
+                    dgate_input += dlogit[:, None] * weight_x
+                store_tile(dgate_input_ptr, O, offs_m, offs_o, mask_m, O, dgate_input)
             if dz_ptr is not None:
                 da = tl.dot(dy.to(z.dtype), up, da, input_precision=PRECISION)
             if dzg_ptr is not None:
@@ -356,9 +356,9 @@ def _gated_bottleneck_bwd_rows_kernel(  # type: ignore[no-untyped-def]
             zg = load_tile(zg_ptr, RG, offs_m, offs_g, mask_m, RG)  # [M, G]
             dzg = activate_backward(zg.to(tl.float32), dag, ACT).to(z.dtype)
             store_tile(dzg_ptr, RG, offs_m, offs_g, mask_m, RG, dzg)
-            if dg_ptr is not None:
+            if dgate_input_ptr is not None:
                 tl.debug_barrier()
                 _add_product(
-                    dg_ptr, dzg, gate_down_ptr, offs_m, mask_m, DG, RG, ADD_GATE_INPUT,
+                    dgate_input_ptr, dzg, gate_down_ptr, offs_m, mask_m, DG, RG, ADD_GATE_INPUT,
                     PRECISION, BLOCK_O, BLOCK_G,
                 )  # fmt: skip

@@ -2,7 +2,8 @@
 
 What those compute, their traffic, numerics and limits are in ``triton_impl.py``. Common to all: an
 absent tensor is None and costs nothing; rows are int64; every size may be ragged, and masked lanes
-read zero.
+read zero. In the kernels of sums over rows W is the width of the output or the input that is being
+reduced: O, D or DG.
 """
 
 from __future__ import annotations
@@ -57,16 +58,17 @@ def route(  # type: ignore[no-untyped-def]
 ):
     """q in fp32. "outer" is a product with one vision token, rows of any samples; "product" has
     rows of one sample and, where right is the identity, reads z again in slices of the sum."""
+    BLOCK_S: tl.constexpr = BLOCK_V  # ranks of such a slice
     offs_r = tl.arange(0, BLOCK_R)
     if ROUTE == "product":
         q = tl.zeros(z.shape, tl.float32)
         if right_ptr is None:
-            left = left_ptr + sample * R * R
-            for k0 in range(0, R, BLOCK_V):
-                offs_k = k0 + tl.arange(0, BLOCK_V)
-                f = rectify(load_tile(z_ptr, stride_z, offs_m, offs_k, mask_m, R), RELU)  # [M, V]
-                m = load_tile(left, R, offs_r, offs_k, offs_r < R, R)  # [R, V]
-                q = tl.dot(f, tl.trans(m), q, input_precision=PRECISION)
+            own_ptr = left_ptr + sample * R * R
+            for s0 in range(0, R, BLOCK_S):
+                offs_s = s0 + tl.arange(0, BLOCK_S)
+                f = rectify(load_tile(z_ptr, stride_z, offs_m, offs_s, mask_m, R), RELU)  # [M, S]
+                left = load_tile(own_ptr, R, offs_r, offs_s, offs_r < R, R)  # [R, S]
+                q = tl.dot(f, tl.trans(left), q, input_precision=PRECISION)
         else:
             f = rectify(z, RELU)
             for v0 in range(0, V, BLOCK_V):
@@ -93,7 +95,7 @@ def route(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def sample_mean(  # type: ignore[no-untyped-def]
+def pooled_gate(  # type: ignore[no-untyped-def]
     logits_ptr, token_weights_ptr, sample, L, BLOCK_L: tl.constexpr
 ):
     """sum_j weight_j sigmoid(logit_j) over the L tokens of a sample, in one order everywhere."""
@@ -138,7 +140,7 @@ def gate_tile(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def output_tile(a, up, up_bias_ptr, h, offs_o, O, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E741
-    """Y = a U^T + b + H in fp32."""
+    """Y = a up^T + up_bias + H in fp32."""
     y = tl.dot(a, tl.trans(up), input_precision=PRECISION)
     y += load_vector(up_bias_ptr, offs_o, O)[None, :]
     if h is not None:
@@ -147,11 +149,11 @@ def output_tile(a, up, up_bias_ptr, h, offs_o, O, PRECISION: tl.constexpr):  # t
 
 
 @triton.jit
-def normalised(y, gate, keep, res, mean, rstd, scale):  # type: ignore[no-untyped-def]
-    """xhat of u = res + drop(scale G Y), which is formed again."""
+def normalised(y, gate, keep, residual, mean, rstd, scale):  # type: ignore[no-untyped-def]
+    """xhat of u = residual + drop(scale G Y), which is formed again."""
     u = scale * y * gate
     if keep is not None:
         u = tl.where(keep, u, 0.0)
-    if res is not None:
-        u += res.to(tl.float32)
+    if residual is not None:
+        u += residual.to(tl.float32)
     return (u - mean[:, None]) * rstd[:, None]

@@ -44,13 +44,13 @@ def _gated_bottleneck_bwd_weights_kernel(  # type: ignore[no-untyped-def]
     dout_ptr,
     x_ptr,
     h_ptr,
-    g_ptr,
-    res_ptr,
+    gate_input_ptr,
+    residual_ptr,
     a_ptr,
     ag_ptr,
     dz_ptr,
     dzg_ptr,
-    stats_ptr,
+    sums_ptr,
     moments_ptr,
     up_ptr,
     up_bias_ptr,
@@ -61,7 +61,7 @@ def _gated_bottleneck_bwd_weights_kernel(  # type: ignore[no-untyped-def]
     rng_ptr,
     N,
     R,
-    O,  # noqa: E741
+    W,
     RG,
     rows_per_split,
     stride_part,
@@ -78,36 +78,35 @@ def _gated_bottleneck_bwd_weights_kernel(  # type: ignore[no-untyped-def]
     OUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """Partial sums over one split of the rows; a program owns BLOCK_O columns.
-
-    Of dU, dGu and every sum over channels where OUT, of dD and dGd where their partials are given:
-    all in one launch where x, gate_input and out are equally wide. x_ptr None: x is H; g_ptr None:
-    gate_input is the residual.
+    """Partial sums over one split of the rows; a program owns BLOCK_W columns. Of dup, dgate_up and
+    every sum over channels where OUT (W is O then), of ddown and dgate_down where their partials
+    are given: all in one launch where x, gate_input and out are equally wide. x_ptr None: x is H;
+    gate_input_ptr None: gate_input is the residual.
     """
-    pid_o = tl.program_id(0)
+    pid_w = tl.program_id(0)
     split = tl.program_id(1).to(tl.int64)
     part = split * stride_part
-    offs_o = pid_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_w = pid_w * BLOCK_W + tl.arange(0, BLOCK_W)
     offs_r = tl.arange(0, BLOCK_R)
     offs_g = tl.arange(0, BLOCK_G)
-    mask_o = offs_o < O
+    mask_w = offs_w < W
     NORM: tl.constexpr = norm_weight_ptr is not None
     ROW_GATE: tl.constexpr = GATE == "middleX" or GATE == "small"
     WEIGHT: tl.constexpr = p_gate_weight_ptr is not None
     LOGIT: tl.constexpr = p_gate_up_ptr is not None or p_gate_up_bias_ptr is not None
     USES_Y: tl.constexpr = NORM or LOGIT or (WEIGHT and (SEES_OUTPUT or GATE == "middleY"))
     USES_H: tl.constexpr = (USES_Y or (WEIGHT and ROW_GATE)) and h_ptr is not None
-    USES_G: tl.constexpr = p_gate_down_ptr is not None or (WEIGHT and ROW_GATE)
-    USES_RES: tl.constexpr = NORM and res_ptr is not None
-    tile = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)  # summed over its rows once, at the end
-    # The rank comes first: BLOCK_O is less than the rows of a tensor core.
-    d_up = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)
+    USES_GATE_INPUT: tl.constexpr = p_gate_down_ptr is not None or (WEIGHT and ROW_GATE)
+    USES_RESIDUAL: tl.constexpr = NORM and residual_ptr is not None
+    tile = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)  # summed over its rows once, at the end
+    # The rank comes first: BLOCK_W is less than the rows of a tensor core.
+    d_up = tl.zeros((BLOCK_W, BLOCK_R), tl.float32)
     d_down = d_up
-    d_gate_up = tl.zeros((BLOCK_O, BLOCK_G), tl.float32)
+    d_gate_up = tl.zeros((BLOCK_W, BLOCK_G), tl.float32)
     d_gate_down = d_gate_up
     d_up_bias = tile
     d_gate_up_bias = tile
@@ -117,11 +116,11 @@ def _gated_bottleneck_bwd_weights_kernel(  # type: ignore[no-untyped-def]
     d_norm_bias = tile
     if OUT:
         if USES_Y:
-            # [O, R]
-            up = load_tile(up_ptr, R, offs_o, offs_r, mask_o, R).to(a_ptr.dtype.element_ty)
+            # [W, R]
+            up = load_tile(up_ptr, R, offs_w, offs_r, mask_w, R).to(a_ptr.dtype.element_ty)
         gate_up = None
         if GATE == "large":
-            gate_up = load_tile(gate_up_ptr, RG, offs_o, offs_g, mask_o, RG)  # [O, G]
+            gate_up = load_tile(gate_up_ptr, RG, offs_w, offs_g, mask_w, RG)  # [W, G]
             gate_up = gate_up.to(ag_ptr.dtype.element_ty)
         if rng_ptr is not None:
             seed = tl.load(rng_ptr)
@@ -131,65 +130,66 @@ def _gated_bottleneck_bwd_weights_kernel(  # type: ignore[no-untyped-def]
         mask_m = offs_m < N
         h = None
         if USES_H or (p_down_ptr is not None and x_ptr is None):
-            h = load_tile(h_ptr, stride_hm, offs_m, offs_o, mask_m, O)  # [M, O]
-        res = None
-        if USES_RES or (USES_G and g_ptr is None):
-            res = load_tile(res_ptr, stride_rm, offs_m, offs_o, mask_m, O)  # [M, O]
+            h = load_tile(h_ptr, stride_hm, offs_m, offs_w, mask_m, W)  # [M, W]
+        residual = None
+        if USES_RESIDUAL or (USES_GATE_INPUT and gate_input_ptr is None):
+            residual = load_tile(residual_ptr, stride_rm, offs_m, offs_w, mask_m, W)  # [M, W]
         if p_down_ptr is not None:
             dz = load_tile(dz_ptr, R, offs_m, offs_r, mask_m, R)  # [M, R]
             x = h
             if x_ptr is not None:
-                x = load_tile(x_ptr, stride_xm, offs_m, offs_o, mask_m, O)  # [M, O]
+                x = load_tile(x_ptr, stride_xm, offs_m, offs_w, mask_m, W)  # [M, W]
             d_down = tl.dot(tl.trans(x), dz, d_down, input_precision=PRECISION)
-        if USES_G:
-            g = res
-            if g_ptr is not None:
-                g = load_tile(g_ptr, stride_gm, offs_m, offs_o, mask_m, O)  # [M, O]
+        if USES_GATE_INPUT:
+            gate_input = residual
+            if gate_input_ptr is not None:
+                # [M, W]
+                gate_input = load_tile(gate_input_ptr, stride_gm, offs_m, offs_w, mask_m, W)
         if p_gate_down_ptr is not None:
             dzg = load_tile(dzg_ptr, RG, offs_m, offs_g, mask_m, RG)  # [M, G]
-            d_gate_down = tl.dot(tl.trans(g), dzg, d_gate_down, input_precision=PRECISION)
+            d_gate_down = tl.dot(tl.trans(gate_input), dzg, d_gate_down, input_precision=PRECISION)
         if OUT:
             a = load_tile(a_ptr, R, offs_m, offs_r, mask_m, R)  # [M, R]
             ag = a
             if GATE == "large":
                 ag = load_tile(ag_ptr, RG, offs_m, offs_g, mask_m, RG)  # [M, G]
-            row_gate = load_row(stats_ptr + 2 * N, offs_m, mask_m) if ROW_GATE else 0.0
+            row_gate = load_row(sums_ptr + 2 * N, offs_m, mask_m) if ROW_GATE else 0.0
             gate = gate_tile(
-                ag, row_gate, gate_up, gate_up_bias_ptr, gate_weight_ptr, offs_o, O,
+                ag, row_gate, gate_up, gate_up_bias_ptr, gate_weight_ptr, offs_w, W,
                 GATE, LINEAR, PRECISION,
             )  # fmt: skip
             keep = None
             if rng_ptr is not None:
-                first = pid_o * BLOCK_O
-                keep = dropout_keep(seed, stream, offs_m, first, BLOCK_O, threshold)
-            du = load_tile(dout_ptr, stride_dm, offs_m, offs_o, mask_m, O).to(tl.float32)  # [M, O]
+                first = pid_w * BLOCK_W
+                keep = dropout_keep(seed, stream, offs_m, first, BLOCK_W, threshold)
+            du = load_tile(dout_ptr, stride_dm, offs_m, offs_w, mask_m, W).to(tl.float32)  # [M, W]
             if USES_Y:
-                y = output_tile(a, up, up_bias_ptr, h, offs_o, O, PRECISION)
+                y = output_tile(a, up, up_bias_ptr, h, offs_w, W, PRECISION)
             if NORM:
                 mean = load_row(moments_ptr, 2 * offs_m, mask_m)
                 rstd = load_row(moments_ptr + 1, 2 * offs_m, mask_m)
-                c1 = load_row(stats_ptr, offs_m, mask_m)[:, None]
-                c2 = load_row(stats_ptr + N, offs_m, mask_m)[:, None]
-                xhat = normalised(y, gate, keep, res, mean, rstd, scale)
+                mean_g = load_row(sums_ptr, offs_m, mask_m)[:, None]
+                mean_gx = load_row(sums_ptr + N, offs_m, mask_m)[:, None]
+                xhat = normalised(y, gate, keep, residual, mean, rstd, scale)
                 d_norm_weight += du * xhat
                 d_norm_bias += du
-                du *= load_vector(norm_weight_ptr, offs_o, O)[None, :]
-                du = rstd[:, None] * (du - c1 - xhat * c2)
+                du *= load_vector(norm_weight_ptr, offs_w, W)[None, :]
+                du = rstd[:, None] * (du - mean_g - xhat * mean_gx)
             dv = du * scale
             if rng_ptr is not None:
                 dv = tl.where(keep, dv, 0.0)
             dy = dv * gate
             if ROW_GATE:
-                dt = load_row(stats_ptr + 4 * N, offs_m, mask_m)
+                dlogit = load_row(sums_ptr + 4 * N, offs_m, mask_m)
                 if SEES_OUTPUT:
-                    half = gate_weight_ptr + O if GATE == "small" else gate_weight_ptr
-                    dy += dt[:, None] * load_vector(half, offs_o, O)[None, :]
+                    half = gate_weight_ptr + W if GATE == "small" else gate_weight_ptr
+                    dy += dlogit[:, None] * load_vector(half, offs_w, W)[None, :]
                 if WEIGHT:
-                    d_weight_x += dt[:, None] * g.to(tl.float32)  # type: ignore[union-attr]
+                    d_weight_x += dlogit[:, None] * gate_input.to(tl.float32)  # type: ignore[union-attr]
                     if SEES_OUTPUT:
-                        d_weight_h += dt[:, None] * y
+                        d_weight_h += dlogit[:, None] * y
                     elif h_ptr is not None:
-                        d_weight_h += dt[:, None] * h.to(tl.float32)  # type: ignore[union-attr]
+                        d_weight_h += dlogit[:, None] * h.to(tl.float32)  # type: ignore[union-attr]
             if WEIGHT and GATE == "middleY":
                 d_weight_x += dv * y
             if LOGIT:
@@ -202,26 +202,26 @@ def _gated_bottleneck_bwd_weights_kernel(  # type: ignore[no-untyped-def]
             if p_up_ptr is not None:
                 d_up = tl.dot(tl.trans(dy.to(a.dtype)), a, d_up, input_precision=PRECISION)
     if p_up_ptr is not None:
-        store_tile(p_up_ptr + part, R, offs_o, offs_r, mask_o, R, d_up)
+        store_tile(p_up_ptr + part, R, offs_w, offs_r, mask_w, R, d_up)
     if p_gate_up_ptr is not None:
-        store_tile(p_gate_up_ptr + part, RG, offs_o, offs_g, mask_o, RG, d_gate_up)
+        store_tile(p_gate_up_ptr + part, RG, offs_w, offs_g, mask_w, RG, d_gate_up)
     if p_down_ptr is not None:
-        store_tile(p_down_ptr + part, O, offs_r, offs_o, offs_r < R, O, tl.trans(d_down))
+        store_tile(p_down_ptr + part, W, offs_r, offs_w, offs_r < R, W, tl.trans(d_down))
     if p_gate_down_ptr is not None:
-        store_tile(p_gate_down_ptr + part, O, offs_g, offs_o, offs_g < RG, O, tl.trans(d_gate_down))
-    _store_sum(p_up_bias_ptr, part, offs_o, O, d_up_bias)
-    _store_sum(p_gate_up_bias_ptr, part, offs_o, O, d_gate_up_bias)
-    _store_sum(p_norm_weight_ptr, part, offs_o, O, d_norm_weight)
-    _store_sum(p_norm_bias_ptr, part, offs_o, O, d_norm_bias)
+        store_tile(p_gate_down_ptr + part, W, offs_g, offs_w, offs_g < RG, W, tl.trans(d_gate_down))
+    _store_sum(p_up_bias_ptr, part, offs_w, W, d_up_bias)
+    _store_sum(p_gate_up_bias_ptr, part, offs_w, W, d_gate_up_bias)
+    _store_sum(p_norm_weight_ptr, part, offs_w, W, d_norm_weight)
+    _store_sum(p_norm_bias_ptr, part, offs_w, W, d_norm_bias)
     if WEIGHT:
         if GATE == "middleX":
             d_weight_x += d_weight_h
         if GATE == "middleY" and not LINEAR:
-            s = tl.sigmoid(load_vector(gate_weight_ptr, offs_o, O))
+            s = tl.sigmoid(load_vector(gate_weight_ptr, offs_w, W))
             d_weight_x *= (s * (1.0 - s))[None, :]
-        _store_sum(p_gate_weight_ptr, part, offs_o, O, d_weight_x)
+        _store_sum(p_gate_weight_ptr, part, offs_w, W, d_weight_x)
         if GATE == "small":
-            _store_sum(p_gate_weight_ptr + O, part, offs_o, O, d_weight_h)
+            _store_sum(p_gate_weight_ptr + W, part, offs_w, W, d_weight_h)
 
 
 @triton.jit

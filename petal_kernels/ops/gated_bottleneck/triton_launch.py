@@ -144,8 +144,8 @@ def _stride(*tensors: Tensor | None) -> int:
 
 
 def _weight_a(p: Problem) -> Tensor:
-    """What the released gates read of Y beyond H: U^T w_h, the weight of a, then w_h . b; fp32
-    [r + 1]."""
+    """What the released gates read of Y beyond H: up^T w_h, the weight of a, then w_h . up_bias;
+    fp32 [r + 1]."""
     assert p.t.gate_weight is not None
     w = p.t.gate_weight[-p.out :].float()
     constant = w.new_zeros(1) if p.t.up_bias is None else (w @ p.t.up_bias.float()).view(1)
@@ -153,21 +153,21 @@ def _weight_a(p: Problem) -> Tensor:
 
 
 def forward(
-    p: Problem, first: Tensor, drop: Dropout, keep: bool, out: Tensor | None = None
+    p: Problem, first: Tensor, drop: Dropout, save: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Saved]:
-    """out [N, O], and what backward needs where ``keep``."""
+    """out [N, O], and what backward needs where ``save``."""
     t, s = p.t, p.s
     given = t.bottleneck is not None
     small = s.gate == "small"
     out = first.new_empty(p.rows, p.out) if out is None else out
     slices = p.route == "product" and t.right is None  # the route reads z again
     z = t.bottleneck
-    if not given and (keep or small or slices):
+    if not given and (save or small or slices):
         z = first.new_empty(p.rows, p.rank)
-    zg = first.new_empty(p.rows, p.gate_rank) if s.gate == "large" and keep else None
+    zg = first.new_empty(p.rows, p.gate_rank) if s.gate == "large" and save else None
     wide: dict[str, Any] = {"dtype": torch.float32, "device": first.device}
-    logits = torch.empty(p.rows, **wide) if p.row_gate and (keep or small) else None
-    moments = torch.empty(p.rows, 2, **wide) if p.normed and keep else None
+    logits = torch.empty(p.rows, **wide) if p.row_gate and (save or small) else None
+    moments = torch.empty(p.rows, 2, **wide) if p.normed and save else None
     weight_a = _weight_a(p) if p.row_gate and s.gate_sees_output else None
     config = p.config("fwd", first)
     programs, *parts = p.grid(config["BLOCK_M"])
@@ -208,7 +208,7 @@ class Rows:
     q: Tensor | None
     a: Tensor | None
     ag: Tensor | None
-    stats: Tensor | None
+    sums: Tensor | None
 
     @classmethod
     def empty(cls, p: Problem, dout: Tensor, need: frozenset[str]) -> Rows:
@@ -224,7 +224,7 @@ class Rows:
         slices = p.route == "product" and p.t.right is None
         wants_q = wants_z and (slices or bool(need & {"left", "right"}))
         out = bool(out_side(need))
-        stats = p.normed or p.row_gate
+        sums = p.normed or p.row_gate
         return cls(
             x=buffer("x" in need, p.width if p.t.down is not None else p.out),
             base=buffer("base" in need, p.out),
@@ -235,7 +235,7 @@ class Rows:
             q=buffer(wants_q, p.rank),
             a=buffer(out, p.rank),
             ag=buffer(out and large, p.gate_rank),
-            stats=dout.new_empty(5, p.rows, dtype=torch.float32) if stats else None,
+            sums=dout.new_empty(5, p.rows, dtype=torch.float32) if sums else None,
         )
 
 
@@ -254,7 +254,7 @@ def rows_backward(
     d = Rows.empty(p, dout, need)
     values = p.normed or s.gate != "none"
     h = p.base if values else None
-    res = p.residual if p.normed else None
+    residual = p.residual if p.normed else None
     config = p.config("rows", dout)
     programs, *parts = p.grid(config["BLOCK_M"])
     dh = d.x if s.add_input else d.base
@@ -262,12 +262,12 @@ def rows_backward(
 
     def launch(sums: bool, grads: bool) -> None:
         tb._gated_bottleneck_bwd_rows_kernel[(programs,)](
-            dout, dx, dh, d.gate_input, d.residual, d.z, d.zg, d.q, d.a, d.ag, d.stats,
+            dout, dx, dh, d.gate_input, d.residual, d.z, d.zg, d.q, d.a, d.ag, d.sums,
             z, saved.zg, saved.logits, saved.moments, t.down, h, t.up, t.up_bias,
             t.left, t.right, t.gate_down, t.gate_up, t.gate_up_bias, t.gate_weight,
-            t.token_weights, res, t.norm_weight, drop.rng,
+            t.token_weights, residual, t.norm_weight, drop.rng,
             *parts, p.rows, p.tokens, p.width, p.rank, p.out, p.gate_width, p.gate_rank,
-            dout.stride(0), z.stride(0), _stride(h), _stride(res), drop.scale, drop.threshold,
+            dout.stride(0), z.stride(0), _stride(h), _stride(residual), drop.scale, drop.threshold,
             ACT=s.activation, ROUTE=p.route, RELU=s.route_relu, GATE=s.gate, LINEAR=s.gate_linear,
             SEES_OUTPUT=s.gate_sees_output, SUMS=sums, GRADS=grads, ADD_INPUT=s.add_input,
             ADD_GATE_INPUT=s.add_gate_input, PRECISION=lib.precision(), **config,
@@ -303,8 +303,8 @@ def weights_backward(
         n: v.sum(0, dtype=torch.float64) for n, v in small.items() if n in need and v is not None
     }
     if "gate_bias" in need:
-        assert d.stats is not None
-        grads["gate_bias"] = d.stats[4].sum().view(1)
+        assert d.sums is not None
+        grads["gate_bias"] = d.sums[4].sum().view(1)
     names = [n for n in SECTIONS if n in need]
     if not names:
         return grads
@@ -316,7 +316,7 @@ def weights_backward(
         total += triton.cdiv(v.numel(), lib.ALIGNED.value) * lib.ALIGNED.value
     config = p.config("weights", dout)
     block_m = config["BLOCK_M"]
-    tiles = triton.cdiv(p.out, config["BLOCK_O"])
+    tiles = triton.cdiv(p.out, config["BLOCK_W"])
     splits = lib.row_splits(lib.machine(dout), p.rows, tiles, block_m, total * 4)
     per_split = triton.cdiv(triton.cdiv(p.rows, block_m), splits) * block_m
     splits = triton.cdiv(p.rows, per_split)
@@ -351,17 +351,17 @@ def _weights_launch(
     values = p.normed or s.gate != "none"
     # A tile that serves twice is loaded once.
     h = p.base if out and values else None
-    res = p.residual if out and p.normed else None
+    residual = p.residual if out and p.normed else None
     x = None if s.add_input and h is not None else t.x
-    g = None if s.add_gate_input and res is not None else t.gate_input
+    gate_input = None if s.add_gate_input and residual is not None else t.gate_input
     splits = triton.cdiv(p.rows, per_split)
-    tw._gated_bottleneck_bwd_weights_kernel[(triton.cdiv(width, config["BLOCK_O"]), splits)](
+    tw._gated_bottleneck_bwd_weights_kernel[(triton.cdiv(width, config["BLOCK_W"]), splits)](
         *[sections[n] if n in chosen else None for n in SECTIONS],
-        dout, x, h, g, res, d.a, d.ag, d.z, d.zg, d.stats, saved.moments,
+        dout, x, h, gate_input, residual, d.a, d.ag, d.z, d.zg, d.sums, saved.moments,
         t.up, t.up_bias, t.gate_up, t.gate_up_bias, t.gate_weight,
         t.norm_weight if out else None, drop.rng,
         p.rows, p.rank, width, p.gate_rank, per_split, next(iter(sections.values())).stride(0),
-        dout.stride(0), _stride(x), _stride(h), _stride(g), _stride(res),
+        dout.stride(0), _stride(x), _stride(h), _stride(gate_input), _stride(residual),
         drop.scale, drop.threshold,
         GATE=s.gate, LINEAR=s.gate_linear, SEES_OUTPUT=s.gate_sees_output, OUT=out,
         PRECISION=lib.precision(), **config,

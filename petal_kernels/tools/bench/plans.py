@@ -1,4 +1,5 @@
-"""Every plan of `lowrank_linear` against the planner's choice, inference and training."""
+"""Every plan of the operators that have a `planner.py` against what it chooses, inference and
+training."""
 
 from __future__ import annotations
 
@@ -10,41 +11,65 @@ from typing import Any
 import torch
 
 import petal_kernels as pk
-from petal_kernels.ops.lowrank_linear import workload
-from petal_kernels.tools.bench import op, timing
+from petal_kernels.tools import operators
+from petal_kernels.tools.bench import timing
 from petal_kernels.tools.bench.request import Request, swept
 from petal_kernels.tools.bench.timing import Step
+from petal_kernels.tools.operators import Operator
+
+
+def planned() -> list[Operator]:
+    """The operators that have several plans, found by their folder's ``planner.py``."""
+    return [op for op in operators.operators() if op.module("planner") is not None]
 
 
 def bench(request: Request) -> Iterator[dict[str, Any]]:
-    """Print and give one entry per shape, inference and training, when it is there."""
+    """Print and give one entry per operator and shape, inference and training, when it is there."""
     worst = 0.0
     plain = replace(request, sweep=None)
-    for shape in workload.SHAPES[:1] if request.quick else workload.SHAPES:
-        ((case, _),) = swept(shape, plain)
-        for training in (False, True):
-            inputs = workload.make_inputs(case, request.dtype, request.device)
-            if not training:
-                inputs["dropout"] = 0.0
-                inputs.pop("rng", None)
-            found = _plans_of(case.name, inputs, training, request)
-            worst = max(worst, found["behind_best"])
-            yield found
+    for op in planned():
+        shapes = op.workload.SHAPES
+        for shape in shapes[:1] if request.quick else shapes:
+            ((case, _),) = swept(shape, plain)
+            for training in (False, True):
+                found = _plans_of(op, case, training, request)
+                worst = max(worst, found["behind_best"])
+                yield found
     print(f"\nthe planner is at most {100 * worst:.1f} % behind the best plan")
 
 
-def _providers(inputs: dict[str, Any], training: bool, chosen: str) -> dict[str, Step]:
+def _inputs(op: Operator, case: Any, training: bool, request: Request) -> dict[str, Any]:
+    """A call's arguments; inference drops nothing out and trains nothing."""
+    inputs = dict(op.workload.make_inputs(case, request.dtype, request.device))
+    if not training and "dropout" in inputs:
+        inputs["dropout"] = 0.0
+        inputs.pop("rng", None)
+    names = operators.trainable(op, case) if training else ()
+    return operators.require_grad(inputs, names)
+
+
+def _plans(op: Operator, backend: Any) -> tuple[str, ...]:
+    """A backend's own plans, or the planner's, where every backend has them all."""
+    planner = op.module("planner")
+    assert planner is not None
+    found: tuple[str, ...] = getattr(backend.load(), "PLANS", planner.PLANS)
+    return found
+
+
+def _providers(
+    op: Operator, inputs: dict[str, Any], training: bool, chosen: str
+) -> dict[str, Step]:
     def run(plan: str, backend: str) -> Callable[[], object]:
         def call() -> object:
             with torch.set_grad_enabled(training):
-                return pk.lowrank_linear(**inputs, plan=plan, backend=backend)
+                return op.public(**inputs, plan=plan, backend=backend)
 
         return call
 
     found: dict[str, Step] = {}
     for name in dict.fromkeys((chosen, "torch")):
-        backend = next(b for b in op.operator("lowrank_linear").backends if b.name == name)
-        for plan in backend.load().PLANS:
+        backend = next(b for b in op.backends if b.name == name)
+        for plan in _plans(op, backend):
             if training and plan == "merge":
                 continue  # never chosen in training: it would form the merged weights each step
             call = run(plan, backend.name)
@@ -54,24 +79,22 @@ def _providers(inputs: dict[str, Any], training: bool, chosen: str) -> dict[str,
     return found
 
 
-def _plans_of(
-    name: str, inputs: dict[str, Any], training: bool, request: Request
-) -> dict[str, Any]:
-    if training:
-        inputs["down" if inputs["down"] is not None else "hidden"].requires_grad_()
+def _plans_of(op: Operator, case: Any, training: bool, request: Request) -> dict[str, Any]:
+    inputs = _inputs(op, case, training, request)
     with torch.set_grad_enabled(training):
-        choice = pk.explain(pk.lowrank_linear, **inputs)
-    steps = _providers(inputs, training, choice.backend)
+        choice = pk.explain(op.public, **inputs)
+    steps = _providers(op, inputs, training, choice.backend)
     rows = timing.compare(steps, request.device, request.rounds)
     label = f"{choice.backend} {choice.plan}"
     behind = rows[label].median / min(t.median for t in rows.values()) - 1.0
-    print(f"\n{name}, {'training' if training else 'inference'}: planner takes {label}")
+    scenario = f"{case.name} {'training' if training else 'inference'}"
+    print(f"\n{op.name}, {scenario}: planner takes {label}")
     for provider, t in rows.items():
         print(f"  {provider:<18}{t.median:10.3f} ms")
     noise = timing.drift(rows)
     print(f"  behind the best {100 * behind:.1f} %, drift {100 * noise:.1f} %", flush=True)
     return {
-        "scenario": f"plans {name} {'training' if training else 'inference'}",
+        "scenario": f"plans {scenario}",
         "choice": label,
         "behind_best": round(behind, 4),
         "drift": round(noise, 4),

@@ -44,7 +44,7 @@ class Experts {
     a_.activation = m.activation, a_.gate = m.gate, a_.sorted = m.sorted;
     a_.renormalize = m.renormalize, a_.add_input = m.D == m.O, a_.up_biased = true;
     a_.keep = 0.6f, a_.mix = 0.4f;
-    a_.act_ld = per_ * (kRank + 1) + 16, a_.dz_ld = width_ + m.E + 16;
+    a_.mixed_ld = per_ * (kRank + 1) + 16, a_.dz_ld = width_ + m.E + 16;
   }
 
   Results run() {
@@ -126,7 +126,7 @@ class Experts {
     if (!m_.sorted) a_.order = nullptr;
     a_.need_t = a_.need_gates = true;
     a_.dx = {result(kRows * m_.D), m_.D};
-    a_.dz = fresh(slots_ * a_.dz_ld + 16), a_.act = fresh(slots_ * a_.act_ld + 16);
+    a_.dz = fresh(slots_ * a_.dz_ld + 16), a_.mixed = fresh(slots_ * a_.mixed_ld + 16);
     a_.dl_ld = m_.sorted ? m_.E + 16 : a_.dz_ld;
     a_.dl = m_.sorted ? fresh(kRows * a_.dl_ld + 16) : a_.dz + width_;
     float* scratch = aligned(kernel_.backward_scratch(a_));
@@ -136,7 +136,7 @@ class Experts {
       const int64_t begin = m_.sorted ? offsets_[g] : 0, end = m_.sorted ? offsets_[g + 1] : kRows;
       add({a_.dz, a_.dz_ld, width_, a_.x, m_.D, a_.order, begin, end});
       add({a_.dz, a_.dz_ld, width_, {}, 0, nullptr, begin, end});
-      add({a_.act, a_.act_ld, per_ * (kRank + 1), a_.dout, m_.O, a_.order, begin, end});
+      add({a_.mixed, a_.mixed_ld, per_ * (kRank + 1), a_.dout, m_.O, a_.order, begin, end});
     }
     add({a_.dl, a_.dl_ld, m_.E, a_.x, m_.D, nullptr, 0, kRows});
   }

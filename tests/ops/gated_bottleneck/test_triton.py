@@ -78,7 +78,7 @@ def expect(audit: triton_audit.Audit, fragment: str, *wanted: tuple[int, int]) -
         )
         moved = found.moved() - again
         assert abs(moved - want) <= 0.02 * want, f"{found.kernel}: {moved} bytes, not {want}"
-        twice = {"out_ptr", "dx_ptr", "dh_ptr", "dg_ptr"} if again else set()
+        twice = {"out_ptr", "dx_ptr", "dh_ptr", "dgate_input_ptr"} if again else set()
         assert set(found.rewritten()) <= twice, f"{found.kernel}: {found.rewritten()} stored twice"
 
 
