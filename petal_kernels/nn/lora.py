@@ -138,17 +138,18 @@ class LoRALinear(nn.Module):
         found = self.operands(dtype, x.device, bias)
         rows = x if x.dtype == dtype else x.to(dtype)
         if isinstance(found, Operands):
-            return self._update(rows, weights=[found.weight], biases=[found.bias])
+            down, up, weights, biases = found.down, found.up, [found.weight], [found.bias]
+            return self._update(rows, down, up, weights=weights, biases=biases)
         check_input(x, self.base)
         # It gets x as the model hands it over.
         y = with_bias(self.base(x), self.base, bias)
+        down, up = (near(p, dtype, x.device) for p in (self.down, self.up))
         if y.dtype == dtype and y.shape[:-1] == x.shape[:-1]:
-            return self._update(rows, base=[y])
-        return y + self._update(rows).to(y.dtype)
+            return self._update(rows, down, up, base=[y])
+        return y + self._update(rows, down, up).to(y.dtype)
 
-    def _update(self, x: Tensor, **base: Any) -> Tensor:
+    def _update(self, x: Tensor, down: Tensor, up: Tensor, **base: Any) -> Tensor:
         """The one call; the dtypes are settled, so autocast casts nothing inside."""
-        down, up = (near(p, x.dtype, x.device) for p in (self.down, self.up))
         rest = dict(base, scale=self.scale, dropout=self.dropout, training=self.training)
         with autocast_off(x):
             return lowrank_linear(x, down, [up], dropout_at="input", **rest)[0]

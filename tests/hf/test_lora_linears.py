@@ -241,6 +241,42 @@ def test_a_shared_linear_is_adapted_wherever_it_is_used_and_counted_once() -> No
     assert [(path, id(m)) for path, m in model.named_modules(remove_duplicate=False)] == before
 
 
+class Quantised(nn.Module):
+    """A linear of somebody else's, whose weight no one else can read."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().max() / 127
+        self.register_buffer("packed", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.packed.to(x.dtype) * self.scale)  # type: ignore[operator]
+
+
+def test_quantised_linears_are_called_and_not_merged() -> None:
+    model: Any = tiny_text.build("llama", torch.float32)
+    for layer in model.model.layers:
+        layer.mlp.up_proj = Quantised(layer.mlp.up_proj)
+    batch = tiny_text.batch("llama")
+    plain = model(**batch).logits
+    config = pk.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    attachment = pk.attach(model, config)
+    assert ends([place.path for place in attachment.found.places]) == [*LLAMA[:5], *LLAMA[5:]]
+    assert "base called, not read: model.layers.*.mlp.up_proj x 2 (base is a Quantised" in str(
+        attachment.report()
+    )
+    want = model(**batch).logits
+    want.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in attachment.parameters())
+    model.eval()
+    assert set(attachment.merge().kept) == {f"model.layers.{i}.mlp.up_proj" for i in (0, 1)}
+    torch.testing.assert_close(model(**batch).logits, want, rtol=1e-4, atol=1e-4)
+    attachment.detach()
+    assert torch.equal(model(**batch).logits, plain)
+
+
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
 def test_biases_are_trained_as_in_peft(bias: str) -> None:
     import transformers

@@ -179,8 +179,8 @@ def test_a_compiled_plain_stack_is_checkpointed(row: Row) -> None:
 @pytest.mark.parametrize(
     "row",
     [
-        pytest.param(row, id=row.name, marks=[pytest.mark.slow] if number else [])
-        for number, row in enumerate(PLAIN)
+        pytest.param(row, id=row.name, marks=[] if first(row) else [pytest.mark.slow])
+        for row in PLAIN
     ],
 )
 @pytest.mark.usefixtures("_dynamo")

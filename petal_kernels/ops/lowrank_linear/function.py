@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import compress
 from typing import Any, NamedTuple
@@ -133,7 +134,8 @@ def _fwd_fake(*args: Any) -> tuple[list[Tensor], Tensor]:
     call = Call(Tensors(*tensors), Settings(scales, dropout, dropout_at))
     t, first = call.tensors, call.first
     lead = first.shape[:-1]
-    kept = (lead.numel(), call.middle) if keep and t.hidden is None else (0,)
+    # Not lead.numel(): of a size that may change it makes this one.
+    kept = (math.prod(lead), call.middle) if keep and t.hidden is None else (0,)
     return [first.new_empty((*lead, up.shape[0])) for up in t.ups], first.new_empty(kept)
 
 
