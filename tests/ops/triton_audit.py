@@ -218,7 +218,7 @@ def _source(shipped: Any) -> Any:
         n
         for n, kind in shipped.signature.items()
         if kind.startswith("*")
-        or n.startswith(("stride", "out"))
+        or n.startswith(("stride", "out", "rank", "start"))
         or n in ("D", "R", "O", "DG", "RG", "W")
     ]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}

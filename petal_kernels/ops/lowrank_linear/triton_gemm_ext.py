@@ -47,11 +47,18 @@ def _lowrank_linear_gemm_ext_kernel(  # type: ignore[no-untyped-def]
     rng_ptr,
     N,
     D,
-    R,
     out0,
     out1,
     out2,
     out3,
+    rank0,
+    rank1,
+    rank2,
+    rank3,
+    start0,
+    start1,
+    start2,
+    start3,
     stride_w0,
     stride_w1,
     stride_w2,
@@ -62,8 +69,10 @@ def _lowrank_linear_gemm_ext_kernel(  # type: ignore[no-untyped-def]
     stride_p3,
     stride_xm,
     stride_hm,
-    stride_hk,
-    alpha,
+    alpha0,
+    alpha1,
+    alpha2,
+    alpha3,
     threshold,
     HAS_BIAS: tl.constexpr,
     W_TRANSPOSED: tl.constexpr,
@@ -76,7 +85,7 @@ def _lowrank_linear_gemm_ext_kernel(  # type: ignore[no-untyped-def]
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """y_k = x W_k^T + b_k + alpha * mask_k(h_k) P_k^T; a program owns one tile of one y_k."""
+    """y_k = x W_k^T + b_k + alpha_k * mask_k(h_k) P_k^T; a program owns one tile of one y_k."""
     k = tl.program_id(1)
     O = pick(k, out0, out1, out2, out3)  # noqa: E741
     tiles_m = tl.cdiv(N, BLOCK_M)
@@ -96,7 +105,8 @@ def _lowrank_linear_gemm_ext_kernel(  # type: ignore[no-untyped-def]
     if DROPOUT:
         seed = tl.load(rng_ptr)
         stream = tl.load(rng_ptr + 1)
-    h_rows = h_ptr + k.to(tl.int64) * stride_hk + offs_m[:, None] * stride_hm
+    R = pick(k, rank0, rank1, rank2, rank3)
+    h_rows = h_ptr + pick(k, start0, start1, start2, start3) + offs_m[:, None] * stride_hm
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     for r0 in range(0, R, BLOCK_R):
         offs_r = r0 + tl.arange(0, BLOCK_R)
@@ -106,7 +116,7 @@ def _lowrank_linear_gemm_ext_kernel(  # type: ignore[no-untyped-def]
         if DROPOUT:
             h = tl.where(dropout_keep(seed, stream + k, offs_m, r0, BLOCK_R, threshold), h, 0.0)
         acc = tl.dot(h, tl.trans(p), acc, input_precision=PRECISION)
-    acc *= alpha
+    acc *= pick(k, alpha0, alpha1, alpha2, alpha3)
     x_rows = x_ptr + offs_m[:, None] * stride_xm
     for k0 in range(0, D, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)

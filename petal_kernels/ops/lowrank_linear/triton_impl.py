@@ -64,6 +64,7 @@ from torch import Tensor
 
 from petal_kernels._runtime import triton_lib as lib
 from petal_kernels.ops.lowrank_linear import triton_launch as launch
+from petal_kernels.ops.lowrank_linear import triton_launch_weights as sums
 from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Tensors
 
 PLANS = ("update", "extend")
@@ -78,12 +79,9 @@ def unsupported(call: Call, plan: str) -> list[str]:
     reasons = lib.device_reasons(t.x, t.hidden)
     if len(t.ups) > lib.MAX_POINTERS:
         reasons.append(f"at most {lib.MAX_POINTERS} outputs, got {len(t.ups)}")
-    if call.own_downs:
-        reasons.append("has no kernels for a down-projection of every output's own")
-    if len(set(call.settings.scales)) > 1:
-        reasons.append("has no kernels for scales that differ")
-    if t.ups[0].shape[1] > MAX_RANK:
-        reasons.append(f"rank at most {MAX_RANK}, got {t.ups[0].shape[1]}")
+    rank = max(up.shape[1] for up in t.ups)
+    if rank > MAX_RANK:
+        reasons.append(f"rank at most {MAX_RANK}, got {rank}")
     if plan not in ("auto", *PLANS):
         reasons.append(f"has no plan {plan!r}")
     if plan == "extend" and launch.one_layout(t.weights) is None:
@@ -98,7 +96,7 @@ def _side_by_side(core: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Saved]:
-    """Outputs [N, O_k] and h [N, R]."""
+    """Outputs [N, O_k] and h [N, R], or the sum of R_k."""
     t, s = call
     x = t.x
     drop = launch.Dropout.of(rng, s)
@@ -108,19 +106,17 @@ def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Sa
         else:
             assert x is not None
             none = x.shape[0] == 0
-            h = x.new_empty(0, call.middle) if none else launch.shrink(x, t.downs[0], drop)
-        rows, rank = h.shape
+            h = x.new_empty(0, call.middle) if none else launch.shrink(x, t.downs, drop)
+        rows = h.shape[0]
         if rows == 0:
             return [h.new_empty(0, up.shape[0]) for up in t.ups], Saved(h)
-        shared = t.core is None
         middle = h if t.core is None else h @ _side_by_side(t.core, h.dtype)
-        alpha = s.scales[0] * (drop.scale if drop.on_middle else 1.0)
+        parts = launch.Parts.of(call, drop)
         p = launch.matrices(t.ups, h.dtype, cast=plan == "extend")
         if plan == "extend":
             assert x is not None
             w = launch.matrices(t.weights, x.dtype)
-            ys = launch.gemm_ext(x, w, t.biases, p, middle, shared, rank, alpha, drop)
-            return ys, Saved(h)
+            return launch.gemm_ext(x, w, t.biases, p, middle, parts, drop), Saved(h)
         if t.weights:
             assert x is not None
             ys = [
@@ -129,10 +125,7 @@ def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Sa
             ]
         else:
             ys = [h.new_empty(rows, up.shape[0]) for up in t.ups]
-        base = ys if t.weights else t.base
-        launch.expand(
-            ys, base, p, middle, shared, rank, alpha, drop, drop_h=drop.on_middle, drop_y=False
-        )
+        launch.expand(ys, ys if t.weights else t.base, p, middle, parts, drop)
     return ys, Saved(h)
 
 
@@ -144,62 +137,48 @@ def _dx(
     t: Tensors, dys: Sequence[Tensor], dh: Tensor | None, drop: launch.Dropout
 ) -> Tensor | None:
     """One GEMM over all (dy_k, W_k) and (dh, U), or the library's GEMMs and one read-modify-write
-    pass."""
-    x, down, weights = t.x, t.downs[0] if t.downs else None, t.weights
+    pass over what dh adds."""
+    x, downs, weights = t.x, t.downs, t.weights
     assert x is not None
     layout = launch.one_layout(weights)
-    if down is not None and dh is not None and _fuses_dx(x, weights) and layout is not None:
-        return launch.dx_one_pass(dys, x, dh, down, launch.Matrices(list(weights), layout), drop)
+    one_mask = len(downs) == 1 or not drop.on_input
+    if downs and dh is not None and one_mask and _fuses_dx(x, weights) and layout is not None:
+        u = downs[0] if len(downs) == 1 else torch.cat([d.to(x.dtype) for d in downs])
+        return launch.dx_one_pass(dys, x, dh, u, launch.Matrices(list(weights), layout), drop)
     dx = None
     for dy, w in zip(dys, weights, strict=False):
         dx = dy @ w if dx is None else dx.addmm_(dy, w)
-    if down is None or dh is None:
-        return dx
-    base = [] if dx is None else [dx]
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if dx is None else dx
-    up = launch.matrices([down.t()], dh.dtype)
-    alpha = drop.scale if drop.on_input else 1.0
-    launch.expand(
-        [out], base, up, dh, True, dh.shape[1], alpha, drop, drop_h=False, drop_y=drop.on_input
-    )
-    return out
+    return dx if not downs or dh is None else launch.through(dx, x, dh, downs, drop)
 
 
 def _parameter_gradients(
     t: Tensors,
     dys: Sequence[Tensor],
     middle: Tensor,
-    alpha: float,
+    parts: launch.Parts,
     dh: Tensor | None,
     drop: launch.Dropout,
     need: frozenset[str],
-) -> tuple[list[Tensor] | None, Tensor | None]:
-    """dP_k and dU: one launch, except that a masked x is reduced apart (its mask is drawn per
-    element of x)."""
-    rank = t.ups[0].shape[1]
-    offset = 0 if t.core is None else rank
-    alpha_u = drop.scale if drop.on_input else 1.0
-    dups, ddown = None, None
-    written: list[Tensor] = []
-    transposed = False
+) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+    """dP_k and dU: one launch where x is shared and not masked, else one for each."""
+    dups, ddowns = None, None
+    shared = None
+    if "downs" in need and t.downs and dh is not None:
+        assert t.x is not None
+        if len(t.downs) == 1 and not drop.on_input and "ups" in need:
+            ddowns = [torch.empty_like(t.downs[0], memory_format=torch.contiguous_format)]
+            shared = (t.x, dh, ddowns[0])
+        else:
+            found, written, transposed = sums.gradients([d.t() for d in t.downs])
+            downs = launch.Parts.downs(t.downs, drop)
+            sums.sum_downs(t.x, dh, downs, drop, written, transposed)
+            sums.copy_apart(found, written)
+            ddowns = [d.t() for d in found]
     if "ups" in need:
-        dups, written, transposed = launch.up_gradients(t.ups)
-    if "downs" in need and t.x is not None and t.downs and dh is not None:
-        ddown = torch.empty_like(t.downs[0], memory_format=torch.contiguous_format)
-    if written and ddown is not None and not drop.on_input:
-        both = launch.Reduction(dys, middle, offset, alpha, t.x, dh, alpha_u, rank)
-        both.run(drop, written, transposed, ddown)
-    else:
-        if written:
-            ups = launch.Reduction(dys, middle, offset, alpha, None, None, 1.0, rank)
-            ups.run(drop, written, transposed, None)
-        if ddown is not None:
-            down = launch.Reduction((), None, 0, 1.0, t.x, dh, alpha_u, rank)
-            down.run(drop, (), False, ddown)
-    for target, source in zip(dups or (), written, strict=True):
-        if target is not source:
-            target.copy_(source)
-    return dups, ddown
+        dups, written, transposed = sums.gradients(t.ups)
+        sums.sum_ups(dys, middle, parts, drop, written, transposed, shared)
+        sums.copy_apart(dups, written)
+    return dups, ddowns
 
 
 def backward(
@@ -207,14 +186,15 @@ def backward(
 ) -> Gradients:
     """The gradients that ``need`` names."""
     t, s = call
-    h, core, rank = saved.h, t.core, saved.h.shape[1]
+    h, core = saved.h, t.core
     drop = launch.Dropout.of(rng, s)
-    alpha = s.scales[0] * (drop.scale if drop.on_middle else 1.0)
+    parts = launch.Parts.of(call, drop)
+    separate = core is not None or call.own_downs
     with lib.on_device(h):
         g = None
         if need & {"x", "downs", "hidden", "core"} or not t.downs:
-            p = launch.matrices(t.ups, h.dtype, cast=core is not None)
-            g = launch.bottleneck_gradient(dys, p, rank, alpha, drop, separate=core is not None)
+            p = launch.matrices(t.ups, h.dtype, cast=separate)
+            g = launch.bottleneck_gradient(dys, p, parts, drop, separate)
         dcore, dh, middle = None, g, h
         if core is not None:
             side = _side_by_side(core, h.dtype)
@@ -222,8 +202,8 @@ def backward(
             middle = h @ side if "ups" in need else h
             if "core" in need and g is not None:
                 dcore = torch.empty_like(core, memory_format=torch.contiguous_format)
-                cores = launch.Reduction([h] * len(dys), g, rank, 1.0, None, None, 1.0, rank)
-                cores.run(launch.NO_DROPOUT, dcore.unbind(0), False, None)
-        dups, ddown = _parameter_gradients(t, dys, middle, alpha, dh, drop, need)
+                plain = launch.Parts(parts.spans, [1.0] * len(dys))
+                sums.sum_ups([h] * len(dys), g, plain, launch.NO_DROPOUT, dcore.unbind(0), False)
+        dups, ddowns = _parameter_gradients(t, dys, middle, parts, dh, drop, need)
         dx = _dx(t, dys, dh, drop) if "x" in need and t.x is not None else None
-    return Gradients(dx, None if ddown is None else [ddown], dh, dups, dcore)
+    return Gradients(dx, ddowns, dh, dups, dcore)

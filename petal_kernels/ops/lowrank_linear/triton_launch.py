@@ -1,11 +1,12 @@
-"""How ``lowrank_linear``'s Triton kernels are launched: arguments, grids, splits, output buffers.
+"""How ``lowrank_linear``'s Triton kernels are launched: arguments, grids, output buffers; the sums
+over rows are in ``triton_launch_weights.py``.
 
 The kernels' documentation is in ``triton_impl.py``, which calls these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +17,9 @@ from petal_kernels._runtime import philox
 from petal_kernels._runtime import triton_lib as lib
 from petal_kernels.ops.lowrank_linear import triton_gemm_ext as gx
 from petal_kernels.ops.lowrank_linear import triton_kernels as tk
-from petal_kernels.ops.lowrank_linear import triton_kernels_weights as tw
-from petal_kernels.ops.lowrank_linear.arguments import Settings
-from petal_kernels.ops.lowrank_linear.triton_configs import RANK_SLICE, REDUCE, choose, swaps
+from petal_kernels.ops.lowrank_linear import triton_kernels_bwd as tb
+from petal_kernels.ops.lowrank_linear.arguments import Call, Settings
+from petal_kernels.ops.lowrank_linear.triton_configs import MAX_COLUMNS, choose, swaps
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,72 @@ class Dropout:
 
 
 NO_DROPOUT = Dropout(None, "", 0, 1.0)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """First column and rank of every output's part of a tensor with columns of h, and what its
+    product is multiplied by."""
+
+    spans: Sequence[tuple[int, int]]
+    factors: Sequence[float]
+
+    @classmethod
+    def of(cls, call: Call, drop: Dropout) -> Parts:
+        """What the up-projections multiply: of h, or where there is a core of all h core_k side by
+        side. The factor is the scale, and the keep scale where a mask acts there."""
+        spans = call.spans
+        if call.tensors.core is not None:
+            spans = [(k * rank, rank) for k, (_, rank) in enumerate(spans)]
+        keep = drop.scale if drop.on_middle else 1.0
+        return cls(spans, [scale * keep for scale in call.settings.scales])
+
+    @classmethod
+    def downs(cls, downs: Sequence[Tensor], drop: Dropout) -> Parts:
+        """What the down-projections yield."""
+        ranks = [d.shape[0] for d in downs]
+        spans = [(sum(ranks[:k]), rank) for k, rank in enumerate(ranks)]
+        return cls(spans, [drop.scale if drop.on_input else 1.0] * len(ranks))
+
+    @property
+    def starts(self) -> list[int]:
+        """For the kernels' four slots, as the next two."""
+        return lib.four([start for start, _ in self.spans])
+
+    @property
+    def ranks(self) -> list[int]:
+        """Columns of each part."""
+        return lib.four([rank for _, rank in self.spans])
+
+    @property
+    def alphas(self) -> list[float]:
+        """Multiplier of each product."""
+        return lib.four(list(self.factors))
+
+    @property
+    def widest(self) -> int:
+        """The largest rank."""
+        return max(self.ranks)
+
+    @property
+    def columns(self) -> int:
+        """Of the whole tensor."""
+        return max(start + rank for start, rank in self.spans)
+
+    def groups(self) -> Iterator[tuple[int, Parts]]:
+        """The parts that one program may hold at once, and the number of the first: neighbours
+        whose padded ranks are at most MAX_COLUMNS together."""
+        first = 0
+        while first < len(self.spans):
+            last = first + 1
+            while last < len(self.spans) and self._fits(first, last + 1):
+                last += 1
+            yield first, Parts(self.spans[first:last], self.factors[first:last])
+            first = last
+
+    def _fits(self, first: int, last: int) -> bool:
+        widest = max(rank for _, rank in self.spans[first:last])
+        return lib.padded_rank(widest) * (last - first) <= MAX_COLUMNS
 
 
 def _is_transposed(t: Tensor) -> bool | None:
@@ -97,18 +164,26 @@ def matrices(given: Sequence[Tensor], dtype: torch.dtype, cast: bool = False) ->
     return Matrices(tensors, layout)
 
 
-def shrink(x: Tensor, down: Tensor, drop: Dropout) -> Tensor:
-    """h = mask(x) U^T [N, R]."""
+def shrink(x: Tensor, downs: Sequence[Tensor], drop: Dropout) -> Tensor:
+    """h [N, sum of R_k]: mask_k(x) U_k^T of every down-projection, side by side."""
     rows, width = x.shape
-    u = down if down.stride(1) == 1 else down.contiguous()
-    h = x.new_empty(rows, u.shape[0])
+    parts = Parts.downs(downs, drop)
+    h = x.new_empty(rows, parts.columns)
+    same = len({d.dtype for d in downs}) == 1
+    us = [d if same else d.to(x.dtype) for d in downs]
+    us = [u if u.stride(1) == 1 else u.contiguous() for u in us]
     where = lib.machine(x)
-    config = choose("shrink", where, rows, x.element_size(), u.shape[0])
-    tk._lowrank_linear_shrink_kernel[(triton.cdiv(rows, config["BLOCK_M"]),)](
-        x, u, h, drop.rng if drop.on_input else None,
-        rows, width, u.shape[0], x.stride(0), u.stride(0), drop.scale, drop.threshold,
-        DROPOUT=drop.on_input, SWAP=swaps(where, rows), PRECISION=lib.precision(), **config,
-    )  # fmt: skip
+    for first, some in parts.groups():
+        count = len(some.spans)
+        mine = lib.four(us[first : first + count])
+        config = choose("shrink", where, rows, x.element_size(), some.widest, count)
+        tk._lowrank_linear_shrink_kernel[(triton.cdiv(rows, config["BLOCK_M"]),)](
+            x, *mine, h[:, some.starts[0] :], drop.rng if drop.on_input else None, first,
+            rows, width, *some.ranks, x.stride(0), *[u.stride(0) for u in mine], h.stride(0),
+            drop.scale, drop.threshold,
+            DOWNS=count, DROPOUT=drop.on_input, SWAP=swaps(where, rows),
+            PRECISION=lib.precision(), **config,
+        )  # fmt: skip
     return h
 
 
@@ -117,25 +192,22 @@ def expand(
     base: Sequence[Tensor],
     ups: Matrices,
     h: Tensor,
-    shared: bool,
-    rank: int,
-    alpha: float,
+    parts: Parts,
     drop: Dropout,
-    drop_h: bool,
-    drop_y: bool,
 ) -> None:
-    """``shared``: every output reads the same h; otherwise output k reads columns k*R of it."""
+    """Every y_k, over base_k or alone."""
     rows = h.shape[0]
-    config = choose("expand", lib.machine(h), rows, h.element_size(), rank)
+    config = choose("expand", lib.machine(h), rows, h.element_size(), parts.widest)
     outs = [y.shape[1] for y in ys]
     tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(max(outs), config["BLOCK_O"])
     sources = base or ys
     tk._lowrank_linear_expand_kernel[(tiles, len(ys))](
         *lib.four(list(ys)), *lib.four(list(sources)), *ups.pointers, h,
-        drop.rng if drop_h or drop_y else None,
-        rows, rank, *lib.four(outs), *lib.four([b.stride(0) for b in sources]), *ups.strides,
-        h.stride(0), 0 if shared else rank, alpha, drop.threshold,
-        HAS_BASE=bool(base), P_TRANSPOSED=ups.transposed, DROP_H=drop_h, DROP_Y=drop_y,
+        drop.rng if drop.on_middle else None,
+        rows, *parts.ranks, *parts.starts, *lib.four(outs),
+        *lib.four([b.stride(0) for b in sources]), *ups.strides, h.stride(0), *parts.alphas,
+        drop.threshold,
+        HAS_BASE=bool(base), P_TRANSPOSED=ups.transposed, DROPOUT=drop.on_middle,
         PRECISION=lib.precision(), **config,
     )  # fmt: skip
 
@@ -146,12 +218,10 @@ def gemm_ext(
     biases: Sequence[Tensor | None],
     ups: Matrices,
     h: Tensor,
-    shared: bool,
-    rank: int,
-    alpha: float,
+    parts: Parts,
     drop: Dropout,
 ) -> list[Tensor]:
-    """Every y_k by the extended GEMM; ``shared`` as in ``expand``."""
+    """Every y_k by the extended GEMM."""
     rows, width = x.shape
     outs = [w.shape[0] for w in weights.tensors]
     ys = [x.new_empty(rows, o) for o in outs]
@@ -159,13 +229,13 @@ def gemm_ext(
     given = [
         x.new_zeros(o) if b is None else b.contiguous() for b, o in zip(biases, outs, strict=True)
     ]
-    config = choose("gemm_ext", lib.machine(x), rows, x.element_size(), rank)
+    config = choose("gemm_ext", lib.machine(x), rows, x.element_size(), parts.widest)
     tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(max(outs), config["BLOCK_O"])
     gx._lowrank_linear_gemm_ext_kernel[(tiles, len(ys))](
         *lib.four(ys), *weights.pointers, *lib.four(given if has_bias else ys), *ups.pointers, x, h,
         drop.rng if drop.on_middle else None,
-        rows, width, rank, *lib.four(outs), *weights.strides, *ups.strides,
-        x.stride(0), h.stride(0), 0 if shared else rank, alpha, drop.threshold,
+        rows, width, *lib.four(outs), *parts.ranks, *parts.starts, *weights.strides, *ups.strides,
+        x.stride(0), h.stride(0), *parts.alphas, drop.threshold,
         HAS_BIAS=has_bias, W_TRANSPOSED=weights.transposed, P_TRANSPOSED=ups.transposed,
         DROPOUT=drop.on_middle, PRECISION=lib.precision(), **config,
     )  # fmt: skip
@@ -173,103 +243,43 @@ def gemm_ext(
 
 
 def bottleneck_gradient(
-    dys: Sequence[Tensor], ups: Matrices, rank: int, alpha: float, drop: Dropout, separate: bool
+    dys: Sequence[Tensor], ups: Matrices, parts: Parts, drop: Dropout, separate: bool
 ) -> Tensor:
-    """dh [N, R], or with ``separate`` every g_k side by side [N, K*R]."""
+    """dh [N, R], or with ``separate`` every g_k side by side, as ``parts`` says."""
     rows, outputs = dys[0].shape[0], len(dys)
-    g = dys[0].new_empty(rows, outputs * rank if separate else rank)
+    g = dys[0].new_empty(rows, parts.columns)
     where = lib.machine(g)
-    config = choose("dh", where, rows, g.element_size(), rank)
+    config = choose("dh", where, rows, g.element_size(), parts.widest)
     grid = (triton.cdiv(rows, config["BLOCK_M"]), outputs if separate else 1)
-    tk._lowrank_linear_bwd_dh_kernel[grid](
+    tb._lowrank_linear_bwd_dh_kernel[grid](
         *lib.four(list(dys)), *ups.pointers, g, drop.rng if drop.on_middle else None,
-        rows, rank, outputs, *lib.four([dy.shape[1] for dy in dys]),
-        *lib.four([dy.stride(0) for dy in dys]), *ups.strides, g.stride(0), alpha, drop.threshold,
+        rows, outputs, *parts.starts, *lib.four([dy.shape[1] for dy in dys]), *parts.ranks,
+        *lib.four([dy.stride(0) for dy in dys]), *ups.strides, g.stride(0), *parts.alphas,
+        drop.threshold,
         DROPOUT=drop.on_middle, SEPARATE=separate, P_TRANSPOSED=ups.transposed,
         SWAP=swaps(where, rows), PRECISION=lib.precision(), **config,
     )  # fmt: skip
     return g
 
 
-@dataclass(frozen=True)
-class Reduction:
-    """dP_k = alpha * big_k^T mask_k(small[:, k*offset:]) for every k, and dU = alpha_u * dh^T
-    mask(x)."""
-
-    bigs: Sequence[Tensor]
-    small: Tensor | None
-    offset: int
-    alpha: float
-    x: Tensor | None
-    dh: Tensor | None
-    alpha_u: float
-    rank: int
-
-    def run(
-        self, drop: Dropout, douts: Sequence[Tensor], transposed: bool, ddown: Tensor | None
-    ) -> None:
-        """Launch the split reduction and the summation of its partials."""
-        widths = [b.shape[1] for b in self.bigs]
-        outs = widths + [0] * (lib.MAX_POINTERS - len(widths))
-        any_big = self.bigs[0] if self.bigs else self.x
-        assert any_big is not None
-        width = 0 if self.x is None else self.x.shape[1]
-        rows, rank = any_big.shape[0], self.rank
-        where = lib.machine(any_big)
-        config = choose("tn", where, rows, any_big.element_size(), rank)
-        tiles = sum(triton.cdiv(o, config["BLOCK_O"]) for o in [*outs, width])
-        total = sum(outs) + width
-        splits = lib.row_splits(where, rows, tiles, config["BLOCK_M"], total * rank * 4)
-        per_split = triton.cdiv(triton.cdiv(rows, config["BLOCK_M"]), splits) * config["BLOCK_M"]
-        splits = triton.cdiv(rows, per_split)
-        part = torch.empty((splits, total, rank), dtype=torch.float32, device=any_big.device)
-        bigs = list(self.bigs) or [any_big]
-        x = any_big if self.x is None else self.x
-        dh = self.small if self.dh is None else self.dh
-        small = dh if self.small is None else self.small
-        assert small is not None
-        assert dh is not None
-        drop_small = drop.on_middle and bool(self.bigs)
-        drop_x = drop.on_input and self.x is not None
-        tw._lowrank_linear_bwd_tn_kernel[(tiles, splits)](
-            *lib.four(bigs), x, small, dh, part, drop.rng if drop_small or drop_x else None,
-            rows, rank, width, *outs, *lib.four([b.stride(0) for b in bigs]), x.stride(0),
-            small.stride(0), self.offset, per_split, drop.threshold,
-            DROP_SMALL=drop_small, DROP_X=drop_x, PRECISION=lib.precision(), **config,
-        )  # fmt: skip
-        self._sum(part, outs, width, douts, transposed, ddown)
-
-    def _sum(
-        self,
-        part: Tensor,
-        outs: list[int],
-        width: int,
-        douts: Sequence[Tensor],
-        transposed: bool,
-        ddown: Tensor | None,
-    ) -> None:
-        some = ddown if ddown is not None else douts[0]
-        block_r = min(lib.padded_rank(self.rank), RANK_SLICE)
-        block_o = dict(REDUCE.blocks)["BLOCK_O"]
-        tiles = sum(triton.cdiv(o, block_o) for o in [*outs, width])
-        tw._lowrank_linear_bwd_reduce_kernel[(tiles, triton.cdiv(self.rank, block_r))](
-            part, *lib.four(list(douts) or [some]), some, self.rank, width, *outs,
-            part.shape[0], part.stride(0), self.alpha, self.alpha_u,
-            HAS_UPS=bool(douts), HAS_DOWN=ddown is not None, P_TRANSPOSED=transposed,
-            BLOCK_R=block_r, **REDUCE.keywords(),
-        )  # fmt: skip
-
-
-def up_gradients(ups: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], bool]:
-    """What backward returns, what the kernel writes (the same where it can), and that one's
-    layout."""
-    returned = [torch.empty_like(up) for up in ups]
-    layout = one_layout(returned)
-    dense = all(t.is_contiguous() if not layout else t.t().is_contiguous() for t in returned)
-    if layout is not None and dense and len({t.dtype for t in returned}) == 1:
-        return returned, returned, layout
-    written = [torch.empty(up.shape, dtype=torch.float32, device=up.device) for up in ups]
-    return returned, written, False
+def through(
+    base: Tensor | None, like: Tensor, dh: Tensor, downs: Sequence[Tensor], drop: Dropout
+) -> Tensor:
+    """dx: mask_k(dh_k U_k) of every down-projection added to ``base``, in place, or alone."""
+    rows, width = like.shape
+    dx = torch.empty_like(like, memory_format=torch.contiguous_format) if base is None else base
+    parts = Parts.downs(downs, drop)
+    ups = matrices([d.t() for d in downs], dh.dtype)
+    config = choose("through", lib.machine(dh), rows, dh.element_size(), parts.widest)
+    tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(width, config["BLOCK_O"])
+    tb._lowrank_linear_bwd_through_kernel[(tiles,)](
+        dx, dx, *ups.pointers, dh, drop.rng if drop.on_input else None,
+        rows, width, len(downs), *parts.starts, *parts.ranks, dx.stride(0), *ups.strides,
+        dh.stride(0), drop.scale, drop.threshold,
+        HAS_BASE=base is not None, P_TRANSPOSED=ups.transposed, DROPOUT=drop.on_input,
+        PRECISION=lib.precision(), **config,
+    )  # fmt: skip
+    return dx
 
 
 def dx_one_pass(

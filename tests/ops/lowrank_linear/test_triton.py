@@ -100,14 +100,14 @@ def check_all(p: dict[str, Any], plan: str = "update", tolerance: float = 2e-6) 
         close(g, w, 2 * tolerance)
 
 
-def splits_of(audit: triton_audit.Audit, index: int = 0) -> int:
-    return audit.of("bwd_tn")[index].grid[1]
+def splits_of(audit: triton_audit.Audit, kernel: str = "tn_kernel") -> int:
+    return audit.of(kernel)[0].grid[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("site", ["bottleneck", "input"])
 def test_traffic_update(site: str, dtype: torch.dtype) -> None:
-    """Base outputs given: shrink, expand, dh, tn, reduce, and dx by expand."""
+    """Base outputs given: shrink, expand, dh, tn, reduce, through."""
     e = dtype.itemsize
     p = problem(dtype, base=[draw(N, o, dtype=dtype) for o in OUTS], dropout_at=site)
     with triton_audit.Audit() as audit:
@@ -115,14 +115,15 @@ def test_traffic_update(site: str, dtype: torch.dtype) -> None:
         backward(p, saved, [draw(N, o, seed=3, dtype=dtype) for o in OUTS])
     clean(audit)
     expect(audit, "shrink", (N * D + R * D + N * R) * e)
-    dx = (N * D + N * R + R * D) * e
-    expect(audit, "expand", (2 * N * WIDE + N * R + WIDE * R) * e, dx)
+    expect(audit, "expand", (2 * N * WIDE + N * R + WIDE * R) * e)
+    expect(audit, "through", (N * D + N * R + R * D) * e)
     expect(audit, "bwd_dh", (N * WIDE + WIDE * R + N * R) * e)
     if site == "input":
-        s, t = splits_of(audit, 0), splits_of(audit, 1)
-        parts = (4 * s * R * WIDE, 4 * t * R * D)
-        expect(audit, "bwd_tn", (N * WIDE + N * R) * e + parts[0], (N * D + N * R) * e + parts[1])
-        expect(audit, "bwd_reduce", parts[0] + R * WIDE * e, parts[1] + R * D * e)
+        s = splits_of(audit)
+        ups, downs = 4 * s * R * WIDE, 4 * splits_of(audit, "tn_x") * R * D
+        expect(audit, "tn_kernel", (N * WIDE + N * R) * e + ups)
+        expect(audit, "tn_x", (N * D + N * R) * e + downs)
+        expect(audit, "bwd_reduce", downs + R * D * e, ups + R * WIDE * e)
     else:
         s = splits_of(audit)
         part = 4 * s * R * (WIDE + D)
@@ -189,8 +190,10 @@ def test_layouts_mixed() -> None:
     _, saved = forward(p)
     dys = [draw(1, o).expand(N, o) for o in OUTS]
     same = [dy.contiguous() for dy in dys]
-    for a, b in zip(backward(p, saved, dys)[:3], backward(p, saved, same)[:3], strict=True):
-        assert torch.equal(a, b)
+    a, b = backward(p, saved, dys), backward(p, saved, same)
+    for name in ("x", "downs", "hidden"):
+        for one, other in zip(*(torch.stack([*getattr(g, name)]) for g in (a, b)), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_mode_and_hidden() -> None:
