@@ -138,8 +138,10 @@ class LoRALinear(nn.Module):
         found = self.operands(dtype, x.device, bias)
         rows = x if x.dtype == dtype else x.to(dtype)
         if isinstance(found, Operands):
-            down, up, weights, biases = found.down, found.up, [found.weight], [found.bias]
-            return self._update(rows, down, up, weights=weights, biases=biases)
+            assert found.down is not None
+            assert found.up is not None
+            base = {"weights": [found.weight], "biases": [found.bias]}
+            return self._update(rows, found.down, found.up, **base)
         check_input(x, self.base)
         # It gets x as the model hands it over.
         y = with_bias(self.base(x), self.base, bias)

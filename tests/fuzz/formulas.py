@@ -107,10 +107,8 @@ def mode_contract(a: dict[str, Any], loose: bool = False) -> Outputs:
 def lowrank_linear(a: dict[str, Any], loose: bool = False) -> Outputs:
     """y_k = base_k + scale * m_k P_k^T with m_k the bottleneck as output k sees it."""
     x: Any
-    x, hidden, ups = a.get("x"), a.get("hidden"), a["ups"]
-    at = a.get("dropout_at", "bottleneck")
-    count = len(ups)
-    own = isinstance(a.get("down"), list)
+    x, hidden, ups, at = a.get("x"), a.get("hidden"), a["ups"], a.get("dropout_at", "bottleneck")
+    count, own = len(ups), isinstance(a.get("down"), list)
     drop = _Drop(a, count if own or at != "input" else 1, loose)
     outs = []
     for k in range(count):
@@ -137,8 +135,8 @@ def lowrank_linear(a: dict[str, Any], loose: bool = False) -> Outputs:
 
 def gated_mlp(a: dict[str, Any], loose: bool = False) -> Outputs:
     """down(act(gate(x)) * up(x)), or down(act(up(x))); a linear: t W^T + b + s drop(t) A^T B^T."""
-    count, scale, outs, t = len(a["weights"]), a.get("scale", 1.0), [], a["x"]
-    drop, none = _Drop(a, count, loose), [None] * 3
+    count, scale, t = len(a["weights"]), a.get("scale", 1.0), a["x"]
+    drop, none, outs = _Drop(a, count, loose), [None] * 3, list[Tensor]()
     for k, weight in enumerate(a["weights"]):
         if k == count - 1:
             t = _activate(a["activation"], outs[0], loose)

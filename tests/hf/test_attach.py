@@ -196,7 +196,7 @@ def test_other_bad_arguments_leave_the_model_alone() -> None:
     with pytest.raises(
         TypeError, match="config: want a PetalConfig, another method's config or a path, got a dict"
     ):
-        pk.attach(model, {"r": 4})  # type: ignore[arg-type]
+        pk.attach(model, {"r": 4})
     with pytest.raises(ValueError, match=r"modules_to_save: want names of modules.*'lm_tail'"):
         pk.attach(model, pk.PetalConfig(r=4, modules_to_save=["lm_tail"]))
     with pytest.raises(ValueError, match="modules_to_save: want modules without adapted proj"):

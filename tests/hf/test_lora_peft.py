@@ -18,9 +18,10 @@ from tests.hf.lora_places import ALL, LLAMA, ends
 
 def _like_pefts(name: str = "LoraConfig", kind: str = "LORA", **values: Any) -> Any:
     """A config as PEFT's is, by the fields that matter here."""
+    kinds: Any = enum.Enum("PeftType", {kind: kind})
     defaults: dict[str, Any] = {
         "task_type": None,
-        "peft_type": enum.Enum("PeftType", {kind: kind})[kind],
+        "peft_type": kinds[kind],
         "inference_mode": False,
         "r": 8,
         "target_modules": None,
@@ -95,7 +96,8 @@ def test_a_config_of_peft_is_taken_as_it_is(make: Any) -> None:
 def test_a_task_s_head_is_trained_whole_as_in_peft(make: Any) -> None:
     import transformers
 
-    config = transformers.LlamaConfig(**tiny_text._llama_like(), num_labels=3)
+    config = transformers.LlamaConfig(**tiny_text._llama_like())
+    config.num_labels = 3
     model = transformers.LlamaForSequenceClassification(config)
     attachment = pk.attach(model, make(task_type="SEQ_CLS", target_modules="all-linear"))
     assert attachment.config.modules_to_save == ["score"]

@@ -24,7 +24,7 @@ def _everything(model: nn.Module) -> dict[str, Any]:
             if isinstance(value, dict):
                 inside = [(key, id(each)) for key, each in value.items()]
             elif isinstance(value, set):
-                inside = sorted(map(str, value))
+                inside = sorted((str(each), 0) for each in value)
             plain = value if isinstance(value, (bool, int, float, str)) else id(value)
             found[f"{path}: {name}"] = (plain, inside)
     for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():

@@ -18,6 +18,7 @@ from petal_kernels.hf.context import THREAD
 from petal_kernels.hf.report import SHARED_FACTORS, Report
 from petal_kernels.hf.report import Row as ReportRow
 from tests.hf import methods, tiny, tiny_text
+from tests.hf.method_families import FAMILIES
 from tests.hf.methods import ROWS, Row, around, attached, every, first, own, read
 from tests.hf.used_backends import ELSEWHERE, SHARED, Place, used_by_place
 
@@ -171,7 +172,7 @@ def test_a_checkpointed_layer_runs_twice(name: str, reentrant: bool) -> None:
     model: Any
     model, attachment = built(row, 300, torch.float32)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    batch = methods.FAMILIES[row.family].batch(size=40, seed=0, length=9)
+    batch = FAMILIES[row.family].batch(size=40, seed=0, length=9)
     for key, value in batch.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             batch[key] = value.float()
