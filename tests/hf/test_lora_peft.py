@@ -18,7 +18,7 @@ from tests.hf.lora_places import ALL, LLAMA, ends
 
 def _like_pefts(name: str = "LoraConfig", kind: str = "LORA", **values: Any) -> Any:
     """A config as PEFT's is, by the fields that matter here."""
-    kinds: Any = enum.Enum("PeftType", {kind: kind})
+    kinds: Any = enum.Enum("PeftType", {kind: kind})  # type: ignore[misc]
     defaults: dict[str, Any] = {
         "task_type": None,
         "peft_type": kinds[kind],
