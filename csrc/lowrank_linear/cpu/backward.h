@@ -124,6 +124,26 @@ void add_ddown(const LowrankArgs& a, const BackwardBlock& b, Place at, Span s) {
   }
 }
 
+// t += the sum of mask_k * (dh_k A_k). What came before waits in memory: registers are for one
+// product.
+template <int M>
+PETAL_INLINE void add_masked(Tile<M>& t, const LowrankArgs& a, const BackwardBlock& b, int64_t i,
+                             int64_t j) {
+  float sum[M * kNR];
+  for (int64_t k = 0; k < streams(a); ++k) {
+    const int64_t first = a.outs[k].at, R = a.own ? a.outs[k].R : a.middle;
+    const Mask mask = mask_of(a, b, k, j * kNR);
+    put(t, sum, kNR);
+    asm volatile("" : : "r"(sum) : "memory");
+    clear(t);
+    mac_rows(t, row_major(b.dh + first, h_width(a)), i, a.down + (j * a.middle + first) * kNR, R);
+    each(t, [&](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
+      v0 = load(sum + r * kNR) + mask(i + r, 0, v0);
+      v1 = load(sum + r * kNR + kVL) + mask(i + r, kVL, v1);
+    });
+  }
+}
+
 // dx = base part + dh U, or + the sum of mask_k * (dh_k A_k).
 template <typename T, bool kMasked>
 void write_dx(const LowrankArgs& a, const BackwardBlock& b, Span s) {
@@ -136,30 +156,20 @@ void write_dx(const LowrankArgs& a, const BackwardBlock& b, Span s) {
                          a.D,
                          !a.dx_has_base && may_stream(static_cast<T*>(a.dx), a.D, a.N * a.D)};
   const Block base = {b.dx, kNR, a.block * kNR};
-  const Rows dh = row_major(b.dh, h_width(a));
-  for (int64_t j = 0; j < n_panels(a.D); ++j) {
+  const int64_t cols = n_panels(a.D), step = panels_near(a.middle);
+  for (int64_t j0 = 0; j0 < cols; j0 += step) {
     for_row_tiles(s.rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
       constexpr int M = decltype(height)::value;
-      if (a.dx_has_base && i + 3 * M <= s.rows)
-        prefetch_rows(dx + (i + 2 * M) * a.D + j * kNR, a.D, M);
-      Tile<M> t;
-      b.dx ? read(t, base, i, j) : clear(t);
-      const float* down = a.down + j * a.middle * kNR;
-      if (!kMasked && a.down) mac_rows(t, dh, i, down, a.middle);
-      for (int64_t k = 0; kMasked && k < streams(a); ++k) {
-        const int64_t first = a.outs[k].at, R = a.own ? a.outs[k].R : a.middle;
-        const Mask mask = mask_of(a, b, k, j * kNR);
-        float sum[M * kNR];  // of what came before: registers are for this product
-        put(t, sum, kNR);
-        asm volatile("" : : "r"(sum) : "memory");
-        clear(t);
-        mac_rows(t, row_major(dh.p + first, dh.row), i, down + first * kNR, R);
-        each(t, [&](int r, vf& v0, vf& v1) __attribute__((always_inline)) {
-          v0 = load(sum + r * kNR) + mask(i + r, 0, v0);
-          v1 = load(sum + r * kNR + kVL) + mask(i + r, kVL, v1);
-        });
+      for (int64_t j = j0; j < least(cols, j0 + step); ++j) {
+        Tile<M> t;
+        b.dx ? read(t, base, i, j) : clear(t);
+        if (kMasked) {
+          add_masked(t, a, b, i, j);
+        } else if (a.down) {
+          mac_rows(t, row_major(b.dh, h_width(a)), i, a.down + j * a.middle * kNR, a.middle);
+        }
+        emit(t, out, i, j);
       }
-      emit(t, out, i, j);
     });
   }
 }

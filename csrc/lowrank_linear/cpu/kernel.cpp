@@ -1,7 +1,7 @@
 // lowrank_linear on the CPU: one pass over blocks of rows that stay in cache, compiled per
 // instruction set.
 //
-// Forward, per block of rows (x in fp32 panels, converted once where storage is 16-bit):
+// Forward, per block of rows (x packed in fp32, a piece that the nearest cache holds at a time):
 //   h   = x U^T, all down-projections side by side, or h_k = drop_k(x) A_k^T; rounded, kept
 //   m_k = scale_k * mask_k * (h | h_k | h core_k)  r wide
 //   y_k = base_k + m_k P_k^T               base_k: x W_k^T + b_k in the same accumulators, or given
@@ -25,72 +25,73 @@ namespace {
 
 constexpr int64_t kDepth =
     1024;  // contraction length of the base product before it spills to memory
-constexpr int64_t kMaskedRows = 24;  // of masked x: with kChunk columns they fit L1
-
-// The block of x as a row operand: in place for fp32, else converted.
-template <typename T>
-struct Input {
-  PETAL_INLINE static Rows rows(const LowrankArgs& a, Span s, float* scratch) {
-    to_panels(scratch, static_cast<const T*>(a.x) + s.row0 * a.x_row, a.x_row, s.rows, a.D,
-              a.block);
-    return panels(scratch, a.block);
-  }
-};
-template <>
-struct Input<float> {
-  PETAL_INLINE static Rows rows(const LowrankArgs& a, Span s, float*) {
-    return row_major(static_cast<const float*>(a.x) + s.row0 * a.x_row, a.x_row);
-  }
-};
+constexpr int64_t kNearRows = 24;  // of x: with kChunk columns they fit L1
 
 struct ForwardBlock {
   float* h;            // [block, h_width]
   float *m, *between;  // [block, padded(R)]
   float* parts;        // h_k [block, padded(R_k)] one after the other, where x is masked
-  float* masked;       // [kChunk / kNR][kMaskedRows][kNR]: columns of x under a mask
-  float* x;            // [padded(D) / kNR][block][kNR], where x is converted
+  float* near;         // [kChunk / kNR][kNearRows][kNR]: columns of x, masked or not
+  float* x;            // [padded(D) / kNR][block][kNR], where the base's product reads it
   float* spill;        // of the base product
 };
 
-template <typename T, typename A>
+template <typename A>
 ForwardBlock carve_forward(const LowrankArgs& a, A& arena) {
   ForwardBlock b = {};
   const int64_t size = a.block * padded(highest_rank(a));
   b.h = arena.take(a.block * h_width(a));
   b.m = arena.take(size), b.between = arena.take(size);
-  if (masks_x(a)) {
-    b.parts = arena.take(a.block * (a.own ? a.middle + a.K * kNR : padded(a.middle)));
-    b.masked = arena.take(kMaskedRows * kChunk);
-  }
-  if (!Storage<T>::kFloat) b.x = arena.take(a.block * padded(a.D));
+  if (masks_x(a)) b.parts = arena.take(a.block * (a.middle + streams(a) * kNR));
+  b.near = arena.take(kNearRows * kChunk);
+  if (a.outs[0].weight) b.x = arena.take(a.block * padded(a.D));
   if (a.D > kDepth && a.outs[0].weight) b.spill = arena.take(a.block * padded(widest(a)));
   return b;
 }
 
-// h_k = drop_k(x) A_k^T. The rows and columns of x that are in the nearest cache are masked and
-// contracted for every k before the next are read.
+// The block of x is contracted piece by piece: rows and columns that the nearest cache holds are
+// packed (rows far apart would evict one another there) and read by every down-projection.
+// body(first row, rows, first column, columns) of a piece.
+template <typename Body>
+PETAL_INLINE void for_pieces(const LowrankArgs& a, int64_t rows, const Body& body) {
+  for (int64_t i = 0; i < rows; i += kNearRows) {
+    for (int64_t c = 0; c < a.D; c += kChunk) {
+      body(i, least(kNearRows, rows - i), c, least(kChunk, a.D - c));
+    }
+  }
+}
+
+// h = x U^T.
+template <typename T>
+void shrink(const LowrankArgs& a, const ForwardBlock& b, Span s) {
+  const int64_t width = h_width(a);
+  const T* x = static_cast<const T*>(a.x) + s.row0 * a.x_row;
+  for_pieces(a, s.rows, [&](int64_t i, int64_t rows, int64_t c, int64_t n) {
+    to_panels(b.near, x + i * a.x_row + c, a.x_row, rows, n, kNearRows);
+    gemm({b.h + i * width, width, kNR}, c > 0, panels(b.near, kNearRows), rows, n, a.down + c * kNR,
+         a.D * kNR, a.middle);
+  });
+}
+
+// h_k = drop_k(x) A_k^T.
 template <typename T>
 void shrink_masked(const LowrankArgs& a, const ForwardBlock& b, Span s) {
   constexpr int64_t kBytes = kChunk / 8;
-  uint8_t bits[kMaskedRows * kBytes];
-  for (int64_t i = 0; i < s.rows; i += kMaskedRows) {
-    const int64_t rows = least(kMaskedRows, s.rows - i);
-    const T* x = static_cast<const T*>(a.x) + (s.row0 + i) * a.x_row;
-    for (int64_t c = 0; c < a.D; c += kChunk) {
-      const int64_t n = least(kChunk, a.D - c);
-      float* part = b.parts;
-      for (int64_t k = 0; k < streams(a); ++k) {
-        const int64_t R = a.own ? a.outs[k].R : a.middle, width = padded(R);
-        draw_bits(bits, kBytes, a.dropout, static_cast<uint32_t>(k), s.row0 + i, rows, c / 8,
-                  (n + 7) / 8);
-        to_panels(b.masked, x + c, a.x_row, rows, n, kMaskedRows,
-                  Mask{bits, kBytes, a.dropout.scale});
-        gemm({part + i * width, width, kNR}, c > 0, panels(b.masked, kMaskedRows), rows, n,
-             a.outs[k].down + c * kNR, a.D * kNR, R);
-        part += a.block * width;
-      }
+  uint8_t bits[kNearRows * kBytes];
+  const T* x = static_cast<const T*>(a.x) + s.row0 * a.x_row;
+  for_pieces(a, s.rows, [&](int64_t i, int64_t rows, int64_t c, int64_t n) {
+    float* part = b.parts;
+    for (int64_t k = 0; k < streams(a); ++k) {
+      const int64_t R = a.own ? a.outs[k].R : a.middle, width = padded(R);
+      draw_bits(bits, kBytes, a.dropout, static_cast<uint32_t>(k), s.row0 + i, rows, c / 8,
+                (n + 7) / 8);
+      to_panels(b.near, x + i * a.x_row + c, a.x_row, rows, n, kNearRows,
+                Mask{bits, kBytes, a.dropout.scale});
+      gemm({part + i * width, width, kNR}, c > 0, panels(b.near, kNearRows), rows, n,
+           a.outs[k].down + c * kNR, a.D * kNR, R);
+      part += a.block * width;
     }
-  }
+  });
   const float* part = b.parts;
   for (int64_t k = 0; k < streams(a); ++k) {
     const int64_t R = a.own ? a.outs[k].R : a.middle, width = padded(R);
@@ -100,12 +101,14 @@ void shrink_masked(const LowrankArgs& a, const ForwardBlock& b, Span s) {
 }
 
 template <typename T>
-void shrink(const LowrankArgs& a, const ForwardBlock& b, const Rows& x, Span s) {
+void make_hidden(const LowrankArgs& a, const ForwardBlock& b, Span s) {
   const int64_t width = h_width(a);
   if (masks_x(a)) {
     shrink_masked<T>(a, b, s);
+  } else if (b.x) {
+    gemm({b.h, width, kNR}, false, panels(b.x, a.block), s.rows, a.D, a.down, a.D * kNR, a.middle);
   } else {
-    gemm({b.h, width, kNR}, false, x, s.rows, a.D, a.down, a.D * kNR, a.middle);
+    shrink<T>(a, b, s);
   }
   round_rows<T>(b.h, s.rows * width);
   if (a.h) {
@@ -115,8 +118,7 @@ void shrink(const LowrankArgs& a, const ForwardBlock& b, const Rows& x, Span s) 
 
 // y_k = base_k + m P_k^T; the base product runs in the same accumulators.
 template <typename T>
-void expand(const LowrankArgs& a, const LowrankOutput& o, const ForwardBlock& b, const Rows& x,
-            Span s) {
+void expand(const LowrankArgs& a, const LowrankOutput& o, const ForwardBlock& b, Span s) {
   const int64_t cols = n_panels(o.width);
   const T* base = o.base ? static_cast<const T*>(o.base) + s.row0 * o.base_row : nullptr;
   const Output<T> out = {static_cast<T*>(o.y) + s.row0 * o.width,
@@ -128,26 +130,27 @@ void expand(const LowrankArgs& a, const LowrankOutput& o, const ForwardBlock& b,
                          may_stream(static_cast<T*>(o.y), o.width, a.N * o.width)};
   const Rows middle = row_major(b.m, padded(o.R));
   const Block partial = {b.spill, kNR, a.block * kNR};
+  Rows x = panels(b.x, a.block);
   int64_t first = 0;  // columns of x already contracted into `partial`
   if (o.weight) {
     for (; a.D - first > kDepth; first += kDepth) {
-      Rows part = x;
-      part.p += part.panel ? first / kNR * part.panel : first;
-      gemm(partial, first > 0, part, s.rows, kDepth, o.weight + first * kNR, a.D * kNR, cols * kNR);
+      gemm(partial, first > 0, x, s.rows, kDepth, o.weight + first * kNR, a.D * kNR, cols * kNR);
+      x.p += kDepth / kNR * x.panel;
     }
   }
-  Rows rest = x;
-  if (o.weight) rest.p += rest.panel ? first / kNR * rest.panel : first;
-  for (int64_t j = 0; j < cols; ++j) {
+  // A panel of W_k serves all rows. Without one it is the rows of y that move: they are written as
+  // far as panels of P_k are near.
+  const int64_t step = o.weight ? 1 : panels_near(o.R);
+  for (int64_t j0 = 0; j0 < cols; j0 += step) {
     for_row_tiles(s.rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
       constexpr int M = decltype(height)::value;
-      if (base && i + 3 * M <= s.rows)
-        prefetch_rows(base + (i + 2 * M) * o.base_row + j * kNR, o.base_row, M);
-      Tile<M> t;
-      first > 0 ? read(t, partial, i, j) : clear(t);
-      if (o.weight) mac_rows(t, rest, i, o.weight + (j * a.D + first) * kNR, a.D - first);
-      mac_rows(t, middle, i, o.up + j * o.R * kNR, o.R);
-      emit(t, out, i, j);
+      for (int64_t j = j0; j < least(cols, j0 + step); ++j) {
+        Tile<M> t;
+        first > 0 ? read(t, partial, i, j) : clear(t);
+        if (o.weight) mac_rows(t, x, i, o.weight + (j * a.D + first) * kNR, a.D - first);
+        mac_rows(t, middle, i, o.up + j * o.R * kNR, o.R);
+        emit(t, out, i, j);
+      }
     });
   }
 }
@@ -155,26 +158,27 @@ void expand(const LowrankArgs& a, const LowrankOutput& o, const ForwardBlock& b,
 template <typename T>
 void forward_of(const LowrankArgs& a, Span s, float* scratch) {
   Arena arena = {scratch};
-  const ForwardBlock b = carve_forward<T>(a, arena);
-  Rows x = {};
-  if (a.x && (a.outs[0].weight || !masks_x(a))) x = Input<T>::rows(a, s, b.x);
+  const ForwardBlock b = carve_forward(a, arena);
+  if (b.x) {
+    to_panels(b.x, static_cast<const T*>(a.x) + s.row0 * a.x_row, a.x_row, s.rows, a.D, a.block);
+  }
   if (a.hidden) {
     hidden_rows<T>(a, s, b.h);
   } else {
-    shrink<T>(a, b, x, s);
+    make_hidden<T>(a, b, s);
   }
   for (int64_t k = 0; k < a.K; ++k) {
     if (!same_middle(a, k)) masked_middle<T>(b.m, b.between, a, k, b.h, s);
-    expand<T>(a, a.outs[k], b, x, s);
+    expand<T>(a, a.outs[k], b, s);
   }
   stream_fence();
 }
 
 // ---- the table
 
-int64_t forward_scratch(const LowrankArgs& a, DType type) {
+int64_t forward_scratch(const LowrankArgs& a, DType) {
   Sizer sizer;
-  PETAL_BY_TYPE(type, carve_forward<T>(a, sizer));
+  carve_forward(a, sizer);
   return sizer.n + 64;
 }
 int64_t backward_scratch(const LowrankArgs& a, DType) {

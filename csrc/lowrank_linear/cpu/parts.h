@@ -16,6 +16,9 @@ namespace {
 
 constexpr int64_t kChunk = 256;  // columns packed at a time: block * kChunk floats fit L2
 
+// Panels of a right operand of `depth` rows that stay near while rows are written along them.
+PETAL_INLINE int64_t panels_near(int64_t depth) { return most(1, 1024 / depth); }
+
 PETAL_INLINE int64_t h_width(const LowrankArgs& a) { return padded(a.middle) + (a.own ? kNR : 0); }
 
 PETAL_INLINE int64_t widest(const LowrankArgs& a) {
