@@ -8,6 +8,8 @@ GATED_BACKWARD = "csrc/gated_bottleneck/cpu/backward.h"
 GATED_PARTS = "csrc/gated_bottleneck/cpu/parts.h"
 GATED_ROUTE = "csrc/gated_bottleneck/cpu/route.h"
 GATED_HOST = "csrc/gated_bottleneck/cpu/call.cpp"
+MLP = "csrc/gated_mlp/cpu/kernel.cpp"
+MLP_HOST = "csrc/gated_mlp/cpu/call.cpp"
 EXPERTS = "csrc/expert_dispatch/cpu/kernel.cpp"
 EXPERTS_BACKWARD = "csrc/expert_dispatch/cpu/backward.h"
 EXPERTS_PARTS = "csrc/expert_dispatch/cpu/parts.h"
@@ -22,6 +24,7 @@ REBUILD = True
 TESTS = [
     "tests/ops/lowrank_linear/test_native.py",
     "tests/ops/gated_bottleneck/test_native.py",
+    "tests/ops/gated_mlp/test_native.py",
     "tests/ops/expert_dispatch/test_native.py",
     "tests/ops/test_native_precision.py",
     "tests/ops/test_ops.py",
@@ -31,6 +34,15 @@ TESTS = [
 ]
 
 MUTANTS = [
+    (MLP, "at.slope * (factor * d)", "at.slope * d"),
+    (MLP, "{q * s.value, s.value + q * s.slope};", "{q * s.value, s.value + s.slope};"),
+    (MLP, "* kNR + c % kNR, at.value * factor);", "* kNR + c % kNR, at.value);"),
+    # Every strip draws the first one's masks, every block that of the first rows.
+    (MLP, "a.dropout, 0, row0, col0)", "a.dropout, 0, row0, 0)"),
+    (MLP, "a.dropout, 0, row0, col0)", "a.dropout, 0, row0 - begin, col0)"),
+    # dA of the last block of a split alone.
+    (MLP, "row0 > begin, dh", "false, dh"),
+    (MLP_HOST, "strips = ceil_div(a.F, kernel.strip)", "strips = a.F / kernel.strip"),
     (MODES, "    t *= a.scale;\n", ""),
     (
         MODES,

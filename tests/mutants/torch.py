@@ -6,6 +6,7 @@ TESTS = [
     "tests/ops/test_contract.py",
     "tests/runtime/test_philox.py",
     "tests/ops/gated_bottleneck/test_op.py",
+    "tests/ops/gated_mlp/test_op.py",
     "tests/ops/expert_dispatch/test_op.py",
     "tests/nn/test_experts.py",
     "tests/nn/test_mutual_information.py",
@@ -19,6 +20,9 @@ _LINEAR = "petal_kernels/ops/lowrank_linear/torch_impl.py"
 _GATED = "petal_kernels/ops/gated_bottleneck/torch_impl.py"
 _GATED_OP = "petal_kernels/ops/gated_bottleneck/op.py"
 _GATED_FUNCTION = "petal_kernels/ops/gated_bottleneck/function.py"
+_MLP = "petal_kernels/ops/gated_mlp/torch_impl.py"
+_MLP_FUNCTION = "petal_kernels/ops/gated_mlp/function.py"
+_MLP_PRODUCTS = "petal_kernels/ops/gated_mlp/products.py"
 _EXPERTS = "petal_kernels/ops/expert_dispatch/torch_impl.py"
 _EXPERTS_OP = "petal_kernels/ops/expert_dispatch/op.py"
 _EXPERTS_FUNCTION = "petal_kernels/ops/expert_dispatch/function.py"
@@ -86,6 +90,22 @@ MUTANTS = [
         _GATED_FUNCTION,
         'passed["residual"] = own(dout)',
         'passed["residual"] = 2 * dout',
+    ),
+    (_MLP, "scaled_mask(of.rng, of.dropout, 0,", "scaled_mask(of.rng, of.dropout, 1,"),
+    (_MLP, "activate_backward(name, g, dp * u)", "activate_backward(name, g, dp)"),
+    (_MLP, "_down(a if u is None else a * u, product)", "_down(a, product)"),
+    (_MLP_FUNCTION, "            drop = drop.after(last)\n", "            drop = drop.after(1)\n"),
+    (_MLP_FUNCTION, "else drop.after(last)\n", "else drop.after(1)\n"),
+    (_MLP_FUNCTION, "dbiases[last] = dy.sum(0)", "dbiases[last] = dy[0].clone()"),
+    # x kept where nothing reads it.
+    (_MLP_FUNCTION, "t.x if any(wants.downs[:-1]) or (between and s.recompute) else None", "t.x"),
+    # The update of `up` alone draws the gate's mask.
+    (_MLP_PRODUCTS, "mine, drop.after(updated[0]), keep", "mine, drop, keep"),
+    (_MLP_PRODUCTS, "h[:, at : at + place.up.shape[1]]", "h[:, : place.up.shape[1]]"),
+    (
+        _MLP_PRODUCTS,
+        "dx = dy @ place.weight if dx is None else dx.addmm_(dy, place.weight)",
+        "dx = dy @ place.weight",
     ),
     (_ROUTING, "descending=True, stable=True", "descending=False, stable=True"),
     (_ROUTING, "return g * (dgates - inner)", "return g * dgates"),

@@ -8,10 +8,10 @@ product that needs it, and p waits in cache for that. A backward task owns a str
 split of the rows.
 
 Shapes: g, u and their gradients [N, F], dh [N, R] with unit stride in the last dim and any row
-stride, dA [R, F]. Traffic: 3 N F forward, 5 N F backward (2 and 3 without u); eager: 5 and
-9, masks apart. Numerics: fp32, rounded once; dA's sums are fp32 partials over splits of the rows
-that N and F alone fix, summed in order: the same bits for any number of threads. Source: the maths
-of ``reference.py``. Limits: CPU tensors, fp32, fp16 or bf16.
+stride, dA [R, F]. Traffic: 3 N F forward, 5 N F backward (2 and 3 without u); eager code moves 5
+and 9, masks apart. Numerics: fp32, rounded once; dA's sums are fp32 partials over splits of the
+rows that N and F alone fix, summed in order: the same bits for any number of threads. Source: the
+maths of ``reference.py``. Limits: CPU tensors, fp32, fp16 or bf16.
 """
 
 from __future__ import annotations

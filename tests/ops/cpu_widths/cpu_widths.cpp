@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu_widths_experts.h"
+#include "cpu_widths_mlp.h"
 #include "cpu_widths_modes.h"
 #include "gated_bottleneck/cpu/params.h"
 #include "lowrank_linear/cpu/params.h"
@@ -284,6 +285,13 @@ int main() {
     const Results one = modes(generic::mode_kernels(), form & 1, form & 2);
     for (const ModeKernels* other : {&avx2::mode_kernels(), &avx512::mode_kernels()}) {
       worst = std::fmax(worst, apart(one, modes(*other, form & 1, form & 2)));
+    }
+  }
+  for (int form = 0; form < 10; ++form) {
+    const Activation activation = static_cast<Activation>(form / 2);
+    const Results one = mlp(generic::mlp_kernels(), activation, form & 1);
+    for (const MlpKernels* other : {&avx2::mlp_kernels(), &avx512::mlp_kernels()}) {
+      worst = std::fmax(worst, apart(one, mlp(*other, activation, form & 1)));
     }
   }
   std::printf("%g\n", worst);
