@@ -173,7 +173,6 @@ MUTANTS = [
         "keep_plane<kBM, kBN>(plane, mask, here.k, row0, col0);",
         "keep_plane<kBM, kBN>(plane, mask, k, row0, col0);",
     ),
-    (_FWD, "here.col + kD < p.ranks[here.k]) return false;", "here.col > 0) return false;"),
     (
         _FWD,
         "        sum.add_kept(product, plane);\n        product.clear();",
