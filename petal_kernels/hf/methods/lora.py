@@ -48,6 +48,10 @@ class Factors(nn.Module):
             node = node._modules[part]  # type: ignore[assignment]
         node.add_module(name, module)
 
+    def forward(self, x: Any) -> Any:
+        """An nn.Sequential that is adapted runs this too, behind its own modules."""
+        return x
+
 
 class Lora(Method):
     """LoRA on one model."""
