@@ -138,7 +138,7 @@ def _check_updates(given: Given, weights: Sequence[Tensor]) -> tuple[Sequence[An
         if down is not None:
             checks.check_shape(f"downs[{k}]", down, (rank, weight.shape[1]))
             rank = down.shape[0]
-            if rank < 1:
+            if down.shape[0] < 1:
                 raise ValueError(f"downs[{k}]: want R >= 1, got {list(down.shape)}")
         if up is not None:
             checks.check_shape(f"ups[{k}]", up, (weight.shape[0], rank))
