@@ -20,7 +20,8 @@ from tests.ops.discovery import CASES, OPERATORS, options
 ROOT = Path(pk.__file__).parent
 # Cases that run in Triton's interpreter too.
 INTERPRETED = (
-    "qkv-outputs", "value", "value-odd", "adapter-norm", "lora", "tucker", "pooled", "llama-dropout",
+    "qkv-outputs", "value", "value-odd", "adapter-norm", "lora", "tucker", "pooled",
+    "llama-dropout",
 )  # fmt: skip
 
 
