@@ -46,7 +46,7 @@ ELSEWHERE = {
 }
 INTERPRETED = (
     "cp-matrices", "tucker-matrices", "cp", "tucker", "qkv-odd", "lora", "middleX-odd",
-    "large-odd", "mean-odd", "indices", "shared-down-topk",
+    "large-odd", "mean-odd", "indices", "shared-down-topk", "llama-dropout",
 )  # fmt: skip
 
 

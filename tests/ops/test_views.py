@@ -79,7 +79,7 @@ def view(inputs: dict[str, Any], views: list[View], rows: tuple[str, ...] = ()) 
 
 INTERPRETED = (
     "qkv-dropout", "lora", "aurora-vit", "tucker", "cp", "large", "gram-tokens", "middleX",
-    "topk-sorted", "pooled", "indices", "small-mask-odd",
+    "topk-sorted", "pooled", "indices", "small-mask-odd", "llama-dropout",
 )  # fmt: skip
 
 
