@@ -35,8 +35,8 @@ CHOICES = {
 # How it runs, not what; and what its own tests cover.
 ELSEWHERE = {"backend", "plan", "rng", "training", "return_routing", "update_at", "dtype"}
 INTERPRETED = (
-    "cp-matrices", "tucker-matrices", "cp", "tucker", "qkv-odd", "lora", "middleX-odd",
-    "large-odd", "mean-odd", "indices", "shared-down-topk",
+    "cp-matrices", "tucker-matrices", "cp", "tucker", "qkv-odd", "lora", "lora-own-odd",
+    "middleX-odd", "large-odd", "mean-odd", "indices", "shared-down-topk",
 )  # fmt: skip
 
 

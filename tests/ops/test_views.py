@@ -78,8 +78,8 @@ def view(inputs: dict[str, Any], views: list[View], rows: tuple[str, ...] = ()) 
 
 
 INTERPRETED = (
-    "qkv-dropout", "lora", "aurora-vit", "tucker", "cp", "large", "gram-tokens", "middleX",
-    "topk-sorted", "pooled", "indices", "small-mask-odd",
+    "qkv-dropout", "lora", "lora-own", "aurora-vit", "tucker", "cp", "large", "gram-tokens",
+    "middleX", "topk-sorted", "pooled", "indices", "small-mask-odd",
 )  # fmt: skip
 
 

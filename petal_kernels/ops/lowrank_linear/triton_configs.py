@@ -102,7 +102,11 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
         "large_many_wide": tile(8, 2, BLOCK_M=32, BLOCK_K=32),
     },
     ("shrink", 90): {**_SHRINK_80, **_SHRINK_MANY},
-    ("shrink", 100): {**_SHRINK_80, **_SHRINK_MANY},
+    ("shrink", 100): {
+        **_SHRINK_80,
+        **_SHRINK_MANY,
+        "fp32_many_wide": tile(8, 2, BLOCK_M=16, BLOCK_K=16),
+    },
     ("expand", 80): _EXPAND_80,
     ("expand", 90): {**_EXPAND_80, "large": tile(8, 2, BLOCK_M=128, BLOCK_O=128)},
     ("expand", 100): {**_EXPAND_80, "large": tile(8, 2, BLOCK_M=128, BLOCK_O=128)},
@@ -128,7 +132,11 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
         "fp32_many_wide": tile(4, 2, BLOCK_M=16, BLOCK_O=32),
     },
     ("tn_x", 90): {**_TN_80, **_TN_MANY},
-    ("tn_x", 100): {**_TN_80, **_TN_MANY},
+    ("tn_x", 100): {
+        **_TN_80,
+        **_TN_MANY,
+        "fp32_many_wide": tile(4, 2, BLOCK_M=16, BLOCK_O=32),
+    },
     ("gemm_ext", 80): _GEMM_80,
     ("gemm_ext", 90): {
         **_GEMM_80,
