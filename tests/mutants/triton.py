@@ -114,8 +114,8 @@ MUTANTS = [
     # a configuration that spills
     (
         _CONFIGS,
-        '("expand", 90): {**_EXPAND_80, "large": tile(8, 2,',
-        '("expand", 90): {**_EXPAND_80, "large": tile(2, 2,',
+        '_EXPAND_90 = {**_EXPAND_80, "large": tile(8, 2,',
+        '_EXPAND_90 = {**_EXPAND_80, "large": tile(2, 2,',
     ),
     # mode_contract: scale, a slab left out, lambda left out, a share in another tile's place
     (_MODE, "dm *= scale", "dm *= 1.0"),
