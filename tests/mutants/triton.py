@@ -2,6 +2,7 @@
 
 TESTS = [
     "tests/ops/lowrank_linear/test_triton.py",
+    "tests/ops/lowrank_linear/test_triton_own.py",
     "tests/ops/mode_contract/test_triton.py",
     "tests/runtime/test_triton_lib.py",
     "tests/ops/gated_bottleneck/test_triton.py",
@@ -14,9 +15,11 @@ TESTS = [
 
 _LIB = "petal_kernels/_runtime/triton_lib.py"
 _KERNELS = "petal_kernels/ops/lowrank_linear/triton_kernels.py"
+_BWD = "petal_kernels/ops/lowrank_linear/triton_kernels_bwd.py"
 _SUMS = "petal_kernels/ops/lowrank_linear/triton_kernels_weights.py"
 _EXTENDED = "petal_kernels/ops/lowrank_linear/triton_gemm_ext.py"
 _LAUNCH = "petal_kernels/ops/lowrank_linear/triton_launch.py"
+_LAUNCH_SUMS = "petal_kernels/ops/lowrank_linear/triton_launch_weights.py"
 _CONFIGS = "petal_kernels/ops/lowrank_linear/triton_configs.py"
 _MODE = "petal_kernels/ops/mode_contract/triton_kernels.py"
 _GATED_TILES = "petal_kernels/ops/gated_bottleneck/triton_kernels_tiles.py"
@@ -51,13 +54,13 @@ MUTANTS = [
     ),
     (_SUMS, "tl.where(keep | is_x, s, 0.0)", "tl.where(keep, s, 0.0)"),
     # sums: only the last output, splits that overlap, only the first split
-    (_KERNELS, "total += acc", "total = acc"),
+    (_BWD, "total += acc * pick(", "total = acc * pick("),
     (_SUMS, "split.to(tl.int64) * rows_per_split", "split.to(tl.int64) * (rows_per_split - 1)"),
     (_SUMS, "part += stride_part", "part += 0"),
     # scale, layout, bias, keep scale
-    (_KERNELS, "y = acc * alpha", "y = acc"),
-    (_SUMS, "offs = r * O + o if P_TRANSPOSED else o * R + r", "offs = o * R + r"),
-    (_EXTENDED, "acc *= alpha", "acc *= 1.0"),
+    (_KERNELS, "y = acc * pick(k, alpha0, alpha1, alpha2, alpha3)", "y = acc * alpha0"),
+    (_SUMS, "offs = r * O + o if P_TRANSPOSED else o * rank + r", "offs = o * rank + r"),
+    (_EXTENDED, "acc *= pick(k, alpha0, alpha1,", "acc *= pick(k, alpha1, alpha0,"),
     (
         _EXTENDED,
         "stride_w = pick(k, stride_w0, stride_w1",
@@ -67,8 +70,8 @@ MUTANTS = [
     # stores beyond the row's end, and addresses in 32 bits
     (
         _KERNELS,
-        "h, mask=mask_m & (offs_r < R)[None, :])",
-        "h, mask=mask_m)",
+        "tl.arange(0, BLOCK_R), mask_m, R, acc)",
+        "tl.arange(0, BLOCK_R), mask_m, R + 1, acc)",
     ),
     (
         _EXTENDED,
@@ -76,12 +79,43 @@ MUTANTS = [
         "offs_m = pid_m * BLOCK_M",
     ),
     # every output reduced against the first one's bottleneck columns
-    (_LAUNCH, "small.stride(0), self.offset, per_split", "small.stride(0), 0, per_split"),
+    (_SUMS, "small_ptr + pick(k, start0, start1, start2, start3)", "small_ptr + start0"),
+    # down-projections of their own: the first one's mask, columns, rank; the next one's matrix
+    (_KERNELS, "acc1, x, u1_ptr, seed, stream + 1,", "acc1, x, u1_ptr, seed, stream,"),
+    (_KERNELS, "acc2, x, u2_ptr, seed, stream + 2,", "acc2, x, u1_ptr, seed, stream + 2,"),
+    (_KERNELS, "h_ptr += rank1", "h_ptr += rank0"),
+    (
+        _KERNELS,
+        "offs_m[:, None] * stride_hm + pick(k, start0, start1, start2, start3)",
+        "offs_m[:, None] * stride_hm",
+    ),
+    (_EXTENDED, "h_ptr + pick(k, start0, start1,", "h_ptr + pick(k, start1, start0,"),
+    (
+        _BWD,
+        "g_ptr += pick(first, start0, start1, start2,",
+        "g_ptr += pick(first, start0, start1, start1,",
+    ),
+    (_BWD, "R = pick(first, rank0, rank1, rank2, rank3)", "R = rank0"),
+    (_BWD, "total += acc * pick(k, alpha0, alpha1, alpha2, alpha3)", "total += acc * alpha0"),
+    # the way to dx: one mask for all, the first one's rank, the last one alone, no keep scale
+    (_BWD, "stream + k, offs_m, pid_o * BLOCK_O", "stream, offs_m, pid_o * BLOCK_O"),
+    (_BWD, "dh = dh_ptr + pick(k, start0, start1, start2, start3)", "dh = dh_ptr"),
+    (_BWD, "total += tl.where(keep, acc, 0.0)", "total = tl.where(keep, acc, 0.0)"),
+    (_BWD, "total *= keep_scale", "total *= 1.0"),
+    # sums over x: another mask, another dh_k, ragged ranks, scales, a second launch like the first
+    (_SUMS, "acc2, x, dh2_ptr, seed, stream + 2,", "acc2, x, dh2_ptr, seed, stream + 1,"),
+    (_SUMS, "dh2_ptr = dh1_ptr + rank1", "dh2_ptr = dh1_ptr + rank0"),
+    (_SUMS, "acc3, row + 3 * D, offs_o", "acc3, row + 2 * D, offs_o"),
+    (_SUMS, "rank = tl.where(is_x, R, pick(k, rank0, rank1, rank2, rank3))", "rank = R"),
+    (_SUMS, "(acc * pick(k, alpha0, alpha1, alpha2, alpha3))", "(acc * alpha0)"),
+    (_LAUNCH, "DOWNS=count, DROPOUT=drop.on_input, SWAP", "DOWNS=1, DROPOUT=drop.on_input, SWAP"),
+    (_LAUNCH, "yield first, Parts(", "yield 0, Parts("),
+    (_LAUNCH_SUMS, "dh[:, some.starts[0] :]", "dh"),
     # a configuration that spills
     (
         _CONFIGS,
-        '("expand", 90): {**_EXPAND_80, "large": tile(8, 2,',
-        '("expand", 90): {**_EXPAND_80, "large": tile(2, 2,',
+        '_EXPAND_90 = {**_EXPAND_80, "large": tile(8, 2,',
+        '_EXPAND_90 = {**_EXPAND_80, "large": tile(2, 2,',
     ),
     # mode_contract: scale, a slab left out, lambda left out, a share in another tile's place
     (_MODE, "dm *= scale", "dm *= 1.0"),

@@ -20,7 +20,7 @@ from tests.ops.discovery import CASES, OPERATORS, options
 ROOT = Path(pk.__file__).parent
 # Cases that run in Triton's interpreter too.
 INTERPRETED = (
-    "qkv-outputs", "value", "value-odd", "adapter-norm", "lora", "tucker", "pooled",
+    "qkv-outputs", "lora", "lora-own", "value", "value-odd", "adapter-norm", "tucker", "pooled",
     "llama-dropout",
 )  # fmt: skip
 

@@ -45,8 +45,9 @@ ELSEWHERE = {
     "recompute",
 }
 INTERPRETED = (
-    "cp-matrices", "tucker-matrices", "cp", "tucker", "qkv-odd", "lora", "middleX-odd",
-    "large-odd", "mean-odd", "indices", "shared-down-topk", "llama-dropout",
+    "cp-matrices", "tucker-matrices", "cp", "tucker", "qkv-odd", "lora", "lora-own-odd",
+    "middleX-odd", "large-odd", "mean-odd", "indices", "shared-down-topk",
+    "llama-dropout",
 )  # fmt: skip
 
 

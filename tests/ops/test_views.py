@@ -78,8 +78,9 @@ def view(inputs: dict[str, Any], views: list[View], rows: tuple[str, ...] = ()) 
 
 
 INTERPRETED = (
-    "qkv-dropout", "lora", "aurora-vit", "tucker", "cp", "large", "gram-tokens", "middleX",
-    "topk-sorted", "pooled", "indices", "small-mask-odd", "llama-dropout",
+    "qkv-dropout", "lora", "lora-own", "aurora-vit", "tucker", "cp", "large", "gram-tokens",
+    "middleX", "topk-sorted", "pooled", "indices", "small-mask-odd",
+    "llama-dropout",
 )  # fmt: skip
 
 

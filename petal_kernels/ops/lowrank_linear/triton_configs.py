@@ -49,6 +49,12 @@ _EXPAND_80 = {
     "large": tile(8, 2, BLOCK_M=64, BLOCK_O=128),
     "fp32": tile(4, 2, BLOCK_M=32, BLOCK_O=64),
 }
+_EXPAND_90 = {**_EXPAND_80, "large": tile(8, 2, BLOCK_M=128, BLOCK_O=128)}
+_THROUGH_MANY = {
+    "small_many": tile(4, 2, BLOCK_M=32, BLOCK_O=64),
+    "large_many": tile(8, 2, BLOCK_M=64, BLOCK_O=128),
+    "fp32_many": tile(4, 2, BLOCK_M=32, BLOCK_O=64),
+}
 _DH_80 = {
     "small": tile(4, 4, BLOCK_M=16, BLOCK_O=64),
     "large": tile(4, 4, BLOCK_M=64, BLOCK_O=64),
@@ -102,10 +108,14 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
         "large_many_wide": tile(8, 2, BLOCK_M=32, BLOCK_K=32),
     },
     ("shrink", 90): {**_SHRINK_80, **_SHRINK_MANY},
-    ("shrink", 100): {**_SHRINK_80, **_SHRINK_MANY},
+    ("shrink", 100): {
+        **_SHRINK_80,
+        **_SHRINK_MANY,
+        "fp32_many_wide": tile(8, 2, BLOCK_M=16, BLOCK_K=16),
+    },
     ("expand", 80): _EXPAND_80,
-    ("expand", 90): {**_EXPAND_80, "large": tile(8, 2, BLOCK_M=128, BLOCK_O=128)},
-    ("expand", 100): {**_EXPAND_80, "large": tile(8, 2, BLOCK_M=128, BLOCK_O=128)},
+    ("expand", 90): _EXPAND_90,
+    ("expand", 100): _EXPAND_90,
     ("dh", 80): {**_DH_80, "large": tile(8, 3, BLOCK_M=64, BLOCK_O=64)},
     ("dh", 90): _DH_80,
     ("dh", 100): {
@@ -114,9 +124,13 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
         "small_wide": tile(8, 3, BLOCK_M=16, BLOCK_O=32),
         "fp32": tile(8, 2, BLOCK_M=32, BLOCK_O=16),
     },
-    ("through", 80): _EXPAND_80,
-    ("through", 90): _EXPAND_80,
-    ("through", 100): _EXPAND_80,
+    ("through", 80): {
+        **_EXPAND_80,
+        **_THROUGH_MANY,
+        "large_many": tile(8, 2, BLOCK_M=64, BLOCK_O=64),
+    },
+    ("through", 90): {**_EXPAND_90, **_THROUGH_MANY},
+    ("through", 100): {**_EXPAND_90, **_THROUGH_MANY},
     ("tn", 80): _TN_80,
     ("tn", 90): _TN_80,
     ("tn", 100): _TN_80,
@@ -128,7 +142,11 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
         "fp32_many_wide": tile(4, 2, BLOCK_M=16, BLOCK_O=32),
     },
     ("tn_x", 90): {**_TN_80, **_TN_MANY},
-    ("tn_x", 100): {**_TN_80, **_TN_MANY},
+    ("tn_x", 100): {
+        **_TN_80,
+        **_TN_MANY,
+        "fp32_many_wide": tile(4, 2, BLOCK_M=16, BLOCK_O=32),
+    },
     ("gemm_ext", 80): _GEMM_80,
     ("gemm_ext", 90): {
         **_GEMM_80,
@@ -238,6 +256,7 @@ _RANKS = {
     "_many": ((16, 3), (16, 4), (32, 2)),
     "_many_wide": ((32, 4), (64, 3), (64, 4)),
 }
+_LOOPED = ((16, 3), (64, 3))  # where slices of R are looped over, and the down-projections too
 
 
 def _signature(kernel: str, element: str, parameter: str) -> dict[str, str]:
@@ -261,7 +280,9 @@ def shipped_configs() -> Iterator[Shipped]:
     for (kernel, arch), sizes in TABLE.items():
         for size, row in sizes.items():
             element = "fp32" if size.startswith("fp32") else "bf16"
-            for rank in _RANKS[size.removeprefix(size.partition("_")[0])]:
+            suffix = size.removeprefix(size.partition("_")[0])
+            looped = kernel == "through" and suffix == "_many"
+            for rank in _LOOPED if looped else _RANKS[suffix]:
                 for form in _FORMS[kernel]:
                     for parameter in _parameters(kernel, element, form):
                         yield _shipped(kernel, arch, size, row, element, parameter, rank, form)
@@ -297,6 +318,8 @@ def _shipped(
     constexprs: dict[str, Any] = {**dict(row.blocks), **form, "BLOCK_R": rank}
     if kernel in _UNROLLED:
         constexprs["DOWNS"] = each
+    if kernel == "through" and each == 1:
+        constexprs["K"] = 1  # the compiler makes it one, and there is no loop
     if kernel != "reduce":
         constexprs["PRECISION"] = "ieee"
     if kernel in ("shrink", "dh"):

@@ -1,58 +1,70 @@
 """``lowrank_linear`` in Triton: plans "update" and "extend", forward and backward, deterministic.
 
-Maths. mask is 0 or keep_scale of ``_runtime/philox.py``: mask_k from stream k, mask_x (only for
-dropout_at="input") from stream 0. h_k is h, or h core_k ("mode", by the library).
+Maths. mask is 0 or keep_scale of ``_runtime/philox.py``: mask_k from stream k, on h_k or, for
+dropout_at="input", on x, where a down-projection U that all outputs share has stream 0. h_k is
+h core_k ("mode", by the library), all of h, or the R_k columns of U_k, every output's own.
 
-    shrink    h = mask_x(x) U^T                                       [N, R]
-    expand    y_k = base_k + scale * mask_k(h_k) P_k^T                [N, O_k]
-    gemm_ext  y_k = x W_k^T + b_k + scale * mask_k(h_k) P_k^T         plan extend
+    shrink    h_k = mask_k(x) U_k^T, side by side                     [N, R], R = sum R_k
+    expand    y_k = base_k + scale_k * mask_k(h_k) P_k^T              [N, O_k]
+    gemm_ext  y_k = x W_k^T + b_k + scale_k * mask_k(h_k) P_k^T       plan extend
               plan update: the library's GEMM, then expand in place
-    dh        g_k = scale * mask_k(dy_k P_k), dh = sum_k g_k          [N, R]
+    dh        g_k = scale_k * mask_k(dy_k P_k); U shared: dh = sum_k g_k, else side by side [N, R]
               "mode": g [N, K R], then dh = sum_k g_k core_k^T by the library
-    tn        dP_k = scale * dy_k^T mask_k(h_k)                       [O_k, R]
-              dU = dh^T mask_x(x), dcore_k = h^T g_k                  [R, D], [R, R]
-    dx        dx = sum_k dy_k W_k + mask_x(dh U)                      [N, D], in one pass
-              or the library's GEMMs, then expand in place
+    tn        dP_k = scale_k * dy_k^T mask_k(h_k)                     [O_k, R_k]
+              dcore_k = h^T g_k, and dU = dh^T x, shared, no mask     [R, R], [R, D]
+    tn_x      dU_k = dh_k^T mask_k(x), masked or every output's own   [R_k, D]
+    dx        dx = sum_k dy_k W_k + mask_0(dh U)                      [N, D], in one pass
+              or the library's GEMMs, then
+    through   dx += sum_k mask_k(dh_k U_k), in place
 
-Shapes. N rows; x, base_k, dy_k: any row stride, unit column stride. U [R, D], P_k [O_k, R], core
-[K, R, R]: the activations' dtype or float32, rounded once to it as they are loaded (P_k beforehand
-for extend and for the g_k of "mode"); P_k contiguous either way round. W_k [O_k, D]: unit stride in
-either dim for the kernels, any for the library. K <= 4 outputs of any widths, R <= 256, nothing
-need be a multiple of anything; addresses are int64.
+Shapes. N rows; x, base_k, dy_k: any row stride, unit column stride. U_k [R_k, D], P_k [O_k, R_k],
+core [K, R, R]: the activations' dtype or float32, rounded once to it as they are loaded (P_k
+beforehand for extend and for g_k side by side); P_k contiguous either way round. W_k [O_k, D]: unit
+stride in either dim for the kernels, any for the library. K <= 4 outputs of any widths, each
+R_k <= 256, nothing need be a multiple of anything; addresses are int64.
 
-Grid. shrink, dh: one program per BLOCK_M rows (dh in "mode": times K). expand, gemm_ext: row tiles
-x column tiles, times K: k is a grid axis and its pointers are chosen by scalar selects, nothing is
-unrolled over k. dx: row tiles x column tiles, a loop over k inside. tn: column tiles of all P_k and
-U stacked, times splits of the rows; reduce: tiles of the stacked result. Up to 2048 rows, shrink
-and dh compute the transposed product, so that 16-row tiles still fill the tensor core.
+Grid. shrink, dh: one program per BLOCK_M rows (dh side by side: times K). expand, gemm_ext: row
+tiles x column tiles, times K. through: row tiles x column tiles, a loop over k inside, as in dx.
+tn: column tiles of all P_k and U stacked, times splits of the rows; tn_x: column tiles of x, times
+splits; reduce: tiles of the stacked result. k is a grid axis or a loop and what is of k is chosen
+by scalar selects; only shrink and tn_x are unrolled over k: they hold one sum for each
+down-projection, so that a tile of x is loaded once for all, then masked anew for each. They hold
+256 columns at most, each R_k as the largest, padded to a power of two (16 at least): what is beyond
+is another launch. Up to 2048 rows, shrink and dh compute the transposed product, so that 16-row
+tiles still fill the tensor core.
 
-Traffic (e bytes per element, O = sum O_k, S splits; L2 serves the re-reads of what has R in a dim):
+Traffic (e bytes per element, O = sum O_k, S splits; R stands for sum R_k where each output has its
+own, and O R for sum O_k R_k; L2 serves the re-reads of what has R in a dim):
 
-    shrink    (N D + R D + N R) e
+    shrink    (N D + R D + N R) e                        x once for 256 columns of h
     expand    (N O [base] + N O + N R + O R) e           eager: 5 N O + 3 K N R and masks
     gemm_ext  (N D + D O + N O + N R + O R) e            eager: 2 K N D + 4 N O more
     dh        (N O + O R + N R) e
     tn        (N O + N D + 2 N R) e + 4 S R (O + D)
+              without U (N O + N R) e + 4 S R O
+    tn_x      (N D + N R) e + 4 S R D                    x once for 256 columns of dh
     reduce    4 S R (O + D) + R (O + D) e                the partials once more, and the gradients
     dx        (N O + D O + N D + N R + R D) e            eager: K GEMMs and K sums of N D
+    through   (N D [base] + N D + N R + R D) e           eager: K masks, products and sums of N D
 
 Saved for backward: x and h, nothing else of N rows. Masks are drawn again wherever they act.
 
 Numerics. Every product accumulates in fp32. Roundings to the activations' dtype: h, h core_k, g_k
-("mode"), dh, and each output once; scale and keep_scale multiply the fp32 accumulator, so a masked
-operand is not rounded a second time. Plan update rounds the base once more, where the library
-writes it; extend and dx do not. Partials are fp32 and summed in the order of the splits: the same
-bits every time. fp32 products are IEEE unless ``torch.backends.cuda.matmul.fp32_precision`` is
-tf32. NaN and Inf propagate; a dropped NaN is dropped.
+("mode"), dh, and each output once; scale_k and keep_scale multiply the fp32 accumulator, so a
+masked operand is not rounded a second time. Plan update rounds the base once more, where the
+library writes it, and so does dx where the masks differ; extend and dx in one pass do not. Partials
+are fp32 and summed in the order of the splits: the same bits every time. fp32 products are IEEE
+unless ``torch.backends.cuda.matmul.fp32_precision`` is tf32. NaN and Inf propagate; a dropped NaN
+is dropped.
 
-Limits (``unsupported``): fp32, fp16, bf16; at most 4 outputs; R <= 256; plans update and extend;
-extend needs weights with a unit stride, all in the same dim; a CUDA device of compute capability
-8.0, or TRITON_INTERPRET=1 with CPU tensors, which excludes bf16 (the interpreter multiplies its bit
-patterns).
+Limits (``unsupported``): fp32, fp16, bf16; at most 4 outputs; every R_k <= 256; plans update and
+extend; extend needs weights with a unit stride, all in the same dim; a CUDA device of compute
+capability 8.0, or TRITON_INTERPRET=1 with CPU tensors, which excludes bf16 (the interpreter
+multiplies its bit patterns).
 
 Source: mode approximation of PETAL (arXiv 2312.12458) and Aurora (arXiv 2305.08381); LoRA (arXiv
 2106.09685). Kernels: ``triton_kernels*.py``, ``triton_gemm_ext.py``; launch tables:
-``triton_configs.py``; launches: ``triton_launch.py``.
+``triton_configs.py``; launches: ``triton_launch*.py``.
 """
 
 from __future__ import annotations

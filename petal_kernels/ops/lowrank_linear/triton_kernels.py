@@ -242,7 +242,7 @@ def _lowrank_linear_expand_kernel(  # type: ignore[no-untyped-def]
     mask_m = (offs_m < N)[:, None]
     mask = mask_m & (offs_o < O)[None, :]
     R = pick(k, rank0, rank1, rank2, rank3)
-    h_rows = h_ptr + pick(k, start0, start1, start2, start3) + offs_m[:, None] * stride_hm
+    h_rows = h_ptr + offs_m[:, None] * stride_hm + pick(k, start0, start1, start2, start3)
     if DROPOUT:
         seed = tl.load(rng_ptr)
         stream = tl.load(rng_ptr + 1)
@@ -261,5 +261,4 @@ def _lowrank_linear_expand_kernel(  # type: ignore[no-untyped-def]
         stride_base = pick(k, stride_base0, stride_base1, stride_base2, stride_base3)
         base_offs = offs_m[:, None] * stride_base + offs_o[None, :]
         y += tl.load(base_ptr + base_offs, mask=mask, other=0.0).to(tl.float32)  # [M, O]
-    y_offs = offs_m[:, None] * O + offs_o[None, :]
-    tl.store(y_ptr + y_offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    store_tile(y_ptr, O, offs_m, offs_o, offs_m < N, O, y)

@@ -71,14 +71,15 @@ def _lowrank_linear_bwd_dh_kernel(  # type: ignore[no-untyped-def]
     mask_m = (offs_m < N)[:, None]
     first = tl.program_id(1)
     last = K
+    R = rank0  # what is summed has one rank
     if SEPARATE:
         last = first + 1
+        R = pick(first, rank0, rank1, rank2, rank3)
     if DROPOUT:
         seed = tl.load(rng_ptr)
         stream = tl.load(rng_ptr + 1)
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(first, last):
-        R = pick(k, rank0, rank1, rank2, rank3)
         O = pick(k, out0, out1, out2, out3)  # noqa: E741
         dy_ptr = pick(k, dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr)
         p_ptr = pick(k, p0_ptr, p1_ptr, p2_ptr, p3_ptr)
@@ -103,8 +104,8 @@ def _lowrank_linear_bwd_dh_kernel(  # type: ignore[no-untyped-def]
         if DROPOUT:
             acc = tl.where(dropout_keep(seed, stream + k, offs_m, 0, BLOCK_R, threshold), acc, 0.0)
         total += acc * pick(k, alpha0, alpha1, alpha2, alpha3)
-    g_ptr += pick(first, start0, start1, start2, start3)
-    R = pick(first, rank0, rank1, rank2, rank3)
+    if SEPARATE:
+        g_ptr += pick(first, start0, start1, start2, start3)
     store_tile(g_ptr, stride_gm, offs_m, offs_r, offs_m < N, R, total)
 
 

@@ -270,11 +270,12 @@ def through(
     dx = torch.empty_like(like, memory_format=torch.contiguous_format) if base is None else base
     parts = Parts.downs(downs, drop)
     ups = matrices([d.t() for d in downs], dh.dtype)
-    config = choose("through", lib.machine(dh), rows, dh.element_size(), parts.widest)
+    where, count = lib.machine(dh), len(downs)
+    config = choose("through", where, rows, dh.element_size(), parts.widest, count)
     tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(width, config["BLOCK_O"])
     tb._lowrank_linear_bwd_through_kernel[(tiles,)](
         dx, dx, *ups.pointers, dh, drop.rng if drop.on_input else None,
-        rows, width, len(downs), *parts.starts, *parts.ranks, dx.stride(0), *ups.strides,
+        rows, width, count, *parts.starts, *parts.ranks, dx.stride(0), *ups.strides,
         dh.stride(0), drop.scale, drop.threshold,
         HAS_BASE=base is not None, P_TRANSPOSED=ups.transposed, DROPOUT=drop.on_input,
         PRECISION=lib.precision(), **config,

@@ -125,6 +125,8 @@ def test_infinities_and_nan_are_torchs(name: str) -> None:
     got, want = native_impl.backward(call, dp, None), torch_impl.backward(call, dp, None)
     pairs = [(native_impl.forward(call), torch_impl.forward(call))]
     for a, b in (*pairs, (got.g, want.g), (got.u, want.u)):
+        assert a is not None
+        assert b is not None
         finite = b.isfinite()
         torch.testing.assert_close(a[finite], b[finite], rtol=1e-5, atol=1e-35)
         assert not a.isfinite()[b.isnan()].any()
