@@ -16,7 +16,7 @@ from tests.ops import triton_audit
 from tests.ops.interpreted import clean, draw, expect
 from tests.ops.lowrank_linear import test_triton as one  # skips this without the interpreter too
 
-lowrank = one.lowrank
+lowrank: Any = vars(one)["lowrank"]
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -98,7 +98,7 @@ def test_over_weights(plan: str) -> None:
     """The base's GEMMs in front, or in the same kernel."""
     weights = [draw(o, D) for o in OUTS[:2]]
     one.check_all(problem(2, weights=weights, biases=[draw(OUTS[0]), None]), plan)
-    more = {"weights": weights, "biases": [None, None], "dropout_at": "bottleneck"}
+    more: dict[str, Any] = {"weights": weights, "biases": [None, None], "dropout_at": "bottleneck"}
     one.check_all(problem(2, **more), plan)
 
 
@@ -137,7 +137,7 @@ def test_scales_of_a_shared_down_projection() -> None:
     """Every output's own scale, where h is shared, behind a core, and given."""
     r = one.R
     ups = [draw(o, r) for o in OUTS[:2]]
-    shared = {"down": draw(r, D), "ups": ups, "scale": [0.5, -1.5]}
+    shared: dict[str, Any] = {"down": draw(r, D), "ups": ups, "scale": [0.5, -1.5]}
     one.check_all(one.problem(**shared))
     one.check_all(one.problem(**shared, core=draw(2, r, r), dropout_at="mode"))
     one.check_all(one.problem(**{**shared, "x": None, "down": None}, hidden=draw(N, r)))
