@@ -24,7 +24,7 @@ MUTANTS = [
     # an index
     (_LINEAR, "torch.addmm(t.base[k], m", "torch.addmm(t.base[0], m"),
     # a sign
-    (_LINEAR, "dh = dh.add_(gk)", "dh = dh.sub_(gk)"),
+    (_LINEAR, "total = total.add_(gk)", "total = total.sub_(gk)"),
     # a scale lost
     (_CONTRACT, "dup = scale * (flat.t()", "dup = (flat.t()"),
     (
@@ -35,13 +35,13 @@ MUTANTS = [
     # a mask from another stream, or of another definition
     (
         _LINEAR,
-        "return list(philox.scaled_masks(rng, s",
-        "return list(philox.scaled_masks(rng + 1, s",
+        "masks = philox.scaled_masks(rng, s",
+        "masks = philox.scaled_masks(rng + 1, s",
     ),
     (_PHILOX, "_WEYL_1 = 0xBB67AE85", "_WEYL_1 = 0xBB67AE84"),
     (_PHILOX, "return LEVELS / (LEVELS - threshold(p))", "return 1 / (1 - p / 1.001)"),
     # gradients in one buffer
-    (_LINEAR_FUNCTION, "own(dy, ctx, k - outputs) if want", "dy if want"),
+    (_LINEAR_FUNCTION, "own(dy, ctx, k - counts.ups) if want", "dy if want"),
     # a NaN hidden
     (_GATED, "    return u, Saved(None if t", "    return u.nan_to_num(), Saved(None if t"),
     (

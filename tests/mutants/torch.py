@@ -33,14 +33,14 @@ _CONTRACT = "petal_kernels/ops/mode_contract/torch_impl.py"
 MUTANTS = [
     (
         _LINEAR,
-        "dups = [\n            (dy.t() @ m).mul_(s.scale)",
-        "dups = [\n            (dy.t() @ m).mul_(1.0)",
+        "(dy.t() @ m).mul_(scale).to(up.dtype)",
+        "(dy.t() @ m).mul_(1.0).to(up.dtype)",
     ),
-    (_LINEAR, "g = [(dy @ up.to(dtype)).mul_(s.scale)", "g = [(dy @ up.to(dtype))"),
+    (_LINEAR, "(dy @ up.to(dtype)).mul_(scale) for", "(dy @ up.to(dtype)) for"),
     (_LINEAR, "g = [gk.mul_(mask)", "g = [gk"),
     (_LINEAR, "g = [gk @ c.to(dtype).t()", "g = [gk @ c.to(dtype)"),
-    (_LINEAR, "dh = dh.add_(gk)", "dh = gk"),
-    (_LINEAR, "ddown = (dh.t() @ _drop_input(t.x, rng, s))", "ddown = (dh.t() @ t.x)"),
+    (_LINEAR, "total = total.add_(gk)", "total = gk"),
+    (_LINEAR, "zip(g, _inputs(call, t.x, rng), t.downs", "zip(g, [t.x] * len(t.downs), t.downs"),
     (_LINEAR, "dx = dy @ w if dx is None else dx.addmm_(dy, w)", "dx = dy @ w"),
     (
         _LINEAR,
@@ -65,8 +65,8 @@ MUTANTS = [
     ),
     (
         "petal_kernels/ops/lowrank_linear/function.py",
-        "own(dy, ctx, k - outputs) if want",
-        "own(dys[0], ctx, k - outputs) if want",
+        "own(dy, ctx, k - counts.ups) if want",
+        "own(dys[0], ctx, k - counts.ups) if want",
     ),
     (_GATED, "* (1 - m.gate)).to(dtype))", "* m.gate).to(dtype))"),
     (_GATED, "        dz = (d * t.left).view_as(z)\n", "        dz = d.reshape_as(z)\n"),
