@@ -23,7 +23,7 @@ Results modes(const ModeKernels& kernel, bool diagonal, bool has_up) {
   Floats dmodes = partial(kModes, kRank), dup = partial(kRank, kUp);
   ModeArgs a = {};
   a.K = kModes, a.R = kRank, a.O = width, a.diagonal = diagonal, a.scale = 0.5f;
-  a.in = a.out_type = CpuType::kFloat32, a.core = core.data();
+  a.in = a.out_type = DType::kFloat32, a.core = core.data();
   a.modes_t = Packed(ops, p, 1, kRank, kRank, kModes).data;
   a.modes = Packed(ops, p, kRank, 1, kModes, kRank).data;
   if (has_up) {
