@@ -1,6 +1,8 @@
 """Faults in the C++ CPU kernels."""
 
 LOWRANK = "csrc/lowrank_linear/cpu/kernel.cpp"
+LOWRANK_BACKWARD = "csrc/lowrank_linear/cpu/backward.h"
+LOWRANK_PARTS = "csrc/lowrank_linear/cpu/parts.h"
 HOST = "csrc/lowrank_linear/cpu/call.cpp"
 MODES = "csrc/mode_contract/cpu/kernel.cpp"
 GATED = "csrc/gated_bottleneck/cpu/kernel.cpp"
@@ -59,38 +61,59 @@ MUTANTS = [
     (GEMM, "    add(t, done, kNR);\n    lay_down();", "    lay_down();"),
     # A weight gradient that forgets the blocks before the last one of its split.
     (
-        LOWRANK,
-        "{dup + c * a.R, kNR, a.R * kNR}, !first_block",
-        "{dup + c * a.R, kNR, a.R * kNR}, false",
+        LOWRANK_BACKWARD,
+        "{dup + c * o.R, kNR, o.R * kNR}, !at.first",
+        "{dup + c * o.R, kNR, o.R * kNR}, false",
     ),
     # dh without the first output.
-    (LOWRANK, "store(b.dh + i, k > 0 ? load(b.dh + i) + g : g)", "store(b.dh + i, g)"),
+    (LOWRANK_BACKWARD, "store(dh, k > 0 ? load(dh) + g : g)", "store(dh, g)"),
     # Backward draws every output's mask from stream 0.
     (
-        LOWRANK,
-        "mask_rows(b.g, b.g, width, rows, a.scale, d, static_cast<uint32_t>(k), row0)",
-        "mask_rows(b.g, b.g, width, rows, a.scale, d, 0u, row0)",
+        LOWRANK_BACKWARD,
+        "o.scale, middle_dropout(a), static_cast<uint32_t>(k), s.row0)",
+        "o.scale, middle_dropout(a), 0u, s.row0)",
     ),
     # g accumulates over the chunks of the outputs before.
     (
-        LOWRANK,
+        LOWRANK_BACKWARD,
         "gemm({b.g, width, kNR}, c > 0, chunk",
         "gemm({b.g, width, kNR}, k > 0 || c > 0, chunk",
     ),
     # dU from the undropped input.
+    (LOWRANK_BACKWARD, "a.block, mask_of(a, b, k, c));", "a.block);"),
+    # The masks of x begin anew with every chunk of its columns: in backward, in forward.
+    (LOWRANK_BACKWARD, "b.bits + k * a.block * ld + col / 8", "b.bits + k * a.block * ld"),
+    (LOWRANK, "s.row0 + i, rows, c / 8,", "s.row0 + i, rows, 0,"),
+    # One mask of x for every down-projection: in backward, in forward.
+    (LOWRANK_BACKWARD, "b.bits + k * a.block * ld", "b.bits"),
     (
         LOWRANK,
-        "mask_panels(b.chunk, a.block, rows, padded(n), a.dropout, 0, row0, c)",
-        "(void)padded(n)",
+        "draw_bits(bits, kBytes, a.dropout, static_cast<uint32_t>(k)",
+        "draw_bits(bits, kBytes, a.dropout, 0u",
     ),
+    # Every output reads the first one's part of h; dx takes dh_0 for all of them.
+    (LOWRANK_PARTS, "{m, width, h + o.at, h_width(a), cols}", "{m, width, h, h_width(a), cols}"),
+    (LOWRANK_BACKWARD, "row_major(b.dh + first, h_width(a))", "row_major(b.dh, h_width(a))"),
+    # All outputs have the first one's scale.
+    (HOST, "static_cast<float>(numbers.scales[k])", "static_cast<float>(numbers.scales[0])"),
+    (LOWRANK_PARTS, " && a.outs[k].scale == a.outs[k - 1].scale", ""),
     # The core's gradient with the core's transpose.
-    (LOWRANK, "rows, a.R, o.core_t, a.R * kNR", "rows, a.R, o.core, a.R * kNR"),
+    (
+        LOWRANK_BACKWARD,
+        "s.rows, o.R, o.core_t, o.R * kNR",
+        "s.rows, o.R, o.core, o.R * kNR",
+    ),
     # The bias is added to whole panels only.
     (BLOCK, "store(rest[r], v0 + bias0)", "store(rest[r], v0)"),
-    # Masks that start anew with every block of rows.
-    (DROPOUT, "draw_bits(bits, d, stream, row0 + i, 1, g)", "draw_bits(bits, d, stream, i, 1, g)"),
+    # Masks that start anew with every block of rows, or with every 64 of them.
+    (
+        DROPOUT,
+        "draw_bits(bits, kBytes, d, stream, row0 + i0, n",
+        "draw_bits(bits, kBytes, d, stream, i0, n",
+    ),
+    (DROPOUT, "rows -= n, row0 += n, bits", "rows -= n, bits"),
     # Six rounds are not seven.
-    (DROPOUT, "round < 7", "round < 6"),
+    (DROPOUT, "round < 6", "round < 5"),
     # The rows below the last full tile are left out.
     (GEMM, "if (i < rows) body(Height<1>(), i);", ""),
     # The transposed operand's packing loses its last columns' depth.
@@ -99,6 +122,10 @@ MUTANTS = [
         "for (; k < K; ++k) {\n    for (int64_t c = 0; c < n; ++c) dst",
         "for (; k + 1 < K; ++k) {\n    for (int64_t c = 0; c < n; ++c) dst",
     ),
+    # A gradient that shares its partials with another is that one.
+    ("csrc/common/cpu/pack.h", "          from += m.rows * panel_;\n", ""),
+    # A panel's second half is taken for padding where it is not.
+    (GEMM, "if (cols - j * kNR > kVL) {", "if (cols - j * kNR > kVL + 4) {"),
     # Only the first split reaches the gradient.
     (BLOCK, "for (int64_t s = 1; s < splits; ++s)", "for (int64_t s = 1; s < splits - 1; ++s)"),
     # A split that ends one row early.
@@ -118,7 +145,7 @@ MUTANTS = [
     # Its column sums forget them.
     (GATED_PARTS, "if (!at.first) total = ", "if (false) total = "),
     # The mask of every block is that of the first rows.
-    (GATED_PARTS, "a.dropout, 0, s.row0 + i, 1, col", "a.dropout, 0, i, 1, col"),
+    (GATED_PARTS, "a.dropout, 0, s.row0, s.rows", "a.dropout, 0, 0, s.rows"),
     # The variance counts the padding of the last panel.
     (GATED, "for (int64_t c = most(a.O - col, 0); c < kVL; ++c) d[c] = 0.0f;", ""),
     # The logit that reads Y reads H alone.

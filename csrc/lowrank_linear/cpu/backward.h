@@ -161,6 +161,7 @@ void write_dx(const LowrankArgs& a, const BackwardBlock& b, Span s) {
     for_row_tiles(s.rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
       constexpr int M = decltype(height)::value;
       for (int64_t j = j0; j < least(cols, j0 + step); ++j) {
+        if (a.dx_has_base) prefetch_rows(dx + i * a.D + (j + 3) * kNR, a.D, M);
         Tile<M> t;
         b.dx ? read(t, base, i, j) : clear(t);
         if (kMasked) {

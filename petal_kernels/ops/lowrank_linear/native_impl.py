@@ -3,14 +3,15 @@
 Blocks of rows stay in cache while everything is done to them: the shrink, the masks, the update
 and, in plan ``extend``, the base product in the same accumulators, so that y is written once. The
 products are register-tiled for skinny matrices; 16-bit blocks and weights are widened to fp32 once,
-and results are rounded once.
+and results are rounded once. Down-projections of every output's own are one product where x has no
+mask; where each has its mask, a piece of x in the nearest cache is masked for one after the other.
 
     update  base by the library, or given; then one read-modify-write pass for the update
     extend  the sum over D runs on over R: no second pass, and no 16-bit library GEMM
 
-Shapes: x [N, D], down [R, D], ups [O_k, R], weights [O_k, D] of any strides, base and dy [N, O_k]
-with unit stride in the last dim and any row stride. One task owns a block of at most 192 rows (a
-split of rows, in backward) for all outputs.
+Shapes: x [N, D], downs [R, D] or K of [R_k, D], ups [O_k, R_k], weights [O_k, D] of any strides,
+base and dy [N, O_k] with unit stride in the last dim and any row stride. One task owns a block of
+at most 192 rows (a split of rows, in backward) for all outputs.
 
 Traffic: forward reads x (and base) once and writes h and every y once; in backward dy, x and h are
 read once, dx is written once. The eager chain moves 5.5 N*O per output forward, 7.8 backward.

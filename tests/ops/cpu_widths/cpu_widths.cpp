@@ -20,59 +20,65 @@ constexpr int64_t kWidth = 75, kOuts = 2;
 constexpr int64_t kWidths[kOuts] = {70, 33};
 const CpuDropout kDropout = {123456789012345ull, 7u, 20000u, 65536.0f / (65536 - 20000)};
 
-// Every result of a forward and a backward.
-Results lowrank(const LowrankKernels& kernel, Site site) {
+// Every result of a forward and a backward; `own`: every output has a down-projection of its own.
+Results lowrank(const LowrankKernels& kernel, Site site, bool own) {
   const CpuOperands& ops = kernel.operands;
-  const Floats x = numbers(kRows * kWidth, 1), u = numbers(kRank * kWidth, 2);
-  Floats h(kRows * kRank), dx(kRows * kWidth);
+  const int64_t ranks[kOuts] = {kRank, own ? 9 : kRank}, middle = own ? kRank + 9 : kRank;
+  const Floats x = numbers(kRows * kWidth, 1), u = numbers(middle * kWidth, 2);
+  Floats h(kRows * middle), dx(kRows * kWidth), dh(kRows * middle);
   std::vector<Floats> up, weight, core, y, dy, dup, dcore;
   LowrankOutput outs[kOuts] = {};
   LowrankArgs a = {};
-  a.N = kRows, a.D = kWidth, a.R = kRank, a.K = kOuts, a.block = 4 * ops.tile_rows;
-  a.x = x.data(), a.x_row = kWidth, a.outs = outs, a.scale = 0.5f, a.site = site;
+  a.N = kRows, a.D = kWidth, a.K = kOuts, a.middle = middle, a.own = own;
+  a.block = 4 * ops.tile_rows;
+  a.x = x.data(), a.x_row = kWidth, a.outs = outs, a.site = site;
   a.dropout = kDropout;
   a.h = h.data();
-  a.down = Packed(ops, u, 1, kWidth, kWidth, kRank).data;
+  a.down = Packed(ops, u, 1, kWidth, kWidth, middle).data;
   for (int64_t k = 0; k < kOuts; ++k) {
-    const int64_t o = kWidths[k];
-    up.push_back(numbers(o * kRank, 10 + k));
+    const int64_t o = kWidths[k], rank = ranks[k];
+    up.push_back(numbers(o * rank, 10 + k));
     weight.push_back(numbers(o * kWidth, 20 + k));
-    core.push_back(numbers(kRank * kRank, 30 + k));
+    core.push_back(numbers(rank * rank, 30 + k));
     dy.push_back(numbers(kRows * o, 40 + k));
     y.emplace_back(kRows * o);
-    dup.emplace_back((o + ops.panel) * kRank * 2);
-    dcore.emplace_back((kRank + ops.panel) * kRank * 2);
-    outs[k].width = o;
-    outs[k].up = Packed(ops, up[k], 1, kRank, kRank, o).data;
+    dup.emplace_back((o + ops.panel) * rank * 2);
+    dcore.emplace_back((rank + ops.panel) * rank * 2);
+    outs[k].width = o, outs[k].R = rank, outs[k].scale = 0.5f - k;
+    if (own && k) outs[k].at = kRank;
+    if (site == Site::kInput) {
+      const Floats part(u.begin() + outs[k].at * kWidth, u.end());
+      outs[k].down = Packed(ops, part, 1, kWidth, kWidth, rank).data;
+    }
+    outs[k].up = Packed(ops, up[k], 1, rank, rank, o).data;
     outs[k].weight = Packed(ops, weight[k], 1, kWidth, kWidth, o).data;
-    outs[k].core = Packed(ops, core[k], kRank, 1, kRank, kRank).data;
+    outs[k].core = Packed(ops, core[k], rank, 1, rank, rank).data;
     outs[k].y = y[k].data();
   }
-  float* scratch = aligned(1 << 20);
+  float* scratch = aligned(kernel.forward_scratch(a, DType::kFloat32));
   for (int64_t row = 0; row < kRows; row += a.block) {
     kernel.forward(a, DType::kFloat32, row, std::min(a.block, kRows - row), scratch);
   }
-  Floats ddown((kWidth + ops.panel) * kRank * 2);
-  a.hidden = h.data(), a.hidden_row = kRank, a.h = nullptr;
-  a.down = Packed(ops, u, kWidth, 1, kRank, kWidth).data;
-  a.dx = dx.data(), a.ddown = ddown.data(), a.need_dh = true;
+  Floats ddown((kWidth + ops.panel) * middle * 2);
+  a.hidden = h.data(), a.hidden_row = middle, a.h = nullptr;
+  a.down = Packed(ops, u, kWidth, 1, middle, kWidth).data;
+  a.dx = dx.data(), a.dh = dh.data(), a.ddown = ddown.data(), a.need_dh = true;
   for (int64_t k = 0; k < kOuts; ++k) {
+    const int64_t rank = ranks[k];
     outs[k].dy = dy[k].data(), outs[k].dy_row = kWidths[k];
-    outs[k].up = Packed(ops, up[k], kRank, 1, kWidths[k], kRank).data;
+    outs[k].up = Packed(ops, up[k], rank, 1, kWidths[k], rank).data;
     outs[k].weight = Packed(ops, weight[k], kWidth, 1, kWidths[k], kWidth).data;
-    outs[k].core_t = Packed(ops, core[k], 1, kRank, kRank, kRank).data;
+    outs[k].core_t = Packed(ops, core[k], 1, rank, rank, rank).data;
     outs[k].dup = dup[k].data();
     if (site == Site::kMode) outs[k].dcore = dcore[k].data();
   }
+  scratch = aligned(kernel.backward_scratch(a, DType::kFloat32));
   kernel.backward(a, DType::kFloat32, 0, 0, kRows, scratch);
-  const auto sum = [&](const Floats& partials, int64_t cols) {
-    return reduced(ops, partials, 1, kRank, cols);
-  };
-  Results all = {h, dx, sum(ddown, kWidth)};
+  Results all = {h, dx, dh, reduced(ops, ddown, 1, middle, kWidth)};
   for (int64_t k = 0; k < kOuts; ++k) {
     all.push_back(y[k]);
-    all.push_back(sum(dup[k], kWidths[k]));
-    if (site == Site::kMode) all.push_back(sum(dcore[k], kRank));
+    all.push_back(reduced(ops, dup[k], 1, ranks[k], kWidths[k]));
+    if (site == Site::kMode) all.push_back(reduced(ops, dcore[k], 1, ranks[k], ranks[k]));
   }
   return all;
 }
@@ -263,10 +269,13 @@ double apart(const Results& one, const Results& other) {
 
 int main() {
   double worst = 0.0;
-  for (Site site : {Site::kBottleneck, Site::kInput, Site::kMode}) {
-    const Results one = lowrank(generic::lowrank_kernels(), site);
-    for (const LowrankKernels* other : {&avx2::lowrank_kernels(), &avx512::lowrank_kernels()}) {
-      worst = std::fmax(worst, apart(one, lowrank(*other, site)));
+  for (bool own : {false, true}) {
+    for (Site site : {Site::kBottleneck, Site::kInput, Site::kMode}) {
+      if (own && site == Site::kMode) continue;
+      const Results one = lowrank(generic::lowrank_kernels(), site, own);
+      for (const LowrankKernels* other : {&avx2::lowrank_kernels(), &avx512::lowrank_kernels()}) {
+        worst = std::fmax(worst, apart(one, lowrank(*other, site, own)));
+      }
     }
   }
   for (const Example& e : kExamples) {

@@ -38,8 +38,10 @@ struct Packed {
 Floats reduced(const CpuOperands& k, const Floats& partials, int64_t splits, int64_t rows,
                int64_t cols) {
   Floats out(rows * cols);
-  for (int64_t j = 0; j * k.panel < cols; ++j) {
-    k.reduce(out.data(), DType::kFloat32, cols, 1, partials.data(), splits, rows, cols, j);
+  const int64_t panels = (cols + k.panel - 1) / k.panel, panel = rows * k.panel;
+  for (int64_t j = 0; j < panels; ++j) {
+    k.reduce(out.data() + j * k.panel, DType::kFloat32, cols, 1, partials.data() + j * panel,
+             splits, panels * panel, rows, cols - j * k.panel);
   }
   return out;
 }
