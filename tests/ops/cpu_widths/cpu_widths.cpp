@@ -32,8 +32,7 @@ Results lowrank(const LowrankKernels& kernel, Site site, bool own) {
   a.N = kRows, a.D = kWidth, a.K = kOuts, a.middle = middle, a.own = own;
   a.block = 4 * ops.tile_rows;
   a.x = x.data(), a.x_row = kWidth, a.outs = outs, a.site = site;
-  a.dropout = kDropout;
-  a.h = h.data();
+  a.dropout = kDropout, a.h = h.data();
   a.down = Packed(ops, u, 1, kWidth, kWidth, middle).data;
   for (int64_t k = 0; k < kOuts; ++k) {
     const int64_t o = kWidths[k], rank = ranks[k];
