@@ -123,6 +123,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
         "small": tile(4, 3, BLOCK_M=16, BLOCK_O=64),
         "small_wide": tile(8, 3, BLOCK_M=16, BLOCK_O=32),
         "fp32": tile(8, 2, BLOCK_M=32, BLOCK_O=16),
+        "fp32_wide": tile(8, 3, BLOCK_M=32, BLOCK_O=16),
     },
     ("through", 80): {
         **_EXPAND_80,
