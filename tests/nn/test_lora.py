@@ -234,7 +234,9 @@ def _wide() -> nn.Module:
 
 
 @pytest.mark.parametrize("dropout", [0.0, P])
-@pytest.mark.parametrize("kind", [lambda: Doubling(D, O), _hooked, _wide], ids=str)
+@pytest.mark.parametrize(
+    "kind", [lambda: Doubling(D, O), _hooked, _wide], ids=["class", "hook", "dtype"]
+)
 def test_a_special_base_is_called_and_its_output_updated(
     kind: Callable[[], nn.Module], dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
