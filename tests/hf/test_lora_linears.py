@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import types
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import petal_kernels as pk
+from petal_kernels.hf.report import joined_rows
 from tests.hf import tiny, tiny_text
 from tests.hf.lora_places import ALL, LLAMA, ends, places
 
@@ -72,6 +74,19 @@ def test_a_q_former_is_a_projector_and_what_none_means() -> None:
     assert ends(places(tiny_text.build("llava"))) == ["q_proj", "v_proj"]
     with pytest.raises(ValueError, match=r"^target_modules: want names of linears or 'all-linear'"):
         places(nn.Sequential(nn.Linear(3, 3)))
+
+
+def test_a_head_is_the_decoders_and_a_config_is_known_by_itself() -> None:
+    model = tiny_text.build("llava", torch.float32)
+    assert places(model, target_modules=["lm_head"]) == ["lm_head"]
+    text, vision = (types.SimpleNamespace(model_type="both", n=n) for n in (1, 2))
+    toy = nn.ModuleDict({name: nn.Sequential(nn.Linear(2, 2)) for name in ("see", "say", "join")})
+    toy.config = types.SimpleNamespace(text_config=text, vision_config=vision)  # type: ignore[assignment]
+    toy["see"].config, toy["say"].config = vision, text  # type: ignore[assignment]
+    for part, name in zip(ALL, ("say", "join", "see"), strict=True):
+        assert places(toy, target_modules="all-linear", parts=[part]) == [f"{name}.0"]
+    toy["see"].config = types.SimpleNamespace(model_type="another")  # type: ignore[assignment]
+    assert places(toy, target_modules="all-linear", parts=ALL[1:2]) == ["see.0", "join.0"]
 
 
 def test_a_tower_alone_is_all_language() -> None:
@@ -306,6 +321,33 @@ def test_biases_are_trained_as_in_peft(bias: str) -> None:
         for name in wanted:
             base[name].add_(0.3)
     torch.testing.assert_close(got, model(**batch).logits)
+
+
+@pytest.mark.filterwarnings("ignore:attach. named")
+def test_what_is_trained_whole_has_no_other_bias() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Sequential(nn.Linear(3, 3)))
+    config = pk.LoraConfig(r=2, target_modules=["0"], bias="all", modules_to_save=["2"])
+    with pytest.raises(ValueError, match=r"target_modules: want linears, got 2, a Sequential"):
+        pk.attach(model, pk.LoraConfig(target_modules=["2"]))
+    attachment = pk.attach(model, config)
+    names = [name for name, _ in attachment.named_parameters() if name.startswith("mod")]
+    assert names == [f"modules_to_save.{n}" for n in ("2.0.weight", "2.0.bias", "0.bias", "1.bias")]
+    assert [row.module for row in attachment.report().rows] == ["0", "0", "1", "2"]
+
+
+def test_a_report_joins_the_rows_of_layers() -> None:
+    model = tiny_text.build("llama", torch.float32)
+    config = pk.LoraConfig(r=3, target_modules=["q_proj"], rank_pattern={"0.self_attn.q_proj": 2})
+    report = pk.plan(model, config)
+    shapes = [(row.module, row.trainable) for row in joined_rows(report.rows)]
+    assert shapes == [
+        ("model.layers.0.self_attn.q_proj", 128),
+        ("model.layers.1.self_attn.q_proj", 192),
+    ]
+    report = pk.plan(model, pk.LoraConfig(r=3, target_modules=["q_proj"]))
+    (row,) = joined_rows(report.rows)
+    assert (row.module, row.trainable) == ("model.layers.*.self_attn.q_proj x 2", 384)
+    assert "model.layers.*.self_attn.q_proj x 2" in str(report)
 
 
 def test_keys_are_pefts_by_a_rename() -> None:

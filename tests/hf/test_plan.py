@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import petal_kernels as pk
+from petal_kernels.hf.twins import skeleton
 from tests.hf import tiny_text
 from tests.hf.methods import Row, every, first, fresh
 
@@ -46,6 +47,24 @@ def test_a_plan_is_attachs_report_and_changes_nothing(row: Row) -> None:
     assert str(planned) == str(report)
     assert planned == report
     hook.remove()
+
+
+def test_a_skeleton_shares_values_and_no_objects() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model.append(model[0])
+    twin: Any = skeleton(model)
+    assert twin[0] is twin[2]
+    assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+    assert twin[0].weight is not model[0].weight
+    assert twin[0].weight.data_ptr() == model[0].weight.data_ptr()  # type: ignore[operator, union-attr]
+    before = _everything(model)
+    twin.register_forward_hook(lambda *given: None)
+    twin[1].register_buffer("running_mean", None)
+    twin.requires_grad_(False)
+    twin[0] = nn.Identity()
+    assert _everything(model) == before
+    x = torch.randn(3, 2)
+    assert torch.equal(twin[2](x), model[0](x))
 
 
 def test_a_plan_of_a_large_model_allocates_nothing() -> None:

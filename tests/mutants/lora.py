@@ -64,7 +64,11 @@ MUTANTS = [
     (_PEFT, "saved = [*(same", "heads = []\n    saved = [*(same"),
     (_PEFT, '    if kind != "LORA" or', "    if"),
     (_TWINS, "if name in HOOKS or", "if"),
-    (_TWINS, "value is None or not (type(value) is nn.Parameter", "value is None or True or ("),
+    (
+        _TWINS,
+        "value is None or not (type(value) is nn.Parameter",
+        "value is None or True or (False",
+    ),
     (_ATTACH, "    twin = skeleton(model)\n", "    twin = model\n"),
     (_ATTACH, "with FakeTensorMode(allow_non_fake_inputs=True):", "if True:"),
     (_ATTACHMENT, "                setattr(other, name, wrapper)\n", ""),
