@@ -61,7 +61,7 @@ def test_operators_are_wholly_visible(name: str, case: Any) -> None:
     trained = discovery.trainable(op, case)
     inputs = discovery.require_grad(op.workload.make_inputs(case, torch.float32), trained)
     inputs.pop("rng", None)
-    options = {"plan": case.plan} if hasattr(case, "plan") else {}
+    options = discovery.options(op, case)
     leaves = discovery.leaves(inputs, tuple(inputs))
     activations = getattr(op.workload, "ACTIVATIONS", ("x", "hidden"))
     parameters = [t for label, t in leaves if not label.startswith(activations)]

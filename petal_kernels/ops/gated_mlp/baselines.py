@@ -44,26 +44,25 @@ def _added(t: Tensor, k: int, inputs: dict[str, Any]) -> Tensor:
     return flat.addmm(h, up.to(t.dtype).t(), alpha=_scale(inputs, k)).view(y.shape)
 
 
-def _mlp(linear: Any, inputs: dict[str, Any]) -> Tensor:
+def _mlp(linear: Any, inputs: dict[str, Any]) -> tuple[Tensor]:
     last = len(inputs["weights"]) - 1
     p = activate(inputs["activation"], linear(inputs["x"], 0, inputs))
     if last == 2:
         p = p * linear(inputs["x"], 1, inputs)
-    out: Tensor = linear(p, last, inputs)
-    return out
+    return (linear(p, last, inputs),)
 
 
-def published(**inputs: Any) -> Tensor:
+def published(**inputs: Any) -> tuple[Tensor]:
     """PEFT's: every linear by itself, then act(gate) * up."""
     return _mlp(_peft, inputs)
 
 
-def well_written(**inputs: Any) -> Tensor:
+def well_written(**inputs: Any) -> tuple[Tensor]:
     """One addmm for an update and its sum."""
     return _mlp(_added, inputs)
 
 
-def frozen(**inputs: Any) -> Tensor:
+def floor(**inputs: Any) -> tuple[Tensor]:
     """Without updates: what any of the others costs on top of."""
     return _mlp(_base, inputs)
 
