@@ -178,7 +178,7 @@ MUTANTS = [
         "any(id(p) in trained for p in module._parameters.values() if p is not None)",
         "False",
     ),
-    (_ATTACH, "    config = dataclasses.replace(config)\n", ""),
+    (_ATTACH, "    return dataclasses.replace(config)\n", "    return config\n"),
     (_ATTACH, "    _check_holders(model)\n", ""),
     (_ATTACH, "(*model.modules(), *holders)", "model.modules()"),
     (_ATTACH, "    if loose:\n", "    if False:\n"),
