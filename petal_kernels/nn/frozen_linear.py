@@ -202,6 +202,8 @@ def _check_group(
         raise TypeError(f"ups: want a sequence of tensors, got {type(ups).__name__}")
     if len(ups) != len(bases):
         raise ValueError(f"ups: want {len(bases)} tensors, one for each base, got {len(ups)}")
+    if hidden is None and checks.check_floating("down", down).dim() != 2:
+        raise ValueError(f"down: want shape [R, {x.shape[-1]}], got {list(down.shape)}")
     parts = [(f"ups[{k}]", up) for k, up in enumerate(ups)]
     parts.append(("down", down) if hidden is None else ("hidden", hidden))
     for name, part in parts:

@@ -123,6 +123,7 @@ class LoRALinear(nn.Module):
     ) -> Operands | str:
         """What a call in `dtype` reads, or why the base must be called instead; `bias` [out] in
         place of the base's own."""
+        check_storage(device, dtype)
         check_bias(bias, self.base, self.out_features, self.down)
         found = frozen_operands(self.base, dtype, device, bias)
         if isinstance(found, str):

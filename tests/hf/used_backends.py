@@ -10,6 +10,7 @@ from unittest import mock
 
 from petal_kernels.hf.methods.experts import Mixture
 from petal_kernels.hf.methods.insertion import AfterBlock
+from petal_kernels.hf.methods.lora_parts import FusedMlp
 from petal_kernels.hf.methods.petal import Served
 from petal_kernels.hf.wrappers import AdaptedLinear
 from tests.ops.record_backends import Used, record_backends
@@ -61,6 +62,24 @@ def used_by_place(attachment: Any) -> Iterator[dict[str, Place]]:
             stack.enter_context(mock.patch.object(owner, name, run))
 
         watch(AdaptedLinear, "forward", lambda wrapper: names[id(wrapper)])
+        real_mlp = FusedMlp.forward
+
+        def mlp(self: Any, module: Any, run: Any, args: Any, kwargs: Any) -> Any:
+            """All that a joined MLP runs is its first adapted member's."""
+            paths = [names[id(m)] for m in self.members.values() if id(m) in names]
+            if self._input(module, args, kwargs) is None:
+                return real_mlp(self, module, run, args, kwargs)
+            settle()
+            running.append(paths[0])
+            for path in paths:
+                found.setdefault(path, Place()).tokens.add(tuple(args[0].shape[:-1]))
+            try:
+                return real_mlp(self, module, run, args, kwargs)
+            finally:
+                settle()
+                running.pop()
+
+        stack.enter_context(mock.patch.object(FusedMlp, "forward", mlp))
         for name in ("run", "finish"):
             watch(AfterBlock, name, lambda part: names[id(part)])
         watch(Mixture, "serve", lambda mixture: mixture.path)

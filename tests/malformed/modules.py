@@ -166,7 +166,12 @@ METHODS: list[Method] = [
         lambda: {"x": t(B, L, D), "bias": t(OUT)},
         rows("x"),
     ),
-    (_plain_lora, "operands", lambda: {"x": t(B, L, D), "bias": t(OUT)}, rows("x")),
+    (
+        _plain_lora,
+        "operands",
+        lambda: {"dtype": torch.float32, "device": torch.device("cpu"), "bias": t(OUT)},
+        (),
+    ),
     (_plain_lora, "reset_parameters", lambda: {"init": "gaussian"}, ()),
     (_plain_lora, "delta", lambda: {"dtype": torch.float32}, ()),
     (
@@ -278,7 +283,7 @@ LEGAL: dict[str, tuple[str, ...]] = {
     "RoutedLoRALinear.project": ("vision: half", *rows("vision")),
     "RoutedLoRALinear.update": ("y: half", "x: half"),
     "LoRALinear.forward": ("bias: half",),
-    "LoRALinear.operands": ("bias: half", "x: half"),
+    "LoRALinear.operands": ("bias: half", "device: None"),
     "ValueAdapter.forward": ("values: half", "values: meta", "middle: half", "layer: zero"),
     "ValueAdapter.project": ("encoded: half", "layer: zero"),
     "InstructionExperts.forward": ("embeddings: half", "queries: zero", *MASK),

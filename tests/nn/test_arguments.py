@@ -54,6 +54,21 @@ def lora(m: Any, fused: bool) -> Tensor:
     return published.published_lora(m, F.linear(x, m.base.weight, m.base.bias), x, vision)
 
 
+def plain_lora(m: Any, fused: bool) -> Tensor:
+    x = m.inputs["h"]
+    torch.manual_seed(8)
+    if fused:
+        return m(x)
+    a: dict[str, Any] = {
+        "scale": m.scale,
+        "dropout": m.dropout,
+        "dropout_at": "input",
+        "backend": "torch",
+    }
+    y = F.linear(x, m.base.weight, m.base.bias)
+    return y + pk.lowrank_linear(x, m.down, [m.up], **a)[0]
+
+
 def value(m: Any, fused: bool) -> Tensor:
     layer = m.layers - 1
     values, e = m.inputs["base"], m.inputs["h"]
@@ -136,6 +151,9 @@ MODULES: dict[str, tuple[Any, dict[str, Any], dict[str, list[Any]]]] = {
     "RoutedLoRALinear": (lora, {"r": R, "route": "gram", "parts": 2, "targets": (0, 1)}, {
         "r": [3], "route": ["none", *_ROUTES[:3]], "parts": [4], "targets": [(1,)],
         "groups": ["merged"], "alpha": [9.0], "dropout": [0.5], "variant": ["release"],
+    }),
+    "LoRALinear": (plain_lora, {"r": R}, {
+        "r": [3], "alpha": [9.0], "rslora": [True], "dropout": [0.5],
     }),
     "ValueAdapter": (value, {"in_features": D, "out_features": OUT, "r": R}, {
         "layers": [3], "activation": _ACTS, "r": [3], "in_features": [D], "out_features": [OUT],

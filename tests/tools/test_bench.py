@@ -382,7 +382,7 @@ def test_a_layer_with_a_base_counts_its_weights() -> None:
         rows = made.case.rows * made.case.width * 4
         outs = {"petal_qkv": 3, "routed_lora": 3, "lora_linear": 1, "lora_qkv": 1.5}.get(name, 0)
         if outs:
-            assert size == outs * 4 * made.case.width**2
+            assert abs(size / (4 * made.case.width**2) - outs) < 0.01  # biases apart
             assert forward > size + rows * (1 + outs)  # weights and x read, every output written
         elif name == "lora_mlp":
             assert size == 3 * 2.75 * 4 * made.case.width**2

@@ -20,7 +20,14 @@ from petal_kernels.hf.lora_config import LoraConfig
 from petal_kernels.hf.method import Hand, Method
 from petal_kernels.hf.methods.embeddings import guard_embeddings
 from petal_kernels.hf.methods.insertion import lora_rows
-from petal_kernels.hf.methods.lora_parts import fused_mlp, one_input_parts, taken
+from petal_kernels.hf.methods.lora_parts import (
+    FusedMlp,
+    OneInput,
+    fused_mlp,
+    one_input_parts,
+    taken,
+    watched,
+)
 from petal_kernels.hf.models import Block, Linear, Stack
 from petal_kernels.hf.parts import LayerPart
 from petal_kernels.hf.report import Row, Rows
@@ -74,6 +81,8 @@ class Lora(Method):
             ("", model),
         )
         site = Site(_ROW, path, root)
+        self._wrappers: list[tuple[str, LoraLinear]] = []
+        self._joined: dict[str, OneInput | FusedMlp] = {}  # by the paths of their members
         self._parents = {seen.path: seen.parent for seen in chosen.linears}
         layers: dict[int, Layer] = {}
         for seen in chosen.linears:
@@ -167,13 +176,19 @@ class Lora(Method):
         parents = dict.fromkeys(self._parents[place.path] for place in self.found.places)
         for parent in parents:
             part = fused_mlp(self, parent, self.config.recompute_mlp)
-            parts = [part] if part is not None else one_input_parts(self, parent)
+            parts: Sequence[OneInput | FusedMlp] = (
+                [part] if part is not None else one_input_parts(self, parent)
+            )
             for each in parts:
                 hand.take(parent, each)
+                own = [m for m in each.members.values() if isinstance(m, LoraLinear)]
+                self._joined.update((path, each) for path, w in self._wrappers if w in own)
 
     def install_place(self, place: Place, layer: Any, hand: Hand) -> None:
         bias = self.biases.get(place.path)
-        hand.wrap(place, LoraLinear(place.module, self, self.trains(place), bias))
+        wrapper = LoraLinear(place.module, self, self.trains(place), bias)
+        self._wrappers.append((place.path, wrapper))
+        hand.wrap(place, wrapper)
 
     # -- what it says -----------------------------------------------------------------------------
 
@@ -193,7 +208,27 @@ class Lora(Method):
     def sample(self, place: Place, wrapper: Any, tokens: Rows) -> tuple[Any, Any]:
         lora = twin_of(wrapper.used(), base=base_twin(wrapper.base))
         bias = wrapper.trained_bias()
-        return signature(lora, bias), lambda: lora.forward(self.typical(lora.base, tokens), bias)
+        key = signature(lora, bias)
+
+        def alone() -> object:
+            return lora.forward(self.typical(lora.base, tokens), bias)
+
+        part = self._joined.get(place.path)
+        if part is None:
+            return key, alone
+        members = [m for m in part.members.values() if isinstance(m, LoraLinear)]
+        twins: dict[AdaptedLinear, Any] = {
+            m: twin_of(m.used(), base=base_twin(m.base)) for m in members
+        }
+
+        def joined() -> object:
+            first = next(iter(part.members.values()))
+            found = part.dry(twins, self.typical(getattr(first, "base", first), tokens))
+            return alone() if isinstance(found, str) else found
+
+        biases = [m.trained_bias() for m in members]
+        watched_now = [watched(m) for m in part.members.values()]
+        return (key, signature(*twins.values(), *biases), *watched_now), joined
 
 
 class LoraLinear(AdaptedLinear):

@@ -20,6 +20,7 @@ from petal_kernels._runtime.autocast import autocast_on
 from petal_kernels.hf.context import THREAD, now
 from petal_kernels.hf.parts import Part, Run
 from petal_kernels.hf.structure import Mlp, mlp_of, one_input
+from petal_kernels.hf.twins import base_twin
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.lora_fused import Member, lora_linears, lora_mlp
 
@@ -42,6 +43,12 @@ class OneInput(Part):
             return run(*args, **kwargs)
         finally:
             THREAD.waiting = before
+
+    def dry(self, twins: dict[AdaptedLinear, Any], x: Tensor) -> object:
+        """The call with twins of the updates, as a report makes it; or why it is none."""
+        if any(member.merged is not None for member in twins):
+            return "a member is merged"
+        return lora_linears(x, [(twin, m.trained_bias()) for m, twin in twins.items()])
 
 
 class Waiting:
@@ -106,6 +113,17 @@ class FusedMlp(Part):
         for name in self.form.after:
             y = module._modules[name](y)  # type: ignore[misc]
         return y
+
+    def dry(self, twins: dict[AdaptedLinear, Any], x: Tensor) -> object:
+        """The call with twins of the updates, as a report makes it; or why it is none."""
+        members = self.members.values()
+        if any(watched(m) or getattr(m, "merged", None) is not None for m in (*members, self.act)):
+            return "a member is watched or merged"
+        given = [
+            (twins[m], m.trained_bias()) if isinstance(m, AdaptedLinear) else base_twin(m)
+            for m in members
+        ]
+        return lora_mlp(x, given, self.form.activation, recompute=self.recompute)
 
     def _input(self, module: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
         """What the MLP reads; None where its own forward must run."""

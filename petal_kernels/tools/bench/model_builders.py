@@ -288,20 +288,24 @@ class Qwen25VL(Subject):
 
     def batch(self, size: int, tokens: int, g: torch.Generator) -> dict[str, Tensor]:
         side = self.size.image // 2 * 2
-        ids = torch.randint(5, self.vocabulary - 3, (size, tokens), generator=g)
-        ids[:, : side * side // 4] = self.image  # two by two patches become a token
-        pixels = torch.randn(size * side * side, 3 * 2 * 14 * 14, generator=g)
-        grid = torch.tensor([[1, side, side]]).expand(size, -1).contiguous()
-        kinds = (ids == self.image).to(torch.int32)
+        words = tokens - side * side // 4  # two by two patches become a token
         return {
-            "input_ids": ids,
-            "pixel_values": pixels,
-            "image_grid_thw": grid,
-            "mm_token_type_ids": kinds,
+            "words": torch.randint(5, self.vocabulary - 3, (size, words), generator=g),
+            "pixel_values": torch.randn(size * side * side, 3 * 2 * 14 * 14, generator=g),
         }
 
     def both(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
-        out: Tensor = self.model(**batch, use_cache=False).last_hidden_state
+        words, pixels = batch["words"], batch["pixel_values"]
+        size, side = words.shape[0], self.size.image // 2 * 2
+        image = words.new_full((size, side * side // 4), self.image)
+        ids = torch.cat((image, words), dim=1)
+        out: Tensor = self.model(
+            input_ids=ids,
+            pixel_values=pixels,
+            image_grid_thw=words.new_tensor([[1, side, side]]).expand(size, -1).contiguous(),
+            mm_token_type_ids=(ids == self.image).to(torch.int32),
+            use_cache=False,
+        ).last_hidden_state
         return out.square().mean(), out
 
 
