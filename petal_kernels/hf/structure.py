@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from petal_kernels.hf.linears import is_linear
 from petal_kernels.hf.parts import own_class
+from petal_kernels.hf.twins import twin_of
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -55,10 +56,12 @@ class _Children(fx.Tracer):
 
 def activation_of(module: nn.Module) -> str | None:
     """The name of the function that an activation module computes, found by its values."""
-    if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+    if any(True for each in (module.children, module.parameters, module.buffers) for _ in each()):
         return None
     with _disable_current_modes(), torch.no_grad():
-        z = torch.linspace(-6.0, 6.0, 61, dtype=torch.float64, device="cpu")
+        near = torch.linspace(-6.0, 6.0, 61, dtype=torch.float64, device="cpu")
+        # And far enough to tell one that is cut off somewhere.
+        z = torch.cat((near, *(sign * near.new_tensor([7, 12, 40, 1e3, 1e6]) for sign in (-1, 1))))
         try:
             got = module(z.clone())
         except Exception:  # whatever it is, it is no activation
@@ -76,17 +79,27 @@ def mlp_of(module: nn.Module) -> Mlp | None:
     linears = [name for name, child in module.named_children() if is_linear(child)]
     if not 2 <= len(linears) <= 3 or "forward" in module.__dict__:
         return None
-    try:
-        with _disable_current_modes():
-            graph = _Children().trace(module)
-        mlp = _mlp(_tree(graph))
-    except Exception:  # a forward that looks at values, or takes or does what this cannot follow
-        return None
+    # A forward may take another way in evaluation.
+    forms = {_form(twin_of(module, training=training)) for training in (False, True)}
+    mlp = forms.pop() if len(forms) == 1 else None
     if mlp is None or sorted(n for n in (mlp.gate, mlp.up, mlp.down) if n) != sorted(linears):
         return None
     activation = activation_of(module.get_submodule(mlp.act))
     dropouts = all(isinstance(module.get_submodule(name), nn.Dropout) for name in mlp.after)
     return replace(mlp, activation=activation) if activation is not None and dropouts else None
+
+
+def _form(module: nn.Module) -> Mlp | None:
+    """The MLP that a module's forward is as it stands, its activation not yet known."""
+    try:
+        with _disable_current_modes():
+            graph = _Children().trace(module)
+    except Exception:  # somebody's code meets what is no tensor: it may raise anything
+        return None
+    try:
+        return _mlp(_tree(graph))
+    except ValueError:
+        return None
 
 
 _X = "x"  # the one input
@@ -96,7 +109,9 @@ _Tree = str | tuple[Any, ...]  # of a call (child's name, what it reads), of a p
 def _tree(graph: fx.Graph) -> _Tree:
     """What the forward returns, as a tree over its input; ValueError where it is none, or where
     the forward does anything else beside."""
-    nodes = [node for node in graph.nodes if node.users or node.op == "output"]
+    # What is read and not used does nothing; a call without a reader may write.
+    unread = ("placeholder", "get_attr")
+    nodes = [node for node in graph.nodes if node.users or node.op not in unread]
     inputs = [node for node in nodes if node.op == "placeholder"]
     if len(inputs) != 1:
         raise ValueError("more than one input")
@@ -106,6 +121,8 @@ def _tree(graph: fx.Graph) -> _Tree:
         nonlocal seen
         if node is inputs[0]:
             return _X
+        if not isinstance(node, fx.Node):
+            raise ValueError("a constant")
         seen += 1
         if len(node.users) != 1 or node.kwargs:
             raise ValueError("read twice, or called with keywords")

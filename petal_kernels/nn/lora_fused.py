@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from petal_kernels._runtime.autocast import autocast_off
@@ -30,7 +31,7 @@ def lora_linears(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...] | s
     by one."""
     check_rows("x", x, members[0][0].in_features)
     dtype = compute_dtype(x)
-    found = [lora.operands(dtype, x.device, bias) for lora, bias in members]
+    found = [_operands(member, dtype, x.device) for member in members]
     why = next((each for each in found if isinstance(each, str)), None)
     if why is not None:
         return why
@@ -62,7 +63,7 @@ def lora_mlp(
     the frozen linear itself. Or why they must be called one by one."""
     dtype = compute_dtype(x)
     found = [
-        member[0].operands(dtype, x.device, member[1])
+        _operands(member, dtype, x.device)
         if isinstance(member, tuple)
         else frozen_operands(member, dtype, x.device)
         for member in members
@@ -86,3 +87,22 @@ def lora_mlp(
             dropout=drops.pop() if drops else 0.0,
             recompute=recompute,
         )
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether somebody is to see this module's own call: its hooks, a forward put in its place."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _operands(member: Member, dtype: torch.dtype, device: torch.device) -> Operands | str:
+    """Not of a module whose call others await, as an engine that loads its parameters then."""
+    lora, bias = member
+    if watched(lora):
+        return "the update's own call is watched"
+    return lora.operands(dtype, device, bias)

@@ -230,7 +230,19 @@ def _patched(layer: Any, seen: list[Any]) -> None:
     layer.mlp.down_proj.forward = forward
 
 
-@pytest.mark.parametrize("change", [_hook, _act, _other_act, _patched])
+def _patched_update(layer: Any, seen: list[Any]) -> None:
+    """As an engine does that loads parameters when they are called for."""
+    lora = layer.mlp.gate_proj.used()
+    real = lora.forward
+
+    def forward(x: Tensor, bias: Tensor | None = None) -> Tensor:
+        seen.append("update")
+        return real(x, bias)
+
+    lora.forward = forward
+
+
+@pytest.mark.parametrize("change", [_hook, _act, _other_act, _patched, _patched_update])
 def test_who_looks_into_an_mlp_sees_every_call(
     change: Callable[[Any, list[Any]], None], calls: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,6 +125,24 @@ class Sum(Form):
         return self.down(self.act(self.gate(x)) + self.up(x))
 
 
+class WritesInPlace(Form):
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(2.0)
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class CallBeside(Form):
+    def forward(self, x: Tensor) -> Tensor:
+        self.drop(x)
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class OtherInEvaluation(Form):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(self.act(self.gate(x)) * self.up(x))
+        return y if self.training else y * 0.5
+
+
 class LinearBeside(Form):
     def __init__(self) -> None:
         super().__init__()
@@ -145,8 +163,12 @@ def test_a_forward_of_the_form_and_no_more() -> None:
         LooksAtValues,
         TwoInputs,
         Sum,
+        WritesInPlace,
+        CallBeside,
+        OtherInEvaluation,
     ):
         assert mlp_of(wrong()) is None, wrong
+        assert mlp_of(wrong().eval()) is None, wrong
     assert mlp_of(LinearBeside()) is None
     replaced = Right()
     replaced.forward = lambda x: x  # type: ignore[method-assign]
@@ -158,6 +180,9 @@ def test_activations_are_known_by_their_values() -> None:
     assert activation_of(transformers.activations.NewGELUActivation()) == "gelu_tanh"
     assert activation_of(nn.GELU()) == "gelu"
     assert activation_of(nn.ReLU()) == "relu"
+    clipped = transformers.activations.ClippedGELUActivation(-10, 10)
+    for cut in (nn.ReLU6(), clipped, nn.Sequential(nn.ReLU())):
+        assert activation_of(cut) is None, cut
     for other in (nn.Tanh(), nn.PReLU(), nn.Softmax(-1), nn.Dropout(0.5), nn.Linear(61, 61)):
         assert activation_of(other) is None, other
 

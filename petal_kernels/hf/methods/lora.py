@@ -26,7 +26,6 @@ from petal_kernels.hf.methods.lora_parts import (
     fused_mlp,
     one_input_parts,
     taken,
-    watched,
 )
 from petal_kernels.hf.models import Block, Linear, Stack
 from petal_kernels.hf.parts import LayerPart
@@ -37,6 +36,7 @@ from petal_kernels.hf.whole import extra_modules
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.frozen_linear import why_not_readable
 from petal_kernels.nn.lora import LoRALinear
+from petal_kernels.nn.lora_fused import watched
 from petal_kernels.nn.published import published_update
 
 _ROW = Stack("linears", "", ())

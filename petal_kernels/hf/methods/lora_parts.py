@@ -22,7 +22,7 @@ from petal_kernels.hf.parts import Part, Run
 from petal_kernels.hf.structure import Mlp, mlp_of, one_input
 from petal_kernels.hf.twins import base_twin
 from petal_kernels.hf.wrappers import AdaptedLinear
-from petal_kernels.nn.lora_fused import Member, lora_linears, lora_mlp
+from petal_kernels.nn.lora_fused import Member, lora_linears, lora_mlp, watched
 
 
 class OneInput(Part):
@@ -145,17 +145,6 @@ def member_of(wrapper: AdaptedLinear) -> Member:
     """What a joined call takes of a wrapper."""
     lora: Any = wrapper.used()
     return lora, wrapper.trained_bias()
-
-
-def watched(module: nn.Module) -> bool:
-    """Whether somebody is to see this module's own call: its hooks, a forward put in its place."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def fused_mlp(method: Any, module: nn.Module, recompute: bool) -> FusedMlp | None:
