@@ -306,6 +306,23 @@ def test_off_merged_and_detached_run_as_the_model_does(calls: dict[str, int]) ->
     assert torch.equal(model(inputs_embeds=x).last_hidden_state, plain)
 
 
+def test_trained_biases_stand_in_place_of_the_bases_own(calls: dict[str, int]) -> None:
+    config = copy.deepcopy(LLAMA)
+    config.attention_bias = config.mlp_bias = True
+    plain: Any = transformers.LlamaModel(config)
+    plain = plain.double().train()
+    model = copy.deepcopy(plain)
+    attachment = attached(model, bias="lora_only", init_lora_weights=True)
+    with torch.no_grad():
+        for trained in (plain.named_parameters(), attachment.named_parameters()):
+            moved = [p.add_(0.3) for name, p in trained if name.endswith("bias")]
+            assert len(moved) == 14
+    x = torch.randn(2, 5, 64, dtype=torch.float64)
+    got, want = (m(inputs_embeds=x).last_hidden_state for m in (model, plain))
+    assert calls == BOTH
+    torch.testing.assert_close(got, want)
+
+
 def test_a_copy_runs_its_own_factors(calls: dict[str, int]) -> None:
     model = llama()
     attached(model)

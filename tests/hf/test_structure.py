@@ -143,6 +143,24 @@ class OtherInEvaluation(Form):
         return y if self.training else y * 0.5
 
 
+class TanhBehind(Form):
+    def __init__(self) -> None:
+        super().__init__()
+        self.behind = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.behind(self.down(self.act(self.gate(x)) * self.up(x)))
+
+
+class NoLinear(Form):
+    def __init__(self) -> None:
+        super().__init__()
+        self.same = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.same(x)))
+
+
 class LinearBeside(Form):
     def __init__(self) -> None:
         super().__init__()
@@ -166,6 +184,8 @@ def test_a_forward_of_the_form_and_no_more() -> None:
         WritesInPlace,
         CallBeside,
         OtherInEvaluation,
+        TanhBehind,
+        NoLinear,
     ):
         assert mlp_of(wrong()) is None, wrong
         assert mlp_of(wrong().eval()) is None, wrong
@@ -234,6 +254,16 @@ class Keyword(Attention):
         return self.o(self.q(x) + self.k(input=x) + self.v(x * 1))
 
 
+class Twice(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.q(x) + self.k(x) + self.k(x))
+
+
+class MoreThanAnInput(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.q(x) + self.k(x, scale=2.0))
+
+
 @pytest.mark.parametrize(
     ("cls", "want"),
     [
@@ -243,6 +273,8 @@ class Keyword(Attention):
         (Branches, (("k", "v"),)),
         (BothBranches, (("q", "v"),)),
         (Keyword, ()),
+        (Twice, ()),
+        (MoreThanAnInput, ()),
     ],
 )
 def test_linears_that_read_one_variable(cls: type[Attention], want: tuple[Any, ...]) -> None:

@@ -33,8 +33,7 @@ class OneInput(Part):
 
     def forward(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or not all(
-            module._modules.get(name) is member and member.merged is None
-            for name, member in self.members.items()
+            module._modules.get(name) is member for name, member in self.members.items()
         ):
             return run(*args, **kwargs)
         before = THREAD.waiting
