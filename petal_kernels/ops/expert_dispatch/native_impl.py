@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import device
+from petal_kernels._runtime.rows import fresh_rows
 from petal_kernels.ops.expert_dispatch import settings
 from petal_kernels.ops.expert_dispatch.arguments import Call, Saved, Tensors
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_LARGE = 4 << 20  # bytes
 
 
 def unsupported(call: Call) -> list[str]:
@@ -46,14 +46,6 @@ def unsupported(call: Call) -> list[str]:
     if wrong:
         reasons.append(f"has no kernels for {', '.join(wrong)}")
     return reasons
-
-
-def _fresh(like: Tensor, rows: int, cols: int) -> Tensor:
-    """A result to be written whole; the hint spares large ones most of their page faults."""
-    out = like.new_empty((rows, cols))
-    if out.numel() * out.element_size() >= _LARGE:
-        torch.ops.petal_native.expect_whole_write(out)
-    return out
 
 
 def _arguments(call: Call) -> list[Any]:
@@ -73,8 +65,8 @@ def forward(call: Call, save: bool) -> tuple[Tensor, Saved]:
     """out [N, O] and what backward needs."""
     device.load_cpu_library()
     first, s, pairs = call.first, call.settings, (call.rows, call.experts)
-    out = _fresh(first, call.rows, call.tensors.up.shape[1])
-    z = _fresh(first, *call.z_shape) if save else None
+    out = fresh_rows(first, call.rows, call.tensors.up.shape[1])
+    z = fresh_rows(first, *call.z_shape) if save else None
     logits = first.new_empty(pairs, dtype=torch.float32) if call.routed else None
     chosen = first.new_empty(pairs, dtype=torch.bool) if s.gate == "topk" else None
     order = offsets = None
@@ -99,7 +91,7 @@ def backward(
         if name not in need:
             continue
         if name == "x":
-            grads[name] = _fresh(dout, call.rows, t.down.shape[2])
+            grads[name] = fresh_rows(dout, call.rows, t.down.shape[2])
         else:
             assert given is not None
             wide = torch.float32 if name in ("noise", "gates") else given.dtype

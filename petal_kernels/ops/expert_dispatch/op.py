@@ -8,6 +8,7 @@ from torch import Tensor
 from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime.first_order import check_transforms
 from petal_kernels._runtime.numerics import wide_dtype
+from petal_kernels._runtime.rows import flat_rows
 from petal_kernels.ops.expert_dispatch import planner, routing
 from petal_kernels.ops.expert_dispatch.arguments import Call, Given, Settings, Tensors, check
 from petal_kernels.ops.expert_dispatch.function import BACKENDS as BACKENDS
@@ -19,13 +20,6 @@ from petal_kernels.ops.expert_dispatch.function import (
     explanation,
     forward_op,
 )
-
-
-def _rows(t: Tensor) -> Tensor:
-    """Flatten the leading dims; copies only where no view has unit stride in the last dim and one
-    row stride."""
-    flat = t.reshape(-1, t.shape[-1])
-    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
 def expert_dispatch(
@@ -162,17 +156,17 @@ def prepare(
         plan,
     )
     tensors = Tensors(
-        _rows(x),
+        flat_rows(x),
         given.down,
         given.down_bias,
         given.up,
         given.up_bias,
-        _rows(base) if isinstance(base, Tensor) else None,
+        flat_rows(base) if isinstance(base, Tensor) else None,
         router,
         router_bias,
-        None if noise is None else _rows(noise),
-        None if gates is None else _rows(gates),
-        None if chosen is None else _rows(chosen),
+        flat_rows(noise),
+        flat_rows(gates),
+        flat_rows(chosen),
     )
     assert tensors.x is not None
     return Call(tensors, settings, tensors.x), name, tuple(x.shape[:-1]), settled

@@ -14,6 +14,7 @@ from petal_kernels._runtime import device
 from petal_kernels._runtime.first_order import FirstOrderFunction, own
 from petal_kernels._runtime.library import define
 from petal_kernels._runtime.numerics import wide_dtype
+from petal_kernels._runtime.rows import flat_rows
 from petal_kernels.ops.gated_bottleneck.arguments import Call, Saved, Settings, Tensors
 
 NAME = "gated_bottleneck"
@@ -50,15 +51,6 @@ def explanation(call: Call, backend: str) -> rt.Explanation:
     return rt.explanation(
         NAME, BACKENDS, backend, lambda: (select(call, backend), None), call, notes=tuple(notes)
     )
-
-
-def flat_rows(t: Tensor | None) -> Tensor | None:
-    """Flatten the leading dims; copies only where no view has unit stride in the last dim and one
-    row stride."""
-    if t is None:
-        return None
-    flat = t.reshape(-1, t.shape[-1])
-    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
 def _saved_shapes(call: Call, save: bool) -> list[tuple[int, ...]]:

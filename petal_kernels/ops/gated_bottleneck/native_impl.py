@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import device
+from petal_kernels._runtime.rows import fresh_rows
 from petal_kernels.ops.gated_bottleneck import settings
 from petal_kernels.ops.gated_bottleneck.arguments import Call, Saved, Tensors
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_LARGE = 4 << 20  # bytes
 
 
 def unsupported(call: Call) -> list[str]:
@@ -48,14 +48,6 @@ def unsupported(call: Call) -> list[str]:
     if wrong:
         reasons.append(f"has no kernels for {', '.join(wrong)}")
     return reasons
-
-
-def _fresh(like: Tensor, cols: int) -> Tensor:
-    """A result to be written whole; the hint spares large ones most of their page faults."""
-    out = like.new_empty((like.shape[0], cols))
-    if out.numel() * out.element_size() >= _LARGE:
-        torch.ops.petal_native.expect_whole_write(out)
-    return out
 
 
 def _halves(call: Call) -> tuple[Tensor, Tensor]:
@@ -104,9 +96,9 @@ def forward(
     device.load_cpu_library()
     t, like = call.tensors, call.first
     rows = like.shape[0]
-    out = _fresh(like, t.up.shape[0]) if out is None else out
-    z = None if t.bottleneck is not None else _fresh(like, t.up.shape[1])
-    zg = None if t.gate_down is None else _fresh(like, t.gate_down.shape[0])
+    out = fresh_rows(like, like.shape[0], t.up.shape[0]) if out is None else out
+    z = None if t.bottleneck is not None else fresh_rows(like, like.shape[0], t.up.shape[1])
+    zg = None if t.gate_down is None else fresh_rows(like, like.shape[0], t.gate_down.shape[0])
     logits = like.new_empty(rows, dtype=torch.float32) if call.has_logits else None
     moments = None
     if t.norm_weight is not None:
@@ -133,7 +125,7 @@ def backward(
         if name not in need:
             continue
         if name in width:
-            grads[name] = _fresh(dout, width[name])
+            grads[name] = fresh_rows(dout, dout.shape[0], width[name])
         elif name == "gate_weight":
             halves = (t.up.shape[0],) if s.gate == "middleY" else (2, t.up.shape[0])
             grads[name] = dout.new_zeros(halves, dtype=torch.float32)

@@ -12,6 +12,7 @@ from petal_kernels._runtime import philox
 from petal_kernels._runtime.autocast import autocast_off
 from petal_kernels._runtime.first_order import check_transforms
 from petal_kernels._runtime.numerics import wide_dtype
+from petal_kernels._runtime.rows import flat_rows
 from petal_kernels.ops.gated_bottleneck.arguments import (
     Call,
     Given,
@@ -26,7 +27,6 @@ from petal_kernels.ops.gated_bottleneck.function import (
     GatedBottleneckFunction,
     UpdateFunction,
     explanation,
-    flat_rows,
     forward_op,
     update_op,
 )

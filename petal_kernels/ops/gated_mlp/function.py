@@ -15,6 +15,7 @@ from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime.autocast import autocast_off
 from petal_kernels._runtime.first_order import FirstOrderFunction
 from petal_kernels._runtime.library import define
+from petal_kernels._runtime.rows import flat_rows
 from petal_kernels.ops.gated_mlp import products
 from petal_kernels.ops.gated_mlp.arguments import (
     PLACES,
@@ -29,13 +30,6 @@ from petal_kernels.ops.gated_mlp.products import Dropout, Need, Place
 NAME = "gated_mlp"
 
 BACKENDS = tuple(rt.Backend(name, f"petal_kernels.ops.gated_mlp.{name}_impl") for name in rt.NAMES)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """Flatten the leading dims; copies only where no view has unit stride in the last dim and one
-    row stride."""
-    flat = t.reshape(-1, t.shape[-1])
-    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
 def explanation(call: Call, backend: str, notes: tuple[str, ...] = ()) -> rt.Explanation:
@@ -53,7 +47,7 @@ def explanation(call: Call, backend: str, notes: tuple[str, ...] = ()) -> rt.Exp
 def _fwd(g: Tensor, u: Tensor | None, activation: str, backend: str) -> Tensor:
     if g.numel() == 0:
         return _fwd_fake(g, u, activation, backend)
-    call = Call(_rows(g), None if u is None else _rows(u), activation)
+    call = Call(flat_rows(g), flat_rows(u), activation)
     p: Tensor = rt.select(NAME, BACKENDS, backend, call).load().forward(call)
     return p.contiguous()
 
@@ -79,13 +73,13 @@ def _bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if g.numel() == 0:
         return _results(dp, g, u, down, Gradients())
-    call = Call(_rows(g), None if u is None else _rows(u), activation)
+    call = Call(flat_rows(g), flat_rows(u), activation)
     product = None
     if dh is not None:
         assert down is not None
-        product = Product(_rows(dh), down, rng, dropout)
+        product = Product(flat_rows(dh), down, rng, dropout)
     impl = rt.select(NAME, BACKENDS, backend, call).load()
-    found = impl.backward(call, None if dp is None else _rows(dp), product)
+    found = impl.backward(call, flat_rows(dp), product)
     return _results(dp, g, u, down, found)
 
 
@@ -155,7 +149,7 @@ def run(
     last = len(places) - 1
     with autocast_off(t.x):
         drop = Dropout(rng, s.dropout)
-        inner, h = products.forward(_rows(t.x), places[:last], drop, keep, by)
+        inner, h = products.forward(flat_rows(t.x), places[:last], drop, keep, by)
         p = act_op(inner[0], inner[1] if last == 2 else None, s.activation, backend)
         if places[last].up is not None:
             drop = drop.after(last)
@@ -167,7 +161,7 @@ def notes(t: Tensors, s: Settings, keep: bool, backend: str) -> tuple[str, ...]:
     """Which backend and plan of ``lowrank_linear`` the updated linears take."""
     places, by = places_of(t, s.scales), products.backend_of(backend)
     last, names = len(places) - 1, PLACES[-len(places) :]
-    x = _rows(t.x)
+    x = flat_rows(t.x)
     p = x.new_empty((x.shape[0], places[last].weight.shape[1]))
     found = []
     for what, given, here in ((names[:last], x, places[:last]), (names[last:], p, places[last:])):
@@ -212,7 +206,7 @@ class GatedMlpFunction(FirstOrderFunction):
         last = len(wants.weights) - 1
         inner, t = rest[:last], _unflatten([x, *rest[last:]])
         with autocast_off(dy):
-            grads = _backward(ctx, _rows(dy), t, inner, h, middle, rng, wants)
+            grads = _backward(ctx, flat_rows(dy), t, inner, h, middle, rng, wants)
         if grads.x is not None:
             grads = grads._replace(x=grads.x.view(ctx.x_shape))
         found = zip(flatten(grads), flags, strict=True)
@@ -247,7 +241,7 @@ def _backward(
     behind = drop if places[last].up is None else drop.after(last)
     need = Need(through, False, trained, bool(wants.ups[last]))
     end = products.backward([dy], None, middle, places[last:], behind, need, by)
-    x = None if t.x is None else _rows(t.x)
+    x = flat_rows(t.x)
     if s.recompute and (through or trained):
         assert x is not None
         inner = products.again(x, h, places[:last], by)

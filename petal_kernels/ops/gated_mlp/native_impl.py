@@ -21,10 +21,10 @@ from torch import Tensor
 
 from petal_kernels._runtime import device
 from petal_kernels._runtime.numerics import ACTIVATIONS
+from petal_kernels._runtime.rows import fresh_rows
 from petal_kernels.ops.gated_mlp.arguments import Call, Gradients, Product
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_LARGE = 4 << 20  # bytes
 
 
 def unsupported(call: Call) -> list[str]:
@@ -37,18 +37,10 @@ def unsupported(call: Call) -> list[str]:
     return reasons
 
 
-def _fresh(like: Tensor) -> Tensor:
-    """A result to be written whole; the hint spares large ones most of their page faults."""
-    out = like.new_empty(like.shape)
-    if out.numel() * out.element_size() >= _LARGE:
-        torch.ops.petal_native.expect_whole_write(out)
-    return out
-
-
 def forward(call: Call) -> Tensor:
     """p [N, F]."""
     device.load_cpu_library()
-    p = _fresh(call.g)
+    p = fresh_rows(call.g, *call.g.shape)
     torch.ops.petal_native.gated_mlp_act_fwd(call.g, call.u, ACTIVATIONS.index(call.activation), p)
     return p
 
@@ -57,8 +49,8 @@ def backward(call: Call, dp: Tensor | None, product: Product | None) -> Gradient
     """dg and du where dp is given, dA where ``product`` is."""
     device.load_cpu_library()
     g, u, name = call
-    dg = None if dp is None else _fresh(g)
-    du = None if dp is None or u is None else _fresh(g)
+    dg = None if dp is None else fresh_rows(g, *g.shape)
+    du = None if dp is None or u is None else fresh_rows(g, *g.shape)
     dh, down, rng, dropout = (None, None, None, 0.0) if product is None else product
     ddown = None if down is None else down.new_empty(down.shape)
     torch.ops.petal_native.gated_mlp_act_bwd(

@@ -14,6 +14,7 @@ from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime import device
 from petal_kernels._runtime.first_order import FirstOrderFunction, own
 from petal_kernels._runtime.library import define
+from petal_kernels._runtime.rows import flat_rows
 from petal_kernels.ops.lowrank_linear import planner
 from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Settings, Tensors
 
@@ -70,13 +71,6 @@ def choose(call: Call, inference: bool, plan: str, backend: str) -> tuple[rt.Bac
     return chosen, own[0].plan
 
 
-def _rows(t: Tensor) -> Tensor:
-    """Flatten the leading dims; copies only where no view has unit stride in the last dim and one
-    row stride."""
-    flat = t.reshape(-1, t.shape[-1])
-    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
-
-
 def explanation(call: Call, inference: bool, plan: str, backend: str) -> rt.Explanation:
     """What `choose` says, with the modelled cost of every plan."""
     sizes = problem(call, inference)
@@ -98,13 +92,13 @@ def _asked(*args: Any) -> tuple[Call, bool, str, str] | None:
     if (x if x is not None else hidden).numel() == 0:
         return None
     t = Tensors(
-        None if x is None else _rows(x),
+        flat_rows(x),
         downs,
-        None if hidden is None else _rows(hidden),
+        flat_rows(hidden),
         ups,
         weights,
         biases,
-        [_rows(b) for b in base],
+        [flat_rows(b) for b in base],
         core,
     )
     inference = not keep and hidden is None
@@ -159,12 +153,12 @@ def _bwd(
         return _results(given, need, Gradients())
     wanted = frozenset(compress(Gradients._fields, need))
     if x is not None:
-        x = _rows(x) if "downs" in wanted else x.reshape(-1, x.shape[-1])
-    rows = _rows(h)
+        x = flat_rows(x) if "downs" in wanted else x.reshape(-1, x.shape[-1])
+    rows = flat_rows(h)
     hidden = None if downs else rows
     call = Call(Tensors(x, downs, hidden, ups, weights, (), (), core), Settings(*settings))
     impl = rt.select(NAME, BACKENDS, backend, call, "auto").load()
-    found = impl.backward(call, Saved(rows), [_rows(dy) for dy in dys], rng, wanted)
+    found = impl.backward(call, Saved(rows), [flat_rows(dy) for dy in dys], rng, wanted)
     return _results(given, need, found)
 
 

@@ -32,12 +32,12 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import device
+from petal_kernels._runtime.rows import fresh_rows
 from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Settings
 
 PLANS = ("update", "extend")
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_LARGE = 4 << 20  # bytes
 _SITES = {"bottleneck": 0, "input": 1, "mode": 2}
 
 
@@ -68,14 +68,6 @@ def _library_multiplies(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or device.native_16bit(dtype)
 
 
-def _fresh(like: Tensor, cols: int) -> Tensor:
-    """A result to be written whole; the hint spares large ones most of their page faults."""
-    out = like.new_empty((like.shape[0], cols))
-    if out.numel() * out.element_size() >= _LARGE:
-        torch.ops.petal_native.expect_whole_write(out)
-    return out
-
-
 def _numbers(rng: Tensor | None, s: Settings) -> list[Any]:
     """The settings as both kernels take them."""
     return [rng, s.scales, s.dropout, _SITES[s.dropout_at]]
@@ -95,7 +87,7 @@ def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Sa
     t, s = call
     like = t.x if t.hidden is None else t.hidden
     assert like is not None
-    ys = [_fresh(like, up.shape[0]) for up in t.ups]
+    ys = [fresh_rows(like, like.shape[0], up.shape[0]) for up in t.ups]
     base, weights = t.base, t.weights
     if weights and plan == "update":
         assert t.x is not None
@@ -131,7 +123,7 @@ def backward(
     dx_has_base = False
     if "x" in need and (downs or weights):
         width = (weights or downs)[0].shape[1]
-        dx = _fresh(h, width)
+        dx = fresh_rows(h, h.shape[0], width)
         if weights and _library_multiplies(h.dtype):
             torch.mm(dys[0], weights[0], out=dx)
             for dy, w in zip(dys[1:], weights[1:], strict=True):
