@@ -185,14 +185,16 @@ def _groups(cls: type) -> tuple[tuple[str, ...], ...]:
         (function,) = ast.parse(source).body
     except (OSError, TypeError, SyntaxError, ValueError):
         return ()
+    if not isinstance(function, ast.FunctionDef) or not function.args.args:
+        return ()
+    own = function.args.args[0].arg  # "self", as a rule
     calls: list[_Call] = []
     writes: list[tuple[int, str]] = []
     for order, (node, body) in enumerate(_walk(function, 0)):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
             writes.append((order, node.id))
-        elif isinstance(node, ast.Call) and _child(node.func) is not None:
-            name = node.args[0].id if _is_plain(node) else ""  # type: ignore[attr-defined]
-            calls.append(_Call(order, _child(node.func) or "", name, body))
+        elif isinstance(node, ast.Call) and (child := _child(node.func, own)):
+            calls.append(_Call(order, child, _variable(node), body))
     times = [call.child for call in calls]
     groups: dict[tuple[str, int, int], list[str]] = {}
     for call in calls:
@@ -204,7 +206,7 @@ def _groups(cls: type) -> tuple[tuple[str, ...], ...]:
 
 @dataclass(frozen=True)
 class _Call:
-    """self.child(name), where in the function, in which list of statements."""
+    """A child's call with a variable, where in the function, in which list of statements."""
 
     order: int
     child: str
@@ -212,14 +214,17 @@ class _Call:
     body: int
 
 
-def _child(func: ast.expr) -> str | None:
+def _child(func: ast.expr, own: str) -> str:
+    """The name of the module's own attribute that is called; empty where it is none."""
     if isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name):
-        return func.attr if func.value.id == "self" else None
-    return None
+        return func.attr if func.value.id == own else ""
+    return ""
 
 
-def _is_plain(call: ast.Call) -> bool:
-    return len(call.args) == 1 and not call.keywords and isinstance(call.args[0], ast.Name)
+def _variable(call: ast.Call) -> str:
+    """The one variable that it is called with; empty where it is called with anything else."""
+    given = [*call.args, *call.keywords]
+    return given[0].id if len(given) == 1 and isinstance(given[0], ast.Name) else ""
 
 
 def _walk(node: ast.AST, body: int) -> Iterator[tuple[ast.AST, int]]:

@@ -220,6 +220,11 @@ class One(Attention):
         return self.o(F.softmax(q @ k.transpose(-1, -2), -1) @ self.v(x))
 
 
+class OtherName(Attention):
+    def forward(module, x: Tensor) -> Tensor:  # noqa: N805 - as some write it
+        return module.o(module.q(x) + module.k(x))
+
+
 class Written(Attention):
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(x)
@@ -268,6 +273,7 @@ class MoreThanAnInput(Attention):
     ("cls", "want"),
     [
         (One, (("q", "k", "v"),)),
+        (OtherName, (("q", "k"),)),
         (Written, (("k", "v"),)),
         (WrittenByItself, ()),
         (Branches, (("k", "v"),)),
