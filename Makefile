@@ -16,7 +16,13 @@ PARALLEL = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n $(JOBS) --dist 
 SOURCES := setup.py pyproject.toml .ci/requirements.txt $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all lint fuzz bench readme-tables gpu mutants cross-compile clean
+# pip's errors, not its warnings.
+INSTALL = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --progress-bar off
+# Of `make wheel`: 0 leaves the CUDA library out. What torch brings is not ours to ship.
+WHEEL_CUDA ?= 1
+NOT_OURS = $(foreach lib,libtorch_cpu.so libtorch_cuda.so libc10.so,--exclude $(lib))
+
+.PHONY: demo test test-all lint fuzz bench readme-tables gpu mutants cross-compile wheel clean
 
 demo: $(READY)
 	$(BIN)/petal-kernels demo
@@ -55,15 +61,29 @@ mutants: $(READY)
 	$(BIN)/python -m tests.mutants --jobs $(JOBS)
 
 cross-compile: $(READY)
+	PETAL_BUILD_CUDA=1 PETAL_CUDA_ARCHS="80;90;100" $(BIN)/python setup.py -q build_ext --inplace
 	$(PARALLEL) -m cross_compile
 
+# For any machine: every instruction set, three GPU generations, any Python; needs nvcc.
+wheel: $(READY)
+	$(BIN)/python -m pip install -q -r .ci/wheel.txt
+	rm -rf build/wheel build/lib
+	PETAL_BUILD_HOST=0 PETAL_BUILD_CUDA=$(WHEEL_CUDA) PETAL_CUDA_ARCHS="80;90;100" \
+	PETAL_CPU_ISAS="avx2;avx512" $(BIN)/python -m build --no-isolation --outdir build/wheel .
+	$(BIN)/python -m auditwheel repair --only-plat --wheel-dir dist $(NOT_OURS) build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist/
+
 $(READY): $(SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q torch==2.13.0
-	$(BIN)/python -m pip install -q -r .ci/requirements.txt
-	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
-	touch $@
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[1 of 3] torch and what else is pinned in .ci/requirements.txt, from the package index"
+	@$(INSTALL) --upgrade pip
+	@$(INSTALL) torch==2.13.0
+	@$(INSTALL) -r .ci/requirements.txt
+	@echo "[2 of 3] the kernels that this machine can run"
+	@$(BIN)/python setup.py -q build_ext --inplace
+	@echo "[3 of 3] the package"
+	@$(INSTALL) --no-build-isolation --no-deps -e .
+	@touch $@
 
 clean:
 	rm -rf build petal_kernels/lib petal_kernels/_host*.so $(READY)

@@ -5,11 +5,17 @@
     petal_kernels/_host.<tag>.so        pybind11: build facts, CPU capability
     petal_kernels/lib/build.json        what was built, or why not
 
-What cannot be built for want of a tool is left out with its reason; a source that does not compile
-is an error.
-PETAL_BUILD_CPU=0 and PETAL_BUILD_CUDA=0 leave a library out, PETAL_BUILD_CUDA=1 insists on it;
-PETAL_CUDA_ARCHS (default "80;90;100") lists the architectures, the last one is also kept as PTX;
-PETAL_CPU_ISAS (default "avx2;avx512") the instruction sets beside the generic one.
+By default what this machine can run: the CPU kernels for its instruction sets, the CUDA ones where
+a CUDA device is visible, for its architecture. What cannot be built for want of a tool is left out
+with its reason; a source that does not compile is an error.
+
+    PETAL_BUILD_CUDA=1     insists on the CUDA kernels; =0 leaves them out, as PETAL_BUILD_CPU=0 and
+                           PETAL_BUILD_HOST=0 do with the others
+    PETAL_CUDA_ARCHS       architectures, "80;90;100" where no device is visible; the last one is
+                           also kept as PTX
+    PETAL_CPU_ISAS         instruction sets beside the generic one, of "avx2;avx512"
+    PETAL_BUILD_CACHE      where compiled objects are kept for the next clone, by what they were
+                           made of; default ~/.cache/petal_kernels; =0: nowhere
 """
 
 from __future__ import annotations
@@ -18,19 +24,26 @@ import importlib.util
 import json
 import os
 import platform
-import shlex
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
+sys.path.insert(0, str(SOURCES))
+from ninja_file import NinjaFile, ObjectCache  # noqa: E402
+
+# A message names a source the same in every clone.
+AS_CSRC = f"-ffile-prefix-map={SOURCES}=csrc"
 STABLE_ABI = "0x020b000000000000"  # torch 2.11
 ISAS = {
     "generic": "",
@@ -41,6 +54,8 @@ HOW = (
     "To get the compiled kernels: install torch, ninja, pybind11, setuptools and a C++ compiler "
     "(and nvcc for CUDA), then `pip install --no-build-isolation .`"
 )
+OFF = "it was switched off"
+NO_DEVICE = "no CUDA device is visible (PETAL_BUILD_CUDA=1 builds for other machines)"
 # The last two: GCC 12 warns about its own AVX-512 intrinsics.
 CXX_FLAGS = (
     "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas "
@@ -74,9 +89,36 @@ def _nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
+def _visible_archs() -> list[str]:
+    """The architectures of the CUDA devices that this machine shows."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    command = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return re.findall(r"^\d+\.\d+$", found.stdout, re.MULTILINE)
+
+
+def _cpu_flags() -> set[str] | None:
+    """What this processor can do; None where the system does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return None if found is None else set(found[1].split())
+
+
+def _versions(tool: str) -> str:
+    command = [tool, "--version"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def _version(tool: str) -> str:
-    out = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
-    lines = [line for line in out.splitlines() if line.strip()]
+    lines = [line for line in _versions(tool).splitlines() if line.strip()]
     release = [line for line in lines if "release" in line]
     return (release or lines)[0].strip()
 
@@ -99,6 +141,7 @@ class Tools:
     nvcc: str | None = field(default_factory=_nvcc)
     torch: Path | None = field(default_factory=lambda: _package("torch"))
     pybind11: Path | None = field(default_factory=lambda: _package("pybind11"))
+    gpus: list[str] = field(default_factory=_visible_archs)
     reasons: dict[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -108,50 +151,36 @@ class Tools:
         elif self.ninja is None:
             common = "ninja was not found"
         no_torch = None if self.torch else "torch was not in the build environment"
-        off = "it was switched off"
         self.reasons["host"] = common or (None if self.pybind11 else "pybind11 was not found")
         self.reasons["cpu"] = common or no_torch
-        if os.environ.get("PETAL_BUILD_CPU") == "0":
-            self.reasons["cpu"] = off
+        for part in ("host", "cpu"):
+            if os.environ.get(f"PETAL_BUILD_{part.upper()}") == "0":
+                self.reasons[part] = OFF
         cuda = common or no_torch or (None if self.nvcc else "nvcc was not found")
         if cuda is None and not list(SOURCES.glob("*/cuda/*.cpp")):
             cuda = "there are no CUDA sources"
         wish = os.environ.get("PETAL_BUILD_CUDA")
         if wish == "1" and cuda is not None:
             raise SystemExit(f"PETAL_BUILD_CUDA=1, but {cuda}")
-        self.reasons["cuda"] = off if wish == "0" else cuda
+        if wish is None and cuda is None and not self.gpus:
+            cuda = NO_DEVICE
+        self.reasons["cuda"] = OFF if wish == "0" else cuda
 
 
-class NinjaFile:
-    """build.ninja, one statement at a time; headers are tracked through depfiles."""
+def _made_with(tools: Tools, compiler: str) -> str:
+    """The versions of everything that an object is made with and its command does not show."""
+    assert tools.torch is not None
+    assert tools.cxx is not None
+    torch = (tools.torch / "version.py").read_text()
+    return "\n".join([*map(_versions, {compiler: 0, tools.cxx: 0}), torch])
 
-    def __init__(self, build: Path) -> None:
-        self.build = build
-        self.lines = ["ninja_required_version = 1.5"]
-        self.products: list[Path] = []
 
-    def rule(self, name: str, command: str, depfile: bool = True) -> None:
-        self.lines.append(f"rule {name}\n  command = {command}\n  description = {name} $out")
-        if depfile:
-            self.lines.append("  depfile = $out.d\n  deps = gcc")
-
-    def edge(self, rule: str, out: Path, inputs: list[Path], flags: str = "") -> Path:
-        names = " ".join(str(i).replace(" ", "$ ") for i in inputs)
-        self.lines.append(f"build {str(out).replace(' ', '$ ')}: {rule} {names}\n  flags = {flags}")
-        return out
-
-    def object(self, source: Path, variant: str = "") -> Path:
-        """Where a source's object goes: operators have files of the same names."""
-        parts = [*source.relative_to(SOURCES).with_suffix("").parts, variant]
-        return self.build / f"{'.'.join(filter(None, parts))}.o"
-
-    def product(self, path: Path) -> None:
-        self.products.append(path)
-
-    def run(self, ninja: str) -> None:
-        self.build.mkdir(parents=True, exist_ok=True)
-        (self.build / "build.ninja").write_text("\n".join(self.lines) + "\n")
-        subprocess.run([ninja, "-C", str(self.build)], check=True)
+def object_cache(tools: Tools) -> ObjectCache:
+    """Where objects are kept, if they are."""
+    wish = os.environ.get("PETAL_BUILD_CACHE")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = None if wish == "0" else Path(wish or home / "petal_kernels")
+    return ObjectCache(root, SOURCES, [SOURCES, *([tools.torch] if tools.torch else [])])
 
 
 def _torch_flags(torch: Path) -> str:
@@ -161,29 +190,40 @@ def _torch_flags(torch: Path) -> str:
 
 
 def cpu_isas() -> list[str]:
-    """The generic instruction set, and those asked for that this family of processors has."""
+    """The generic instruction set, and those asked for that this family of processors has; without
+    a wish those that this processor has."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    wanted = os.environ.get("PETAL_CPU_ISAS", "avx2;avx512").replace(",", ";").split(";")
-    unknown = {isa.strip() for isa in wanted} - {"", *ISAS}
+    has = _cpu_flags()
+    own = [i for i in ISAS if has is None or _needs(i) <= has]
+    wish = os.environ.get("PETAL_CPU_ISAS")
+    wanted = own if wish is None else [i.strip() for i in wish.replace(",", ";").split(";")]
+    unknown = set(wanted) - {"", *ISAS}
     if unknown:
         raise SystemExit(f"PETAL_CPU_ISAS: want some of {', '.join(ISAS)}, got {min(unknown)}")
-    return [isa for isa in ISAS if isa == "generic" or (x86 and isa in map(str.strip, wanted))]
+    return [isa for isa in ISAS if isa == "generic" or (x86 and isa in wanted)]
+
+
+def _needs(isa: str) -> set[str]:
+    """The flags that a processor shows which runs it."""
+    return {flag.removeprefix("-m") for flag in ISAS[isa].split()}
 
 
 def add_cpu(n: NinjaFile, tools: Tools) -> None:
     """Kernels once per instruction set, the host side once, one library."""
     assert tools.torch is not None
-    n.rule("cxx", f"{tools.cxx} {CXX_FLAGS} -I{SOURCES} $flags -MMD -MF $out.d -c $in -o $out")
+    assert tools.cxx is not None
+    command = f"{tools.cxx} {CXX_FLAGS} {AS_CSRC} -I{SOURCES} $flags -MMD -MF $out.d -c $in -o $out"
+    n.rule("cxx", command, tool=_made_with(tools, tools.cxx))
     built = " ".join(f"-DPETAL_BUILT_{isa.upper()}" for isa in cpu_isas())
     host = f"{_torch_flags(tools.torch)} {built}"
     objects = []
     for source in sorted(SOURCES.glob("*/cpu/*.cpp")):
         if source.name != "kernel.cpp":
-            objects.append(n.edge("cxx", n.object(source), [source], host))
+            objects.append(n.compiled("cxx", source, host))
             continue
         for isa in cpu_isas():
             flags = f"{ISAS[isa]} -DPETAL_ISA={isa}"
-            objects.append(n.edge("cxx", n.object(source, isa), [source], flags))
+            objects.append(n.compiled("cxx", source, flags, isa))
     n.rule(
         "link_cpu",
         f"{tools.cxx} -shared -o $out $in -L{tools.torch / 'lib'} "
@@ -201,19 +241,17 @@ def add_cuda(n: NinjaFile, tools: Tools) -> None:
     before --no-as-needed, and many linkers leave out what no symbol is taken from.
     """
     assert tools.torch is not None
-    archs = cuda_archs()
+    assert tools.nvcc is not None
+    archs = cuda_archs(tools.gpus)
     codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
     codes.append(f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    common = f"-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -I{SOURCES}"
-    n.rule("nvcc", f"{tools.nvcc} {common} $flags -MD -MF $out.d -c $in -o $out")
-    objects = [
-        n.edge("nvcc", n.object(s), [s], " ".join(codes))
-        for s in sorted(SOURCES.glob("*/cuda/*.cu"))
-    ]
-    objects += [
-        n.edge("nvcc", n.object(s), [s], f"-DUSE_CUDA {_torch_flags(tools.torch)}")
-        for s in sorted(SOURCES.glob("*/cuda/*.cpp"))
-    ]
+    common = f"-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,{AS_CSRC} -I{SOURCES}"
+    command = f"{tools.nvcc} {common} $flags -MD -MF $out.d -c $in -o $out"
+    n.rule("nvcc", command, tool=_made_with(tools, tools.nvcc))
+    kernels = sorted(SOURCES.glob("*/cuda/*.cu"))
+    objects = [n.compiled("nvcc", s, " ".join(codes)) for s in kernels]
+    calls = f"-DUSE_CUDA {_torch_flags(tools.torch)}"
+    objects += [n.compiled("nvcc", s, calls) for s in sorted(SOURCES.glob("*/cuda/*.cpp"))]
     stub = n.build / "stub"
     stub.mkdir(parents=True, exist_ok=True)
     (stub / "empty.cpp").write_text("")
@@ -228,10 +266,11 @@ def add_cuda(n: NinjaFile, tools: Tools) -> None:
     n.product(n.edge("link_cuda", n.build / "libpetal_cuda.so", [*objects, named]))
 
 
-def cuda_archs() -> list[str]:
-    """The architectures asked for, lowest first."""
-    wanted = os.environ.get("PETAL_CUDA_ARCHS", "80;90;100").replace(",", ";").replace(".", "")
-    return sorted((a.strip() for a in wanted.split(";") if a.strip()), key=int)
+def cuda_archs(gpus: Sequence[str] = ()) -> list[str]:
+    """The architectures asked for, those of `gpus`, or of three generations; lowest first."""
+    default = ";".join(gpus) or "80;90;100"
+    wanted = os.environ.get("PETAL_CUDA_ARCHS", default).replace(",", ";").replace(".", "")
+    return sorted({a.strip() for a in wanted.split(";") if a.strip()}, key=int)
 
 
 def facts(tools: Tools) -> dict[str, str]:
@@ -242,7 +281,7 @@ def facts(tools: Tools) -> dict[str, str]:
         "flags": CXX_FLAGS,
         "isas": ",".join(cpu_isas()) if tools.reasons["cpu"] is None else "",
         "nvcc": _version(tools.nvcc) if tools.nvcc and tools.reasons["cuda"] is None else "none",
-        "cuda_archs": ",".join(cuda_archs()) if tools.reasons["cuda"] is None else "",
+        "cuda_archs": ",".join(cuda_archs(tools.gpus)) if tools.reasons["cuda"] is None else "",
         "stable_abi": "torch 2.11",
         "commit": commit,
         "commit_date": date,
@@ -285,7 +324,7 @@ class BuildKernels(build_ext):
     def run(self) -> None:
         tools = Tools()
         known = facts(tools)
-        n = NinjaFile(ROOT / "build" / "ninja")
+        n = NinjaFile(ROOT / "build" / "ninja", object_cache(tools))
         if tools.reasons["cpu"] is None:
             add_cpu(n, tools)
         if tools.reasons["cuda"] is None:
@@ -294,13 +333,12 @@ class BuildKernels(build_ext):
             add_host(n, tools, known)
         if n.products:
             assert tools.ninja is not None
-            print(f"ninja: {shlex.join(p.name for p in n.products)}", flush=True)
             n.run(tools.ninja)
         self._install(n.products, {"reasons": tools.reasons, "facts": known})
         for name, reason in tools.reasons.items():
             if reason is not None:
                 print(f"petal-kernels: the {name} part is not built: {reason}", file=sys.stderr)
-        if any(tools.reasons.values()):
+        if set(tools.reasons.values()) - {None, OFF, NO_DEVICE}:
             print(HOW, file=sys.stderr)
 
     def _install(self, products: list[Path], record: dict[str, object]) -> None:
@@ -336,8 +374,19 @@ class BuildKernels(build_ext):
         """Nothing to copy: an in-place build writes into the source tree itself."""
 
 
+class Wheel(bdist_wheel):
+    """Without the pybind11 module the compiled parts know torch's stable ABI alone: one wheel for
+    every Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform_name = super().get_tag()
+        if Tools().reasons["host"] is None:
+            return python, abi, platform_name
+        return "py3", "none", platform_name
+
+
 if __name__ == "__main__":
     setup(
         ext_modules=[Extension("petal_kernels._host", ["csrc/host_module.cpp"])],
-        cmdclass={"build_ext": BuildKernels},
+        cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
     )

@@ -57,7 +57,10 @@ def test_unknown_instruction_set_is_refused() -> None:
 
 
 @built
-@pytest.mark.parametrize("library", ["libpetal_cpu.so", "libpetal_cuda.so"])
+@pytest.mark.parametrize(
+    "library",
+    ["libpetal_cpu.so", pytest.param("libpetal_cuda.so", marks=pytest.mark.cross_compile)],
+)
 def test_libraries_use_the_stable_abi_only(library: str) -> None:
     pytest.importorskip("torch_abi_audit")
     path = LIBRARIES / library
@@ -75,6 +78,7 @@ def test_each_missing_tool_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("PETAL_BUILD_CPU", raising=False)
     here = Path("there")
     full = {"cxx": "g++", "ninja": "ninja", "nvcc": "nvcc", "torch": here, "pybind11": here}
+    full["gpus"] = ["9.0"]
     assert set(module.Tools(**full).reasons.values()) == {None}
     expected = {
         "cxx": {"cpu": "no C++ compiler", "cuda": "no C++ compiler", "host": "no C++ compiler"},
@@ -102,13 +106,53 @@ def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PETAL_CUDA_ARCHS", "10.0, 8.0;90")
     assert module.cuda_archs() == ["80", "90", "100"]
     monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
-    monkeypatch.delenv("PETAL_CPU_ISAS", raising=False)
-    assert module.cpu_isas() == ["generic", "avx2", "avx512"]
     monkeypatch.setenv("PETAL_CPU_ISAS", "avx512, generic")
     assert module.cpu_isas() == ["generic", "avx512"]
     monkeypatch.setenv("PETAL_CPU_ISAS", "avx3")
     with pytest.raises(SystemExit, match="want some of generic, avx2, avx512, got avx3"):
         module.cpu_isas()
+
+
+def test_the_build_is_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is asked for: CUDA where a device is visible, for it; the processor's own
+    instruction sets."""
+    module = setup_module()
+    for name in ("PETAL_BUILD_CUDA", "PETAL_CUDA_ARCHS", "PETAL_CPU_ISAS"):
+        monkeypatch.delenv(name, raising=False)
+    full = {"cxx": "g++", "ninja": "ninja", "nvcc": "nvcc", "torch": Path("there")}
+    without = module.Tools(**full, pybind11=Path("there"), gpus=[])
+    assert without.reasons["cuda"] == module.NO_DEVICE
+    assert without.reasons["cpu"] is None
+    monkeypatch.setenv("PETAL_BUILD_CUDA", "1")
+    assert module.Tools(**full, pybind11=Path("there"), gpus=[]).reasons["cuda"] is None
+    assert module.cuda_archs([]) == ["80", "90", "100"]
+    assert module.cuda_archs(["9.0", "9.0"]) == ["90"]
+
+    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    for flags, isas in (
+        (None, ["generic", "avx2", "avx512"]),
+        ({"sse4_2"}, ["generic"]),
+        ({"avx2", "fma", "f16c"}, ["generic", "avx2"]),
+        ({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl"}, ["generic", "avx2"]),
+    ):
+        monkeypatch.setattr(module, "_cpu_flags", lambda flags=flags: flags)
+        assert module.cpu_isas() == isas
+    monkeypatch.setattr(module.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(module, "_cpu_flags", lambda: None)
+    assert module.cpu_isas() == ["generic"]
+
+
+def test_a_gpu_is_asked_for_its_architecture(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = setup_module()
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 9.0; echo 8.9\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert module._visible_archs() == ["9.0", "8.9"]
+    tool.write_text("#!/bin/sh\necho no devices were found; exit 9\n")
+    assert module._visible_archs() == []
 
 
 USE = """
@@ -173,6 +217,7 @@ def test_facts_of_a_build_for_another_python(monkeypatch: pytest.MonkeyPatch) ->
         _build_info._host.cache_clear()
 
 
+@pytest.mark.cross_compile
 def test_the_cuda_library_asks_for_torchs() -> None:
     """Without libtorch_cuda among its needs its symbols would be looked up too early: a load on a
     machine with a GPU would fail."""
