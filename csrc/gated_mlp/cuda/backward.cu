@@ -153,10 +153,12 @@ const char* launch_gated_mlp_act_bwd(MlpParams params, void* stream) {
         launch(&gated_mlp_act_bwd_down_kernel<T>, grid, Shape::kShared, stream, params);
     if (error != nullptr) return error;
     const float scale = params.dropout.rng != nullptr ? params.dropout.scale : 1.0f;
-    return reduce_partials(
-        {params.partial, params.splits, params.width, params.rank,
-         {params.ddown, params.ddown_dtype, 1, params.width, scale}},
-        stream);
+    return reduce_partials({params.partial,
+                            params.splits,
+                            params.width,
+                            params.rank,
+                            {params.ddown, params.ddown_dtype, 1, params.width, scale}},
+                           stream);
   });
 }
 

@@ -20,8 +20,7 @@ __device__ __forceinline__ Corner corner(const MlpParams& p) {
   return {blockIdx.x / across * kTileRows, blockIdx.x % across * kTileColumns};
 }
 inline dim3 tiles(const MlpParams& p) {
-  return dim3(
-      static_cast<unsigned>(ceil_div(p.rows, kTileRows) * ceil_div(p.width, kTileColumns)));
+  return dim3(static_cast<unsigned>(ceil_div(p.rows, kTileRows) * ceil_div(p.width, kTileColumns)));
 }
 
 // How many of eight columns at (row, col) there are.
