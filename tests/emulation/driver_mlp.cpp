@@ -44,7 +44,7 @@ void mlp(DType dtype, int64_t rows, int64_t width, int64_t rank, int64_t pad, bo
     dp.fill(2);
     MlpParams back = params;
     if (rows_wanted) {
-      back.dp = back.dg = dp.view();
+      back.dp = dp.view();
       if (gated) back.du = du.view();
     }
     if (down_wanted) {

@@ -12,7 +12,7 @@
 //          32 x 32 tiles of dA.
 // Traffic  5 N F: g, u and dp read, dg and du written, each once; g and u again for each further 64
 //          ranks, dh once per 64 columns from L2, fp32 partials [splits, F, R] written and read.
-//          dg may overwrite dp.
+//          dg overwrites dp.
 // Numerics fp32; dg and du rounded once, p to T as an operand. Products on tensor cores, in fp32
 //          IEEE FMAs; dropped elements are exact zeros, the factor of the kept ones is in the sum.
 //          Splits are added in order: the same bits every time.
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t row = at.row + Groups::row(i), col = at.col + Groups::col(i);
     const int valid = valid_at(p, row, col);
     differentiate(p.activation, g[i], u[i], d[i]);
-    write8<T>(p.dg, row, col, d[i], valid);
+    write8<T>(p.dp, row, col, d[i], valid);
     if (p.u.data != nullptr) write8<T>(p.du, row, col, u[i], valid);
   }
 }
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
           differentiate(p.activation, g, u, d);
           if (writes && row < end) {
             const int valid = valid_columns(col, p.width, 8);
-            write8<T>(p.dg, row, col, d, valid);
+            write8<T>(p.dp, row, col, d, valid);
             if (gated) write8<T>(p.du, row, col, u, valid);
           }
           if (mask.threshold > 0) {

@@ -27,18 +27,16 @@ void gated_mlp_act_fwd(Tensor g, MaybeTensor u, int64_t activation, Tensor out) 
   check_launch(launch_gated_mlp_act_fwd(p, device.stream()), "gated_mlp_act_fwd");
 }
 
-// dg (which may be dp) and du where dp is given, ddown = dh^T (mask * p) where dh is.
+// dg, over dp, and du where dp is given, ddown = dh^T (mask * p) where dh is.
 void gated_mlp_act_bwd(MaybeTensor dp, Tensor g, MaybeTensor u, MaybeTensor dh, MaybeTensor rng,
-                       double dropout, int64_t activation, MaybeTensor dg, MaybeTensor du,
-                       MaybeTensor ddown, int64_t splits) {
+                       double dropout, int64_t activation, MaybeTensor du, MaybeTensor ddown,
+                       int64_t splits) {
   const char* const name = "gated_mlp_act_bwd";
   MlpParams p = mlp_params(g, u, activation);
   STD_TORCH_CHECK(dp.has_value() || dh.has_value(), name, ": want dp or dh, got neither");
-  want(dg.has_value() == dp.has_value(), "dg beside dp");
   want(du.has_value() == (dp.has_value() && u.has_value()), "du beside dp and u");
   want(ddown.has_value() == dh.has_value(), "ddown beside dh");
   p.dp = view(dp, p.dtype, p.rows, p.width, "dp");
-  p.dg = view(dg, p.dtype, p.rows, p.width, "dg");
   p.du = view(du, p.dtype, p.rows, p.width, "du");
   const Device device(g);
   Tensor partial;
@@ -65,8 +63,8 @@ void gated_mlp_act_bwd(MaybeTensor dp, Tensor g, MaybeTensor u, MaybeTensor dh, 
 PETAL_LIBRARY_FRAGMENT(PETAL_CUDA_LIBRARY, m) {
   m.def("gated_mlp_act_fwd(Tensor g, Tensor? u, int activation, Tensor(a!) p) -> ()");
   m.def(
-      "gated_mlp_act_bwd(Tensor? dp, Tensor g, Tensor? u, Tensor? dh, Tensor? rng, float dropout, "
-      "int activation, Tensor(a!)? dg, Tensor(b!)? du, Tensor(c!)? ddown, int splits) -> ()");
+      "gated_mlp_act_bwd(Tensor(a!)? dp, Tensor g, Tensor? u, Tensor? dh, Tensor? rng, "
+      "float dropout, int activation, Tensor(b!)? du, Tensor(c!)? ddown, int splits) -> ()");
 }
 
 PETAL_LIBRARY_IMPL(PETAL_CUDA_LIBRARY, PETAL_CUDA_KEY, m) {

@@ -13,11 +13,11 @@ struct MlpParams {
   int64_t rows, width, rank;  // N, F, R
   MatrixView g, u;            // u without data: p = act(g)
   MatrixView p;               // forward
-  MatrixView dp;              // backward; no data: dg and du are not wanted
-  MatrixView dg, du;          // dg may be dp
-  MatrixView dh;              // [N, R]; no data: ddown is not wanted
-  Dropout dropout;            // on p, as ddown sees it
-  void* ddown;                // [R, F], contiguous
+  MatrixView dp;              // backward: becomes dg; no data: dg and du are not wanted
+  MatrixView du;
+  MatrixView dh;    // [N, R]; no data: ddown is not wanted
+  Dropout dropout;  // on p, as ddown sees it
+  void* ddown;      // [R, F], contiguous
   DType ddown_dtype;
   int64_t splits;          // of the rows
   float* partial;          // [splits, F, R]

@@ -1,4 +1,4 @@
-"""What lies between the linears of ``gated_mlp``, on the CUDA C++ kernels (``csrc/gated_mlp/cuda``).
+"""What lies between the linears of ``gated_mlp``, on CUDA C++ kernels (``csrc/gated_mlp/cuda``).
 
     forward   p = act(g) * u
     backward  du = act(g) * dp,  dg = act'(g) * u * dp,  dA = dh^T (mask * p), p formed again
@@ -64,7 +64,5 @@ def backward(call: Call, dp: Tensor | None, product: Product | None) -> Gradient
     dh, down, rng, dropout = (None, None, None, 0.0) if product is None else product
     ddown = None if down is None else down.new_empty(down.shape)
     splits = max(1, min(MAX_SPLITS, -(-g.shape[0] // ROWS_PER_SPLIT)))
-    _ops().gated_mlp_act_bwd(
-        dp, g, u, dh, rng, dropout, ACTIVATIONS.index(name), dp, du, ddown, splits
-    )
+    _ops().gated_mlp_act_bwd(dp, g, u, dh, rng, dropout, ACTIVATIONS.index(name), du, ddown, splits)
     return Gradients(du, ddown)

@@ -53,6 +53,6 @@ def backward(call: Call, dp: Tensor | None, product: Product | None) -> Gradient
     dh, down, rng, dropout = (None, None, None, 0.0) if product is None else product
     ddown = None if down is None else down.new_empty(down.shape)
     torch.ops.petal_native.gated_mlp_act_bwd(
-        dp, g, u, dh, rng, dropout, ACTIVATIONS.index(name), dp, du, ddown
+        dp, g, u, dh, rng, dropout, ACTIVATIONS.index(name), du, ddown
     )
     return Gradients(du, ddown)

@@ -1,5 +1,5 @@
-"""What the general suite cannot see in ``gated_mlp``'s Triton kernels: traffic, double writes, program
-order, ranks beyond one slice, rows of any stride.
+"""What the general suite cannot see in ``gated_mlp``'s Triton kernels: traffic, double writes,
+program order, ranks beyond one slice, rows of any stride.
 
 Runs in the interpreter; numerics over the shape grid are in ``test_ops.py``.
 """
