@@ -280,8 +280,8 @@ MUTANTS = [
     (_MLP_HOST, 'dtype_of(*ddown, "ddown");', "p.dtype;"),
     (
         _MLP,
-        "        dp, g, u, dh, rng,",
-        "        None if dp is None else dp.clone(), g, u, dh, rng,",
+        "gated_mlp_act_bwd(dp, g,",
+        "gated_mlp_act_bwd(dp if dp is None else dp.clone(), g,",
     ),
     # expert_dispatch
     (_SORT, "(1u << threadIdx.x % kWarp) - 1u;", "(1u << threadIdx.x % kWarp);"),
