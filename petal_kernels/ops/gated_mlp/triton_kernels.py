@@ -35,7 +35,8 @@ def _gated_mlp_act_fwd_kernel(  # type: ignore[no-untyped-def]
     offs_m = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_f = (tl.program_id(0) % tiles) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask_m = offs_m < N
-    p = activate(load_tile(g_ptr, stride_gm, offs_m, offs_f, mask_m, F).to(tl.float32), ACT)
+    g = load_tile(g_ptr, stride_gm, offs_m, offs_f, mask_m, F).to(tl.float32)  # [M, F]
+    p = activate(g, ACT)
     if u_ptr is not None:
         p *= load_tile(u_ptr, stride_um, offs_m, offs_f, mask_m, F).to(tl.float32)  # [M, F]
     store_tile(p_ptr, stride_pm, offs_m, offs_f, mask_m, F, p)
