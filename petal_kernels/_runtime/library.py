@@ -1,8 +1,8 @@
 """The one handle on ``torch.library``: every raw operator lives in the namespace ``petal``.
 
-Raw operators are private and functional: they never write into an argument, and their outputs alias
-neither an argument nor each other. Gradients are attached one level up, by the
-``autograd.Function`` of each ``op.py``.
+Raw operators are private and functional: their outputs alias neither an argument nor each other,
+and they write into no argument but one that their schema marks, a fresh gradient that nobody else
+reads. Gradients are attached one level up, by the ``autograd.Function`` of each ``op.py``.
 """
 
 from __future__ import annotations

@@ -40,17 +40,18 @@ def derivative(name: str, z: Tensor) -> Tensor:
     return torch.ones_like(z)
 
 
-def activate_backward(name: str, z: Tensor, da: Tensor) -> Tensor:
-    """The gradient to z, in one library call."""
+def activate_backward(name: str, z: Tensor, da: Tensor, *, inplace: bool = False) -> Tensor:
+    """The gradient to z, in one library call; ``inplace`` overwrites da."""
+    where = {"grad_input": da} if inplace else {}
     if name == "relu":
-        out: Tensor = torch.ops.aten.threshold_backward(da, z, 0)
+        out: Tensor = torch.ops.aten.threshold_backward(da, z, 0, **where)
     elif name == "silu":
-        out = torch.ops.aten.silu_backward(da, z)
+        out = torch.ops.aten.silu_backward(da, z, **where)
     elif name == "identity":
         out = da
     else:
         approximate = "tanh" if name == "gelu_tanh" else "none"
-        out = torch.ops.aten.gelu_backward(da, z, approximate=approximate)
+        out = torch.ops.aten.gelu_backward(da, z, approximate=approximate, **where)
     return out
 
 

@@ -7,6 +7,7 @@ TESTS = [
     "tests/ops/lowrank_linear/test_cuda.py",
     "tests/ops/mode_contract/test_cuda.py",
     "tests/ops/gated_bottleneck/test_cuda.py",
+    "tests/ops/gated_mlp/test_cuda.py",
     "tests/ops/expert_dispatch/test_cuda.py",
     "tests/ops/expert_dispatch/test_cuda_sort.py",
     "-m",
@@ -29,6 +30,11 @@ _GATED_WEIGHTS = "csrc/gated_bottleneck/cuda/weights.cu"
 _GATED_HOST = "csrc/gated_bottleneck/cuda/call.cpp"
 _GATED_SETTINGS = "petal_kernels/ops/gated_bottleneck/settings.py"
 _GATED = "petal_kernels/ops/gated_bottleneck/cuda_impl.py"
+_MLP_BLOCK = "csrc/gated_mlp/cuda/block.cuh"
+_MLP_FWD = "csrc/gated_mlp/cuda/forward.cu"
+_MLP_BWD = "csrc/gated_mlp/cuda/backward.cu"
+_MLP_HOST = "csrc/gated_mlp/cuda/call.cpp"
+_MLP = "petal_kernels/ops/gated_mlp/cuda_impl.py"
 _SORT = "csrc/expert_dispatch/cuda/sort.cu"
 _EXPERT_BLOCK = "csrc/expert_dispatch/cuda/block.cuh"
 _EXPERT_GATES = "csrc/expert_dispatch/cuda/gates.cuh"
@@ -112,8 +118,8 @@ MUTANTS = [
     ),
     (
         f"{_COMMON}/cuda/tile.cuh",
-        "mma_16816<T>(acc[m][n + 1], fa[m], fb[2], fb[3]);",
-        "mma_16816<T>(acc[m][n + 1], fa[m], fb[0], fb[1]);",
+        "mma_16816<T>(acc[m][n + 1], f, fb[2], fb[3]);",
+        "mma_16816<T>(acc[m][n + 1], f, fb[0], fb[1]);",
     ),
     (
         f"{_COMMON}/cuda/tile.cuh",
@@ -139,8 +145,23 @@ MUTANTS = [
     # lowrank_linear: a down-projection, a mask and a scale of every output's own
     (_BLOCK, "base + slot >= first[i + 1]", "base + slot > first[i + 1]"),
     (_BLOCK, "return (base + slot - first[item]) * kSlot;", "return (base + slot) * kSlot;"),
-    (_BLOCK, "bits + (planes >> ((col + n * 8) / kSlot * 4) & 15u) * kPlane;", "bits;"),
-    (_BLOCK, "bits + (planes >> (Base::col(run) / kSlot * 4) & 15u) * kPlane;", "bits;"),
+    (
+        _BLOCK,
+        "& 15u) * kPlane;\n      return [=](uint32_t",
+        "& 0u) * kPlane;\n      return [=](uint32_t",
+    ),
+    (_BLOCK, "& 15u) * kPlane;\n      return [=](float", "& 0u) * kPlane;\n      return [=](float"),
+    (
+        f"{_COMMON}/cuda/tile.cuh",
+        "pair(f, fa[m], row + m * 16, depth);",
+        "pair(f, fa[m], row, depth);",
+    ),
+    (f"{_COMMON}/cuda/tile.cuh", "those(va[m][s], row(m), k + s);", "those(va[m][s], row(m), k);"),
+    (
+        f"{_COMMON}/cuda/tile.cuh",
+        "const auto those = seen(col(run));",
+        "const auto those = seen(0);",
+    ),
     (
         _BLOCK,
         "f[half + 2] = keep_pair(a[half + 2], bits >> 8, bits >> 9);",
@@ -228,6 +249,40 @@ MUTANTS = [
     (_GATED_WEIGHTS, "t < kThreads; t += kGroups", "t < kThreads / 2; t += kGroups"),
     (_GATED_HOST, "grad.stride(sum || down ? 0 : 1)", "grad.stride(0)"),
     (_GATED, "rows(Work(dz=work.dz, dx=work.dx), False, False, True)", "pass"),
+    # gated_mlp: factors, tiles, ranks written twice, another split's mask, rows and sums
+    (_MLP_FWD, "activate(known, g[i][j]) * u[i][j];", "activate(known, g[i][j]);"),
+    (_MLP_BLOCK, "d[j] = slope * (factor * up);", "d[j] = slope * up;"),
+    (_MLP_BLOCK, "u[j] = value * up;", "u[j] = factor * up;"),
+    (_MLP_BLOCK, "row < p.rows ?", "row <= p.rows ?"),
+    (_MLP_BLOCK, "blockIdx.x / across * kTileRows", "blockIdx.x / across * (kTileRows - 1)"),
+    (
+        f"{_COMMON}/cuda/activation.cuh",
+        "case Activation::kGelu: return fn(Activation::kGelu);",
+        "case Activation::kGelu: return fn(Activation::kGeluTanh);",
+    ),
+    (_MLP_BWD, "p.dp.data != nullptr && blockIdx.y == 0;", "p.dp.data != nullptr;"),
+    (_MLP_BWD, "mask.keep8(0, row, col);", "mask.keep8(0, row - row0, col);"),
+    (_MLP_BWD, "mask.keep8(0, row, col);", "mask.keep8(0, row, col - col0);"),
+    (_MLP_BWD, "rng != nullptr ? params.dropout.scale : 1.0f;", "rng != nullptr ? 1.0f : 1.0f;"),
+    (_MLP_BWD, "if (writes && row < end) {", "if (writes && row <= end) {"),
+    (_MLP_BWD, "        return true;\n", "        return false;\n"),
+    (
+        _MLP_BWD,
+        "const int64_t row0 = blockIdx.z * p.rows_per_split;",
+        "const int64_t row0 = blockIdx.z * (p.rows_per_split - 1);",
+    ),
+    (_MLP_BWD, "blockIdx.z * p.width * p.rank;", "0 * p.width * p.rank;"),
+    (
+        f"{_COMMON}/cuda/partials.cuh",
+        "static_cast<int64_t>(blockIdx.y) * kReduceTile",
+        "0 * kReduceTile",
+    ),
+    (_MLP_HOST, 'dtype_of(*ddown, "ddown");', "p.dtype;"),
+    (
+        _MLP,
+        "gated_mlp_act_bwd(dp, g,",
+        "gated_mlp_act_bwd(dp if dp is None else dp.clone(), g,",
+    ),
     # expert_dispatch
     (_SORT, "(1u << threadIdx.x % kWarp) - 1u;", "(1u << threadIdx.x % kWarp);"),
     (_SORT, "slot += counts[warp * p.experts + e];", "slot += 0;"),

@@ -92,11 +92,13 @@ MUTANTS = [
         'passed["residual"] = 2 * dout',
     ),
     (_MLP, "scaled_mask(of.rng, of.dropout, 0,", "scaled_mask(of.rng, of.dropout, 1,"),
-    (_MLP, "activate_backward(name, g, dp * u)", "activate_backward(name, g, dp)"),
+    (_MLP, "        dp.mul_(u)\n", ""),
     (_MLP, "_down(a if u is None else a * u, product)", "_down(a, product)"),
     (_MLP_FUNCTION, "            drop = drop.after(last)\n", "            drop = drop.after(1)\n"),
     (_MLP_FUNCTION, "else drop.after(last)\n", "else drop.after(1)\n"),
     (_MLP_FUNCTION, "dbiases[last] = dy.sum(0)", "dbiases[last] = dy[0].clone()"),
+    # A gradient that stays in a copy of dp.
+    (_MLP_FUNCTION, "dp.copy_(rows.view(dp.shape))", "pass"),
     # x kept where nothing reads it.
     (_MLP_FUNCTION, "t.x if any(wants.downs[:-1]) or (between and s.recompute) else None", "t.x"),
     # The update of `up` alone draws the gate's mask.

@@ -6,6 +6,7 @@ TESTS = [
     "tests/ops/mode_contract/test_triton.py",
     "tests/runtime/test_triton_lib.py",
     "tests/ops/gated_bottleneck/test_triton.py",
+    "tests/ops/gated_mlp/test_triton.py",
     "tests/ops/expert_dispatch/test_triton.py",
     "tests/ops/test_triton_offsets.py",
     "tests/ops/test_triton_compile.py",
@@ -27,6 +28,9 @@ _GATED_FWD = "petal_kernels/ops/gated_bottleneck/triton_kernels.py"
 _GATED_ROWS = "petal_kernels/ops/gated_bottleneck/triton_kernels_bwd.py"
 _GATED_WEIGHTS = "petal_kernels/ops/gated_bottleneck/triton_kernels_weights.py"
 _GATED_LAUNCH = "petal_kernels/ops/gated_bottleneck/triton_launch.py"
+_MLP = "petal_kernels/ops/gated_mlp/triton_kernels.py"
+_MLP_CONFIGS = "petal_kernels/ops/gated_mlp/triton_configs.py"
+_MLP_IMPL = "petal_kernels/ops/gated_mlp/triton_impl.py"
 _DISPATCH_TILES = "petal_kernels/ops/expert_dispatch/triton_kernels_tiles.py"
 _DISPATCH_FWD = "petal_kernels/ops/expert_dispatch/triton_kernels.py"
 _DISPATCH_ROWS = "petal_kernels/ops/expert_dispatch/triton_kernels_bwd.py"
@@ -159,6 +163,19 @@ MUTANTS = [
     (_LIB, "part += stride_part", "part += 0"),
     (_GATED_LAUNCH, "self.s.samples if per_sample else 1", "1"),
     (_GATED_WEIGHTS, "tl.program_id(1).to(tl.int64)", "tl.program_id(1)"),
+    # gated_mlp: factors, ranks written twice, another split's mask, rows and sums, a spill
+    (_MLP, "p *= load_tile(u_ptr", "p = load_tile(u_ptr"),
+    (_MLP, "first, F, a * dp)", "first, F, p * dp)"),
+    (_MLP, "d = u * dp", "d = dp"),
+    (_MLP, "first = mask_m & (tl.program_id(1) == 0)", "first = mask_m"),
+    (_MLP, "stream, offs_m, col0, BLOCK_F", "stream, offs_m, 0, BLOCK_F"),
+    (_MLP, "acc * keep_scale", "acc"),
+    (_MLP, "split * rows_per_split + step", "split * (rows_per_split - 1) + step"),
+    (_MLP, "(split * R + offs_r.to(tl.int64))", "offs_r.to(tl.int64)"),
+    (_MLP, "offs_r = tl.program_id(1) * BLOCK_R", "offs_r = 0 * BLOCK_R"),
+    (_MLP_IMPL, "rng if drops else None", "None"),
+    (_MLP_IMPL, "part, ddown, ddown.numel(), part", "part, ddown, ddown.numel() - 1, part"),
+    (_MLP_CONFIGS, "tile(8, 3, BLOCK_M=32, BLOCK_F=64)", "tile(8, 3, BLOCK_M=32, BLOCK_F=128)"),
     # expert_dispatch: a NaN below everything, negative numbers in the wrong order
     (_DISPATCH_TILES, "tl.where(logits != logits, _HIGHEST, key)", "key"),
     (_DISPATCH_TILES, "tl.where(bits < 0, bits ^ _HIGHEST, bits)", "bits"),

@@ -23,6 +23,7 @@ ALWAYS = {
     "lowrank_linear": ("expand bf16 r64 large has_base+dropout", 90),
     "mode_contract": ("fwd fp32 fold", 80),
     "gated_bottleneck": ("rows bf16 r128 large_gated large", 90),
+    "gated_mlp": ("down bf16 r64 silu no_rng", 80),
     "expert_dispatch": ("fwd bf16 r64 large topk", 90),
 }
 FORMS = {name: triton_audit.shipped_configs(name) for name in triton_audit.OPERATORS}

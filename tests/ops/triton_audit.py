@@ -219,7 +219,7 @@ def _source(shipped: Any) -> Any:
         for n, kind in shipped.signature.items()
         if kind.startswith("*")
         or n.startswith(("stride", "out", "rank", "start"))
-        or n in ("D", "R", "O", "DG", "RG", "W")
+        or n in ("D", "R", "O", "F", "DG", "RG", "W")
     ]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
     signature = {**shipped.signature, **dict.fromkeys(shipped.constexprs, "constexpr")}

@@ -1,4 +1,4 @@
-// Activations of a bottleneck and their derivatives, in fp32.
+// Activations and their derivatives, in fp32.
 #pragma once
 
 #include "common/dispatch.h"
@@ -37,6 +37,18 @@ __device__ __forceinline__ float derivative(Activation name, float q) {
       return s * (1.0f + q * (1.0f - s));
     }
     default: return 1.0f;
+  }
+}
+
+// fn(name), inlined once for each activation: asked once, not at every element.
+template <class Fn>
+__device__ __forceinline__ void by_activation(Activation name, Fn fn) {
+  switch (name) {
+    case Activation::kRelu: return fn(Activation::kRelu);
+    case Activation::kGelu: return fn(Activation::kGelu);
+    case Activation::kGeluTanh: return fn(Activation::kGeluTanh);
+    case Activation::kSilu: return fn(Activation::kSilu);
+    default: return fn(Activation::kIdentity);
   }
 }
 

@@ -88,6 +88,18 @@ __device__ __forceinline__ void mask_tile(T* tile, const MaskSource& mask, uint3
   }
 }
 
+// How the columns of C see A: all of them as it is. seen(col) is what the columns from `col` on see,
+// and that maps a fragment of A, or in fp32 an element, at (row, depth).
+struct SeenWhole {
+  __device__ __forceinline__ SeenWhole operator()(int) const { return {}; }
+  __device__ __forceinline__ void operator()(uint32_t (&f)[4], const uint32_t (&a)[4], int,
+                                             int) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) f[i] = a[i];
+  }
+  __device__ __forceinline__ float operator()(float v, int, int) const { return v; }
+};
+
 // C [BM, BN] += A [BM, DEPTH] B [BN, DEPTH]^T on tensor cores; warps WM x WN over C and WK over the
 // contraction. A tile: [BM][DEPTH] if A_KC else [DEPTH][BM]; B tile: [BN][DEPTH] if B_KC else
 // [DEPTH][BN]; LDA, LDB: elements from row to row where a tile is a piece of a larger one.
@@ -109,7 +121,11 @@ struct TileProduct {
         for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.0f;
   }
 
-  __device__ __forceinline__ void step(const T* a, const T* b) {
+  __device__ __forceinline__ void step(const T* a, const T* b) { step_seen(a, b, SeenWhole{}); }
+
+  // A pair of products, 16 columns, sees one thing.
+  template <class Seen>
+  __device__ __forceinline__ void step_seen(const T* a, const T* b, Seen seen) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int row = (warp % WM) * kRows, col = (warp / WM % WN) * kCols, slice = warp / (WM * WN);
     // Row and column, inside a 16 x 16 block, of the 8-element row this lane names to ldmatrix.
@@ -128,6 +144,7 @@ struct TileProduct {
       }
 #pragma unroll
       for (int n = 0; n < kN; n += 2) {
+        const auto pair = seen(col + n * 8);
         uint32_t fb[4];
         if constexpr (B_KC) {
           ldmatrix_x4(fb, b + (col + n * 8 + even) * LDB + depth + odd);
@@ -136,8 +153,10 @@ struct TileProduct {
         }
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-          mma_16816<T>(acc[m][n], fa[m], fb[0], fb[1]);
-          mma_16816<T>(acc[m][n + 1], fa[m], fb[2], fb[3]);
+          uint32_t f[4];
+          pair(f, fa[m], row + m * 16, depth);
+          mma_16816<T>(acc[m][n], f, fb[0], fb[1]);
+          mma_16816<T>(acc[m][n + 1], f, fb[2], fb[3]);
         }
       }
     }
@@ -221,21 +240,32 @@ struct TileProduct<float, BM, BN, DEPTH, A_KC, B_KC, WM, WN, WK, LDA, LDB> {
     }
   }
 
-  // A stage is summed by itself and then added: the rounding error of a long contraction grows with
-  // the root of its stages, not of its elements.
   __device__ __forceinline__ void step(const float* a, const float* b) {
+    step_seen<kN, 2>(a, b, SeenWhole{});
+  }
+
+  // RUN of a thread's columns see one thing. A stage is summed by itself and then added: the
+  // rounding error of a long contraction grows with the root of its stages, not of its elements.
+  template <int RUN, int UNROLL, class Seen>
+  __device__ __forceinline__ void step_seen(const float* a, const float* b, Seen seen) {
     float acc[kM][kN] = {};
-#pragma unroll 2
+#pragma unroll UNROLL
     for (int k = 0; k < DEPTH; k += 4) {
       float va[kM][4], vb[kN][4];
       fetch<A_KC, kM, LDA>(va, a, k, [](int i) { return row(i); });
       fetch<B_KC, kN, LDB>(vb, b, k, [](int i) { return col(i); });
 #pragma unroll
-      for (int s = 0; s < 4; ++s)
+      for (int run = 0; run < kN; run += RUN) {
+        const auto those = seen(col(run));
 #pragma unroll
-        for (int m = 0; m < kM; ++m)
+        for (int s = 0; s < 4; ++s)
 #pragma unroll
-          for (int n = 0; n < kN; ++n) acc[m][n] = fmaf(va[m][s], vb[n][s], acc[m][n]);
+          for (int m = 0; m < kM; ++m) {
+            const float v = those(va[m][s], row(m), k + s);
+#pragma unroll
+            for (int n = run; n < run + RUN; ++n) acc[m][n] = fmaf(v, vb[n][s], acc[m][n]);
+          }
+      }
     }
 #pragma unroll
     for (int m = 0; m < kM; ++m)

@@ -54,16 +54,16 @@ void forward(Tensor g, Optional u, int64_t activation, Tensor p) {
   });
 }
 
+// dp becomes dg.
 void backward(Optional dp, Tensor g, Optional u, Optional dh, Optional rng, double dropout,
-              int64_t activation, Optional dg, Optional du, Optional ddown) {
+              int64_t activation, Optional du, Optional ddown) {
   const MlpKernels& kernel = kernels();
   MlpArgs a = arguments(g, activation);
   STD_TORCH_CHECK(dh.has_value() == ddown.has_value(), "ddown: want it where dh is given");
-  STD_TORCH_CHECK(dp.has_value() == dg.has_value(), "dg: want it where dp is given");
   STD_TORCH_CHECK((dp && u) == du.has_value(), "du: want it where dp and u are given");
   a.R = dh ? dh->size(1) : 0;
   a.g = rows(a, g, "g", a.F), a.u = rows(a, u, "u", a.F), a.dp = rows(a, dp, "dp", a.F);
-  a.dg = rows(a, dg, "dg", a.F), a.du = rows(a, du, "du", a.F), a.dh = rows(a, dh, "dh", a.R);
+  a.du = rows(a, du, "du", a.F), a.dh = rows(a, dh, "dh", a.R);
   a.dropout = cpu_dropout(rng, dropout);
   const int64_t strips = ceil_div(a.F, kernel.strip);
   const int64_t most = a.F >= kWide ? 1 : kSplits;
@@ -93,8 +93,8 @@ void backward(Optional dp, Tensor g, Optional u, Optional dh, Optional rng, doub
 STABLE_TORCH_LIBRARY_FRAGMENT(petal_native, m) {
   m.def("gated_mlp_act_fwd(Tensor g, Tensor? u, int activation, Tensor(a!) p) -> ()");
   m.def(
-      "gated_mlp_act_bwd(Tensor? dp, Tensor g, Tensor? u, Tensor? dh, Tensor? rng, float dropout, "
-      "int activation, Tensor(a!)? dg, Tensor(b!)? du, Tensor(c!)? ddown) -> ()");
+      "gated_mlp_act_bwd(Tensor(a!)? dp, Tensor g, Tensor? u, Tensor? dh, Tensor? rng, "
+      "float dropout, int activation, Tensor(b!)? du, Tensor(c!)? ddown) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(petal_native, CPU, m) {
   m.impl("gated_mlp_act_fwd", TORCH_BOX(&petal::forward));

@@ -8,7 +8,7 @@
 //          stride; dA [R, F] by partials.
 // Grid     forward: a task owns rows. Backward: a split of the rows for a strip of columns; it goes
 //          through its rows in blocks, whose p waits in cache for the product with dh.
-// Traffic  forward 3 N F, backward 5 N F: each operand once; eager code moves 5 N F forward, and
+// Traffic  forward 3 N F, backward 5 N F: each operand once, dg over dp; eager code moves 5 N F forward, and
 //          backward 9 N F, with masks 12 N F and more. dh is read once per strip.
 // Numerics fp32 within about two units in the last place; p of backward is not rounded; results
 //          rounded once. A block of rows is a run of dA's sums.
@@ -85,19 +85,16 @@ void forward_of(const MlpArgs& a, int64_t row0, int64_t row1) {
   stream_fence();
 }
 
-// The rows of a block: dg and du of columns [col0, col0 + cols), and p to panels of `rows` rows. What
+// The rows of a block: dg, over dp, and du of columns [col0, col0 + cols), and p to panels of `rows` rows. What
 // a panel holds behind the last column reaches such columns of the sums alone, which nobody reads.
 template <typename T>
 PETAL_INLINE void rows_of(const MlpArgs& a, Activation name, int64_t row0, int64_t rows,
                           int64_t col0, int64_t cols, float* panel) {
-  const bool apart = a.dg.p != a.dp.p;
-  const bool stream_g = apart && may_stream(static_cast<T*>(a.dg.p), a.dg.ld, a.N * a.F);
   const bool stream_u = may_stream(static_cast<T*>(a.du.p), a.du.ld, a.N * a.F);
   for (int64_t i = 0; i < rows; ++i) {
     const T* g = from_row<T>(a.g, row0 + i) + col0;
     const T* u = a.u.p ? from_row<T>(a.u, row0 + i) + col0 : nullptr;
-    const T* dp = a.dp.p ? from_row<T>(a.dp, row0 + i) + col0 : nullptr;
-    T* dg = dp ? from_row<T>(a.dg, row0 + i) + col0 : nullptr;
+    T* dp = a.dp.p ? from_row<T>(a.dp, row0 + i) + col0 : nullptr;
     T* du = dp && u ? from_row<T>(a.du, row0 + i) + col0 : nullptr;
     for (int64_t c = 0; c < cols; c += kVL) {
       const int64_t n = cols - c;
@@ -105,7 +102,7 @@ PETAL_INLINE void rows_of(const MlpArgs& a, Activation name, int64_t row0, int64
       const vf factor = u ? take(u + c, n) : splat(1.0f);
       if (dp) {
         const vf d = take(dp + c, n);
-        give(dg + c, at.slope * (factor * d), n, stream_g);
+        give(dp + c, at.slope * (factor * d), n, false);  // in cache
         if (du) give(du + c, at.value * d, n, stream_u);
       }
       if (panel) store(panel + (c / kNR * rows + i) * kNR + c % kNR, at.value * factor);

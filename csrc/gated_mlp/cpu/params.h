@@ -9,11 +9,11 @@ struct MlpArgs {
   int64_t N, F, R;
   DType type;  // of all rows
   Activation activation;
-  CpuRows g, u;    // u null: p = act(g)
-  CpuRows p;       // forward
-  CpuRows dp;      // backward; null: dg and du are not wanted
-  CpuRows dg, du;  // dg may be dp
-  CpuRows dh;      // [N, R]; null: ddown is not wanted
+  CpuRows g, u;  // u null: p = act(g)
+  CpuRows p;     // forward
+  CpuRows dp;    // backward: becomes dg; null: dg and du are not wanted
+  CpuRows du;
+  CpuRows dh;  // [N, R]; null: ddown is not wanted
   CpuDropout dropout;
   float* ddown;  // partials [splits][panels of F][R][kNR]
 };

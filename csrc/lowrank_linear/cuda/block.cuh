@@ -74,7 +74,6 @@ struct KeptProduct : TileProduct<T, BM, BN, DEPTH, A_KC, B_KC, WM, WN, WK> {
   using Base::kM;
   using Base::kN;
   using Base::kRows;
-  static constexpr int kLda = kLd<T, (A_KC ? DEPTH : BM)>, kLdb = kLd<T, (B_KC ? DEPTH : BN)>;
   static constexpr int kPlane = kPlaneBytes<BM, DEPTH>,
                        kPlaneLd = (A_KC ? DEPTH : BM) / kDropoutGroup;
   static_assert(kN % 2 == 0 && 8 * 2 == kSlot, "a pair of products covers a slot");
@@ -105,40 +104,12 @@ struct KeptProduct : TileProduct<T, BM, BN, DEPTH, A_KC, B_KC, WM, WN, WK> {
 
   __device__ __forceinline__ void step_kept(const T* a, const T* b, const unsigned char* bits,
                                             uint32_t planes) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const int row = (warp % WM) * kRows, col = (warp / WM % WN) * kCols, slice = warp / (WM * WN);
-    const int low = lane & 15, high = (lane >> 4) << 3, even = (lane & 7) + high, odd = lane & 8;
-#pragma unroll
-    for (int k = 0; k < DEPTH; k += 16 * WK) {
-      const int depth = k + slice * 16;
-      uint32_t fa[kM][4];
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        if constexpr (A_KC) {
-          ldmatrix_x4(fa[m], a + (row + m * 16 + low) * kLda + depth + high);
-        } else {
-          ldmatrix_x4_trans(fa[m], a + (depth + even) * kLda + row + m * 16 + odd);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kN; n += 2) {
-        const unsigned char* const plane =
-            bits + (planes >> ((col + n * 8) / kSlot * 4) & 15u) * kPlane;
-        uint32_t fb[4];
-        if constexpr (B_KC) {
-          ldmatrix_x4(fb, b + (col + n * 8 + even) * kLdb + depth + odd);
-        } else {
-          ldmatrix_x4_trans(fb, b + (depth + low) * kLdb + col + n * 8 + high);
-        }
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-          uint32_t f[4];
-          keep(f, fa[m], plane, row + m * 16, depth);
-          mma_16816<T>(this->acc[m][n], f, fb[0], fb[1]);
-          mma_16816<T>(this->acc[m][n + 1], f, fb[2], fb[3]);
-        }
-      }
-    }
+    this->step_seen(a, b, [=](int col) {
+      const unsigned char* const plane = bits + (planes >> (col / kSlot * 4) & 15u) * kPlane;
+      return [=](uint32_t (&f)[4], const uint32_t (&fragment)[4], int row, int depth) {
+        keep(f, fragment, plane, row, depth);
+      };
+    });
   }
 
   // this += other where the plane [BM][BN / 8] keeps.
@@ -163,8 +134,6 @@ struct KeptProduct<float, BM, BN, DEPTH, A_KC, B_KC, WM, WN, WK>
   using Base = TileProduct<float, BM, BN, DEPTH, A_KC, B_KC, WM, WN, WK>;
   using Base::kM;
   using Base::kN;
-  static constexpr int kLda = kLd<float, (A_KC ? DEPTH : BM)>,
-                       kLdb = kLd<float, (B_KC ? DEPTH : BN)>;
   static constexpr int kPlane = kPlaneBytes<BM, DEPTH>,
                        kPlaneLd = (A_KC ? DEPTH : BM) / kDropoutGroup;
   // Neighbours among a thread's columns that lie in one slot.
@@ -178,30 +147,10 @@ struct KeptProduct<float, BM, BN, DEPTH, A_KC, B_KC, WM, WN, WK>
 
   __device__ __forceinline__ void step_kept(const float* a, const float* b,
                                             const unsigned char* bits, uint32_t planes) {
-    float acc[kM][kN] = {};
-#pragma unroll 1
-    for (int k = 0; k < DEPTH; k += 4) {
-      float va[kM][4], vb[kN][4];
-      Base::template fetch<A_KC, kM, kLda>(va, a, k, [](int i) { return Base::row(i); });
-      Base::template fetch<B_KC, kN, kLdb>(vb, b, k, [](int i) { return Base::col(i); });
-#pragma unroll
-      for (int run = 0; run < kN; run += kRun) {
-        const unsigned char* const plane =
-            bits + (planes >> (Base::col(run) / kSlot * 4) & 15u) * kPlane;
-#pragma unroll
-        for (int s = 0; s < 4; ++s)
-#pragma unroll
-          for (int m = 0; m < kM; ++m) {
-            const float v = kept(plane, Base::row(m), k + s) ? va[m][s] : 0.0f;
-#pragma unroll
-            for (int n = run; n < run + kRun; ++n) acc[m][n] = fmaf(v, vb[n][s], acc[m][n]);
-          }
-      }
-    }
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-      for (int n = 0; n < kN; ++n) this->total[m][n] += acc[m][n];
+    this->template step_seen<kRun, 1>(a, b, [=](int col) {
+      const unsigned char* const plane = bits + (planes >> (col / kSlot * 4) & 15u) * kPlane;
+      return [=](float v, int row, int depth) { return kept(plane, row, depth) ? v : 0.0f; };
+    });
   }
 
   __device__ __forceinline__ void add_kept(const Base& other, const unsigned char* plane) {

@@ -20,9 +20,9 @@
 // Limits   as forward.
 // Source   ops/mode_contract/reference.py: P_k = s V M_k^T, differentiated.
 #include "common/cuda/launchers.cuh"
+#include "common/cuda/partials.cuh"
 #include "common/cuda/parts.cuh"
 #include "common/cuda/pipeline.cuh"
-#include "common/cuda/reduce.cuh"
 #include "params.h"
 
 namespace petal {
@@ -227,27 +227,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
 }
 
-struct ModeReduceParams {
-  const float* partial;  // [splits, rows, cols]
-  int64_t splits, rows, cols;
-  ReduceTarget target;
-};
-
-__global__ void __launch_bounds__(kThreads)
-    mode_contract_reduce_kernel(const __grid_constant__ ModeReduceParams p) {
-  reduce_tile(p.partial, p.rows * p.cols, p.splits, p.rows, p.cols,
-              static_cast<int64_t>(blockIdx.x) * kReduceTile,
-              static_cast<int64_t>(blockIdx.y) * kReduceTile, p.target);
-}
-
-const char* reduce(const float* partial, int64_t splits, int64_t rows, int64_t cols, float scale,
-                   void* out, DType dtype, void* stream) {
-  const ModeReduceParams p{partial, splits, rows, cols, {out, dtype, cols, 1, scale}};
-  const dim3 grid(static_cast<unsigned>(ceil_div(rows, kReduceTile)),
-                  static_cast<unsigned>(ceil_div(cols, kReduceTile)));
-  return launch(&mode_contract_reduce_kernel, grid, kReduceBytes, stream, p);
-}
-
 // A block owns one a. Shared memory: q[K] and lambda[a] p_k[a] [K].
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -311,6 +290,11 @@ const char* launch_mode_contract_bwd(const ModeParams& params, void* stream) {
                   mode_tiles = ceil_div(params.modes_count, kModeTile);
     if (rank_tiles * mode_tiles > kMaxModeTiles)
       return "ceil(modes / 64) * ceil(rank / 64) is above 4";
+    // [splits, rows, R] -> [rows, R].
+    const auto reduce = [&](const float* partial, int64_t splits, int64_t rows, void* out) {
+      const ReduceTarget target{out, params.dtype, params.rank, 1, params.scale};
+      return reduce_partials({partial, splits, rows, params.rank, target}, stream);
+    };
     const char* error = nullptr;
     if (params.dcore != nullptr || params.dmodes != nullptr) {
       using Shape = CoreShape<T>;
@@ -319,8 +303,7 @@ const char* launch_mode_contract_bwd(const ModeParams& params, void* stream) {
       error = launch(&mode_contract_bwd_core_kernel<T>, dim3(static_cast<unsigned>(params.rank)),
                      bytes, stream, params);
       if (error == nullptr && params.dmodes != nullptr) {
-        error = reduce(params.modes_partial, params.rank, params.modes_count, params.rank,
-                       params.scale, params.dmodes, params.dtype, stream);
+        error = reduce(params.modes_partial, params.rank, params.modes_count, params.dmodes);
       }
     }
     if (error == nullptr && params.dup != nullptr) {
@@ -330,8 +313,7 @@ const char* launch_mode_contract_bwd(const ModeParams& params, void* stream) {
       error = launch(&mode_contract_bwd_up_kernel<T>, grid,
                      Shape::Tiles::kBytes + Shape::kStageBytes + kBlockBytes<T>, stream, params);
       if (error == nullptr)
-        error = reduce(params.up_partial, params.up_splits, params.columns, params.rank,
-                       params.scale, params.dup, params.dtype, stream);
+        error = reduce(params.up_partial, params.up_splits, params.columns, params.dup);
     }
     return error;
   });

@@ -79,9 +79,9 @@ class Product(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What a backward returns; None where it was not asked for."""
+    """What a backward returns besides dg, which it writes over dp; None where it was not asked
+    for."""
 
-    g: Tensor | None = None
     u: Tensor | None = None
     down: Tensor | None = None
 

@@ -70,7 +70,7 @@ def _bwd(
     dropout: float,
     activation: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     if g.numel() == 0:
         return _results(dp, g, u, down, Gradients())
     call = Call(flat_rows(g), flat_rows(u), activation)
@@ -79,7 +79,10 @@ def _bwd(
         assert down is not None
         product = Product(flat_rows(dh), down, rng, dropout)
     impl = rt.select(NAME, BACKENDS, backend, call).load()
-    found = impl.backward(call, flat_rows(dp), product)
+    rows = flat_rows(dp)
+    found = impl.backward(call, rows, product)
+    if dp is not None and rows is not None and rows.data_ptr() != dp.data_ptr():
+        dp.copy_(rows.view(dp.shape))
     return _results(dp, g, u, down, found)
 
 
@@ -90,16 +93,16 @@ def _bwd_fake(
     dh: Tensor | None,
     down: Tensor | None,
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     return _results(dp, g, u, down, Gradients())
 
 
 def _results(
     dp: Tensor | None, g: Tensor, u: Tensor | None, down: Tensor | None, found: Gradients
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dg, du and dA; empty where not needed, zero where there is nothing to sum."""
-    of = (None if dp is None else g, None if dp is None else u, down)
-    dg, du, ddown = (
+) -> tuple[Tensor, Tensor]:
+    """du and dA; empty where not needed, zero where there is nothing to sum."""
+    of = (None if dp is None else u, down)
+    du, ddown = (
         g.new_empty(0)
         if each is None
         else each.new_zeros(each.shape)
@@ -107,7 +110,7 @@ def _results(
         else value.contiguous()
         for each, value in zip(of, found, strict=True)
     )
-    return dg, du, ddown
+    return du, ddown
 
 
 act_op = define(
@@ -117,8 +120,8 @@ act_op = define(
     _explain,
 )
 _act_backward_op = define(
-    f"{NAME}_act_bwd(Tensor? dp, Tensor g, Tensor? u, Tensor? dh, Tensor? down, Tensor? rng, "
-    "float dropout, str activation, str backend) -> (Tensor, Tensor, Tensor)",
+    f"{NAME}_act_bwd(Tensor(a!)? dp, Tensor g, Tensor? u, Tensor? dh, Tensor? down, Tensor? rng, "
+    "float dropout, str activation, str backend) -> (Tensor, Tensor)",
     _bwd,
     _bwd_fake,
 )
@@ -249,8 +252,8 @@ def _backward(
     dbiases: list[Tensor | None] = [None] * (last + 1)
     ddown = None
     if through or trained:
-        dg, du, ddown = _act_backward_op(
-            end.x if through else None,
+        du, ddown = _act_backward_op(
+            end.x,  # dp, read by nothing else: becomes dg
             inner[0],
             inner[1] if last == 2 else None,
             end.hidden if trained else None,
@@ -261,7 +264,8 @@ def _backward(
             ctx.backend,
         )
     if through:
-        dys = [dg, du][:last]
+        assert end.x is not None
+        dys = [end.x, du][:last]
         need = Need(bool(wants.x), any(wants.downs[:last]), False, any(wants.ups[:last]))
         begin = products.backward(dys, x, h, places[:last], drop, need, by)
         dbiases[:last] = [d.sum(0) if w else None for d, w in zip(dys, wants.biases, strict=False)]

@@ -5,7 +5,7 @@ device and dtype.
     backward  du = act(g) * dp,  dg = act'(g) * (u * dp),  dA = dh^T (mask * p), p formed again
 
 Numerics are torch's: act(g), p and u * dp are rounded to their dtype, dA is summed in the library's
-product. In backward the buffers of act(g) and of u * dp become du and dg.
+product. In backward the buffers of act(g) and of dp become du and dg.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _down(p: Tensor, of: Product) -> Tensor:
 
 
 def backward(call: Call, dp: Tensor | None, product: Product | None) -> Gradients:
-    """dg and du where dp is given, dA where ``product`` is."""
+    """dg, in dp's place, and du where dp is given, dA where ``product`` is."""
     g, u, name = call
     a = activate(name, g)
     ddown = None
@@ -46,8 +46,9 @@ def backward(call: Call, dp: Tensor | None, product: Product | None) -> Gradient
         ddown = _down(a if u is None else a * u, product)
     if dp is None:
         return Gradients(down=ddown)
-    if u is None:
-        dg = activate_backward(name, g, dp)
-        return Gradients(dg.clone() if dg is dp else dg, None, ddown)
-    du = a * dp if a is g else a.mul_(dp)
-    return Gradients(activate_backward(name, g, dp * u), du, ddown)
+    du = None
+    if u is not None:
+        du = a * dp if a is g else a.mul_(dp)
+        dp.mul_(u)
+    activate_backward(name, g, dp, inplace=True)
+    return Gradients(du, ddown)

@@ -14,12 +14,12 @@ Results mlp(const MlpKernels& kernel, Activation activation, bool gated) {
   const CpuOperands& ops = kernel.operands;
   Floats g = numbers(kRows * kWidth, 1), u = numbers(kRows * kWidth, 2);
   Floats dp = numbers(kRows * kWidth, 3), dh = numbers(kRows * kRank, 4);
-  Floats p(kRows * kWidth), dg(kRows * kWidth), du(gated ? kRows * kWidth : 0);
+  Floats p(kRows * kWidth), du(gated ? kRows * kWidth : 0);
   Floats ddown(kSplits * ((kWidth + ops.panel - 1) / ops.panel) * ops.panel * kRank);
   MlpArgs a = {};
   a.N = kRows, a.F = kWidth, a.R = kRank, a.type = DType::kFloat32, a.activation = activation;
   a.g = {g.data(), kWidth}, a.p = {p.data(), kWidth};
-  a.dp = {dp.data(), kWidth}, a.dg = {dg.data(), kWidth}, a.dh = {dh.data(), kRank};
+  a.dp = {dp.data(), kWidth}, a.dh = {dh.data(), kRank};
   if (gated) a.u = {u.data(), kWidth}, a.du = {du.data(), kWidth};
   a.dropout = {12345, 6, 20000, 1.5f}, a.ddown = ddown.data();
   float* scratch = aligned(kernel.scratch(a));
@@ -31,7 +31,7 @@ Results mlp(const MlpKernels& kernel, Activation activation, bool gated) {
     }
   }
   std::free(scratch);
-  Results all = {p, dg, reduced(ops, ddown, kSplits, kRank, kWidth)};
+  Results all = {p, dp, reduced(ops, ddown, kSplits, kRank, kWidth)};
   if (gated) all.push_back(du);
   return all;
 }

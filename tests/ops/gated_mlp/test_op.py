@@ -142,6 +142,25 @@ def test_it_is_the_mlp_of_two_linears() -> None:
     torch.testing.assert_close(pk.gated_mlp(x, weights, downs=downs, ups=ups, **given), want)
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_dg_is_where_dp_was(backend: str) -> None:
+    """Whatever the strides: the raw operator writes what its schema marks."""
+    g, u, dp = (torch.randn(4, 9, 12) for _ in range(3))
+    run, dense = torch.ops.petal.gated_mlp_act_bwd.default, dp.clone()
+    rest = (None, None, None, 0.0, "silu", backend)
+    want, _ = run(dense, g, u, *rest)
+    exact = torch.autograd.functional.vjp(F.silu, g.double(), (u * dp).double())[1]
+    torch.testing.assert_close(dense.double(), exact, rtol=1e-5, atol=1e-6)
+    for given in (
+        dp.transpose(0, 2).contiguous().transpose(0, 2),
+        torch.cat((dp, dp), 2)[..., :12],
+    ):
+        assert not given.is_contiguous()
+        du, _ = run(given, g, u, *rest)
+        torch.testing.assert_close(given, dense)
+        torch.testing.assert_close(du, want)
+
+
 def test_a_trained_weight_is_refused_by_name() -> None:
     for k in range(3):
         inputs = workload.make_inputs(CASES["llama"], torch.float32)
