@@ -63,9 +63,8 @@ void forward_of(const NormArgs& a, int64_t row0, int64_t row1) {
     T* y = from_row<T>(a.y, i);
     float mean = 0.0f;
     if (a.centered) {
-      mean = row_sum(a.D, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-               return take(x + c, n);
-             }) /
+      mean = row_sum(a.D, [&](int64_t c, int64_t n)
+                              __attribute__((always_inline)) { return take(x + c, n); }) /
              width;
     }
     const float square = row_sum(a.D, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
@@ -98,16 +97,16 @@ void backward_of(const NormArgs& a, int64_t row0, int64_t row1) {
     T* dx = from_row<T>(a.dx, i);
     const float* moments = a.moments + (a.centered ? 2 : 1) * i;
     const float mean = a.centered ? moments[0] : 0.0f, rho = moments[a.centered ? 1 : 0];
-    const float mean_gx = row_sum(a.D, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-                            const vf g = take(dy + c, n) * factor<T>(a, c, n);
-                            return g * ((take(x + c, n) - mean) * rho);
-                          }) /
+    const float mean_gx = row_sum(a.D,
+                                  [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+                                    const vf g = take(dy + c, n) * factor<T>(a, c, n);
+                                    return g * ((take(x + c, n) - mean) * rho);
+                                  }) /
                           width;
     float mean_g = 0.0f;
     if (a.centered) {
-      mean_g = row_sum(a.D, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-                 return take(dy + c, n) * factor<T>(a, c, n);
-               }) /
+      mean_g = row_sum(a.D, [&](int64_t c, int64_t n) __attribute__((
+                                always_inline)) { return take(dy + c, n) * factor<T>(a, c, n); }) /
                width;
     }
     for (int64_t c = 0; c < a.D; c += kVL) {

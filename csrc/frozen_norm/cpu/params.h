@@ -7,11 +7,11 @@ namespace petal {
 
 struct NormArgs {
   int64_t N, D;
-  DType type;      // of everything but the moments
-  bool centered;   // LayerNorm: the mean is taken off
-  bool rounded;    // the normalised row is rounded before the weight
-  float offset;    // added to the weight
-  float eps;       // forward
+  DType type;     // of everything but the moments
+  bool centered;  // LayerNorm: the mean is taken off
+  bool rounded;   // the normalised row is rounded before the weight
+  float offset;   // added to the weight
+  float eps;      // forward
   CpuRows x;
   const void* weight;  // [D]; null: ones
   const void* bias;    // [D] or null; forward
