@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from petal_kernels._runtime.autocast import autocast_on
@@ -151,7 +152,8 @@ def _fits(module: nn.Module, x: Tensor) -> bool:
     for parameter in module._parameters.values():
         if parameter is None:
             continue
-        if type(parameter) not in (nn.Parameter, Tensor) or parameter.shape != x.shape[-1:]:
+        plain = type(parameter) is nn.Parameter or isinstance(parameter, FakeTensor)
+        if not plain or hasattr(parameter, "ds_id") or parameter.shape != x.shape[-1:]:
             return False
         if (parameter.dtype, parameter.device) != (x.dtype, x.device):
             return False
