@@ -149,6 +149,20 @@ def gated_mlp(a: dict[str, Any], loose: bool = False) -> Outputs:
     return outs[-1:]
 
 
+def frozen_norm(a: dict[str, Any], loose: bool = False) -> Outputs:
+    """The rows, of LayerNorm less their mean, by the root of their mean square, times the weight."""
+    x, weight, bias, kind = a["x"], a.get("weight"), a.get("bias"), a.get("kind", "rms")
+    rows = _wide(x)
+    if kind == "layer":
+        rows = rows - rows.mean(-1, keepdim=True)
+    rows = rows * (rows.pow(2).mean(-1, keepdim=True) + a.get("eps", 1e-6)).rsqrt()
+    if kind == "rms":
+        rows = rows.to(x.dtype)
+    if weight is not None:
+        rows = rows * (weight.to(rows.dtype) + (1 if kind == "rms_plus_one" else 0))
+    return [(rows if bias is None else rows + bias.to(rows.dtype)).to(x.dtype)]
+
+
 def _route(a: dict[str, Any], z: Tensor, loose: bool) -> Tensor:
     kind, v = a.get("route", "none"), a.get("vision")
     if kind == "none":

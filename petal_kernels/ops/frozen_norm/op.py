@@ -13,7 +13,7 @@ from petal_kernels._runtime import formed
 from petal_kernels._runtime.first_order import FirstOrderFunction, check_transforms
 from petal_kernels._runtime.library import define
 from petal_kernels._runtime.numerics import wide_dtype
-from petal_kernels._runtime.rows import flat_rows
+from petal_kernels._runtime.rows import flat_rows, result_of
 from petal_kernels.ops.frozen_norm.arguments import Call, Given, check, numbers
 
 _NAME = "frozen_norm"
@@ -45,7 +45,7 @@ def _fwd(
         return _fwd_fake(x, weight, bias, kind, eps, backend)
     call = _call(x, weight, bias, kind, eps)
     y, moments = rt.select(_NAME, BACKENDS, backend, call).load().forward(call)
-    return y.contiguous().view(x.shape), moments
+    return result_of(y, x.shape), moments
 
 
 def _fwd_fake(
@@ -69,8 +69,7 @@ def _bwd(
         return x.new_empty(x.shape)
     call = _call(x, weight, None, kind)
     impl = rt.select(_NAME, BACKENDS, backend, call).load()
-    dx: Tensor = impl.backward(call, moments, flat_rows(dy))
-    return dx.contiguous().view(x.shape)
+    return result_of(impl.backward(call, moments, flat_rows(dy)), x.shape)
 
 
 def _bwd_fake(
