@@ -43,10 +43,10 @@ class LoraConfig(AdapterConfig):
     init_lora_weights    True, False (the update is not zero at step 0) or "gaussian".
     recompute_mlp        an MLP that runs in one call keeps its input alone for backward, and forms
                          the outputs of gate and up again.
-    frozen_norms         how the frozen norms in front of adapted linears run: "module", as they are;
-                         "fused", keeping their input and a number or two of each row; or "folded":
-                         the linears that read a norm's output keep its input too, in place of the
-                         output, which backward forms again.
+    frozen_norms         how the frozen norms in front of adapted linears run: "module", as they
+                         stand; "fused", keeping their input and a number or two of each row; or
+                         "folded": the linears that read a norm's output keep its input too, in
+                         place of the output, which backward forms again.
     parts                of a vision-language model, which are searched: "language" (its decoder),
                          "vision" (its tower) and "projector", all that is in neither.
     adapter_dtype        as in PetalConfig.

@@ -83,15 +83,15 @@ _NAMES = {"weight", "bias"}
 
 def _values(module: nn.Module, dtype: torch.dtype, training: bool) -> Values:
     """Of rows of usual size, of rows so small that eps shows, and of large ones."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator("cpu").manual_seed(0)
     held = {n: p for n, p in module._parameters.items() if p is not None}
     width = held["weight"].numel()
-    own = {n: torch.randn(width, generator=g).to(dtype) for n in held}
+    own = {n: torch.randn(width, generator=g, device="cpu").to(dtype) for n in held}
     instead: dict[str, Any] = {n: nn.Parameter(t, requires_grad=False) for n, t in own.items()}
     instead |= {n: None for n in module._parameters if n not in held}
     twin = twin_of(module, _parameters=instead, training=training)
-    scale = torch.tensor([1.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-5, 1e3])[:, None]
-    x = ((torch.randn(7, width, generator=g) + 0.5) * scale).to(dtype)
+    scale = torch.tensor([1.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-5, 1e3], device="cpu")[:, None]
+    x = ((torch.randn(7, width, generator=g, device="cpu") + 0.5) * scale).to(dtype)
     y = twin(x.clone())
     if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != dtype:
         raise TypeError("it gives something else")

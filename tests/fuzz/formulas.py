@@ -150,7 +150,7 @@ def gated_mlp(a: dict[str, Any], loose: bool = False) -> Outputs:
 
 
 def frozen_norm(a: dict[str, Any], loose: bool = False) -> Outputs:
-    """The rows, of LayerNorm less their mean, by the root of their mean square, times the weight."""
+    """The rows, of LayerNorm less their mean, by their root mean square, times the weight."""
     x, weight, bias, kind = a["x"], a.get("weight"), a.get("bias"), a.get("kind", "rms")
     rows = _wide(x)
     if kind == "layer":

@@ -75,7 +75,7 @@ class Scaled(LlamaRMSNorm):
     """By a factor that no parameter holds."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return super().forward(hidden_states) * 1.01  # type: ignore[no-any-return]
+        return super().forward(hidden_states) * 1.01
 
 
 class Dropping(LlamaRMSNorm):
@@ -92,7 +92,7 @@ class Halved(LlamaRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         variance = hidden_states.float().pow(2).mean(-1, keepdim=True)
         rows = hidden_states.float() * torch.rsqrt(variance + self.variance_epsilon / 2)
-        return self.weight * rows.to(hidden_states.dtype)  # type: ignore[no-any-return]
+        return self.weight * rows.to(hidden_states.dtype)
 
 
 class Rough(LlamaRMSNorm):
@@ -101,12 +101,12 @@ class Rough(LlamaRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
         rows = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        return self.weight * rows  # type: ignore[no-any-return]
+        return self.weight * rows
 
 
 def _patched() -> nn.Module:
     module = LlamaRMSNorm(64)
-    module.forward = lambda x: x  # type: ignore[method-assign]
+    module.__dict__["forward"] = nn.Identity().forward
     return module
 
 
@@ -157,7 +157,7 @@ def test_looking_at_a_norm_changes_nothing() -> None:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kinds of the norms that the operator ran, one after the other."""
     seen: list[str] = []
-    real = norms.frozen_norm
+    real = pk.frozen_norm
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
         seen.append(kwargs["kind"])
@@ -226,13 +226,26 @@ def test_a_family_gives_what_it_gives_with_its_own_modules(family: str, runs: li
             want = got
             continue
         same(got, want)
-        kinds = {"gemma2": {"rms_plus_one"}, "paligemma": {"rms_plus_one", "layer"}}
-        rms, both = {"rms"}, {"rms", "layer"}
-        plain = {"bart", "gpt2", "bert", "roberta"}
-        usual = {"layer"} if family in plain else rms if FAMILIES.index(family) < 8 else both
-        if family == "qwen2_5_vl":
-            usual = rms
-        assert set(runs) == kinds.get(family, usual)
+        kinds = dict.fromkeys(("gemma2", "paligemma"), "rms_plus_one")
+        kinds |= dict.fromkeys(("bart", "gpt2", "bert", "roberta"), "layer")
+        assert set(runs) == {kinds.get(family, "rms")}
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3", "smolvlm"])
+def test_a_tower_gives_what_it_gives_with_its_own_modules(family: str, runs: list[str]) -> None:
+    found = []
+    for mode in ("module", *MODES):
+        whole = built(family).model
+        tower = whole.vision_model if family != "llava" else whole.vision_tower
+        attachment = attached(tower, mode)
+        torch.manual_seed(3)
+        size = tower.config.image_size
+        out = tower(torch.randn(2, 3, size, size)).last_hidden_state
+        grads = torch.autograd.grad(out.square().sum(), list(attachment.parameters()))
+        found.append({"out": out.detach(), **{str(k): g for k, g in enumerate(grads)}})
+    assert set(runs) == {"layer"}
+    same(found[1], found[0])
+    same(found[2], found[0])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -245,12 +258,13 @@ def test_checkpointing_changes_nothing(family: str, reentrant: bool, mode: str) 
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
-    same(step(model, attachment, family), want, share=0.0)
+    # T5's layers share a bias, whose gradient is then summed in another order.
+    same(step(model, attachment, family), want, share=1e-5 if family == "t5" else 0.0)
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_evaluation_and_generation(family: str, runs: list[str]) -> None:
-    found = []
+    found = list[tuple[Tensor, Tensor]]()
     for mode in ("module", "folded"):
         runs.clear()
         model = built(family).eval()
@@ -447,7 +461,7 @@ def test_a_folded_family_keeps_less(family: str) -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             model(**values).loss.detach()
         sizes.append(sum(n for at, n in seen.items() if at not in own))
-    assert sizes[0] >= sizes[1] > sizes[2]
+    assert sizes[2] < min(sizes[:2])
 
 
 # -- what makes a norm run as it stands -----------------------------------------------------------
@@ -625,7 +639,8 @@ def test_files_do_not_depend_on_it(tmp_path: Any) -> None:
     got = other(**tiny_text.batch("llama")).logits
     torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
     third = built("llama")
-    assert pk.attach(third, tmp_path).config.frozen_norms == "folded"
+    config: Any = pk.attach(third, tmp_path).config
+    assert config.frozen_norms == "folded"
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

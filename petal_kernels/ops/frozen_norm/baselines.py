@@ -1,5 +1,5 @@
-"""What ``frozen_norm`` is measured against: the modules as transformers writes them, and torch's own
-calls."""
+"""What ``frozen_norm`` is measured against: the modules as transformers writes them, and torch's
+own calls."""
 
 from __future__ import annotations
 

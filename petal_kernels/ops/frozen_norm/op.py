@@ -27,8 +27,8 @@ def _call(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float = 0.0
 ) -> Call:
     """With rows and vectors as backends want them."""
-    vectors = (None if each is None else each.contiguous() for each in (weight, bias))
-    return Call(flat_rows(x), *vectors, kind, eps)
+    weight, bias = (None if each is None else each.contiguous() for each in (weight, bias))
+    return Call(flat_rows(x), weight, bias, kind, eps)
 
 
 def _explanation(call: Call, backend: str) -> rt.Explanation:

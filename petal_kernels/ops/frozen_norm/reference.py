@@ -7,8 +7,9 @@ A row x of D numbers, its statistics in fp32 (fp64 where x is), weight w and bia
     rms_once       y = x rho * w                  the same
     rms_plus_one   y = x rho * (1 + w)            the same
 
-y is rounded to x's dtype once, at the end; of "rms", which is how Llama's norm and T5's are written,
-the normalised row too (``round``). "rms_once" is torch.nn.RMSNorm's, "rms_plus_one" Gemma's.
+y is rounded to x's dtype once, at the end; of "rms", which is how Llama's norm and T5's are
+written, the normalised row too (``round``). "rms_once" is torch.nn.RMSNorm's, "rms_plus_one"
+Gemma's.
 
 Source: layer normalisation arXiv 1607.06450, RMSNorm arXiv 1910.07467.
 """

@@ -35,8 +35,8 @@ def test_cases(case: workload.Case, dtype: torch.dtype) -> None:
 def call(kind: str, dtype: torch.dtype, rows: int, width: int, pad: int) -> Call:
     g = torch.Generator().manual_seed(width)
     x, weight, bias = (torch.randn(s, generator=g) for s in ((rows, width), (width,), (width,)))
-    bias = bias.to(dtype) if kind == "layer" else None
-    return Call(pad_rows(x.to(dtype), pad), weight.to(dtype), bias, kind, 1e-5)
+    own = bias.to(dtype) if kind == "layer" else None
+    return Call(pad_rows(x.to(dtype), pad), weight.to(dtype), own, kind, 1e-5)
 
 
 @pytest.mark.usefixtures("emulated")
@@ -70,7 +70,7 @@ def test_guard_zones(width: int, pad: int, dtype: torch.dtype, emulated: Any) ->
 
 
 def test_a_refusal_names_the_argument(emulated: Any) -> None:
-    x, weight, _, _, _ = call("rms", torch.float32, 6, 20, 0)
+    x, weight = torch.randn(6, 20), torch.randn(20)
     y, moments = torch.empty(6, 20), torch.empty(6, 1)
 
     def forward(**given: Any) -> None:

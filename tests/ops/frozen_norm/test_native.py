@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from petal_kernels._runtime import device
 from petal_kernels.ops.frozen_norm import native_impl, torch_impl
@@ -20,12 +19,13 @@ pytestmark = [
 def call(width: int, kind: str, dtype: torch.dtype, rows: int = 37, shift: float = 0.0) -> Call:
     g = torch.Generator().manual_seed(width)
     x, weight, bias = (torch.randn(s, generator=g) for s in ((rows, width), (width,), (width,)))
-    bias = bias.to(dtype) if kind == "layer" else None
-    return Call((x + shift).to(dtype), weight.to(dtype), bias, kind, 1e-5)
+    own = bias.to(dtype) if kind == "layer" else None
+    return Call((x + shift).to(dtype), weight.to(dtype), own, kind, 1e-5)
 
 
 def double(c: Call) -> Call:
-    return Call(*(t.double() if isinstance(t, Tensor) else t for t in c))
+    weight, bias = (None if t is None else t.double() for t in (c.weight, c.bias))
+    return c._replace(x=c.x.double(), weight=weight, bias=bias)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -232,7 +232,7 @@ def test_gradients_of_the_result_itself_and_hooks_on_it() -> None:
         y = pk.frozen_norm(x, draw(D), recompute=recompute)
         y.retain_grad()
         y.register_hook(lambda g: 2 * g)
-        (linear(y, factors).sum() + y.square().sum()).backward()  # type: ignore[no-untyped-call]
+        (linear(y, factors).sum() + y.square().sum()).backward()
         assert y.grad is not None
         assert x.grad is not None
         seen.append((y.grad.clone(), x.grad.clone()))
@@ -324,7 +324,8 @@ def test_compiled_calls_keep_what_the_compiler_decides() -> None:
 def test_a_trained_weight_is_refused_by_name() -> None:
     x = draw(N, D)
     for name in ("weight", "bias"):
-        given = {"weight": draw(D), "bias": draw(D), name: nn.Parameter(draw(D))}
+        given: dict[str, Any] = {"weight": draw(D), "bias": draw(D)}
+        given[name] = nn.Parameter(draw(D))
         with pytest.raises(ValueError, match=f"{name}: want a frozen tensor"):
             pk.frozen_norm(x, kind="layer", **given)
         with torch.no_grad():

@@ -67,6 +67,7 @@ def test_every_kind_is_in_the_table() -> None:
         forms = [s for s in triton_configs.shipped_configs() if s.name.split()[-1] == kind]
         assert len(forms) == 2 * 2 * 3
         for form in forms:
-            assert form.constexprs.items() >= {
-                k: v for k, v in want.items() if k in form.kernel.arg_names
-            }.items()
+            assert (
+                form.constexprs.items()
+                >= {k: v for k, v in want.items() if k in form.kernel.arg_names}.items()
+            )
