@@ -201,7 +201,11 @@ FORMS: list[tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = [
 # negative, an optional operand may be left out.
 ANY_ROWS = ("x: rank?1", "x: size*@-3", "x: size*@-2")
 NUMBERS = ("scale", "keep", "mix")
-ALWAYS = (*(f"{n}: {what}" for n in NUMBERS for what in ("one", "negative")), "norm_eps: one")
+ALWAYS = (
+    *(f"{n}: {what}" for n in NUMBERS for what in ("one", "negative")),
+    "norm_eps: one",
+    "eps: one",
+)
 MASK = tuple(f"mask: {kind}" for kind in ("int64", "half", "float8", "bool dtype"))
 TWO_SCALES = "scale: list"  # one for each of two outputs
 LEGAL: dict[str, tuple[str, ...]] = {

@@ -111,7 +111,7 @@ MUTANTS = [
     (_MLP_FUNCTION, "else drop.after(last)\n", "else drop.after(1)\n"),
     (_MLP_FUNCTION, "dbiases[last] = dy.sum(0)", "dbiases[last] = dy[0].clone()"),
     # x kept where nothing reads it.
-    (_MLP_FUNCTION, "t.x if any(wants.downs[:-1]) or (between and s.recompute) else None", "t.x"),
+    (_MLP_FUNCTION, "t.x if reads_x else None", "t.x"),
     # The update of `up` alone draws the gate's mask.
     (_MLP_PRODUCTS, "mine, drop.after(updated[0]), keep", "mine, drop, keep"),
     (_MLP_PRODUCTS, "h[:, at : at + place.up.shape[1]]", "h[:, : place.up.shape[1]]"),

@@ -40,6 +40,7 @@ MUTANTS = [
     # a mean of the last tile alone, 1 + w
     (_NORM, "x = tl.where((offs_k < D)[None, :], x - mean[:, None], 0.0)", "x = x - mean[:, None]"),
     (_NORM, "moments_ptr + 2 * offs_m + 1, rho", "moments_ptr + 2 * offs_m, rho"),
+    (_NORM, "xhat = tl.where((offs_k < D)[None, :], (x", "xhat = tl.where(True, (x"),
     (_NORM, "sum_gx += g", "sum_gx = g"),
     (_NORM, "load_vector(weight_ptr, offs_k, D) + OFFSET", "load_vector(weight_ptr, offs_k, D)"),
     (_NORM, "* mean_gx - mean_g", "* mean_gx"),

@@ -102,7 +102,9 @@ def _frozen_norm_bwd_kernel(  # type: ignore[no-untyped-def]
         x = load_tile(x_ptr, stride_xm, offs_m, offs_k, mask_m, D).to(tl.float32)  # [M, K]
         dy = load_tile(dy_ptr, stride_dym, offs_m, offs_k, mask_m, D).to(tl.float32)  # [M, K]
         g = dy * _factor(weight_ptr, offs_k, D, OFFSET)[None, :]
-        sum_gx += g * ((x - mean[:, None]) * rho[:, None])
+        # Behind the last column a large mean may overflow: zero times that is no zero.
+        xhat = tl.where((offs_k < D)[None, :], (x - mean[:, None]) * rho[:, None], 0.0)
+        sum_gx += g * xhat
         if CENTERED:
             sum_g += g
     mean_gx = (tl.sum(sum_gx, axis=1) / D)[:, None]

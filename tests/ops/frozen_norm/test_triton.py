@@ -46,6 +46,14 @@ def test_traffic(kind: str) -> None:
     assert audit.of("_fwd")[0].grid[0] > 1
 
 
+def test_a_large_mean_leaves_no_trace_behind_the_last_column() -> None:
+    """Where nothing is read, zero less the mean, by the deviation, is beyond float32."""
+    of = Call(torch.full((5, D), 2.0**117), normal(D), None, "layer", 1e-12)
+    y, moments = triton_impl.forward(of)
+    assert bool(torch.isfinite(y).all())
+    assert bool(torch.isfinite(triton_impl.backward(of, moments, normal(5, D))).all())
+
+
 def everything(kind: str) -> list[Tensor]:
     y, moments = triton_impl.forward(call(kind))
     return [y, moments, triton_impl.backward(call(kind), moments, normal(N, D, seed=4))]
