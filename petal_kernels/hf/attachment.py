@@ -104,8 +104,7 @@ class Attachment(Blocks, Routed):
             return
         forward = module.__dict__.get("forward")
         self._taken.append((module, type(module), forward))
-        if not part.needed:
-            self._guards.add(id(module))
+        self._guards |= set() if part.needed else {id(module)}
         module.__dict__["_petal"] = part
         module.__class__ = adapted_class(type(module), mixin)
         if forward is not None:

@@ -1,6 +1,12 @@
 """Faults in what keeps a norm's input in its output's place, and in what decides that it may."""
 
-TESTS = ["tests/ops/frozen_norm/test_op.py", "tests/hf/test_lora_norms.py"]
+TESTS = [
+    "tests/ops/frozen_norm/test_op.py",
+    "tests/hf/test_norms.py",
+    "tests/hf/test_lora_norms_own.py",
+    "tests/hf/test_lora_norms_kept.py",
+    "tests/hf/test_lora_norms.py",
+]
 
 _FORMED = "petal_kernels/_runtime/formed.py"
 _OP = "petal_kernels/ops/frozen_norm/op.py"
