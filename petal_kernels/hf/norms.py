@@ -142,7 +142,7 @@ class FrozenNorm(Part):
         if not now(self.method).on or self.merged:
             return None
         (x,) = given
-        return x if x.dtype in _DTYPES and _fits(module, x) else None
+        return x if x.dtype in _DTYPES and _is_plain(x) and _fits(module, x) else None
 
 
 def _fits(module: nn.Module, x: Tensor) -> bool:
@@ -152,14 +152,19 @@ def _fits(module: nn.Module, x: Tensor) -> bool:
     for parameter in module._parameters.values():
         if parameter is None:
             continue
-        plain = type(parameter) is nn.Parameter or isinstance(parameter, FakeTensor)
-        if not plain or hasattr(parameter, "ds_id") or parameter.shape != x.shape[-1:]:
+        if not _is_plain(parameter) or parameter.shape != x.shape[-1:]:
             return False
         if (parameter.dtype, parameter.device) != (x.dtype, x.device):
             return False
         if parameter.requires_grad and torch.is_grad_enabled():
             return False
     return True
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether it is a whole tensor of torch's own class, neither sharded nor anybody else's."""
+    own = type(t) in (Tensor, nn.Parameter) or isinstance(t, FakeTensor)
+    return own and not hasattr(t, "ds_id")  # DeepSpeed's part of one
 
 
 class Site(NamedTuple):
