@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 from petal_kernels._runtime.backends import explain, use_backend
 from petal_kernels.ops.expert_dispatch import expert_dispatch
+from petal_kernels.ops.frozen_norm import frozen_norm
 from petal_kernels.ops.gated_bottleneck import gated_bottleneck
 from petal_kernels.ops.gated_mlp import gated_mlp
 from petal_kernels.ops.lowrank_linear import lowrank_linear
@@ -57,6 +58,7 @@ __all__ = [
     "attachment",
     "expert_dispatch",
     "explain",
+    "frozen_norm",
     "gated_bottleneck",
     "gated_mlp",
     "lowrank_linear",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,13 @@ def flat_rows(t: TensorT) -> TensorT:
         return t
     flat = t.reshape(-1, t.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
+
+
+def result_of(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """Fresh rows as an operator gives them back: contiguous, with leading dims, and no view of the
+    matrix that they were, which autograd would let nobody write in place."""
+    out: Tensor = torch.ops.aten._unsafe_view.default(rows.contiguous(), shape)
+    return out
 
 
 def fresh_rows(like: Tensor, rows: int, cols: int) -> Tensor:

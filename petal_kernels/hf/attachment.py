@@ -104,6 +104,7 @@ class Attachment(Blocks, Routed):
             return
         forward = module.__dict__.get("forward")
         self._taken.append((module, type(module), forward))
+        self._guards |= set() if part.needed else {id(module)}
         module.__dict__["_petal"] = part
         module.__class__ = adapted_class(type(module), mixin)
         if forward is not None:
@@ -184,7 +185,6 @@ class Attachment(Blocks, Routed):
             return  # a model without words
         if isinstance(embeddings, nn.Module) and not isinstance(embeddings, Adapted):
             self.take(embeddings, FrozenVectors())
-            self._guards.add(id(embeddings))
 
     # -- parameters -------------------------------------------------------------------------------
 

@@ -36,7 +36,9 @@ _KEYS = ("format_version", "method", "variant", "config", "base", "tensors")
 _SEAL = "sha256"  # of the json, over everything else in it
 _TRAINING_ONLY = (
     "dropout",
+    "frozen_norms",
     "lora_dropout",
+    "recompute_mlp",
 )  # config fields in which a file may differ from the attachment
 
 

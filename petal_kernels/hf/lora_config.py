@@ -20,6 +20,7 @@ from petal_kernels.nn.lora import check_init
 
 PARTS = ("language", "projector", "vision")
 BIASES = ("none", "all", "lora_only")
+NORMS = ("module", "fused", "folded")
 ALL_LINEAR = "all-linear"
 
 
@@ -42,6 +43,10 @@ class LoraConfig(AdapterConfig):
     init_lora_weights    True, False (the update is not zero at step 0) or "gaussian".
     recompute_mlp        an MLP that runs in one call keeps its input alone for backward, and forms
                          the outputs of gate and up again.
+    frozen_norms         how the frozen norms in front of adapted linears run: "module", as they
+                         stand; "fused", keeping their input and a number or two of each row; or
+                         "folded": the linears that read a norm's output keep its input too, in
+                         place of the output, which backward forms again.
     parts                of a vision-language model, which are searched: "language" (its decoder),
                          "vision" (its tower) and "projector", all that is in neither.
     adapter_dtype        as in PetalConfig.
@@ -64,6 +69,7 @@ class LoraConfig(AdapterConfig):
     init_lora_weights: bool | str = True
     trainable_token_indices: None = None
     recompute_mlp: bool = False
+    frozen_norms: str = "module"
     parts: tuple[str, ...] = ("language",)
 
     def __post_init__(self) -> None:
@@ -85,6 +91,7 @@ class LoraConfig(AdapterConfig):
             value = getattr(self, name)
             want(value is only, name, f"{only} (it is not supported yet)", value)
         one_of("bias", self.bias, BIASES)
+        one_of("frozen_norms", self.frozen_norms, NORMS)
         check_init("init_lora_weights", self.init_lora_weights)
         ok = isinstance(self.parts, (list, tuple, set, frozenset)) and len(self.parts) > 0
         ok = ok and all(isinstance(part, str) and part in PARTS for part in self.parts)

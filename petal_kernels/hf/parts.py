@@ -8,7 +8,7 @@ name, the module its place, its children and its hooks; `detach` assigns the own
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ Run = Callable[..., Any]
 
 class Part:
     """What is added to one module; a plain object, copied and pickled with the model."""
+
+    needed: ClassVar[bool] = True  # something is lost where the module is replaced
 
     def call(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
         """What a caller of the module gets; `run` is the module without this part."""
@@ -95,6 +97,8 @@ class FrozenVectors(Part):
     """Frozen input embeddings. Enabling checkpointing makes transformers hook them, to call
     `requires_grad_` on their output: the reentrant form needs it. A compiled graph, which must not
     do that to a tensor of its own, leaves this hook out."""
+
+    needed = False
 
     def call(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
         if torch.compiler.is_compiling():

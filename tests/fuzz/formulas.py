@@ -4,8 +4,7 @@ Run in fp64 these are what every backend is measured against; in a case's own dt
 they are the plain torch of the rule. Masked products (dropout, padding, experts that were not
 chosen, relu, a scale of 0, mode matrices without ``up``, which are products with the identity, the
 gradient of an output that is not used) are read in two ways: ``loose`` multiplies by zero, as plain
-torch does; the other way selects. What is NaN or Inf in one
-of them only may be so in a result, or not.
+torch does; the other way selects. What is NaN or Inf in one of them alone may be so or not.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.fuzz import masks
+from tests.fuzz.formulas_norm import frozen_norm as frozen_norm
 from tests.ops import folders
 
 Outputs = list[Tensor]
@@ -370,7 +370,7 @@ def _expert_gates(a: dict[str, Any], loose: bool) -> tuple[Tensor, Tensor | None
     return _only(chosen, gates, loose), logits, chosen
 
 
-# The functions above that have an operator's name.
+# The functions here that have an operator's name.
 FORMULAS: dict[str, Callable[[dict[str, Any], bool], Outputs]] = {
     name: globals()[name] for name in folders.names() if name in globals()
 }

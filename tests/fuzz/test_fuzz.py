@@ -125,7 +125,7 @@ def test_masks_are_the_package_s() -> None:
 
 
 # Operators that the recorded run does not know yet; the next one does.
-ADDED_SINCE = {"gated_mlp"}
+ADDED_SINCE = {"frozen_norm", "gated_mlp"}
 
 
 def test_the_recorded_run_is_whole_and_found_nothing() -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+import petal_kernels as pk
+from petal_kernels.hf import norms
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +25,17 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kinds of the norms that the operator ran, one after the other."""
+    seen: list[str] = []
+    real = pk.frozen_norm
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(kwargs["kind"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(norms, "frozen_norm", counted)
+    return seen

@@ -139,6 +139,15 @@ def mlp_frozen() -> dict[str, Any]:
     return {"x": t(B, L, D), "weights": [t(7, D), t(7, D), t(OUT, 7)], "scale": 2.0}
 
 
+def norm() -> dict[str, Any]:
+    values = {"x": t(B, L, D), "weight": t(D), "bias": t(D), "kind": "layer"}
+    return values | {"eps": 1e-5, "recompute": True}
+
+
+def norm_rms() -> dict[str, Any]:
+    return {"x": t(B, L, D), "weight": t(D)}
+
+
 def experts() -> dict[str, Any]:
     return {
         "x": t(B, L, D),
@@ -183,6 +192,7 @@ FORMS: list[tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = [
     *((pk.gated_bottleneck, f) for f in (gated, gated_token, gated_column, gated_small)),
     *((pk.gated_bottleneck, f) for f in (gated_routed, gated_given, gated_columns)),
     *((pk.gated_mlp, f) for f in (mlp, mlp_plain, mlp_frozen)),
+    *((pk.frozen_norm, f) for f in (norm, norm_rms)),
     *((pk.expert_dispatch, f) for f in (experts, experts_pooled, experts_gates)),
     *((pk.expert_dispatch, f) for f in (experts_indices, experts_mean)),
 ]
@@ -191,7 +201,11 @@ FORMS: list[tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = [
 # negative, an optional operand may be left out.
 ANY_ROWS = ("x: rank?1", "x: size*@-3", "x: size*@-2")
 NUMBERS = ("scale", "keep", "mix")
-ALWAYS = (*(f"{n}: {what}" for n in NUMBERS for what in ("one", "negative")), "norm_eps: one")
+ALWAYS = (
+    *(f"{n}: {what}" for n in NUMBERS for what in ("one", "negative")),
+    "norm_eps: one",
+    "eps: one",
+)
 MASK = tuple(f"mask: {kind}" for kind in ("int64", "half", "float8", "bool dtype"))
 TWO_SCALES = "scale: list"  # one for each of two outputs
 LEGAL: dict[str, tuple[str, ...]] = {
@@ -222,6 +236,8 @@ LEGAL: dict[str, tuple[str, ...]] = {
     "mlp": (*ANY_ROWS, *(f"scale: {what}" for what in ("number", "first negative", "first one"))),
     "mlp_plain": (*ANY_ROWS, TWO_SCALES),
     "mlp_frozen": (*ANY_ROWS, "dropout: *"),
+    "norm": ANY_ROWS,
+    "norm_rms": ANY_ROWS,
     "experts": ("base: None",),
     "experts_pooled": (
         *MASK,
@@ -234,6 +250,7 @@ LEGAL: dict[str, tuple[str, ...]] = {
 MORE: dict[str, dict[str, Any]] = {
     "dropout": {"above 1": 1.5},
     "norm_eps": {"below 0": -1e-5},
+    "eps": {"below 0": -1e-5, "beyond float32": 1e39},
     "indices": {
         "beyond": torch.full((B, L, 2), E),
         "below": torch.full((B, L, 2), -1),

@@ -6,6 +6,7 @@ TESTS = [
     "tests/ops/lowrank_linear/test_cuda_own.py",
     "tests/ops/lowrank_linear/test_cuda.py",
     "tests/ops/mode_contract/test_cuda.py",
+    "tests/ops/frozen_norm/test_cuda.py",
     "tests/ops/gated_bottleneck/test_cuda.py",
     "tests/ops/gated_mlp/test_cuda.py",
     "tests/ops/expert_dispatch/test_cuda.py",
@@ -23,6 +24,10 @@ _HOST = "csrc/lowrank_linear/cuda/call.cpp"
 _MODE_FWD = "csrc/mode_contract/cuda/forward.cu"
 _MODE_BWD = "csrc/mode_contract/cuda/backward.cu"
 _LINEAR = "petal_kernels/ops/lowrank_linear/cuda_impl.py"
+_NORM_ROW = "csrc/frozen_norm/cuda/row.cuh"
+_NORM_FWD = "csrc/frozen_norm/cuda/forward.cu"
+_NORM_BWD = "csrc/frozen_norm/cuda/backward.cu"
+_NORM_HOST = "csrc/frozen_norm/cuda/call.cpp"
 _GATED_BLOCK = "csrc/gated_bottleneck/cuda/block.cuh"
 _GATED_FWD = "csrc/gated_bottleneck/cuda/forward.cu"
 _GATED_ROWS = "csrc/gated_bottleneck/cuda/backward.cu"
@@ -45,6 +50,20 @@ _EXPERT_HOST = "csrc/expert_dispatch/cuda/call.cpp"
 _EXPERTS = "petal_kernels/ops/expert_dispatch/cuda_impl.py"
 
 MUTANTS = [
+    # frozen_norm: one warp's sum for the block's, the sums of before, columns behind the last
+    (_NORM_ROW, "(sums[0] + sums[1]) + (sums[2] + sums[3])", "sums[0]"),
+    (_NORM_ROW, "    __syncthreads();  // nobody reads the last sums any more\n", ""),
+    (_NORM_ROW, "first(threadIdx.x % kLanes * 8)", "first(threadIdx.x % kLanes * 4)"),
+    (
+        _NORM_FWD,
+        "j < valid ? (v[j] - mean) * (v[j] - mean) : 0.0f",
+        "(v[j] - mean) * (v[j] - mean)",
+    ),
+    (_NORM_FWD, "if (p.rounded) xhat = to_float(from_float<T>(xhat));", ""),
+    (_NORM_FWD, "moments[p.centered ? 1 : 0] = rho", "moments[0] = rho"),
+    (_NORM_BWD, "p.centered ? row.sum(sum_g) / width : 0.0f", "row.sum(sum_g) / width"),
+    (_NORM_BWD, "g[j] * factor[j] : 0.0f", "g[j] : 0.0f"),
+    (_NORM_HOST, "p.offset = kind == kRmsPlusOne", "p.offset = kind == kRms"),
     # masks
     (
         _SHRINK,

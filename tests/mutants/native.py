@@ -11,6 +11,8 @@ GATED_PARTS = "csrc/gated_bottleneck/cpu/parts.h"
 GATED_ROUTE = "csrc/gated_bottleneck/cpu/route.h"
 GATED_HOST = "csrc/gated_bottleneck/cpu/call.cpp"
 MLP = "csrc/gated_mlp/cpu/kernel.cpp"
+NORM = "csrc/frozen_norm/cpu/kernel.cpp"
+NORM_HOST = "csrc/frozen_norm/cpu/call.cpp"
 MLP_HOST = "csrc/gated_mlp/cpu/call.cpp"
 EXPERTS = "csrc/expert_dispatch/cpu/kernel.cpp"
 EXPERTS_BACKWARD = "csrc/expert_dispatch/cpu/backward.h"
@@ -27,6 +29,7 @@ TESTS = [
     "tests/ops/lowrank_linear/test_native.py",
     "tests/ops/gated_bottleneck/test_native.py",
     "tests/ops/gated_mlp/test_native.py",
+    "tests/ops/frozen_norm/test_native.py",
     "tests/ops/expert_dispatch/test_native.py",
     "tests/ops/test_native_precision.py",
     "tests/ops/test_ops.py",
@@ -36,6 +39,20 @@ TESTS = [
 ]
 
 MUTANTS = [
+    # A row's tail counts what lies behind it, or does not count; three of the four sums alone.
+    (NORM, "    for (int64_t i = n; i < kVL; ++i) v[i] = 0.0f;\n", ""),
+    (
+        NORM,
+        "for (; c < width; c += kVL) {\n    const int64_t n",
+        "for (; c + kVL <= width; c += kVL) {\n    const int64_t n",
+    ),
+    (NORM, "(sums[2] + sums[3])", "sums[2]"),
+    (NORM, "const vf v = take(x + c, n) - mean;", "const vf v = take(x + c, n);"),
+    (NORM, "if (a.rounded) v = rounded<T>(v);", ""),
+    (NORM, "c, n) + a.offset : splat", "c, n) : splat"),
+    (NORM, "moments[a.centered ? 1 : 0];", "moments[0];"),
+    (NORM, "g - xhat * mean_gx - mean_g", "g - xhat * mean_gx"),
+    (NORM_HOST, "(a.N + each - 1) / each", "a.N / each"),
     (MLP, "at.slope * (factor * d)", "at.slope * d"),
     (MLP, "{q * s.value, s.value + q * s.slope};", "{q * s.value, s.value + s.slope};"),
     (MLP, "* kNR + c % kNR, at.value * factor);", "* kNR + c % kNR, at.value);"),

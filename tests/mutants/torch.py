@@ -7,6 +7,7 @@ TESTS = [
     "tests/runtime/test_philox.py",
     "tests/ops/gated_bottleneck/test_op.py",
     "tests/ops/gated_mlp/test_op.py",
+    "tests/ops/frozen_norm/test_op.py",
     "tests/ops/expert_dispatch/test_op.py",
     "tests/nn/test_experts.py",
     "tests/nn/test_mutual_information.py",
@@ -23,6 +24,8 @@ _GATED_FUNCTION = "petal_kernels/ops/gated_bottleneck/function.py"
 _MLP = "petal_kernels/ops/gated_mlp/torch_impl.py"
 _MLP_FUNCTION = "petal_kernels/ops/gated_mlp/function.py"
 _MLP_PRODUCTS = "petal_kernels/ops/gated_mlp/products.py"
+_NORM = "petal_kernels/ops/frozen_norm/torch_impl.py"
+_NORM_REFERENCE = "petal_kernels/ops/frozen_norm/reference.py"
 _EXPERTS = "petal_kernels/ops/expert_dispatch/torch_impl.py"
 _EXPERTS_OP = "petal_kernels/ops/expert_dispatch/op.py"
 _EXPERTS_FUNCTION = "petal_kernels/ops/expert_dispatch/function.py"
@@ -31,6 +34,16 @@ _INFORMATION = "petal_kernels/nn/mutual_information.py"
 _CONTRACT = "petal_kernels/ops/mode_contract/torch_impl.py"
 
 MUTANTS = [
+    # frozen_norm: the mean, the second rounding, 1 + w, what a gradient is made of
+    (_NORM, "rows = rows if mean is None else rows - mean", "rows = rows"),
+    (_NORM, "    if call.rounded:\n        y = y.to(x.dtype)\n", ""),
+    (_NORM, "weight.to(y.dtype) + call.offset if call.offset else ", ""),
+    (_NORM, "(rows.pow(2).mean(-1, keepdim=True) + eps)", "(rows.pow(2).mean(-1, keepdim=True))"),
+    (_NORM, "g = g * (wide(call.weight) + call.offset)", "g = g * wide(call.weight)"),
+    (_NORM, "    if call.centered:\n        dx -= g.mean(-1, keepdim=True)\n", ""),
+    (_NORM, "xhat * (g * xhat).mean(-1", "xhat * g.mean(-1"),
+    (_NORM, "dx.mul_(rho)", "dx"),
+    (_NORM_REFERENCE, '    if kind == "layer":\n        dx = dx - g.mean(-1, keepdim=True)\n', ""),
     (
         _LINEAR,
         "(dy.t() @ m).mul_(scale).to(up.dtype)",
@@ -100,7 +113,7 @@ MUTANTS = [
     # A gradient that stays in a copy of dp.
     (_MLP_FUNCTION, "dp.copy_(rows.view(dp.shape))", "pass"),
     # x kept where nothing reads it.
-    (_MLP_FUNCTION, "t.x if any(wants.downs[:-1]) or (between and s.recompute) else None", "t.x"),
+    (_MLP_FUNCTION, "t.x if reads_x else None", "t.x"),
     # The update of `up` alone draws the gate's mask.
     (_MLP_PRODUCTS, "mine, drop.after(updated[0]), keep", "mine, drop, keep"),
     (_MLP_PRODUCTS, "h[:, at : at + place.up.shape[1]]", "h[:, : place.up.shape[1]]"),

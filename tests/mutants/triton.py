@@ -4,6 +4,7 @@ TESTS = [
     "tests/ops/lowrank_linear/test_triton.py",
     "tests/ops/lowrank_linear/test_triton_own.py",
     "tests/ops/mode_contract/test_triton.py",
+    "tests/ops/frozen_norm/test_triton.py",
     "tests/runtime/test_triton_lib.py",
     "tests/ops/gated_bottleneck/test_triton.py",
     "tests/ops/gated_mlp/test_triton.py",
@@ -23,6 +24,7 @@ _LAUNCH = "petal_kernels/ops/lowrank_linear/triton_launch.py"
 _LAUNCH_SUMS = "petal_kernels/ops/lowrank_linear/triton_launch_weights.py"
 _CONFIGS = "petal_kernels/ops/lowrank_linear/triton_configs.py"
 _MODE = "petal_kernels/ops/mode_contract/triton_kernels.py"
+_NORM = "petal_kernels/ops/frozen_norm/triton_kernels.py"
 _GATED_TILES = "petal_kernels/ops/gated_bottleneck/triton_kernels_tiles.py"
 _GATED_FWD = "petal_kernels/ops/gated_bottleneck/triton_kernels.py"
 _GATED_ROWS = "petal_kernels/ops/gated_bottleneck/triton_kernels_bwd.py"
@@ -38,6 +40,15 @@ _DISPATCH_WEIGHTS = "petal_kernels/ops/expert_dispatch/triton_kernels_weights.py
 _DISPATCH_LAUNCH = "petal_kernels/ops/expert_dispatch/triton_launch.py"
 
 MUTANTS = [
+    # frozen_norm: columns behind the last one count in the deviation, a moment in another's place,
+    # a mean of the last tile alone, 1 + w
+    (_NORM, "x = tl.where((offs_k < D)[None, :], x - mean[:, None], 0.0)", "x = x - mean[:, None]"),
+    (_NORM, "moments_ptr + 2 * offs_m + 1, rho", "moments_ptr + 2 * offs_m, rho"),
+    (_NORM, "xhat = tl.where((offs_k < D)[None, :], (x", "xhat = tl.where(True, (x"),
+    (_NORM, "sum_gx += g", "sum_gx = g"),
+    (_NORM, "load_vector(weight_ptr, offs_k, D) + OFFSET", "load_vector(weight_ptr, offs_k, D)"),
+    (_NORM, "* mean_gx - mean_g", "* mean_gx"),
+    (_NORM, "xhat = xhat.to(x_ptr.dtype.element_ty).to(tl.float32)", "pass"),
     # the generator's tile: words in another order, the row's high word lost
     (
         _LIB,

@@ -16,7 +16,9 @@ SOURCES = sorted(str(p.relative_to(CSRC)) for p in CSRC.glob("*/cuda/*.cu"))
 ARCHS = ("sm_80", "sm_90", "sm_100")
 
 # Kernels without a product of tiles: elementwise or second stages.
-_NO_PRODUCT = re.compile(r"reduce_kernel|diagonal_\w+_kernel|act_fwd_kernel|act_bwd_rows_kernel")
+_NO_PRODUCT = re.compile(
+    r"reduce_kernel|diagonal_\w+_kernel|act_fwd_kernel|act_bwd_rows_kernel|frozen_norm_\w+_kernel"
+)
 _HALVES = re.compile(r"6__half|13__nv_bfloat16")
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 _USAGE = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")

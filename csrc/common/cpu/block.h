@@ -77,6 +77,22 @@ bool may_stream(const T* p, int64_t ld, int64_t total) {
          reinterpret_cast<uintptr_t>(p) % (kVL * 4) == 0 && ld % kVL == 0;
 }
 
+// A vector of a row, or what is left of it.
+template <typename T>
+PETAL_INLINE vf take(const T* p, int64_t n) {
+  return n >= kVL ? load(p) : load_part(p, n);
+}
+template <typename T>
+PETAL_INLINE void give(T* p, vf v, int64_t n, bool streamed) {
+  if (n < kVL) {
+    store_part(p, v, n);
+  } else if (streamed) {
+    stream(p, v);
+  } else {
+    store(p, v);
+  }
+}
+
 template <typename T, int M>
 PETAL_INLINE void emit(Tile<M>& t, const Output<T>& o, int64_t i, int64_t j) {
   const int64_t col = j * kNR, n = o.cols - col;

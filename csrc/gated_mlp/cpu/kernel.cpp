@@ -50,22 +50,6 @@ PETAL_INLINE Point point(Activation name, vf q) {
   }
 }
 
-// A vector of a row, or what is left of it.
-template <typename T>
-PETAL_INLINE vf take(const T* p, int64_t n) {
-  return n >= kVL ? load(p) : load_part(p, n);
-}
-template <typename T>
-PETAL_INLINE void give(T* p, vf v, int64_t n, bool streamed) {
-  if (n < kVL) {
-    store_part(p, v, n);
-  } else if (streamed) {
-    stream(p, v);
-  } else {
-    store(p, v);
-  }
-}
-
 template <typename T>
 void forward_of(const MlpArgs& a, int64_t row0, int64_t row1) {
   const bool streamed = may_stream(static_cast<T*>(a.p.p), a.p.ld, a.N * a.F);

@@ -6,7 +6,7 @@ checkpointed layer sees plain modules. The adapter mirrors the model's paths.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from petal_kernels.hf.methods.lora_parts import (
     taken,
 )
 from petal_kernels.hf.models import Block, Linear, Stack
+from petal_kernels.hf.norms import FrozenNorm, norms_around, width_of
 from petal_kernels.hf.parts import LayerPart
 from petal_kernels.hf.report import Row, Rows
 from petal_kernels.hf.twins import base_twin, twin_of
@@ -83,6 +84,9 @@ class Lora(Method):
         site = Site(_ROW, path, root)
         self._wrappers: list[tuple[str, LoraLinear]] = []
         self._joined: dict[str, OneInput | FusedMlp] = {}  # by the paths of their members
+        self._norms: dict[str, tuple[nn.Module, FrozenNorm]] = {}
+        untouched = self.published or self.config.frozen_norms == "module"
+        self._sites = {} if untouched else norms_around(model, [s.path for s in chosen.linears])
         self._parents = {seen.path: seen.parent for seen in chosen.linears}
         layers: dict[int, Layer] = {}
         for seen in chosen.linears:
@@ -168,6 +172,7 @@ class Lora(Method):
                 hand.take(layer.module, LayerPart(self, layer.index, 0))
         if not self.published:
             self._join(hand)
+            self._take_norms(hand)
         guard_embeddings(self.found.root, hand)
 
     def _join(self, hand: Hand) -> None:
@@ -183,6 +188,16 @@ class Lora(Method):
                 hand.take(parent, each)
                 own = [m for m in each.members.values() if isinstance(m, LoraLinear)]
                 self._joined.update((path, each) for path, w in self._wrappers if w in own)
+
+    def _take_norms(self, hand: Hand) -> None:
+        """Lets the frozen norms in front of adapted linears run as the config has it."""
+        wrappers, folded = dict(self._wrappers), self.config.frozen_norms == "folded"
+        for path, (module, norm, linears) in self._sites.items():
+            if "_petal_copy" in module.__dict__:  # it is trained
+                continue
+            fed = [wrappers[each] for each in linears]
+            self._norms[path] = module, FrozenNorm(self, norm, fed, folded)
+            hand.take(*self._norms[path])
 
     def install_place(self, place: Place, layer: Any, hand: Hand) -> None:
         bias = self.biases.get(place.path)
@@ -201,6 +216,20 @@ class Lora(Method):
         shape = f"{lora.in_features} -> {lora.out_features}, r {lora.r}, scale {lora.scale:g}"
         count = sum(p.numel() for p in lora.parameters() if p.requires_grad)
         return Row(place.path, place.role, shape, "", "", count)
+
+    def shared_rows(self) -> list[Row]:
+        """The norms."""
+        how = self.config.frozen_norms
+        return [
+            Row(path, "norm", f"{part.norm.kind} {width_of(module)}, {how}", "", "", 0)
+            for path, (module, part) in self._norms.items()
+        ]
+
+    def shared_sample(self, row: Row, tokens: Rows) -> Callable[[], object] | None:
+        module, part = self._norms[row.module]
+        if part.merged:
+            return None
+        return lambda: part.of(module, self.typical(module, tokens, width_of(module)))
 
     def why_called(self, base: nn.Module) -> str:
         return why_not_readable(base)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from petal_kernels._runtime import backends as rt
+from petal_kernels._runtime import formed
 from petal_kernels._runtime.autocast import autocast_off
 from petal_kernels._runtime.first_order import FirstOrderFunction
 from petal_kernels._runtime.library import define
@@ -176,8 +177,8 @@ def notes(t: Tensors, s: Settings, keep: bool, backend: str) -> tuple[str, ...]:
 
 
 class GatedMlpFunction(FirstOrderFunction):
-    """Saves x itself, g and u (with ``recompute`` they are formed again), the middles, the
-    generator's state and the parameters; never act(g), p or a mask."""
+    """Saves x itself or what it is formed of again, g and u (with ``recompute`` they are formed
+    again), the middles, the generator's state and the parameters; never act(g), p or a mask."""
 
     operator = NAME
 
@@ -187,8 +188,9 @@ class GatedMlpFunction(FirstOrderFunction):
         y, inner, h, middle = run(t, s, rng, True, backend)
         wants = _unflatten(ctx.needs_input_grad[_FIXED:])
         between = _through(wants) or wants.downs[-1]  # something before or at p is trained
+        reads_x = any(wants.downs[:-1]) or (between and s.recompute)
+        x_parts, ctx.form_x = formed.kept(t.x if reads_x else None)
         ctx.save_for_backward(
-            t.x if any(wants.downs[:-1]) or (between and s.recompute) else None,
             h if between else None,
             middle,
             rng,
@@ -197,17 +199,20 @@ class GatedMlpFunction(FirstOrderFunction):
             *(t.biases if s.recompute else [None] * len(t.biases)),
             *t.downs,
             *t.ups,
+            *x_parts,
         )
         ctx.x_shape, ctx.settings, ctx.backend = t.x.shape, s, backend
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, middle, rng, *rest = ctx.saved_tensors
+        h, middle, rng, *rest = ctx.saved_tensors
         flags = ctx.needs_input_grad[_FIXED:]
         wants = _unflatten(flags)
         last = len(wants.weights) - 1
-        inner, t = rest[:last], _unflatten([x, *rest[last:]])
+        ends = last + 4 * (last + 1)
+        x = formed.again(rest[ends:], ctx.form_x)
+        inner, t = rest[:last], _unflatten([x, *rest[last:ends]])
         with autocast_off(dy):
             grads = _backward(ctx, flat_rows(dy), t, inner, h, middle, rng, wants)
         if grads.x is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import backends as rt
-from petal_kernels._runtime import device
+from petal_kernels._runtime import device, formed
 from petal_kernels._runtime.first_order import FirstOrderFunction, own
 from petal_kernels._runtime.library import define
 from petal_kernels._runtime.rows import flat_rows
@@ -258,8 +258,8 @@ def _unflatten(flat: Sequence[Any], counts: Counts) -> Tensors:
 
 
 class LowRankLinearFunction(FirstOrderFunction):
-    """Saves x (where a down-projection is trained), h or the given hidden, the generator's state
-    and the parameters."""
+    """Saves x (where a down-projection is trained) or what it is formed of again, h or the given
+    hidden, the generator's state and the parameters."""
 
     operator = NAME
 
@@ -271,14 +271,15 @@ class LowRankLinearFunction(FirstOrderFunction):
         t = _unflatten(rest[_N_SETTINGS:], counts)
         ys, h = forward_op(*t, rng, *settings, True, plan, backend)
         trains_downs = any(_unflatten(ctx.needs_input_grad[_FIXED:], counts).downs)
+        x_parts, ctx.form_x = formed.kept(t.x if trains_downs else None)
         ctx.save_for_backward(
-            t.x if trains_downs else None,
             h if t.hidden is None else t.hidden,
             t.core,
             rng,
             *t.downs,
             *t.ups,
             *t.weights,
+            *x_parts,
         )
         ctx.x_shape = None if t.x is None else t.x.shape
         ctx.settings, ctx.backend, ctx.counts = settings, backend, counts
@@ -286,8 +287,9 @@ class LowRankLinearFunction(FirstOrderFunction):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, core, rng, *rest = ctx.saved_tensors
+        h, core, rng, *rest = ctx.saved_tensors
         counts: Counts = ctx.counts
+        x = formed.again(rest[sum(counts) :], ctx.form_x)
         flags = ctx.needs_input_grad[_FIXED:]
         wants = _unflatten(flags, counts)
         if x is None and ctx.x_shape is not None:
@@ -296,7 +298,7 @@ class LowRankLinearFunction(FirstOrderFunction):
             x = dys[0].new_empty(()).expand(ctx.x_shape)
         need = [wants.x, any(wants.downs), wants.hidden, any(wants.ups), wants.core]
         downs, rest = rest[: counts.downs], rest[counts.downs :]
-        ups, weights = rest[: counts.ups], rest[counts.ups :]
+        ups, weights = rest[: counts.ups], rest[counts.ups :][: counts.weights]
         dx, ddowns, dhidden, dups, dcore = _backward_op(
             dys, x, h, downs, ups, weights, core, rng, *ctx.settings, need, ctx.backend
         )

@@ -11,6 +11,7 @@
 #include "cpu_widths_experts.h"
 #include "cpu_widths_mlp.h"
 #include "cpu_widths_modes.h"
+#include "cpu_widths_norm.h"
 #include "gated_bottleneck/cpu/params.h"
 #include "lowrank_linear/cpu/params.h"
 
@@ -300,6 +301,12 @@ int main() {
     const Results one = mlp(generic::mlp_kernels(), activation, form & 1);
     for (const MlpKernels* other : {&avx2::mlp_kernels(), &avx512::mlp_kernels()}) {
       worst = std::fmax(worst, apart(one, mlp(*other, activation, form & 1)));
+    }
+  }
+  for (int form = 0; form < 3; ++form) {
+    const Results one = norm(generic::norm_kernels(), form == 0, form == 1);
+    for (const NormKernels* other : {&avx2::norm_kernels(), &avx512::norm_kernels()}) {
+      worst = std::fmax(worst, apart(one, norm(*other, form == 0, form == 1)));
     }
   }
   std::printf("%g\n", worst);
