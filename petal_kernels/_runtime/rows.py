@@ -17,7 +17,7 @@ def flat_rows(t: TensorT) -> TensorT:
     stride in the last dim and one row stride."""
     if t is None:
         return t
-    flat = t.reshape(-1, t.shape[-1])
+    flat = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 

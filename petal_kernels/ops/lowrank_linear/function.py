@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -105,17 +105,41 @@ def _asked(*args: Any) -> tuple[Call, bool, str, str] | None:
     return Call(t, Settings(scales, dropout, dropout_at)), inference, plan, backend
 
 
-def _fwd(*args: Any) -> tuple[list[Tensor], Tensor]:
+def _fwd(*args: Any) -> Callable[..., tuple[list[Tensor], Tensor]]:
     asked = _asked(*args)
     if asked is None:
-        return _fwd_fake(*args)
-    x, _, hidden, *_, rng, _, _, _, keep, _, _ = args
+        return _fwd_fake
     chosen, concrete = choose(*asked)
-    ys, saved = chosen.load().forward(asked[0], rng, concrete)
-    first: Tensor = x if x is not None else hidden
-    lead = first.shape[:-1]
-    outputs = [y.contiguous().view(*lead, y.shape[1]) for y in ys]
-    return outputs, saved.h if keep and hidden is None else first.new_empty(0)
+    forward = chosen.load().forward
+
+    def run(
+        x: Tensor | None,
+        downs: list[Tensor],
+        hidden: Tensor | None,
+        ups: list[Tensor],
+        weights: list[Tensor],
+        biases: list[Tensor | None],
+        base: list[Tensor],
+        core: Tensor | None,
+        rng: Tensor | None,
+        scales: list[float],
+        dropout: float,
+        dropout_at: str,
+        keep: bool,
+        *_: Any,
+    ) -> tuple[list[Tensor], Tensor]:
+        rows = [flat_rows(b) for b in base]
+        t = Tensors(flat_rows(x), downs, flat_rows(hidden), ups, weights, biases, rows, core)
+        ys, saved = forward(Call(t, Settings(scales, dropout, dropout_at)), rng, concrete)
+        first: Tensor = x if x is not None else hidden  # type: ignore[assignment]
+        if first.dim() == 2:
+            outputs = [y.contiguous() for y in ys]
+        else:
+            lead = first.shape[:-1]
+            outputs = [y.contiguous().view(*lead, y.shape[1]) for y in ys]
+        return outputs, saved.h if keep and hidden is None else first.new_empty(0)
+
+    return run
 
 
 def _explain(*args: Any) -> rt.Explanation | None:
@@ -136,7 +160,21 @@ def _fwd_fake(*args: Any) -> tuple[list[Tensor], Tensor]:
 _Results = tuple[Tensor, list[Tensor], Tensor, list[Tensor], Tensor]
 
 
-def _bwd(
+def _bwd(*args: Any) -> Callable[..., _Results]:
+    if args[2].numel() == 0:
+        return _bwd_fake
+    call, _, _ = _backward_call(*args)
+    backward = rt.select(NAME, BACKENDS, args[-1], call, "auto").load().backward
+
+    def run(dys: list[Tensor], *args: Any) -> _Results:
+        call, given, wanted = _backward_call(dys, *args)
+        found = backward(call, Saved(flat_rows(given.hidden)), [flat_rows(dy) for dy in dys], args[6], wanted)
+        return _results(given, args[-2], found)
+
+    return run
+
+
+def _backward_call(
     dys: list[Tensor],
     x: Tensor | None,
     h: Tensor,
@@ -146,20 +184,15 @@ def _bwd(
     core: Tensor | None,
     rng: Tensor | None,
     *rest: Any,
-) -> _Results:
-    *settings, need, backend = rest
-    given = Gradients(x, downs, h, ups, core)
-    if h.numel() == 0:
-        return _results(given, need, Gradients())
+) -> tuple[Call, Gradients, frozenset[str]]:
+    *settings, need, _ = rest
     wanted = frozenset(compress(Gradients._fields, need))
+    given = Gradients(x, downs, h, ups, core)
     if x is not None:
         x = flat_rows(x) if "downs" in wanted else x.reshape(-1, x.shape[-1])
-    rows = flat_rows(h)
-    hidden = None if downs else rows
-    call = Call(Tensors(x, downs, hidden, ups, weights, (), (), core), Settings(*settings))
-    impl = rt.select(NAME, BACKENDS, backend, call, "auto").load()
-    found = impl.backward(call, Saved(rows), [flat_rows(dy) for dy in dys], rng, wanted)
-    return _results(given, need, found)
+    hidden = None if downs else flat_rows(h)
+    t = Tensors(x, downs, hidden, ups, weights, (), (), core)
+    return Call(t, Settings(*settings)), given, wanted
 
 
 def _bwd_fake(

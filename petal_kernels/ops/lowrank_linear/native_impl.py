@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from petal_kernels._runtime import device
+from petal_kernels._runtime import device, front
 from petal_kernels._runtime.rows import fresh_rows
 from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Settings
 
@@ -83,7 +83,7 @@ def _downs(call: Call, rng: Tensor | None) -> Sequence[Tensor]:
 
 def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Saved]:
     """Outputs [N, O_k] and h [N, R]."""
-    device.load_cpu_library()
+    kernel = front.native("lowrank_linear_fwd")
     t, s = call
     like = t.x if t.hidden is None else t.hidden
     assert like is not None
@@ -95,7 +95,7 @@ def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Sa
             torch.mm(t.x, w.t(), out=y)
         base, weights = ys, ()
     h = like.new_empty((like.shape[0], call.middle)) if t.hidden is None else t.hidden
-    torch.ops.petal_native.lowrank_linear_fwd(
+    kernel(
         t.x,
         _downs(call, rng),
         t.hidden,
@@ -115,7 +115,7 @@ def backward(
     call: Call, saved: Saved, dys: list[Tensor], rng: Tensor | None, need: frozenset[str]
 ) -> Gradients:
     """The gradients that ``need`` names."""
-    device.load_cpu_library()
+    kernel = front.native("lowrank_linear_bwd")
     t, s = call
     h, core, downs = saved.h, t.core, t.downs
     weights = t.weights if "x" in need else ()
@@ -134,7 +134,7 @@ def backward(
     ddowns = [torch.empty_like(down) for down in downs] if "downs" in need else []
     dups = [torch.empty_like(up) for up in t.ups] if "ups" in need else None
     dcore = torch.empty_like(core) if core is not None and "core" in need else None
-    torch.ops.petal_native.lowrank_linear_bwd(
+    kernel(
         dys,
         t.x if ddowns else None,  # else only its shape is real: nothing may read it
         h,
