@@ -158,13 +158,25 @@ PyObject* signature(PyObject*, PyObject* values) {
 
 // -- operators ------------------------------------------------------------------------------------
 
-enum class Kind { kTensor, kOptional, kTensors, kOptionals, kFloats, kBools, kFloat, kInt, kBool };
+enum class Kind {
+  kTensor,
+  kOptional,
+  kTensors,
+  kOptionals,
+  kFloats,
+  kInts,
+  kBools,
+  kFloat,
+  kInt,
+  kBool
+};
 
 std::optional<Kind> kind_of(const std::string& type) {
   static const std::pair<const char*, Kind> kinds[] = {
       {"Tensor", Kind::kTensor},       {"Tensor?", Kind::kOptional}, {"Tensor[]", Kind::kTensors},
-      {"Tensor?[]", Kind::kOptionals}, {"float[]", Kind::kFloats},   {"bool[]", Kind::kBools},
-      {"float", Kind::kFloat},         {"int", Kind::kInt},          {"bool", Kind::kBool},
+      {"Tensor?[]", Kind::kOptionals}, {"float[]", Kind::kFloats},   {"int[]", Kind::kInts},
+      {"bool[]", Kind::kBools},        {"float", Kind::kFloat},      {"int", Kind::kInt},
+      {"bool", Kind::kBool},
   };
   for (const auto& [name, kind] : kinds) {
     if (type == name) return kind;
@@ -191,6 +203,12 @@ const at::Tensor& tensor_of(PyObject* value) {
 double float_of(PyObject* value) {
   const double number = PyFloat_AsDouble(value);
   if (number == -1.0 && PyErr_Occurred()) throw python_error();
+  return number;
+}
+
+int64_t int_of(PyObject* value) {
+  const long long number = PyLong_AsLongLong(value);
+  if (number == -1 && PyErr_Occurred()) throw python_error();
   return number;
 }
 
@@ -222,14 +240,13 @@ c10::IValue argument(Kind kind, PyObject* value) {
     case Kind::kTensors: return list_of<at::Tensor>(value, tensor_of);
     case Kind::kOptionals: return list_of<std::optional<at::Tensor>>(value, optional_of);
     case Kind::kFloats: return list_of<double>(value, float_of);
+    case Kind::kInts: return list_of<int64_t>(value, int_of);
     case Kind::kBools: return list_of<bool>(value, bool_of);
     case Kind::kFloat: return float_of(value);
-    case Kind::kBool: return bool_of(value);
-    case Kind::kInt: break;
+    case Kind::kInt: return int_of(value);
+    case Kind::kBool: break;
   }
-  const long long number = PyLong_AsLongLong(value);
-  if (number == -1 && PyErr_Occurred()) throw python_error();
-  return static_cast<int64_t>(number);
+  return bool_of(value);
 }
 
 PyObject* result(const c10::IValue& value) {

@@ -23,6 +23,9 @@ NAMESPACE = "petal"
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
+# By overload: what calls it, see `define`.
+calls: dict[Any, Callable[..., Any]] = {}
+
 # By overload: which backend would run it on these very arguments, see `define`.
 explainers: dict[Any, Callable[..., Explanation | None]] = {}
 
@@ -59,7 +62,7 @@ def define(
         return overload  # type: ignore[no-any-return]
     known: front.Known[Callable[..., Any]] = front.Known()
 
-    def call(*args: Any) -> Any:
+    def direct(*args: Any) -> Any:
         key = front.signature(args)
         if key is None:
             return overload(*args)
@@ -68,4 +71,5 @@ def define(
             run = known.keep(key, prepare(*args))
         return run(*args)
 
-    return call
+    calls[overload] = direct
+    return direct

@@ -6,7 +6,7 @@ this operator's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -44,12 +44,20 @@ def explanation(call: Call, backend: str, notes: tuple[str, ...] = ()) -> rt.Exp
     )
 
 
-def _fwd(g: Tensor, u: Tensor | None, activation: str, backend: str) -> Tensor:
+_Results = tuple[Tensor, Tensor, Tensor]
+
+
+def _fwd(g: Tensor, u: Tensor | None, activation: str, backend: str) -> Callable[..., Tensor]:
     if g.numel() == 0:
-        return _fwd_fake(g, u, activation, backend)
+        return _fwd_fake
     call = Call(flat_rows(g), flat_rows(u), activation)
-    p: Tensor = rt.select(NAME, BACKENDS, backend, call).load().forward(call)
-    return p.contiguous()
+    forward = rt.select(NAME, BACKENDS, backend, call).load().forward
+
+    def run(g: Tensor, u: Tensor | None, activation: str, _: str) -> Tensor:
+        p: Tensor = forward(Call(flat_rows(g), flat_rows(u), activation))
+        return p.contiguous()
+
+    return run
 
 
 def _fwd_fake(g: Tensor, u: Tensor | None, activation: str, backend: str) -> Tensor:
@@ -60,27 +68,32 @@ def _explain(g: Tensor, u: Tensor | None, activation: str, backend: str) -> rt.E
     return explanation(Call(g, u, activation), backend) if g.numel() else None
 
 
-def _bwd(
-    dp: Tensor | None,
-    g: Tensor,
-    u: Tensor | None,
-    dh: Tensor | None,
-    down: Tensor | None,
-    rng: Tensor | None,
-    dropout: float,
-    activation: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _bwd(_: Any, g: Tensor, u: Tensor | None, *rest: Any) -> Callable[..., _Results]:
     if g.numel() == 0:
-        return _results(dp, g, u, down, Gradients())
+        return _bwd_fake
+    *_, activation, backend = rest
     call = Call(flat_rows(g), flat_rows(u), activation)
-    product = None
-    if dh is not None:
-        assert down is not None
-        product = Product(flat_rows(dh), down, rng, dropout)
-    impl = rt.select(NAME, BACKENDS, backend, call).load()
-    found = impl.backward(call, flat_rows(dp), product)
-    return _results(dp, g, u, down, found)
+    backward = rt.select(NAME, BACKENDS, backend, call).load().backward
+
+    def run(
+        dp: Tensor | None,
+        g: Tensor,
+        u: Tensor | None,
+        dh: Tensor | None,
+        down: Tensor | None,
+        rng: Tensor | None,
+        dropout: float,
+        activation: str,
+        _: str,
+    ) -> _Results:
+        product = None
+        if dh is not None:
+            assert down is not None
+            product = Product(flat_rows(dh), down, rng, dropout)
+        found = backward(Call(flat_rows(g), flat_rows(u), activation), flat_rows(dp), product)
+        return _results(dp, g, u, down, found)
+
+    return run
 
 
 def _bwd_fake(
@@ -90,13 +103,13 @@ def _bwd_fake(
     dh: Tensor | None,
     down: Tensor | None,
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> _Results:
     return _results(dp, g, u, down, Gradients())
 
 
 def _results(
     dp: Tensor | None, g: Tensor, u: Tensor | None, down: Tensor | None, found: Gradients
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> _Results:
     """dg, du and dA; empty where not needed, zero where there is nothing to sum."""
     of = (None if dp is None else g, None if dp is None else u, down)
     dg, du, ddown = (
