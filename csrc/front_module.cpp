@@ -2,10 +2,12 @@
 //
 //   signature(values) -> bytes | None   everything about a call's arguments that its checks and its
 //                                       choice of backend look at; None where somebody watches it
-//   Op(name, overload)                  an operator of the compiled libraries, called with its
+//   Op(name)                            an operator of the compiled libraries, called with its
 //                                       arguments in the schema's order
+//   linears(x, weights) -> ys | None    the library's products x w^T, and
+//   sums(dys, weights) -> dx | None     the sum of dy w, in fresh memory; None where it is large
 //
-// Neither computes anything: without this module the same calls run the long way.
+// Without this module the same calls run the long way, to the same bits.
 #include <Python.h>
 #include <structmember.h>
 
@@ -17,6 +19,9 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <ATen/record_function.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/Dtype.h>
@@ -330,9 +335,64 @@ PyType_Slot op_slots[] = {
 PyType_Spec op_spec = {"petal_kernels._front.Op", sizeof(Op), 0,
                        Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL, op_slots};
 
+// -- products of the library ----------------------------------------------------------------------
+
+constexpr int64_t kLarge = 4 << 20;  // bytes; larger memory is asked for in another way
+
+std::vector<at::Tensor> tensors_of(PyObject* value) {
+  if (!PyList_Check(value) && !PyTuple_Check(value)) wrong("a list", value);
+  std::vector<at::Tensor> out;
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(value); ++i) {
+    out.push_back(tensor_of(PySequence_Fast_GET_ITEM(value, i)));
+  }
+  return out;
+}
+
+PyObject* linears(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 2, "linears: want x and weights");
+  const at::Tensor& x = tensor_of(args[0]);
+  const std::vector<at::Tensor> weights = tensors_of(args[1]);
+  for (const at::Tensor& w : weights) {
+    if (x.size(0) * w.size(0) * x.element_size() >= kLarge) Py_RETURN_NONE;
+  }
+  std::vector<at::Tensor> ys;
+  {
+    Unlocked unlocked;
+    for (const at::Tensor& w : weights) {
+      ys.push_back(at::empty({x.size(0), w.size(0)}, x.options()));
+      at::mm_out(ys.back(), x, w.t());
+    }
+  }
+  return THPVariable_WrapList(ys);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* sums(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 2, "sums: want dys and weights");
+  const std::vector<at::Tensor> dys = tensors_of(args[0]), weights = tensors_of(args[1]);
+  TORCH_CHECK(!dys.empty() && dys.size() == weights.size(), "sums: want a weight for every dy");
+  const int64_t rows = dys[0].size(0), width = weights[0].size(1);
+  if (rows * width * dys[0].element_size() >= kLarge) Py_RETURN_NONE;
+  at::Tensor dx;
+  {
+    Unlocked unlocked;
+    dx = at::empty({rows, width}, dys[0].options());
+    at::mm_out(dx, dys[0], weights[0]);
+    for (size_t k = 1; k < dys.size(); ++k) dx.addmm_(dys[k], weights[k]);
+  }
+  return THPVariable_Wrap(dx);
+  END_HANDLE_TH_ERRORS
+}
+
 PyMethodDef functions[] = {
     {"signature", signature, METH_O,
      "What decides about a call, as bytes; None where it is watched."},
+    {"linears", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linears)), METH_FASTCALL,
+     "x w^T for every weight."},
+    {"sums", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(sums)), METH_FASTCALL,
+     "The sum of dy w."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -218,9 +218,7 @@ def _update(
     call, _ = _update_call(base, first, tensors, settings)
     forward = select(call, backend).load().forward
 
-    def run(
-        base: Tensor, first: int, tensors: list[Any], rng: Tensor | None, *rest: Any
-    ) -> _Kept:
+    def run(base: Tensor, first: int, tensors: list[Any], rng: Tensor | None, *rest: Any) -> _Kept:
         *settings, save, _ = rest
         call, columns = _update_call(base, first, tensors, settings)
         _, found = forward(call, rng, save, columns)

@@ -168,7 +168,9 @@ def _bwd(*args: Any) -> Callable[..., _Results]:
 
     def run(dys: list[Tensor], *args: Any) -> _Results:
         call, given, wanted = _backward_call(dys, *args)
-        found = backward(call, Saved(flat_rows(given.hidden)), [flat_rows(dy) for dy in dys], args[6], wanted)
+        found = backward(
+            call, Saved(flat_rows(given.hidden)), [flat_rows(dy) for dy in dys], args[6], wanted
+        )
         return _results(given, args[-2], found)
 
     return run
@@ -227,7 +229,10 @@ def _results(given: Gradients, need: Sequence[bool], found: Gradients) -> _Resul
 def _grad(of: Tensor | None, value: Tensor | None, like: Tensor) -> Tensor:
     if of is None:
         return like.new_empty(0)
-    return of.new_zeros(of.shape) if value is None else value.contiguous().view(of.shape)
+    if value is None:
+        return of.new_zeros(of.shape)
+    value = value.contiguous()
+    return value if value.shape == of.shape else value.view(of.shape)
 
 
 def _grads(
@@ -303,7 +308,8 @@ class LowRankLinearFunction(FirstOrderFunction):
         settings = rest[:_N_SETTINGS]
         t = _unflatten(rest[_N_SETTINGS:], counts)
         ys, h = forward_op(*t, rng, *settings, True, plan, backend)
-        trains_downs = any(_unflatten(ctx.needs_input_grad[_FIXED:], counts).downs)
+        first = _FIXED + _SINGLE
+        trains_downs = True in ctx.needs_input_grad[first : first + counts.downs]
         ctx.save_for_backward(
             t.x if trains_downs else None,
             h if t.hidden is None else t.hidden,
@@ -321,41 +327,43 @@ class LowRankLinearFunction(FirstOrderFunction):
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, h, core, rng, *rest = ctx.saved_tensors
         counts: Counts = ctx.counts
-        flags = ctx.needs_input_grad[_FIXED:]
-        wants = _unflatten(flags, counts)
+        wants = _unflatten(ctx.needs_input_grad[_FIXED:], counts)
         if x is None and ctx.x_shape is not None:
             # With every down-projection frozen nothing reads a value of x, only its shape: an
             # expanded scalar occupies nothing.
             x = dys[0].new_empty(()).expand(ctx.x_shape)
-        need = [wants.x, any(wants.downs), wants.hidden, any(wants.ups), wants.core]
+        need = [wants.x, True in wants.downs, wants.hidden, True in wants.ups, wants.core]
         downs, rest = rest[: counts.downs], rest[counts.downs :]
         ups, weights = rest[: counts.ups], rest[counts.ups :]
         dx, ddowns, dhidden, dups, dcore = _backward_op(
             dys, x, h, downs, ups, weights, core, rng, *ctx.settings, need, ctx.backend
         )
-        dbiases = [
-            _column_sum(dy) if want else None for dy, want in zip(dys, wants.biases, strict=False)
-        ]
-        grads = Tensors(
-            dx,
-            ddowns or [None] * counts.downs,
-            dhidden,
-            dups or [None] * counts.ups,
-            [None] * counts.weights,  # type: ignore[list-item]
-            dbiases,
-            [
-                own(dy, ctx, k - counts.ups) if want else None  # type: ignore[misc]
+        return (
+            *_NOTHING,
+            dx if wants.x else None,
+            dhidden if wants.hidden else None,
+            dcore if wants.core else None,
+            *_wanted(ddowns, wants.downs),
+            *_wanted(dups, wants.ups),
+            *[None] * counts.weights,
+            *[_column_sum(dy) if w else None for dy, w in zip(dys, wants.biases, strict=False)],
+            *[
+                own(dy, ctx, k - counts.ups) if want else None
                 for k, (dy, want) in enumerate(zip(dys, wants.base, strict=False))
             ],
-            dcore,
-        )
-        return (
-            *[None] * _FIXED,
-            *(g if want else None for g, want in zip(flatten(grads), flags, strict=True)),
         )
 
 
+_SINGLE = 3  # tensors before the sequences, as `flatten` gives them
 _FIXED = 4 + _N_SETTINGS  # arguments of LowRankLinearFunction.forward before the tensors
+_NOTHING = (None,) * _FIXED
+
+
+def _wanted(grads: Sequence[Tensor], wants: Sequence[Any]) -> list[Tensor | None]:
+    """No gradient where none is wanted; of none there is none."""
+    if not grads:
+        return [None] * len(wants)
+    return [grad if want else None for grad, want in zip(grads, wants, strict=True)]
 
 
 def _column_sum(dy: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import device, front
-from petal_kernels._runtime.rows import fresh_rows
+from petal_kernels._runtime.rows import fresh_rows, linears, sum_of_products
 from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Settings
 
 PLANS = ("update", "extend")
@@ -87,13 +87,13 @@ def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Sa
     t, s = call
     like = t.x if t.hidden is None else t.hidden
     assert like is not None
-    ys = [fresh_rows(like, like.shape[0], up.shape[0]) for up in t.ups]
     base, weights = t.base, t.weights
     if weights and plan == "update":
         assert t.x is not None
-        for y, w in zip(ys, weights, strict=True):
-            torch.mm(t.x, w.t(), out=y)
-        base, weights = ys, ()
+        base = ys = linears(t.x, weights)
+        weights = ()
+    else:
+        ys = [fresh_rows(like, like.shape[0], up.shape[0]) for up in t.ups]
     h = like.new_empty((like.shape[0], call.middle)) if t.hidden is None else t.hidden
     kernel(
         t.x,
@@ -122,14 +122,11 @@ def backward(
     dx: Tensor | None = None
     dx_has_base = False
     if "x" in need and (downs or weights):
-        width = (weights or downs)[0].shape[1]
-        dx = fresh_rows(h, h.shape[0], width)
-        if weights and _library_multiplies(h.dtype):
-            torch.mm(dys[0], weights[0], out=dx)
-            for dy, w in zip(dys[1:], weights[1:], strict=True):
-                dx.addmm_(dy, w)
-            dx_has_base = True
-            weights = ()
+        dx_has_base = bool(weights) and _library_multiplies(h.dtype)
+        if dx_has_base:
+            dx, weights = sum_of_products(dys, weights), ()
+        else:
+            dx = fresh_rows(h, h.shape[0], (weights or downs)[0].shape[1])
     dh = h.new_empty(h.shape) if not downs or "hidden" in need else None
     ddowns = [torch.empty_like(down) for down in downs] if "downs" in need else []
     dups = [torch.empty_like(up) for up in t.ups] if "ups" in need else None

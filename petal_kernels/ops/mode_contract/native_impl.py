@@ -48,7 +48,5 @@ def backward(call: Call, dout: Tensor, need: frozenset[str]) -> Gradients:
     dcore = core.new_empty(core.shape) if "core" in need else None
     dmodes = torch.empty_like(modes) if "modes" in need else None
     dup = torch.empty_like(up) if "up" in need and up is not None else None
-    kernel(
-        dout, core.contiguous(), modes, up, scale, dcore, dmodes, dup
-    )
+    kernel(dout, core.contiguous(), modes, up, scale, dcore, dmodes, dup)
     return Gradients(dcore, dmodes, dup)
