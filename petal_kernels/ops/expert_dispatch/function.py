@@ -84,12 +84,12 @@ def _fwd(tensors: list[Any], *rest: Any) -> Callable[..., tuple[Tensor, ...]]:
     call = _call(tensors, settings)
     if call.rows == 0:
         return _fwd_nothing
-    forward = select(call, backend).load().forward
+    impl = select(call, backend).load()
 
     def run(tensors: list[Any], *rest: Any) -> tuple[Tensor, ...]:
         *settings, save, _ = rest
         call = _call(tensors, settings)
-        out, found = forward(call, save)
+        out, found = impl.forward(call, save)
         present = [save, True, True, save, save]
         kept = [
             e if f is None or not p else f.contiguous()
@@ -140,7 +140,7 @@ def _bwd(
     call = _call(tensors, settings, dout)
     if call.rows == 0:
         return _bwd_nothing
-    backward = select(call, backend).load().backward
+    impl = select(call, backend).load()
 
     def run(
         dout: Tensor,
@@ -152,7 +152,7 @@ def _bwd(
         *settings, need, _ = rest
         call = _call(tensors, settings, dout)
         wanted = list(compress(Tensors._fields, need))
-        found = backward(call, Saved(*saved), dout, dlogits, frozenset(wanted))
+        found = impl.backward(call, Saved(*saved), dout, dlogits, frozenset(wanted))
         results = []
         for name in wanted:
             shape, dtype = _gradient_like(name, call.tensors, dout)

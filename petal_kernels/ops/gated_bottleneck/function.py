@@ -93,12 +93,12 @@ def _fwd(tensors: list[Any], _: Tensor | None, *rest: Any) -> Callable[..., _For
     call = Call(Tensors(*tensors), Settings(*settings))
     if call.first.shape[0] == 0:
         return _fwd_fake
-    forward = select(call, backend).load().forward
+    impl = select(call, backend).load()
 
     def run(tensors: list[Any], rng: Tensor | None, *rest: Any) -> _Forward:
         *settings, save, _ = rest
         call = Call(Tensors(*tensors), Settings(*settings))
-        out, found = forward(call, rng, save)
+        out, found = impl.forward(call, rng, save)
         return out.contiguous(), *_stored(call, found, save)  # type: ignore[return-value]
 
     return run
@@ -148,7 +148,7 @@ def _bwd(
         return _bwd_nothing
     # A row tensor that backward does without is absent; the selection looks at what is there.
     call = Call(Tensors(*tensors), Settings(*settings))
-    backward = select(_Backward(call, dout), backend).load().backward
+    impl = select(_Backward(call, dout), backend).load()
 
     def run(
         dout: Tensor,
@@ -161,7 +161,7 @@ def _bwd(
         t = Tensors(*tensors)
         wanted = list(compress(Tensors._fields, need))
         call = Call(t, Settings(*settings))
-        found = backward(call, Saved(*saved), dout, rng, frozenset(wanted))
+        found = impl.backward(call, Saved(*saved), dout, rng, frozenset(wanted))
         results = []
         for name in wanted:
             given: Tensor | None = getattr(t, name)
@@ -216,12 +216,12 @@ def _update(
     if base.shape[0] == 0:
         return _update_fake
     call, _ = _update_call(base, first, tensors, settings)
-    forward = select(call, backend).load().forward
+    impl = select(call, backend).load()
 
     def run(base: Tensor, first: int, tensors: list[Any], rng: Tensor | None, *rest: Any) -> _Kept:
         *settings, save, _ = rest
         call, columns = _update_call(base, first, tensors, settings)
-        _, found = forward(call, rng, save, columns)
+        _, found = impl.forward(call, rng, save, columns)
         return tuple(_stored(call, found, save))  # type: ignore[return-value]
 
     return run

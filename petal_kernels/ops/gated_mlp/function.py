@@ -51,10 +51,10 @@ def _fwd(g: Tensor, u: Tensor | None, activation: str, backend: str) -> Callable
     if g.numel() == 0:
         return _fwd_fake
     call = Call(flat_rows(g), flat_rows(u), activation)
-    forward = rt.select(NAME, BACKENDS, backend, call).load().forward
+    impl = rt.select(NAME, BACKENDS, backend, call).load()
 
     def run(g: Tensor, u: Tensor | None, activation: str, _: str) -> Tensor:
-        p: Tensor = forward(Call(flat_rows(g), flat_rows(u), activation))
+        p: Tensor = impl.forward(Call(flat_rows(g), flat_rows(u), activation))
         return p.contiguous()
 
     return run
@@ -73,7 +73,7 @@ def _bwd(_: Any, g: Tensor, u: Tensor | None, *rest: Any) -> Callable[..., _Resu
         return _bwd_fake
     *_, activation, backend = rest
     call = Call(flat_rows(g), flat_rows(u), activation)
-    backward = rt.select(NAME, BACKENDS, backend, call).load().backward
+    impl = rt.select(NAME, BACKENDS, backend, call).load()
 
     def run(
         dp: Tensor | None,
@@ -90,7 +90,7 @@ def _bwd(_: Any, g: Tensor, u: Tensor | None, *rest: Any) -> Callable[..., _Resu
         if dh is not None:
             assert down is not None
             product = Product(flat_rows(dh), down, rng, dropout)
-        found = backward(Call(flat_rows(g), flat_rows(u), activation), flat_rows(dp), product)
+        found = impl.backward(Call(flat_rows(g), flat_rows(u), activation), flat_rows(dp), product)
         return _results(dp, g, u, down, found)
 
     return run

@@ -110,7 +110,7 @@ def _fwd(*args: Any) -> Callable[..., tuple[list[Tensor], Tensor]]:
     if asked is None:
         return _fwd_fake
     chosen, concrete = choose(*asked)
-    forward = chosen.load().forward
+    impl = chosen.load()
 
     def run(
         x: Tensor | None,
@@ -130,7 +130,7 @@ def _fwd(*args: Any) -> Callable[..., tuple[list[Tensor], Tensor]]:
     ) -> tuple[list[Tensor], Tensor]:
         rows = [flat_rows(b) for b in base]
         t = Tensors(flat_rows(x), downs, flat_rows(hidden), ups, weights, biases, rows, core)
-        ys, saved = forward(Call(t, Settings(scales, dropout, dropout_at)), rng, concrete)
+        ys, saved = impl.forward(Call(t, Settings(scales, dropout, dropout_at)), rng, concrete)
         first: Tensor = x if x is not None else hidden  # type: ignore[assignment]
         if first.dim() == 2:
             outputs = [y.contiguous() for y in ys]
@@ -164,11 +164,11 @@ def _bwd(*args: Any) -> Callable[..., _Results]:
     if args[2].numel() == 0:
         return _bwd_fake
     call, _, _ = _backward_call(*args)
-    backward = rt.select(NAME, BACKENDS, args[-1], call, "auto").load().backward
+    impl = rt.select(NAME, BACKENDS, args[-1], call, "auto").load()
 
     def run(dys: list[Tensor], *args: Any) -> _Results:
         call, given, wanted = _backward_call(dys, *args)
-        found = backward(
+        found = impl.backward(
             call, Saved(flat_rows(given.hidden)), [flat_rows(dy) for dy in dys], args[6], wanted
         )
         return _results(given, args[-2], found)

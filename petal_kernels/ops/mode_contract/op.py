@@ -64,10 +64,10 @@ def _fwd(*args: Any) -> Callable[..., Tensor]:
     call = Call(*given)
     if 0 in call.shape:
         return _fwd_fake
-    forward = _select(call, backend).load().forward
+    impl = _select(call, backend).load()
 
     def run(*args: Any) -> Tensor:
-        out: Tensor = forward(Call(*args[:-1]))
+        out: Tensor = impl.forward(Call(*args[:-1]))
         return out.contiguous()
 
     return run
@@ -86,7 +86,7 @@ def _bwd(
 ) -> Callable[..., _Results]:
     if dout.numel() == 0:
         return _bwd_fake
-    backward = _select(Call(core, modes, up, scale, dout.dtype), rest[-1]).load().backward
+    impl = _select(Call(core, modes, up, scale, dout.dtype), rest[-1]).load()
 
     def run(
         dout: Tensor,
@@ -99,7 +99,7 @@ def _bwd(
     ) -> _Results:
         wanted = frozenset(compress(Gradients._fields, need))
         call = Call(core, modes, up, scale, dout.dtype)
-        found = backward(call, dout.contiguous(), wanted)
+        found = impl.backward(call, dout.contiguous(), wanted)
         return _results(Gradients(core, modes, up), need, found)
 
     return run
