@@ -3,6 +3,7 @@
     petal_kernels/lib/libpetal_cpu.so   g++, one object per kernel and instruction set, stable ABI
     petal_kernels/lib/libpetal_cuda.so  where nvcc is found; needs no GPU and no torch with CUDA
     petal_kernels/_host.<tag>.so        pybind11: build facts, CPU capability
+    petal_kernels/_front.<tag>.so       short ways for small calls; for this very torch
     petal_kernels/lib/build.json        what was built, or why not
 
 By default what this machine can run: the CPU kernels for its instruction sets, the CUDA ones where
@@ -132,6 +133,15 @@ def _commit() -> tuple[str, str]:
     return (found[0], found[1]) if len(found) == 2 else ("unknown", "unknown")
 
 
+def _torch_version(torch: Path | None) -> str:
+    """Read, not imported: a build needs torch's headers alone."""
+    if torch is None:
+        return "none"
+    found: dict[str, str] = {}
+    exec((torch / "version.py").read_text(), found)
+    return str(found["__version__"])
+
+
 @dataclass
 class Tools:
     """What the environment offers, and why a product cannot be built with it (None: it can)."""
@@ -153,7 +163,8 @@ class Tools:
         no_torch = None if self.torch else "torch was not in the build environment"
         self.reasons["host"] = common or (None if self.pybind11 else "pybind11 was not found")
         self.reasons["cpu"] = common or no_torch
-        for part in ("host", "cpu"):
+        self.reasons["front"] = common or no_torch
+        for part in ("host", "front", "cpu"):
             if os.environ.get(f"PETAL_BUILD_{part.upper()}") == "0":
                 self.reasons[part] = OFF
         cuda = common or no_torch or (None if self.nvcc else "nvcc was not found")
@@ -283,6 +294,7 @@ def facts(tools: Tools) -> dict[str, str]:
         "nvcc": _version(tools.nvcc) if tools.nvcc and tools.reasons["cuda"] is None else "none",
         "cuda_archs": ",".join(cuda_archs(tools.gpus)) if tools.reasons["cuda"] is None else "",
         "stable_abi": "torch 2.11",
+        "torch": _torch_version(tools.torch),
         "commit": commit,
         "commit_date": date,
     }
@@ -311,6 +323,32 @@ def add_host(n: NinjaFile, tools: Tools, known: dict[str, str]) -> None:
     )
 
 
+def add_front(n: NinjaFile, tools: Tools) -> None:
+    """The module on torch's own C++ interface, pybind11 in torch's headers."""
+    assert tools.torch is not None
+    include = tools.torch / "include"
+    api = include / "torch" / "csrc" / "api" / "include"
+    python = sysconfig.get_paths()["include"]
+    n.rule(
+        "front",
+        f"{tools.cxx} -O2 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -isystem {include} "
+        f"-isystem {api} -isystem {python} -MMD -MF $out.d -c $in -o $out",
+    )
+    n.rule(
+        "link_front",
+        f"{tools.cxx} -shared -o $out $in -L{tools.torch / 'lib'} -Wl,--no-as-needed "
+        "-ltorch_python -ltorch_cpu -lc10",
+        depfile=False,
+    )
+    built = n.edge("front", n.build / "front_module.o", [SOURCES / "front_module.cpp"])
+    name = f"_front{sysconfig.get_config_var('EXT_SUFFIX')}"
+    n.product(n.edge("link_front", n.build / name, [built]))
+
+
+def _modules(target: Path) -> list[Path]:
+    return [*target.glob("_host*.so"), *target.glob("_front*.so")]
+
+
 class BuildKernels(build_ext):
     """build_ext, run by ninja; never fails for want of a tool."""
 
@@ -331,6 +369,8 @@ class BuildKernels(build_ext):
             add_cuda(n, tools)
         if tools.reasons["host"] is None:
             add_host(n, tools, known)
+        if tools.reasons["front"] is None:
+            add_front(n, tools)
         if n.products:
             assert tools.ninja is not None
             n.run(tools.ninja)
@@ -345,8 +385,8 @@ class BuildKernels(build_ext):
         target = self._target()
         lib = target / "lib"
         lib.mkdir(parents=True, exist_ok=True)
-        stale = [*lib.glob("libpetal_*.so"), *target.glob("_host*.so")]
-        fresh = {(target if p.name.startswith("_host") else lib) / p.name: p for p in products}
+        stale = [*lib.glob("libpetal_*.so"), *_modules(target)]
+        fresh = {(lib if p.name.startswith("lib") else target) / p.name: p for p in products}
         for path in stale:
             if path not in fresh:
                 path.unlink()
@@ -362,7 +402,7 @@ class BuildKernels(build_ext):
         target = self._target()
         found = [
             *target.glob("lib/libpetal_*.so"),
-            *target.glob("_host*.so"),
+            *_modules(target),
             target / "lib" / "build.json",
         ]
         return [str(p) for p in found]

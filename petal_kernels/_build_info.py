@@ -11,7 +11,7 @@ from typing import Any
 
 _RECORD = Path(__file__).resolve().parent / "lib" / "build.json"
 _NEVER_BUILT = {
-    "reasons": dict.fromkeys(("cpu", "cuda", "host"), "the build has not been run"),
+    "reasons": dict.fromkeys(("cpu", "cuda", "host", "front"), "the build has not been run"),
     "facts": {},
     "how": "Run `pip install --no-build-isolation -e .` in the source tree",
 }
@@ -26,8 +26,8 @@ def _record() -> dict[str, Any]:
 
 
 def reason(part: str) -> str | None:
-    """Why ``part`` (``cpu``, ``cuda`` or ``host``) was not built, or None."""
-    found: str | None = _record()["reasons"][part]
+    """Why ``part`` (``cpu``, ``cuda``, ``host`` or ``front``) was not built, or None."""
+    found: str | None = _record()["reasons"].get(part, "it was built before there was one")
     return found
 
 
@@ -58,3 +58,14 @@ def cpu_capability() -> dict[str, bool]:
     """Instruction sets of this CPU; empty without the compiled module."""
     host = _host()
     return {} if host is None else dict(host.cpu_capability())
+
+
+def front(torch_version: str) -> ModuleType | None:
+    """The short ways for small calls; None where they were not built for this torch and Python:
+    what they take of torch is no stable interface."""
+    if reason("front") is not None or _record()["facts"].get("torch") != torch_version:
+        return None
+    try:
+        return import_module("petal_kernels._front")
+    except ModuleNotFoundError:
+        return None

@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from petal_kernels._runtime import front
+
 TensorT = TypeVar("TensorT", Tensor, Tensor | None)
 
 _LARGE = 4 << 20  # bytes
@@ -18,7 +20,7 @@ def flat_rows(t: TensorT) -> TensorT:
     stride in the last dim and one row stride."""
     if t is None:
         return t
-    flat = t.reshape(-1, t.shape[-1])
+    flat = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
@@ -36,3 +38,26 @@ def fresh_rows(like: Tensor, rows: int, cols: int) -> Tensor:
     if out.numel() * out.element_size() >= _LARGE:
         torch.ops.petal_native.expect_whole_write(out)
     return out
+
+
+def linears(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """The library's products x [N, D] w^T, each in fresh rows."""
+    short = front.load()
+    ys: list[Tensor] | None = None if short is None else short.linears(x, weights)
+    if ys is None:
+        ys = [fresh_rows(x, x.shape[0], w.shape[0]) for w in weights]
+        for y, w in zip(ys, weights, strict=True):
+            torch.mm(x, w.t(), out=y)
+    return ys
+
+
+def sum_of_products(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """The library's sum of dy [N, O_k] w_k, in fresh rows."""
+    short = front.load()
+    dx: Tensor | None = None if short is None else short.sums(dys, weights)
+    if dx is None:
+        dx = fresh_rows(dys[0], dys[0].shape[0], weights[0].shape[1])
+        torch.mm(dys[0], weights[0], out=dx)
+        for dy, w in zip(dys[1:], weights[1:], strict=True):
+            dx.addmm_(dy, w)
+    return dx

@@ -58,15 +58,13 @@ def why_not_plain(base: nn.Module) -> str:
 def why_not_readable(base: nn.Module) -> str:
     """The same for a linear of a kind that the caller knows (nn.Linear or transformers' Conv1D)."""
     kind = type(base)
-    conv1d = kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
-    conv1d = conv1d and kind.__base__ is nn.Module  # not one made from it by the same name
-    if kind is not nn.Linear and not conv1d:  # a class of the same name has a forward of its own
+    if kind is not nn.Linear and not _is_conv1d(kind):
         return f"base is a {kind.__name__}, not a plain linear"
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
         return "base has hooks"
     if base._backward_pre_hooks:
         return "base has hooks"
-    if "forward" in base.__dict__ or hasattr(base, "_hf_hook"):
+    if "forward" in base.__dict__ or "_hf_hook" in base.__dict__:
         return "base has its forward replaced"
     weight = base._parameters.get("weight")
     if type(weight) is not nn.Parameter and type(weight).__name__ != "FakeTensor":
@@ -74,6 +72,12 @@ def why_not_readable(base: nn.Module) -> str:
     if hasattr(weight, "ds_id"):
         return "base weight is partitioned by DeepSpeed"
     return ""
+
+
+def _is_conv1d(kind: type) -> bool:
+    """Exactly transformers' Conv1D: a class of the same name has a forward of its own."""
+    named = kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+    return named and kind.__base__ is nn.Module
 
 
 def check_input(x: Tensor, base: nn.Module) -> None:

@@ -124,13 +124,15 @@ class LoRALinear(nn.Module):
         """What a call in `dtype` reads, or why the base must be called instead; `bias` [out] in
         place of the base's own."""
         check_storage(device, dtype)
-        check_bias(bias, self.base, self.out_features, self.down)
+        down, up = self.down, self.up
+        if bias is not None:
+            check_bias(bias, self.base, self.out_features, down)
         found = frozen_operands(self.base, dtype, device, bias)
         if isinstance(found, str):
             return found
-        down, up = (near(p, dtype, device) for p in (self.down, self.up))
+        factors = near(down, dtype, device), near(up, dtype, device)
         dropout = self.dropout if self.training else 0.0
-        return found._replace(down=down, up=up, scale=self.scale, dropout=dropout)
+        return Operands(found.weight, found.bias, *factors, self.scale, dropout)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """base(x) with the update; `bias` [out] in place of the base's own."""

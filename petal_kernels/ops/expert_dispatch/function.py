@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any
 
@@ -79,20 +79,31 @@ def _call(tensors: Sequence[Any], settings: Sequence[Any], first: Tensor | None 
     return Call(t, Settings(*settings), first)
 
 
-def _fwd(tensors: list[Any], *rest: Any) -> tuple[Tensor, ...]:
-    *settings, save, backend = rest
+def _fwd(tensors: list[Any], *rest: Any) -> Callable[..., tuple[Tensor, ...]]:
+    *settings, _, backend = rest
     call = _call(tensors, settings)
     if call.rows == 0:
-        empty = _empty_saved(call, save)
-        return call.first.new_empty((0, call.tensors.up.shape[1])), *empty[:4], empty[4].zero_()
+        return _fwd_nothing
     impl = select(call, backend).load()
-    out, found = impl.forward(call, save)
-    present = [save, True, True, save, save]
-    kept = [
-        e if f is None or not p else f.contiguous()
-        for e, f, p in zip(_empty_saved(call, False), found, present, strict=True)
-    ]
-    return out.contiguous(), *kept
+
+    def run(tensors: list[Any], *rest: Any) -> tuple[Tensor, ...]:
+        *settings, save, _ = rest
+        call = _call(tensors, settings)
+        out, found = impl.forward(call, save)
+        present = [save, True, True, save, save]
+        kept = [
+            e if f is None or not p else f.contiguous()
+            for e, f, p in zip(_empty_saved(call, False), found, present, strict=True)
+        ]
+        return out.contiguous(), *kept
+
+    return run
+
+
+def _fwd_nothing(tensors: list[Any], *rest: Any) -> tuple[Tensor, ...]:
+    """Of no rows."""
+    *others, offsets = _fwd_fake(tensors, *rest)
+    return *others, offsets.zero_()
 
 
 def _explain(tensors: list[Any], *rest: Any) -> rt.Explanation | None:
@@ -122,25 +133,38 @@ def _gradients(dout: Tensor, t: Tensors, wanted: list[str]) -> list[Tensor]:
 
 
 def _bwd(
-    dout: Tensor,
-    dlogits: Tensor | None,
-    tensors: list[Any],
-    saved: list[Tensor | None],
-    *rest: Any,
-) -> list[Tensor]:
-    """The gradients that are needed, in the order of `Tensors`."""
-    *settings, need, backend = rest
+    dout: Tensor, _: Tensor | None, tensors: list[Any], saved: Any, *rest: Any
+) -> Callable[..., list[Tensor]]:
+    """What gives the gradients that are needed, in the order of `Tensors`."""
+    *settings, _, backend = rest
     call = _call(tensors, settings, dout)
-    wanted = list(compress(Tensors._fields, need))
     if call.rows == 0:
-        return [gradient.zero_() for gradient in _gradients(dout, call.tensors, wanted)]
+        return _bwd_nothing
     impl = select(call, backend).load()
-    found = impl.backward(call, Saved(*saved), dout, dlogits, frozenset(wanted))
-    results = []
-    for name in wanted:
-        shape, dtype = _gradient_like(name, call.tensors, dout)
-        results.append(found[name].to(dtype).contiguous().view(shape))
-    return results
+
+    def run(
+        dout: Tensor,
+        dlogits: Tensor | None,
+        tensors: list[Any],
+        saved: list[Tensor | None],
+        *rest: Any,
+    ) -> list[Tensor]:
+        *settings, need, _ = rest
+        call = _call(tensors, settings, dout)
+        wanted = list(compress(Tensors._fields, need))
+        found = impl.backward(call, Saved(*saved), dout, dlogits, frozenset(wanted))
+        results = []
+        for name in wanted:
+            shape, dtype = _gradient_like(name, call.tensors, dout)
+            results.append(found[name].to(dtype).contiguous().view(shape))
+        return results
+
+    return run
+
+
+def _bwd_nothing(*args: Any) -> list[Tensor]:
+    """Of no rows."""
+    return [gradient.zero_() for gradient in _bwd_fake(*args)]
 
 
 def _bwd_fake(
@@ -180,7 +204,9 @@ _backward_op = define(
     _bwd,
     _bwd_fake,
 )
-choice_op = define(f"{NAME}_choice(Tensor indices, int experts) -> Tensor", _choice, _choice_fake)
+choice_op = define(
+    f"{NAME}_choice(Tensor indices, int experts) -> Tensor", lambda *_: _choice, _choice_fake
+)
 
 
 class ExpertDispatchFunction(FirstOrderFunction):

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from petal_kernels._runtime import device
+from petal_kernels._runtime import front
 from petal_kernels._runtime.rows import fresh_rows
 from petal_kernels.ops.expert_dispatch import settings
 from petal_kernels.ops.expert_dispatch.arguments import Call, Saved, Tensors
@@ -63,7 +63,7 @@ def _arguments(call: Call) -> list[Any]:
 
 def forward(call: Call, save: bool) -> tuple[Tensor, Saved]:
     """out [N, O] and what backward needs."""
-    device.load_cpu_library()
+    kernel = front.native("expert_dispatch_fwd")
     first, s, pairs = call.first, call.settings, (call.rows, call.experts)
     out = fresh_rows(first, call.rows, call.tensors.up.shape[1])
     z = fresh_rows(first, *call.z_shape) if save else None
@@ -76,7 +76,7 @@ def forward(call: Call, save: bool) -> tuple[Tensor, Saved]:
     saved = Saved(z, logits, chosen, order, offsets)
     empty = first.new_empty(0)
     results = [empty if r is None else r for r in (out, *saved)]
-    torch.ops.petal_native.expert_dispatch_fwd(*_arguments(call), results)
+    kernel(*_arguments(call), results)
     return out, saved
 
 
@@ -84,7 +84,7 @@ def backward(
     call: Call, saved: Saved, dout: Tensor, dlogits: Tensor | None, need: frozenset[str]
 ) -> dict[str, Tensor]:
     """The gradients named in ``need``; ``dlogits`` is the losses' gradient of the logits."""
-    device.load_cpu_library()
+    kernel = front.native("expert_dispatch_bwd")
     t, s = call.tensors, call.settings
     grads: dict[str, Tensor] = {}
     for name, given in zip(Tensors._fields, t, strict=True):
@@ -100,7 +100,7 @@ def backward(
     if s.plan == "stationary":
         flat_up = t.up.permute(1, 0, 2).reshape(t.up.shape[1], -1)
     empty = dout.new_empty(0)
-    torch.ops.petal_native.expert_dispatch_bwd(
+    kernel(
         *_arguments(call),
         dout,
         flat_up,

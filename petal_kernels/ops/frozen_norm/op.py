@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,12 +41,16 @@ def _explanation(call: Call, backend: str) -> rt.Explanation:
 
 def _fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float, backend: str
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     if x.numel() == 0:
-        return _fwd_fake(x, weight, bias, kind, eps, backend)
-    call = _call(x, weight, bias, kind, eps)
-    y, moments = rt.select(_NAME, BACKENDS, backend, call).load().forward(call)
-    return result_of(y, x.shape), moments
+        return _fwd_fake
+    impl = rt.select(_NAME, BACKENDS, backend, _call(x, weight, bias, kind, eps)).load()
+
+    def run(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        y, moments = impl.forward(_call(x, *rest[:-1]))
+        return result_of(y, x.shape), moments
+
+    return run
 
 
 def _fwd_fake(
@@ -64,12 +69,18 @@ def _explain_raw(
 
 def _bwd(
     dy: Tensor, x: Tensor, moments: Tensor, weight: Tensor | None, kind: str, backend: str
-) -> Tensor:
+) -> Callable[..., Tensor]:
     if x.numel() == 0:
-        return x.new_empty(x.shape)
-    call = _call(x, weight, None, kind)
-    impl = rt.select(_NAME, BACKENDS, backend, call).load()
-    return result_of(impl.backward(call, moments, flat_rows(dy)), x.shape)
+        return _bwd_fake
+    impl = rt.select(_NAME, BACKENDS, backend, _call(x, weight, None, kind)).load()
+
+    def run(
+        dy: Tensor, x: Tensor, moments: Tensor, weight: Tensor | None, kind: str, _: str
+    ) -> Tensor:
+        dx = impl.backward(_call(x, weight, None, kind), moments, flat_rows(dy))
+        return result_of(dx, x.shape)
+
+    return run
 
 
 def _bwd_fake(

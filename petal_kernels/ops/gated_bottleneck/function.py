@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any
 
@@ -85,18 +85,23 @@ def _stored(call: Call, found: Saved, save: bool) -> list[Tensor]:
     ]
 
 
-def _fwd(
-    tensors: list[Any], rng: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *settings, save, backend = rest
+_Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _fwd(tensors: list[Any], _: Tensor | None, *rest: Any) -> Callable[..., _Forward]:
+    *settings, _, backend = rest
     call = Call(Tensors(*tensors), Settings(*settings))
-    first = call.first
-    if first.shape[0] == 0:
-        saved = _empty_saved(call, save)
-        return first.new_empty((0, call.tensors.up.shape[0])), *saved  # type: ignore[return-value]
+    if call.first.shape[0] == 0:
+        return _fwd_fake
     impl = select(call, backend).load()
-    out, found = impl.forward(call, rng, save)
-    return out.contiguous(), *_stored(call, found, save)
+
+    def run(tensors: list[Any], rng: Tensor | None, *rest: Any) -> _Forward:
+        *settings, save, _ = rest
+        call = Call(Tensors(*tensors), Settings(*settings))
+        out, found = impl.forward(call, rng, save)
+        return out.contiguous(), *_stored(call, found, save)  # type: ignore[return-value]
+
+    return run
 
 
 def _explain(tensors: list[Any], _: Tensor | None, *rest: Any) -> rt.Explanation | None:
@@ -105,9 +110,7 @@ def _explain(tensors: list[Any], _: Tensor | None, *rest: Any) -> rt.Explanation
     return explanation(call, backend) if call.first.shape[0] else None
 
 
-def _fwd_fake(
-    tensors: list[Any], rng: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fwd_fake(tensors: list[Any], rng: Tensor | None, *rest: Any) -> _Forward:
     *settings, save, _ = rest
     call = Call(Tensors(*tensors), Settings(*settings))
     out = call.first.new_empty((call.first.shape[0], call.tensors.up.shape[0]))
@@ -137,29 +140,43 @@ def _gradients(dout: Tensor, t: Tensors, wanted: list[str]) -> list[Tensor]:
 
 
 def _bwd(
-    dout: Tensor,
-    tensors: list[Any],
-    saved: list[Tensor | None],
-    rng: Tensor | None,
-    *rest: Any,
-) -> list[Tensor]:
-    """The gradients that are needed, in the order of `Tensors`."""
-    *settings, need, backend = rest
-    t = Tensors(*tensors)
-    call = Call(t, Settings(*settings))
-    wanted = list(compress(Tensors._fields, need))
+    dout: Tensor, tensors: list[Any], saved: list[Tensor | None], _: Tensor | None, *rest: Any
+) -> Callable[..., list[Tensor]]:
+    """What gives the gradients that are needed, in the order of `Tensors`."""
+    *settings, _, backend = rest
     if dout.shape[0] == 0:
-        return [gradient.zero_() for gradient in _gradients(dout, t, wanted)]
+        return _bwd_nothing
     # A row tensor that backward does without is absent; the selection looks at what is there.
+    call = Call(Tensors(*tensors), Settings(*settings))
     impl = select(_Backward(call, dout), backend).load()
-    found = impl.backward(call, Saved(*saved), dout, rng, frozenset(wanted))
-    results = []
-    for name in wanted:
-        given: Tensor | None = getattr(t, name)
-        dtype = dout.dtype if given is None else given.dtype
-        shape = _gradient_shape(name, t, dout.shape[0])
-        results.append(found[name].to(dtype).contiguous().view(shape))
-    return results
+
+    def run(
+        dout: Tensor,
+        tensors: list[Any],
+        saved: list[Tensor | None],
+        rng: Tensor | None,
+        *rest: Any,
+    ) -> list[Tensor]:
+        *settings, need, _ = rest
+        t = Tensors(*tensors)
+        wanted = list(compress(Tensors._fields, need))
+        call = Call(t, Settings(*settings))
+        found = impl.backward(call, Saved(*saved), dout, rng, frozenset(wanted))
+        results = []
+        for name in wanted:
+            given: Tensor | None = getattr(t, name)
+            dtype = dout.dtype if given is None else given.dtype
+            shape = _gradient_shape(name, t, dout.shape[0])
+            results.append(found[name].to(dtype).contiguous().view(shape))
+        return results
+
+    return run
+
+
+def _bwd_nothing(dout: Tensor, tensors: list[Any], *rest: Any) -> list[Tensor]:
+    """Of no rows."""
+    wanted = list(compress(Tensors._fields, rest[-2]))
+    return [gradient.zero_() for gradient in _gradients(dout, Tensors(*tensors), wanted)]
 
 
 class _Backward:
@@ -189,16 +206,25 @@ def _update_call(
     return Call(t._replace(base=columns), Settings(*settings)), columns
 
 
+_Kept = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 def _update(
-    base: Tensor, first: int, tensors: list[Any], rng: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *settings, save, backend = rest
-    call, columns = _update_call(base, first, tensors, settings)
+    base: Tensor, first: int, tensors: list[Any], _: Tensor | None, *rest: Any
+) -> Callable[..., _Kept]:
+    *settings, _, backend = rest
     if base.shape[0] == 0:
-        return tuple(_empty_saved(call, save))  # type: ignore[return-value]
+        return _update_fake
+    call, _ = _update_call(base, first, tensors, settings)
     impl = select(call, backend).load()
-    _, found = impl.forward(call, rng, save, columns)
-    return tuple(_stored(call, found, save))  # type: ignore[return-value]
+
+    def run(base: Tensor, first: int, tensors: list[Any], rng: Tensor | None, *rest: Any) -> _Kept:
+        *settings, save, _ = rest
+        call, columns = _update_call(base, first, tensors, settings)
+        _, found = impl.forward(call, rng, save, columns)
+        return tuple(_stored(call, found, save))  # type: ignore[return-value]
+
+    return run
 
 
 def _explain_update(
@@ -211,7 +237,7 @@ def _explain_update(
 
 def _update_fake(
     base: Tensor, first: int, tensors: list[Any], rng: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> _Kept:
     *settings, save, _ = rest
     call = Call(Tensors(*tensors), Settings(*settings))
     return tuple(_empty_saved(call, save))  # type: ignore[return-value]

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from petal_kernels._runtime import device
+from petal_kernels._runtime import front
 from petal_kernels._runtime.rows import fresh_rows
 from petal_kernels.ops.gated_bottleneck import settings
 from petal_kernels.ops.gated_bottleneck.arguments import Call, Saved, Tensors
@@ -93,7 +93,7 @@ def forward(
     call: Call, rng: Tensor | None, save: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Saved]:
     """out [N, O] and what backward needs; ``out`` is given where a sum overwrites its base."""
-    device.load_cpu_library()
+    kernel = front.native("gated_bottleneck_fwd")
     t, like = call.tensors, call.first
     rows = like.shape[0]
     out = fresh_rows(like, like.shape[0], t.up.shape[0]) if out is None else out
@@ -106,7 +106,7 @@ def forward(
     saved = Saved(z, zg, logits, moments)
     empty = like.new_empty(0)
     results = [empty if r is None else r for r in (out, *saved)]
-    torch.ops.petal_native.gated_bottleneck_fwd(*_arguments(call, rng), results)
+    kernel(*_arguments(call, rng), results)
     return out, saved
 
 
@@ -114,7 +114,7 @@ def backward(
     call: Call, saved: Saved, dout: Tensor, rng: Tensor | None, need: frozenset[str]
 ) -> dict[str, Tensor]:
     """The gradients that ``need`` names."""
-    device.load_cpu_library()
+    kernel = front.native("gated_bottleneck_bwd")
     t, s = call.tensors, call.settings
     width = {"x": t.up.shape[0] if t.down is None else t.down.shape[1], "base": t.up.shape[0]}
     width["gate_input"] = t.up.shape[0] if t.gate_down is None else t.gate_down.shape[1]
@@ -132,7 +132,7 @@ def backward(
         else:
             assert given is not None
             grads[name] = torch.empty(given.shape, dtype=given.dtype, device=given.device)
-    torch.ops.petal_native.gated_bottleneck_bwd(
+    kernel(
         *_arguments(call, rng),
         dout,
         [empty if s is None else s for s in saved],

@@ -162,6 +162,13 @@ def _named(name: str, tensors: Sequence[Tensor | None]) -> list[tuple[str, Tenso
     return [(f"{name}[{k}]", t) for k, t in enumerate(tensors) if t is not None]
 
 
+def listed(given: Given) -> Tensors:
+    """The tensors of a call whose like has been checked."""
+    nothing = (None,) * len(given.weights)
+    several = (given.biases, given.downs, given.ups)
+    return Tensors(given.x, given.weights, *(nothing if t is None else t for t in several))
+
+
 def check(given: Given) -> tuple[Tensors, Settings]:
     """Raise TypeError or ValueError, naming the argument, or return the call."""
     x = checks.check_floating("x", given.x)

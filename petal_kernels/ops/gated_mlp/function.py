@@ -6,7 +6,7 @@ this operator's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -45,12 +45,20 @@ def explanation(call: Call, backend: str, notes: tuple[str, ...] = ()) -> rt.Exp
     )
 
 
-def _fwd(g: Tensor, u: Tensor | None, activation: str, backend: str) -> Tensor:
+_Results = tuple[Tensor, Tensor]
+
+
+def _fwd(g: Tensor, u: Tensor | None, activation: str, backend: str) -> Callable[..., Tensor]:
     if g.numel() == 0:
-        return _fwd_fake(g, u, activation, backend)
+        return _fwd_fake
     call = Call(flat_rows(g), flat_rows(u), activation)
-    p: Tensor = rt.select(NAME, BACKENDS, backend, call).load().forward(call)
-    return p.contiguous()
+    impl = rt.select(NAME, BACKENDS, backend, call).load()
+
+    def run(g: Tensor, u: Tensor | None, activation: str, _: str) -> Tensor:
+        p: Tensor = impl.forward(Call(flat_rows(g), flat_rows(u), activation))
+        return p.contiguous()
+
+    return run
 
 
 def _fwd_fake(g: Tensor, u: Tensor | None, activation: str, backend: str) -> Tensor:
@@ -61,30 +69,35 @@ def _explain(g: Tensor, u: Tensor | None, activation: str, backend: str) -> rt.E
     return explanation(Call(g, u, activation), backend) if g.numel() else None
 
 
-def _bwd(
-    dp: Tensor | None,
-    g: Tensor,
-    u: Tensor | None,
-    dh: Tensor | None,
-    down: Tensor | None,
-    rng: Tensor | None,
-    dropout: float,
-    activation: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _bwd(_: Any, g: Tensor, u: Tensor | None, *rest: Any) -> Callable[..., _Results]:
     if g.numel() == 0:
-        return _results(dp, g, u, down, Gradients())
+        return _bwd_fake
+    *_, activation, backend = rest
     call = Call(flat_rows(g), flat_rows(u), activation)
-    product = None
-    if dh is not None:
-        assert down is not None
-        product = Product(flat_rows(dh), down, rng, dropout)
     impl = rt.select(NAME, BACKENDS, backend, call).load()
-    rows = flat_rows(dp)
-    found = impl.backward(call, rows, product)
-    if dp is not None and rows is not None and rows.data_ptr() != dp.data_ptr():
-        dp.copy_(rows.view(dp.shape))
-    return _results(dp, g, u, down, found)
+
+    def run(
+        dp: Tensor | None,
+        g: Tensor,
+        u: Tensor | None,
+        dh: Tensor | None,
+        down: Tensor | None,
+        rng: Tensor | None,
+        dropout: float,
+        activation: str,
+        _: str,
+    ) -> _Results:
+        product = None
+        if dh is not None:
+            assert down is not None
+            product = Product(flat_rows(dh), down, rng, dropout)
+        rows = flat_rows(dp)
+        found = impl.backward(Call(flat_rows(g), flat_rows(u), activation), rows, product)
+        if dp is not None and rows is not None and rows.data_ptr() != dp.data_ptr():
+            dp.copy_(rows.view(dp.shape))
+        return _results(dp, g, u, down, found)
+
+    return run
 
 
 def _bwd_fake(
@@ -94,13 +107,13 @@ def _bwd_fake(
     dh: Tensor | None,
     down: Tensor | None,
     *_: Any,
-) -> tuple[Tensor, Tensor]:
+) -> _Results:
     return _results(dp, g, u, down, Gradients())
 
 
 def _results(
     dp: Tensor | None, g: Tensor, u: Tensor | None, down: Tensor | None, found: Gradients
-) -> tuple[Tensor, Tensor]:
+) -> _Results:
     """du and dA; empty where not needed, zero where there is nothing to sum."""
     of = (None if dp is None else u, down)
     du, ddown = (

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from petal_kernels._runtime import device
+from petal_kernels._runtime import front
 from petal_kernels._runtime.numerics import ACTIVATIONS
 from petal_kernels._runtime.rows import fresh_rows
 from petal_kernels.ops.gated_mlp.arguments import Call, Gradients, Product
@@ -39,20 +39,18 @@ def unsupported(call: Call) -> list[str]:
 
 def forward(call: Call) -> Tensor:
     """p [N, F]."""
-    device.load_cpu_library()
+    kernel = front.native("gated_mlp_act_fwd")
     p = fresh_rows(call.g, *call.g.shape)
-    torch.ops.petal_native.gated_mlp_act_fwd(call.g, call.u, ACTIVATIONS.index(call.activation), p)
+    kernel(call.g, call.u, ACTIVATIONS.index(call.activation), p)
     return p
 
 
 def backward(call: Call, dp: Tensor | None, product: Product | None) -> Gradients:
     """dg, in dp's place, and du where dp is given, dA where ``product`` is."""
-    device.load_cpu_library()
+    kernel = front.native("gated_mlp_act_bwd")
     g, u, name = call
     du = None if dp is None or u is None else fresh_rows(g, *g.shape)
     dh, down, rng, dropout = (None, None, None, 0.0) if product is None else product
     ddown = None if down is None else down.new_empty(down.shape)
-    torch.ops.petal_native.gated_mlp_act_bwd(
-        dp, g, u, dh, rng, dropout, ACTIVATIONS.index(name), du, ddown
-    )
+    kernel(dp, g, u, dh, rng, dropout, ACTIVATIONS.index(name), du, ddown)
     return Gradients(du, ddown)

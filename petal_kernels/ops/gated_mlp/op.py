@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import backends as rt
-from petal_kernels._runtime import philox
+from petal_kernels._runtime import front, philox
 from petal_kernels._runtime.first_order import check_transforms
-from petal_kernels.ops.gated_mlp.arguments import Call, Given, Tensors, check
+from petal_kernels.ops.gated_mlp.arguments import (
+    Call,
+    Given,
+    Settings,
+    Tensors,
+    check,
+    listed,
+)
 from petal_kernels.ops.gated_mlp.function import BACKENDS as BACKENDS
 from petal_kernels.ops.gated_mlp.function import (
     NAME,
@@ -20,6 +27,9 @@ from petal_kernels.ops.gated_mlp.function import (
     notes,
     run,
 )
+
+# Of calls whose arguments were checked: the settings, and whether something is trained.
+_KNOWN: front.Known[tuple[Settings, bool]] = front.Known()
 
 
 def gated_mlp(
@@ -76,16 +86,24 @@ def gated_mlp(
     parameters. Deterministic. Source: see ``reference.py``.
     """
     given = Given(**locals())
-    check_transforms(NAME, given)
-    t, s = check(given)
+    key = front.signature(given)
+    known = None if key is None else _KNOWN.get(key)
+    if known is None:
+        check_transforms(NAME, given)
+        t, s = check(given)
+        trains = _trains(t)
+        _KNOWN.keep(key, (s, trains))
+    else:
+        t, (s, trains) = listed(given), known
     name = rt.name_of(backend)
     state = None
     if s.dropout > 0.0:
         state = philox.draw(x.device) if rng is None else rng.contiguous()
-    if _trains(t):
-        out: Tensor = GatedMlpFunction.apply(state, name, *s, *flatten(t))
-        return out
-    return run(t, s, state, False, name)[0]
+    if not trains:
+        return run(t, s, state, False, name)[0]
+    apply = GatedMlpFunction.apply if known is None else GatedMlpFunction.apply_plain
+    out: Tensor = apply(state, name, *s, *flatten(t))
+    return out
 
 
 def _trains(t: Tensors) -> bool:

@@ -1,10 +1,11 @@
 """The linears of ``gated_mlp``: those with an update by the raw operators of ``lowrank_linear``,
-called by name through the dispatcher, so that its backends serve here; those without by the
+looked up by name, so that its backends serve here; those without by the
 library."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -70,8 +71,14 @@ def backend_of(name: str) -> str:
     return "torch" if name == "torch" else rt.AUTO
 
 
-def _raw(name: str) -> Any:
+@functools.cache
+def _overload(name: str) -> Any:
     return getattr(torch.ops.petal, f"lowrank_linear_{name}").default
+
+
+@functools.cache
+def _raw(name: str) -> Callable[..., Any]:
+    return library.calls[_overload(name)]
 
 
 def _updated(places: Sequence[Place]) -> list[int]:
@@ -167,5 +174,5 @@ def explanation(
     mine = [places[k] for k in _updated(places)]
     if not mine:
         return None
-    explain = library.explainers[_raw("fwd")]
+    explain = library.explainers[_overload("fwd")]
     return explain(*_arguments(x, mine, drop, keep, backend))

@@ -248,6 +248,21 @@ def _check_core(core: Any, dropout_at: str, ups: Sequence[Tensor], downs: Sequen
         )
 
 
+def listed(given: Given) -> Tensors:
+    """The tensors of a call whose like has been checked."""
+    x, down, ups, weights, biases, base, hidden, core = given[:8]
+    downs = [down] if isinstance(down, Tensor) and down.dim() == 2 else _list(down)
+    weights = _list(weights)
+    biases = [None] * len(weights) if biases is None else biases
+    return Tensors(x, downs, hidden, _list(ups), weights, biases, _list(base), core)
+
+
+def _list(value: Any) -> Sequence[Any]:
+    if value is None:
+        return ()
+    return value.unbind(0) if isinstance(value, Tensor) else value  # type: ignore[no-any-return]
+
+
 def check(given: Given) -> Call:
     """Raise TypeError or ValueError, naming the argument, or return the call."""
     x, down, ups, weights, biases, base, hidden, core = given[:8]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -105,17 +105,41 @@ def _asked(*args: Any) -> tuple[Call, bool, str, str] | None:
     return Call(t, Settings(scales, dropout, dropout_at)), inference, plan, backend
 
 
-def _fwd(*args: Any) -> tuple[list[Tensor], Tensor]:
+def _fwd(*args: Any) -> Callable[..., tuple[list[Tensor], Tensor]]:
     asked = _asked(*args)
     if asked is None:
-        return _fwd_fake(*args)
-    x, _, hidden, *_, rng, _, _, _, keep, _, _ = args
+        return _fwd_fake
     chosen, concrete = choose(*asked)
-    ys, saved = chosen.load().forward(asked[0], rng, concrete)
-    first: Tensor = x if x is not None else hidden
-    lead = first.shape[:-1]
-    outputs = [y.contiguous().view(*lead, y.shape[1]) for y in ys]
-    return outputs, saved.h if keep and hidden is None else first.new_empty(0)
+    impl = chosen.load()
+
+    def run(
+        x: Tensor | None,
+        downs: list[Tensor],
+        hidden: Tensor | None,
+        ups: list[Tensor],
+        weights: list[Tensor],
+        biases: list[Tensor | None],
+        base: list[Tensor],
+        core: Tensor | None,
+        rng: Tensor | None,
+        scales: list[float],
+        dropout: float,
+        dropout_at: str,
+        keep: bool,
+        *_: Any,
+    ) -> tuple[list[Tensor], Tensor]:
+        rows = [flat_rows(b) for b in base]
+        t = Tensors(flat_rows(x), downs, flat_rows(hidden), ups, weights, biases, rows, core)
+        ys, saved = impl.forward(Call(t, Settings(scales, dropout, dropout_at)), rng, concrete)
+        first: Tensor = x if x is not None else hidden  # type: ignore[assignment]
+        if first.dim() == 2:
+            outputs = [y.contiguous() for y in ys]
+        else:
+            lead = first.shape[:-1]
+            outputs = [y.contiguous().view(*lead, y.shape[1]) for y in ys]
+        return outputs, saved.h if keep and hidden is None else first.new_empty(0)
+
+    return run
 
 
 def _explain(*args: Any) -> rt.Explanation | None:
@@ -136,7 +160,23 @@ def _fwd_fake(*args: Any) -> tuple[list[Tensor], Tensor]:
 _Results = tuple[Tensor, list[Tensor], Tensor, list[Tensor], Tensor]
 
 
-def _bwd(
+def _bwd(*args: Any) -> Callable[..., _Results]:
+    if args[2].numel() == 0:
+        return _bwd_fake
+    call, _, _ = _backward_call(*args)
+    impl = rt.select(NAME, BACKENDS, args[-1], call, "auto").load()
+
+    def run(dys: list[Tensor], *args: Any) -> _Results:
+        call, given, wanted = _backward_call(dys, *args)
+        found = impl.backward(
+            call, Saved(flat_rows(given.hidden)), [flat_rows(dy) for dy in dys], args[6], wanted
+        )
+        return _results(given, args[-2], found)
+
+    return run
+
+
+def _backward_call(
     dys: list[Tensor],
     x: Tensor | None,
     h: Tensor,
@@ -146,20 +186,15 @@ def _bwd(
     core: Tensor | None,
     rng: Tensor | None,
     *rest: Any,
-) -> _Results:
-    *settings, need, backend = rest
-    given = Gradients(x, downs, h, ups, core)
-    if h.numel() == 0:
-        return _results(given, need, Gradients())
+) -> tuple[Call, Gradients, frozenset[str]]:
+    *settings, need, _ = rest
     wanted = frozenset(compress(Gradients._fields, need))
+    given = Gradients(x, downs, h, ups, core)
     if x is not None:
         x = flat_rows(x) if "downs" in wanted else x.reshape(-1, x.shape[-1])
-    rows = flat_rows(h)
-    hidden = None if downs else rows
-    call = Call(Tensors(x, downs, hidden, ups, weights, (), (), core), Settings(*settings))
-    impl = rt.select(NAME, BACKENDS, backend, call, "auto").load()
-    found = impl.backward(call, Saved(rows), [flat_rows(dy) for dy in dys], rng, wanted)
-    return _results(given, need, found)
+    hidden = None if downs else flat_rows(h)
+    t = Tensors(x, downs, hidden, ups, weights, (), (), core)
+    return Call(t, Settings(*settings)), given, wanted
 
 
 def _bwd_fake(
@@ -194,7 +229,10 @@ def _results(given: Gradients, need: Sequence[bool], found: Gradients) -> _Resul
 def _grad(of: Tensor | None, value: Tensor | None, like: Tensor) -> Tensor:
     if of is None:
         return like.new_empty(0)
-    return of.new_zeros(of.shape) if value is None else value.contiguous().view(of.shape)
+    if value is None:
+        return of.new_zeros(of.shape)
+    value = value.contiguous()
+    return value if value.shape == of.shape else value.view(of.shape)
 
 
 def _grads(
@@ -270,7 +308,8 @@ class LowRankLinearFunction(FirstOrderFunction):
         settings = rest[:_N_SETTINGS]
         t = _unflatten(rest[_N_SETTINGS:], counts)
         ys, h = forward_op(*t, rng, *settings, True, plan, backend)
-        trains_downs = any(_unflatten(ctx.needs_input_grad[_FIXED:], counts).downs)
+        first = _FIXED + _SINGLE
+        trains_downs = True in ctx.needs_input_grad[first : first + counts.downs]
         x_parts, ctx.form_x = formed.kept(t.x if trains_downs else None)
         ctx.save_for_backward(
             h if t.hidden is None else t.hidden,
@@ -290,41 +329,43 @@ class LowRankLinearFunction(FirstOrderFunction):
         h, core, rng, *rest = ctx.saved_tensors
         counts: Counts = ctx.counts
         x = formed.again(rest[sum(counts) :], ctx.form_x)
-        flags = ctx.needs_input_grad[_FIXED:]
-        wants = _unflatten(flags, counts)
+        wants = _unflatten(ctx.needs_input_grad[_FIXED:], counts)
         if x is None and ctx.x_shape is not None:
             # With every down-projection frozen nothing reads a value of x, only its shape: an
             # expanded scalar occupies nothing.
             x = dys[0].new_empty(()).expand(ctx.x_shape)
-        need = [wants.x, any(wants.downs), wants.hidden, any(wants.ups), wants.core]
+        need = [wants.x, True in wants.downs, wants.hidden, True in wants.ups, wants.core]
         downs, rest = rest[: counts.downs], rest[counts.downs :]
         ups, weights = rest[: counts.ups], rest[counts.ups :][: counts.weights]
         dx, ddowns, dhidden, dups, dcore = _backward_op(
             dys, x, h, downs, ups, weights, core, rng, *ctx.settings, need, ctx.backend
         )
-        dbiases = [
-            _column_sum(dy) if want else None for dy, want in zip(dys, wants.biases, strict=False)
-        ]
-        grads = Tensors(
-            dx,
-            ddowns or [None] * counts.downs,
-            dhidden,
-            dups or [None] * counts.ups,
-            [None] * counts.weights,  # type: ignore[list-item]
-            dbiases,
-            [
-                own(dy, ctx, k - counts.ups) if want else None  # type: ignore[misc]
+        return (
+            *_NOTHING,
+            dx if wants.x else None,
+            dhidden if wants.hidden else None,
+            dcore if wants.core else None,
+            *_wanted(ddowns, wants.downs),
+            *_wanted(dups, wants.ups),
+            *[None] * counts.weights,
+            *[_column_sum(dy) if w else None for dy, w in zip(dys, wants.biases, strict=False)],
+            *[
+                own(dy, ctx, k - counts.ups) if want else None
                 for k, (dy, want) in enumerate(zip(dys, wants.base, strict=False))
             ],
-            dcore,
-        )
-        return (
-            *[None] * _FIXED,
-            *(g if want else None for g, want in zip(flatten(grads), flags, strict=True)),
         )
 
 
+_SINGLE = 3  # tensors before the sequences, as `flatten` gives them
 _FIXED = 4 + _N_SETTINGS  # arguments of LowRankLinearFunction.forward before the tensors
+_NOTHING = (None,) * _FIXED
+
+
+def _wanted(grads: Sequence[Tensor], wants: Sequence[Any]) -> list[Tensor | None]:
+    """No gradient where none is wanted; of none there is none."""
+    if not grads:
+        return [None] * len(wants)
+    return [grad if want else None for grad, want in zip(grads, wants, strict=True)]
 
 
 def _column_sum(dy: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from petal_kernels._runtime import device
-from petal_kernels._runtime.rows import fresh_rows
+from petal_kernels._runtime import device, front
+from petal_kernels._runtime.rows import fresh_rows, linears, sum_of_products
 from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Settings
 
 PLANS = ("update", "extend")
@@ -83,19 +83,19 @@ def _downs(call: Call, rng: Tensor | None) -> Sequence[Tensor]:
 
 def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Saved]:
     """Outputs [N, O_k] and h [N, R]."""
-    device.load_cpu_library()
+    kernel = front.native("lowrank_linear_fwd")
     t, s = call
     like = t.x if t.hidden is None else t.hidden
     assert like is not None
-    ys = [fresh_rows(like, like.shape[0], up.shape[0]) for up in t.ups]
     base, weights = t.base, t.weights
     if weights and plan == "update":
         assert t.x is not None
-        for y, w in zip(ys, weights, strict=True):
-            torch.mm(t.x, w.t(), out=y)
-        base, weights = ys, ()
+        base = ys = linears(t.x, weights)
+        weights = ()
+    else:
+        ys = [fresh_rows(like, like.shape[0], up.shape[0]) for up in t.ups]
     h = like.new_empty((like.shape[0], call.middle)) if t.hidden is None else t.hidden
-    torch.ops.petal_native.lowrank_linear_fwd(
+    kernel(
         t.x,
         _downs(call, rng),
         t.hidden,
@@ -115,26 +115,23 @@ def backward(
     call: Call, saved: Saved, dys: list[Tensor], rng: Tensor | None, need: frozenset[str]
 ) -> Gradients:
     """The gradients that ``need`` names."""
-    device.load_cpu_library()
+    kernel = front.native("lowrank_linear_bwd")
     t, s = call
     h, core, downs = saved.h, t.core, t.downs
     weights = t.weights if "x" in need else ()
     dx: Tensor | None = None
     dx_has_base = False
     if "x" in need and (downs or weights):
-        width = (weights or downs)[0].shape[1]
-        dx = fresh_rows(h, h.shape[0], width)
-        if weights and _library_multiplies(h.dtype):
-            torch.mm(dys[0], weights[0], out=dx)
-            for dy, w in zip(dys[1:], weights[1:], strict=True):
-                dx.addmm_(dy, w)
-            dx_has_base = True
-            weights = ()
+        dx_has_base = bool(weights) and _library_multiplies(h.dtype)
+        if dx_has_base:
+            dx, weights = sum_of_products(dys, weights), ()
+        else:
+            dx = fresh_rows(h, h.shape[0], (weights or downs)[0].shape[1])
     dh = h.new_empty(h.shape) if not downs or "hidden" in need else None
     ddowns = [torch.empty_like(down) for down in downs] if "downs" in need else []
     dups = [torch.empty_like(up) for up in t.ups] if "ups" in need else None
     dcore = torch.empty_like(core) if core is not None and "core" in need else None
-    torch.ops.petal_native.lowrank_linear_bwd(
+    kernel(
         dys,
         t.x if ddowns else None,  # else only its shape is real: nothing may read it
         h,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import backends as rt
-from petal_kernels._runtime import philox
+from petal_kernels._runtime import front, philox
 from petal_kernels._runtime.first_order import check_transforms
-from petal_kernels.ops.lowrank_linear.arguments import Given, check
+from petal_kernels.ops.lowrank_linear.arguments import Given, Settings, check, listed
 from petal_kernels.ops.lowrank_linear.function import BACKENDS as BACKENDS
 from petal_kernels.ops.lowrank_linear.function import (
     NAME,
@@ -20,6 +20,9 @@ from petal_kernels.ops.lowrank_linear.function import (
     flatten,
     forward_op,
 )
+
+# Of calls whose arguments were checked: the settings, and whether something is trained.
+_KNOWN: front.Known[tuple[Settings, bool]] = front.Known()
 
 
 def lowrank_linear(
@@ -89,27 +92,25 @@ def lowrank_linear(
     Source: see ``reference.py``.
     """
     given = Given(**locals())
-    check_transforms(NAME, given)
-    call = check(given)
+    key = front.signature(given)
+    known = None if key is None else _KNOWN.get(key)
+    if known is None:
+        check_transforms(NAME, given)
+        t, settings = check(given)
+        trains = torch.is_grad_enabled() and _any_trained(flatten(t))
+        _KNOWN.keep(key, (settings, trains))
+    else:
+        t, (settings, trains) = listed(given), known
     name = rt.name_of(backend)
-    t, settings = call
     state = None
     if settings.dropout > 0.0:
-        state = philox.draw(call.device) if rng is None else rng.contiguous()
-    if torch.is_grad_enabled():
-        flat = flatten(t)
-        if _any_trained(flat):
-            ys: tuple[Tensor, ...] = LowRankLinearFunction.apply(
-                state,
-                plan,
-                name,
-                Counts(len(t.downs), len(t.ups), len(t.weights)),
-                *settings,
-                *flat,
-            )
-            return ys
-    outputs, _ = forward_op(*t, state, *settings, False, plan, name)
-    return tuple(outputs)
+        state = philox.draw(t.ups[0].device) if rng is None else rng.contiguous()
+    if not trains:
+        return tuple(forward_op(*t, state, *settings, False, plan, name)[0])
+    apply = LowRankLinearFunction.apply if known is None else LowRankLinearFunction.apply_plain
+    counts = Counts(len(t.downs), len(t.ups), len(t.weights))
+    ys: tuple[Tensor, ...] = apply(state, plan, name, counts, *settings, *flatten(t))
+    return ys
 
 
 def _any_trained(tensors: Sequence[Tensor | None]) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from petal_kernels._runtime import device
+from petal_kernels._runtime import front
 from petal_kernels.ops.mode_contract.arguments import Call, Gradients
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -34,21 +34,19 @@ def unsupported(call: Call) -> list[str]:
 
 def forward(call: Call) -> Tensor:
     """PT [K, R, O], or scale * M [K, R, R] without ``up``."""
-    device.load_cpu_library()
+    kernel = front.native("mode_contract_fwd")
     core, modes, up, scale, dtype = call
     out = core.new_empty(call.shape, dtype=dtype)
-    torch.ops.petal_native.mode_contract_fwd(core.contiguous(), modes, up, scale, out)
+    kernel(core.contiguous(), modes, up, scale, out)
     return out
 
 
 def backward(call: Call, dout: Tensor, need: frozenset[str]) -> Gradients:
     """The gradients that ``need`` names."""
-    device.load_cpu_library()
+    kernel = front.native("mode_contract_bwd")
     core, modes, up, scale, _ = call
     dcore = core.new_empty(core.shape) if "core" in need else None
     dmodes = torch.empty_like(modes) if "modes" in need else None
     dup = torch.empty_like(up) if "up" in need and up is not None else None
-    torch.ops.petal_native.mode_contract_bwd(
-        dout, core.contiguous(), modes, up, scale, dcore, dmodes, dup
-    )
+    kernel(dout, core.contiguous(), modes, up, scale, dcore, dmodes, dup)
     return Gradients(dcore, dmodes, dup)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any
 
@@ -59,13 +59,18 @@ def _explain_raw(*args: Any) -> rt.Explanation | None:
     return None if 0 in call.shape else _explanation(call, backend)
 
 
-def _fwd(*args: Any) -> Tensor:
+def _fwd(*args: Any) -> Callable[..., Tensor]:
     *given, backend = args
     call = Call(*given)
     if 0 in call.shape:
-        return _fwd_fake(*args)
-    out: Tensor = _select(call, backend).load().forward(call)
-    return out.contiguous()
+        return _fwd_fake
+    impl = _select(call, backend).load()
+
+    def run(*args: Any) -> Tensor:
+        out: Tensor = impl.forward(Call(*args[:-1]))
+        return out.contiguous()
+
+    return run
 
 
 def _fwd_fake(*args: Any) -> Tensor:
@@ -77,21 +82,27 @@ _Results = tuple[Tensor, Tensor, Tensor]
 
 
 def _bwd(
-    dout: Tensor,
-    core: Tensor,
-    modes: Tensor,
-    up: Tensor | None,
-    scale: float,
-    need: list[bool],
-    backend: str,
-) -> _Results:
-    given = Gradients(core, modes, up)
+    dout: Tensor, core: Tensor, modes: Tensor, up: Tensor | None, scale: float, *rest: Any
+) -> Callable[..., _Results]:
     if dout.numel() == 0:
-        return _results(given, need, Gradients())
-    call = Call(core, modes, up, scale, dout.dtype)
-    wanted = frozenset(compress(Gradients._fields, need))
-    found = _select(call, backend).load().backward(call, dout.contiguous(), wanted)
-    return _results(given, need, found)
+        return _bwd_fake
+    impl = _select(Call(core, modes, up, scale, dout.dtype), rest[-1]).load()
+
+    def run(
+        dout: Tensor,
+        core: Tensor,
+        modes: Tensor,
+        up: Tensor | None,
+        scale: float,
+        need: list[bool],
+        _: str,
+    ) -> _Results:
+        wanted = frozenset(compress(Gradients._fields, need))
+        call = Call(core, modes, up, scale, dout.dtype)
+        found = impl.backward(call, dout.contiguous(), wanted)
+        return _results(Gradients(core, modes, up), need, found)
+
+    return run
 
 
 def _bwd_fake(
