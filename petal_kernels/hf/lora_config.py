@@ -16,7 +16,7 @@ from petal_kernels.hf.fields import (
     plain,
     want,
 )
-from petal_kernels.nn.lora import check_init
+from petal_kernels.nn.lora_init import check_init
 
 PARTS = ("language", "projector", "vision")
 BIASES = ("none", "all", "lora_only")

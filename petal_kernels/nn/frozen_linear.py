@@ -58,9 +58,7 @@ def why_not_plain(base: nn.Module) -> str:
 def why_not_readable(base: nn.Module) -> str:
     """The same for a linear of a kind that the caller knows (nn.Linear or transformers' Conv1D)."""
     kind = type(base)
-    conv1d = kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
-    conv1d = conv1d and kind.__base__ is nn.Module  # not one made from it by the same name
-    if kind is not nn.Linear and not conv1d:  # a class of the same name has a forward of its own
+    if kind is not nn.Linear and not is_conv1d(base):
         return f"base is a {kind.__name__}, not a plain linear"
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
         return "base has hooks"
@@ -74,6 +72,14 @@ def why_not_readable(base: nn.Module) -> str:
     if hasattr(weight, "ds_id"):
         return "base weight is partitioned by DeepSpeed"
     return ""
+
+
+def is_conv1d(base: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D: a class made from it, or by the same name, has a forward
+    of its own."""
+    kind = type(base)
+    named = kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+    return named and kind.__base__ is nn.Module
 
 
 def check_input(x: Tensor, base: nn.Module) -> None:
