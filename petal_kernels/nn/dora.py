@@ -184,9 +184,7 @@ def _row_squares(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def gained(u: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
     """u * gain + bias along the last dim, summed in the gain's dtype and rounded once to u's."""
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (u, gain, bias)
-    ):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (u, gain, bias)):
         y: Tensor = _GainFunction.apply(u, gain, bias)
         return y
     return _gained(u, gain, bias)

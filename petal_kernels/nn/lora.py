@@ -243,4 +243,3 @@ def frozen_operands(
             return f"base is {checks.dtype_name(part.dtype)}, computed in {want}"
     matrix = weight if isinstance(base, nn.Linear) else weight.t()  # transformers' Conv1D
     return Operands(matrix, own if bias is None else bias.to(device=device, dtype=dtype))
-

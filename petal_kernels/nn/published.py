@@ -182,6 +182,11 @@ def published_magnitude(m: DoRALinear, y: Tensor, x: Tensor, bias: Tensor | None
     return y + ((gain - 1) * plain + gain * update).to(y.dtype)
 
 
+def published_rows(weight: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+    """A copy of an embedding's weight with other rows for some tokens."""
+    return weight.index_copy(0, tokens, rows.to(weight.dtype))
+
+
 def _gates(
     m: LowRankExperts, x: Tensor, mask: Tensor | None, domain: Tensor | None
 ) -> tuple[Tensor, Routing]:
