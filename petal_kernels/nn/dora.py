@@ -89,13 +89,13 @@ class DoRALinear(LoRALinear):
         """|w|^2 of every row, kept for as long as the weight is the same tensor in the same state.
         A compiled graph, which cannot ask for that, forms it again, and so does inference mode."""
         own = self.base._parameters["weight"]
-        fixed = type(own) is nn.Parameter and not torch.compiler.is_compiling()
-        if not fixed or own.is_inference():
+        if type(own) is not nn.Parameter or torch.compiler.is_compiling() or own.is_inference():
             return _row_squares(weight, dtype)
         state = (own.data_ptr(), own._version, own.dtype, own.device, dtype)
         held = self.__dict__.get("_held")
         if held is not None and held[0] is own and held[1] == state:
-            return held[2]
+            kept: Tensor = held[2]
+            return kept
         found = _row_squares(weight, dtype)
         if type(found) is Tensor:  # a dry run has no values to keep
             self.__dict__["_held"] = (own, state, found)

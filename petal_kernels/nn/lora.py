@@ -200,13 +200,13 @@ class LoRALinear(nn.Module):
         """What is left of the base's output where A0 and B0 are taken out of its weight."""
         assert self.first_down is not None
         assert self.first_up is not None
-        first = [near(p, rows.dtype, rows.device) for p in (self.first_down, self.first_up)]
-        keep = {"scale": -self.scale, "dropout": 0.0}
+        down, up = (near(p, rows.dtype, rows.device) for p in (self.first_down, self.first_up))
+        more: dict[str, Any] = {"scale": -self.scale, "dropout": 0.0}
         found = frozen_operands(self.base, rows.dtype, rows.device, bias)
         if isinstance(found, Operands):
-            base = {"weights": [found.weight], "biases": [found.bias]}
-            return self._update(rows, *first, **base, **keep)
-        return self._added(self._called(x, bias), rows, *first, **keep)
+            more |= {"weights": [found.weight], "biases": [found.bias]}
+            return self._update(rows, down, up, **more)
+        return self._added(self._called(x, bias), rows, down, up, **more)
 
     def _added(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, **more: Any) -> Tensor:
         """`y`, which somebody else computed, with the update."""

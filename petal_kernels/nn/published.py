@@ -179,7 +179,8 @@ def published_magnitude(m: DoRALinear, y: Tensor, x: Tensor, bias: Tensor | None
     else:
         plain = y if bias is None else y - bias.to(y.dtype)
     update = m.scale * _linear(_linear(dropped, m.down), m.up)
-    return y + ((gain - 1) * plain + gain * update).to(y.dtype)
+    moved: Tensor = (gain - 1) * plain + gain * update
+    return y + moved.to(y.dtype)
 
 
 def published_rows(weight: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
