@@ -139,6 +139,7 @@ def make_report(
             if (key, twice) not in known:
                 known[key, twice] = _asked(sample, getattr(wrapper, "base", None), twice)
             backend, why = known[key, twice]
+            why = "; ".join(each for each in (why, row.why) if each)
         count = row.trainable
         module = method.trains(place)
         if module is not None:

@@ -74,7 +74,7 @@ class DoRALinear(LoRALinear):
         weight, s = self._weight(), self.scale
         dtype = torch.promote_types(wide_dtype(weight.dtype), wide_dtype(self.down.dtype))
         with autocast_off(weight):
-            down, up = (t.to(dtype) for t in self.factors(dtype, weight.device))
+            down, up = (t.to(dtype) for t in self._factors(dtype, weight.device))
             mixed = torch.cat([block @ down.mT for block in wide_blocks(weight, dtype)])
             cross = 2 * s * mixed + s * s * (up @ (down @ down.mT))
             return (self._squares(weight, dtype) + (up * cross).sum(1)).sqrt()
@@ -137,7 +137,7 @@ class DoRALinear(LoRALinear):
             u = self._update(rows, found.down, found.up, dropout=0.0, **base)
             return gained(u, found.gain, found.bias)
         gain = self.gain().to(x.device)
-        factors = self.factors(dtype, x.device)
+        factors = self._factors(dtype, x.device)
         if self.dropout and self.training:
             return self._with_dropout(x, rows, bias, gain, factors)
         y = self._called(x, bias)
@@ -154,18 +154,18 @@ class DoRALinear(LoRALinear):
         factors: tuple[Tensor, Tensor],
     ) -> Tensor:
         """The second formula above."""
-        kept = F.dropout(rows, self.dropout, True)
         found = frozen_operands(self.base, rows.dtype, rows.device, bias)
+        y = self._called(x, bias) if isinstance(found, str) else None
+        kept = F.dropout(rows, self.dropout, True)
         with autocast_off(x):
             if isinstance(found, Operands):
                 u = self._update(kept, *factors, weights=[found.weight], dropout=0.0)
                 rest = F.linear(rows - kept, found.weight, found.bias)
             else:
+                assert y is not None
                 base = F.linear(kept, self._weight().to(rows))
                 u = self._added(base, kept, *factors, dropout=0.0)
-        if not isinstance(found, Operands):
-            y = self._called(x, bias)
-            rest = y - base.to(y.dtype)
+                rest = y - base.to(y.dtype)
         if self.first_down is not None and self.first_up is not None:
             first = (near(p, rows.dtype, rows.device) for p in (self.first_down, self.first_up))
             rest = self._added(rest, rows - kept, *first, scale=-self.scale, dropout=0.0)

@@ -141,7 +141,7 @@ class LoRALinear(nn.Module):
         self.first_down = torch.zeros_like(self.down, requires_grad=False)
         self.first_up = torch.zeros_like(self.up, requires_grad=False)
 
-    def factors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _factors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """A and B as a call in `dtype` reads them, or [A; A0] and [B, -B0]."""
         down, up = (near(p, dtype, device) for p in (self.down, self.up))
         if self.first_down is None or self.first_up is None:
@@ -152,7 +152,7 @@ class LoRALinear(nn.Module):
     def delta(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] that the update is where nothing is dropped."""
         check_storage(None, dtype)
-        down, up = self.factors(dtype, self.down.device)
+        down, up = self._factors(dtype, self.down.device)
         delta: Tensor = self.scale * (up.to(dtype) @ down.to(dtype))
         return delta
 
@@ -169,7 +169,7 @@ class LoRALinear(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if dropout and self.first_down is not None:
             return "dropout leaves out what was taken from the base"
-        down, up = self.factors(dtype, device)
+        down, up = self._factors(dtype, device)
         return found._replace(down=down, up=up, scale=self.scale, dropout=dropout)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -183,7 +183,7 @@ class LoRALinear(nn.Module):
             assert found.up is not None
             base = {"weights": [found.weight], "biases": [found.bias]}
             return self._update(rows, found.down, found.up, **base)
-        down, up = self.factors(dtype, x.device)
+        down, up = self._factors(dtype, x.device)
         if self.dropout and self.training and self.first_down is not None:
             down, up = (near(p, dtype, x.device) for p in (self.down, self.up))
             y = self._without_first(x, rows, bias)

@@ -87,6 +87,7 @@ class Lora(Method):
         site = Site(_ROW, path, root)
         self._wrappers: list[tuple[str, LoraLinear]] = []
         self._joined: dict[str, OneInput | FusedMlp] = {}  # by the paths of their members
+        self._split: set[str] = set()  # of MLPs that run in parts
         self._parents = {seen.path: seen.parent for seen in chosen.linears}
         layers: dict[int, Layer] = {}
         for seen in chosen.linears:
@@ -200,16 +201,19 @@ class Lora(Method):
         that they may."""
         parents = dict.fromkeys(self._parents[place.path] for place in self.found.places)
         for parent in parents:
-            # A magnitude stands in an MLP's way: what reads one tensor is all that joins.
-            dora = self.config.use_dora
-            part = None if dora else fused_mlp(self, parent, self.config.recompute_mlp)
+            part = fused_mlp(self, parent, self.config.recompute_mlp)
+            if part is not None and self.config.use_dora:
+                # What reads one tensor is all that a magnitude lets join.
+                own = [path for path, each in self._parents.items() if each is parent]
+                self._split.update(own)
+                part = None
             parts: Sequence[OneInput | FusedMlp] = (
                 [part] if part is not None else one_input_parts(self, parent)
             )
             for each in parts:
                 hand.take(parent, each)
-                own = [m for m in each.members.values() if isinstance(m, LoraLinear)]
-                self._joined.update((path, each) for path, w in self._wrappers if w in own)
+                members = [m for m in each.members.values() if isinstance(m, LoraLinear)]
+                self._joined.update((path, each) for path, w in self._wrappers if w in members)
 
     def install_place(self, place: Place, layer: Any, hand: Hand) -> None:
         bias = self.biases.get(place.path)
@@ -234,7 +238,17 @@ class Lora(Method):
         if isinstance(lora, DoRALinear):
             shape += ", magnitude"
         count = sum(p.numel() for p in lora.parameters() if p.requires_grad)
-        return Row(place.path, place.role, shape, "", "", count)
+        return Row(place.path, place.role, shape, "", self._why_alone(place, lora), count)
+
+    def _why_alone(self, place: Place, lora: LoRALinear) -> str:
+        """Why a linear does not run in one call with those that it could run with."""
+        drops = lora.dropout > 0.0 and lora.training
+        own = isinstance(lora, DoRALinear) or lora.first_down is not None
+        if place.path in self._joined and drops and own:
+            return "one by one in training: dropout leaves out a part of the base"
+        if place.path in self._split:
+            return "its MLP in parts: a magnitude stands before the activation"
+        return ""
 
     def shared_rows(self) -> list[Row]:
         rows = []
