@@ -1,4 +1,4 @@
-"""DoRA, PiSSA, OLoRA and trained rows of tokens beside PEFT's own, where PEFT is installed: the same
+"""DoRA, PiSSA, OLoRA and trained rows of tokens beside PEFT's own, where PEFT is installed: equal
 parameters, values, gradients and merged weights."""
 
 from __future__ import annotations
