@@ -34,7 +34,8 @@ def base_weight(base: nn.Module) -> Tensor | str:
     if weight.is_meta:
         return "base weight has no values (it is on device meta)"
     found: Tensor = weight
-    if type(weight) is not nn.Parameter and type(weight).__name__ != "FakeTensor":
+    plain = type(weight) in (nn.Parameter, Tensor) or type(weight).__name__ == "FakeTensor"
+    if not plain:
         # torch's own method takes any integers for values.
         own = getattr(type(weight), "dequantize", torch.Tensor.dequantize)
         if own is torch.Tensor.dequantize:

@@ -27,6 +27,7 @@ Source: Liu et al., "DoRA", 2024.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -40,6 +41,9 @@ from petal_kernels.nn.arguments import check_rows, check_values
 from petal_kernels.nn.base_weight import BLOCK, base_weight, wide_blocks
 from petal_kernels.nn.frozen_linear import compute_dtype, near
 from petal_kernels.nn.lora import LoRALinear, Operands, frozen_operands
+
+# What a module remembers of its base for the next call; not its state.
+KEPT = ("_held", "_known")
 
 
 class DoRALinear(LoRALinear):
@@ -56,6 +60,7 @@ class DoRALinear(LoRALinear):
         weight = base_weight(self.base)
         if isinstance(weight, str):
             raise ValueError(f"base: want one whose weight has norms for DoRA, got none: {weight}")
+        self._know()
         super().reset_parameters(init)
         if "magnitude" not in self._parameters:
             self.magnitude = nn.Parameter(self.up.new_empty(self.out_features))
@@ -86,23 +91,35 @@ class DoRALinear(LoRALinear):
         return weight
 
     def _squares(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """|w|^2 of every row, kept for as long as the weight is the same tensor in the same state.
-        A compiled graph, which cannot ask for that, forms it again, and so does inference mode."""
+        """|w|^2 of every row, kept for as long as the weight is the tensor that it was at the
+        start, in the same state. FSDP's, which it writes without a trace, is another tensor; a
+        compiled graph, which cannot ask for the state, and inference mode form it again too."""
         own = self.base._parameters["weight"]
-        if type(own) is not nn.Parameter or torch.compiler.is_compiling() or own.is_inference():
+        if torch.compiler.is_compiling() or type(own) is not nn.Parameter or own.is_inference():
+            return _row_squares(weight, dtype)
+        if self.__dict__["_known"]() is not own:
             return _row_squares(weight, dtype)
         state = (own.data_ptr(), own._version, own.dtype, own.device, dtype)
         held = self.__dict__.get("_held")
-        if held is not None and held[0] is own and held[1] == state:
-            kept: Tensor = held[2]
+        if held is not None and held[0] == state:
+            kept: Tensor = held[1]
             return kept
         found = _row_squares(weight, dtype)
         if type(found) is Tensor:  # a dry run has no values to keep
-            self.__dict__["_held"] = (own, state, found)
+            self.__dict__["_held"] = (state, found)
         return found
 
+    def _know(self) -> None:
+        """Remembers the base's weight, without holding it."""
+        own = self.base._parameters["weight"]
+        self.__dict__["_known"] = _nothing if own is None else weakref.ref(own)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_held"}
+        return {name: value for name, value in self.__dict__.items() if name not in KEPT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._know()
 
     # -- calls ------------------------------------------------------------------------------------
 
@@ -175,6 +192,10 @@ class DoRALinear(LoRALinear):
         """The bias that is in `y`."""
         own = self.base._parameters.get("bias") if bias is None else bias
         return None if own is None else own.to(y)
+
+
+def _nothing() -> None:
+    """A reference to no weight."""
 
 
 def _row_squares(weight: Tensor, dtype: torch.dtype) -> Tensor:

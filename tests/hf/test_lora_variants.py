@@ -17,6 +17,8 @@ import petal_kernels as pk
 from petal_kernels.nn import lora_fused
 from tests.hf import tiny_text
 from tests.hf.test_lora_parts import attached, counted, llama, one_by_one, same, step
+from tests.hf.test_sharded import group as group
+from tests.hf.test_sharded import shard
 
 INITS = ("pissa", "pissa_niter_4", "olora")
 
@@ -230,6 +232,34 @@ def test_weights_that_change_under_a_magnitude_change_its_norms() -> None:
     ratio = model.get_submodule(q).norms() / other.get_submodule(q).norms()
     torch.testing.assert_close(ratio, torch.ones_like(ratio))
     assert not torch.allclose(got["y"], want["y"])
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "more",
+    [{"use_dora": True}, {"init_lora_weights": "olora"}, {"trainable_token_indices": [3, 9, 30]}],
+    ids=str,
+)
+def test_a_sharded_model_trains_as_a_whole_one(more: dict[str, Any], dropout: float) -> None:
+    """Between two calls a base's weight changes, too: FSDP leaves no trace of that in a tensor."""
+    batch, losses = tiny_text.batch("llama"), []
+    for sharded in (False, True):
+        model: Any = tiny_text.build("llama", torch.float32).train()
+        attachment = moved(attached(model, dropout, **more))
+        if sharded:
+            shard(model)
+        optimizer = torch.optim.SGD(list(attachment.parameters()), lr=0.1)
+        for _ in range(3):
+            torch.manual_seed(3)
+            losses.append(model(**batch).loss)
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                model.model.layers[0].self_attn.q_proj._parameters["weight"].mul_(1.5)
+    assert len({float(loss.detach()) for loss in losses[:3]}) == 3
+    torch.testing.assert_close(losses[:3], losses[3:])
 
 
 # -- refusals -------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from petal_kernels.hf.twins import base_twin, twin_of
 from petal_kernels.hf.walk import device_of, is_a, joined
 from petal_kernels.hf.whole import extra_modules
 from petal_kernels.hf.wrappers import AdaptedLinear
-from petal_kernels.nn.dora import DoRALinear
+from petal_kernels.nn.dora import KEPT, DoRALinear
 from petal_kernels.nn.frozen_linear import why_not_readable
 from petal_kernels.nn.lora import LoRALinear
 from petal_kernels.nn.lora_fused import watched
@@ -266,7 +266,7 @@ class Lora(Method):
     def sample(self, place: Place, wrapper: Any, tokens: Rows) -> tuple[Any, Any]:
         lora = twin_of(wrapper.used(), base=base_twin(wrapper.base))
         bias = wrapper.trained_bias()
-        key = signature(lora, bias, ignore=_HELD)
+        key = signature(lora, bias, ignore=KEPT)
 
         def alone() -> object:
             return lora.forward(self.typical(lora.base, tokens), bias)
@@ -286,7 +286,7 @@ class Lora(Method):
 
         biases = [m.trained_bias() for m in members]
         watched_now = [watched(m) for m in part.members.values()]
-        return (key, signature(*twins.values(), *biases, ignore=_HELD), *watched_now), joined
+        return (key, signature(*twins.values(), *biases, ignore=KEPT), *watched_now), joined
 
 
 class LoraLinear(AdaptedLinear):
@@ -323,8 +323,6 @@ class LoraLinear(AdaptedLinear):
         return self.used().delta(dtype)
 
 
-# What a module keeps for its next call alone.
-_HELD = ("_held",)
 # Words of a module's argument for the config's.
 _FIELDS = {"init": "init_lora_weights", "alpha": "lora_alpha", "base": "use_dora"}
 
