@@ -118,7 +118,7 @@ class DoRALinear(LoRALinear):
         return {name: value for name, value in self.__dict__.items() if name not in KEPT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._know()
 
     # -- calls ------------------------------------------------------------------------------------

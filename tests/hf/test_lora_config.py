@@ -56,6 +56,14 @@ def test_tokens_are_lists(value: Any, want: Any) -> None:
     )
 
 
+FIELD = "trainable_token_indices"
+WANTED = (
+    f"{FIELD}: want None, a non-empty list of tokens >= 0, each once, or a dict of names and such "
+    "lists, got "
+)
+NO_TOKENS: list[Any] = [3, [], [3, 3], [-1], [True], ["3"], {}, {"a": []}, {1: [2]}, {"a": [1, 1]}]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -65,25 +73,7 @@ def test_tokens_are_lists(value: Any, want: Any) -> None:
         ({"variant": "release"}, "variant: want 'paper', LoRA has no other, got 'release'"),
         ({"use_rslora": 1}, "use_rslora: want a bool, got 1"),
         ({"use_dora": 1}, "use_dora: want a bool, got 1"),
-        *(
-            (
-                {"trainable_token_indices": value},
-                f"trainable_token_indices: want None, a non-empty list of tokens >= 0, each once, "
-                f"or a dict of names and such lists, got {value!r}",
-            )
-            for value in (
-                3,
-                [],
-                [3, 3],
-                [-1],
-                [True],
-                ["3"],
-                {},
-                {"a": []},
-                {1: [2]},
-                {"a": [1, 1]},
-            )
-        ),
+        *(({FIELD: value}, WANTED + repr(value)) for value in NO_TOKENS),
         ({"bias": "some"}, "bias: want one of ('none', 'all', 'lora_only'), got 'some'"),
         (
             {"init_lora_weights": "eva"},

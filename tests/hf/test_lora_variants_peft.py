@@ -85,7 +85,7 @@ def _same_first(attachment: Any, other: Any) -> None:
                 module.first_up.copy_(up)
 
 
-def _tolerance(values: dict[str, Any]) -> dict[str, float]:
+def _tolerance(values: dict[str, Any]) -> dict[str, Any]:
     """PEFT has rounded what is left of the weight to float32."""
     off = 3e-5 if "pissa" in str(values) or "olora" in str(values) else 1e-10
     return {"rtol": off, "atol": off}

@@ -37,7 +37,7 @@ class Quantised(nn.Linear):
         self.weight = Packed(packed, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.dequantize(), self.bias)  # type: ignore[no-untyped-call]
+        return F.linear(x, self.weight.dequantize(), self.bias)
 
 
 @pytest.mark.parametrize("dropout", [0.0, P])
