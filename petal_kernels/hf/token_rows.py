@@ -9,7 +9,7 @@ embedding is made: beside its output there is one more [..., width], or [..., to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +106,7 @@ class HeadRows(_TokenPart, Part):
         if not self.changes(module):
             return y
         x: Tensor = args[0] if args else kwargs["input"]
-        weight, bias = module._parameters["weight"], module._parameters.get("bias")
+        weight, bias = module._parameters["weight"], cast("Tensor | None", module.bias)
         assert weight is not None
         tokens, rows = self.table.tokens, self.table.rows
         if self.merged is not None:

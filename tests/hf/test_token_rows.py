@@ -105,6 +105,26 @@ def test_values_and_gradients_are_those_of_a_whole_copy(
     assert not torch.allclose(got, moved_back(attachment, model))
 
 
+@pytest.mark.parametrize("implementation", ["fused", "published"])
+def test_a_head_s_bias_is_trained_beside_its_rows(implementation: str) -> None:
+    model = build(bias=True)
+    config = pk.LoraConfig(
+        r=2, target_modules=["inner"], trainable_token_indices=[3, 5], bias="all"
+    )
+    attachment = moved(pk.attach(model, config, implementation=implementation))
+    assert sum("bias" in name for name, _ in attachment.named_parameters()) == 2
+    rows = attachment.adapter.words.rows
+    want = whole(model, rows, [3, 5], IDS, True)
+    torch.testing.assert_close(model(IDS), want)
+    plain = build(bias=True)
+    with attachment.disabled():
+        assert torch.equal(model(IDS), plain(IDS))
+    attachment.model.eval()
+    attachment.merge()
+    with attachment.disabled():
+        assert torch.equal(model(IDS), plain(IDS))
+
+
 def moved_back(attachment: Any, model: nn.Module) -> Tensor:
     with attachment.disabled():
         return model(IDS)

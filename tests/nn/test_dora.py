@@ -7,6 +7,7 @@ import copy
 import pickle
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -90,6 +91,11 @@ def test_only_some_of_the_leaves_are_trained() -> None:
     lora.magnitude.requires_grad_(False)
     torch.testing.assert_close(gradients(lora(x), x), want[:1])
     assert not lora(x.detach()).requires_grad
+    bias = torch.randn(O, dtype=torch.float64, requires_grad=True)
+    got, wanted = (
+        gradients(form(x.detach(), bias), bias) for form in (lora, partial(formula, lora))
+    )
+    torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("lead", [(), (0,), (2, 3, 4)], ids=str)
@@ -277,7 +283,7 @@ def test_what_is_kept_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(y, want)
     y.sum().backward()
     assert "_held" in lora.__dict__
-    copies: list[DoRALinear] = [copy.deepcopy(lora), pickle.loads(pickle.dumps(lora))]
+    copies: list[Any] = [copy.deepcopy(lora), pickle.loads(pickle.dumps(lora))]
     for other in copies:
         assert "_held" not in other.__dict__
         other(x)
