@@ -109,9 +109,13 @@ def _checked(config: Any, model: nn.Module) -> AdapterConfig:
     return dataclasses.replace(config)
 
 
-def _attach(model: nn.Module, config: AdapterConfig, implementation: str) -> Attachment:
-    """The attachment; what fails on the way gives the model back as it was."""
-    method = method_of(config)(model, config, published=implementation == "published")
+def _attach(
+    model: nn.Module, config: AdapterConfig, implementation: str, *, loads: bool = False
+) -> Attachment:
+    """The attachment; what fails on the way gives the model back as it was. `loads`: its values
+    come from a file."""
+    published = implementation == "published"
+    method = method_of(config)(model, config, published=published, loads=loads)
     made = Attachment.__new__(Attachment)
     try:
         made.__init__(model, method, implementation)  # type: ignore[misc]
@@ -127,7 +131,7 @@ def _attach_saved(
     model: nn.Module, saved: files.Saved, config: AdapterConfig, implementation: str
 ) -> Attachment:
     try:
-        made = _attach(model, config, implementation)
+        made = _attach(model, config, implementation, loads=True)
     except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
         # Not what the caller wrote, but what stands in the file.
         raise ValueError(f"{saved.path}: config: {error}") from error

@@ -305,12 +305,12 @@ class Attachment(Blocks, Routed):
         why = self.method.why_not_merge()
         if why:
             raise ValueError(f"merge: {why}")
-        self._merged = merge(
-            self.method, [(place.path, wrapper) for place, _, _, wrapper in self._wrapped]
-        )
+        wrappers = [(place.path, wrapper) for place, _, _, wrapper in self._wrapped]
+        self._merged = merge(self.method, wrappers)
         self._merged.report.kept.update(dict.fromkeys(self.whole(), "trained whole"))
+        self._merged.report.kept.update(self.method.fold_rest(self._merged))
         for each in self._merged.folded:
-            each.wrapper.__dict__["partly"] = not self._merged.is_whole
+            each.owner.__dict__["partly"] = not self._merged.is_whole
         return self._merged.report
 
     def unmerge(self) -> None:

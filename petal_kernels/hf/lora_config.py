@@ -16,7 +16,7 @@ from petal_kernels.hf.fields import (
     plain,
     want,
 )
-from petal_kernels.nn.lora import check_init
+from petal_kernels.nn.lora_init import check_init
 
 PARTS = ("language", "projector", "vision")
 BIASES = ("none", "all", "lora_only")
@@ -40,7 +40,12 @@ class LoraConfig(AdapterConfig):
     rank_pattern, alpha_pattern   {ends of paths, as regular expressions: r or lora_alpha}.
     bias                 "all" trains every bias of the model, "lora_only" those of adapted linears.
     modules_to_save      names of modules that are trained whole; nothing in them is adapted.
-    init_lora_weights    True, False (the update is not zero at step 0) or "gaussian".
+    init_lora_weights    True, False (the update is not zero at step 0) or "gaussian"; "pissa",
+                         "pissa_niter_N" or "olora": A and B are taken out of the weight, which is
+                         not written: their first values are kept beside them, in files too.
+    use_dora             a trained magnitude of every output, of the base and the update together.
+    trainable_token_indices   numbers of tokens whose rows of the input embeddings are trained, or
+                         {names of embeddings: numbers}; a tied head reads the same rows.
     recompute_mlp        an MLP that runs in one call keeps its input alone for backward, and forms
                          the outputs of gate and up again.
     frozen_norms         how the frozen norms in front of adapted linears run: "module", as they
@@ -50,8 +55,6 @@ class LoraConfig(AdapterConfig):
     parts                of a vision-language model, which are searched: "language" (its decoder),
                          "vision" (its tower) and "projector", all that is in neither.
     adapter_dtype        as in PetalConfig.
-
-    `use_dora` and `trainable_token_indices` are not supported yet.
     """
 
     method: ClassVar[str] = "lora"
@@ -67,7 +70,7 @@ class LoraConfig(AdapterConfig):
     use_dora: bool = False
     bias: str = "none"
     init_lora_weights: bool | str = True
-    trainable_token_indices: None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     recompute_mlp: bool = False
     frozen_norms: str = "module"
     parts: tuple[str, ...] = ("language",)
@@ -85,11 +88,9 @@ class LoraConfig(AdapterConfig):
         self._check_layers()
         self.rank_pattern = _patterns("rank_pattern", self.rank_pattern, _is_rank, "integers >= 1")
         self.alpha_pattern = _patterns("alpha_pattern", self.alpha_pattern, is_finite, "numbers")
-        for name in ("use_rslora", "recompute_mlp"):
+        for name in ("use_rslora", "use_dora", "recompute_mlp"):
             want(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
-        for name, only in (("use_dora", False), ("trainable_token_indices", None)):
-            value = getattr(self, name)
-            want(value is only, name, f"{only} (it is not supported yet)", value)
+        self.trainable_token_indices = _tokens(self.trainable_token_indices)
         one_of("bias", self.bias, BIASES)
         one_of("frozen_norms", self.frozen_norms, NORMS)
         check_init("init_lora_weights", self.init_lora_weights)
@@ -133,6 +134,28 @@ class LoraConfig(AdapterConfig):
         """Whether target_modules means all linears."""
         wanted = self.target_modules
         return isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
+
+
+def _tokens(value: Any) -> list[int] | dict[str, list[int]] | None:
+    """Numbers of tokens, or a dictionary of them."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        return _numbers(value, value)
+    ok = bool(value) and all(isinstance(key, str) for key in value)
+    want(ok, "trainable_token_indices", _TOKENS, value)
+    return {str(key): _numbers(tokens, value) for key, tokens in value.items()}
+
+
+_TOKENS = "None, a non-empty list of tokens >= 0, each once, or a dict of names and such lists"
+
+
+def _numbers(tokens: Any, value: object) -> list[int]:
+    ok = isinstance(tokens, (list, tuple, set, frozenset)) and len(tokens) > 0
+    own = [plain(token) for token in tokens] if ok else []
+    ok = ok and all(is_size(token, 0) for token in own) and len(set(own)) == len(own)
+    want(ok, "trainable_token_indices", _TOKENS, value)
+    return sorted(own) if isinstance(tokens, (set, frozenset)) else own
 
 
 def _is_rank(value: object) -> bool:

@@ -66,15 +66,25 @@ class Merged:
         assert weight is not None
         update = update if isinstance(base, nn.Linear) else update.t()  # transformers' Conv1D
         exact = weight.to(update.dtype) + update.to(weight.device)
-        stored = nn.Parameter(exact.to(weight.dtype), requires_grad=False)
-        base._parameters["weight"] = stored
-        wrapper.__dict__["merged"] = weight
-        self.folded.append(Folded(path, wrapper, stored, stored._version))
-        self.report.folded.append(path)
-        self.report.dtype = weight.dtype
+        stored = self.put(path, wrapper, [base], exact)
         norm = 0.0 if weight.is_meta else _norm(update)
         lost = _norm(stored.to(update.dtype) - exact) / norm if norm > 0 else 0.0
         self.report.rounding[path] = lost
+
+    def put(
+        self, path: str, owner: nn.Module, bases: Sequence[nn.Module], exact: Tensor
+    ) -> nn.Parameter:
+        """`exact` in place of the weight that `bases` share; `owner` then knows it by `merged`."""
+        weight = bases[0]._parameters["weight"]
+        assert weight is not None
+        stored = nn.Parameter(exact.to(weight.dtype), requires_grad=False)
+        for base in bases:
+            base._parameters["weight"] = stored
+        owner.__dict__["merged"] = weight
+        self.folded.append(Folded(path, owner, bases, stored, stored._version))
+        self.report.folded.append(path)
+        self.report.dtype = weight.dtype
+        return stored
 
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
         """Parameters whose gradient would miss what is folded."""
@@ -103,13 +113,17 @@ class Folded:
     """One weight that holds an update."""
 
     path: str
-    wrapper: AdaptedLinear
+    owner: nn.Module  # whose update it is: its `merged` is the weight without, `partly` see there
+    bases: Sequence[nn.Module]  # that share the weight
     stored: nn.Parameter
     version: int
 
     def check(self) -> None:
         """Module methods reach the merged weight alone: values loaded into it must not be lost."""
-        now = self.wrapper.base._parameters["weight"]
+        for base in self.bases:
+            self._check(base._parameters["weight"])
+
+    def _check(self, now: nn.Parameter | None) -> None:
         if now is not None and now is not self.stored and self._has_moved(now):
             return
         if now is not self.stored or now._version != self.version:
@@ -127,14 +141,14 @@ class Folded:
         return now.shape == stored.shape and torch.equal(now, stored.to(now))
 
     def undo(self) -> None:
-        base, original = self.wrapper.base, self.wrapper.merged
-        now = base._parameters["weight"]
-        assert original is not None
+        original: nn.Parameter = self.owner.__dict__["merged"]
+        now = self.bases[0]._parameters["weight"]
         assert now is not None
         if (now.dtype, now.device) != (original.dtype, original.device):
             original.data = original.data.to(now)  # where `.to` brought the model meanwhile
-        base._parameters["weight"] = original
-        self.wrapper.__dict__.update(merged=None, partly=False)
+        for base in self.bases:
+            base._parameters["weight"] = original
+        self.owner.__dict__.update(merged=None, partly=False)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from petal_kernels.hf import found
 from petal_kernels.hf.context import Call, given
 from petal_kernels.hf.dropped_mask import DroppedMask
 from petal_kernels.hf.found import Found, Layer, Place, counted, own_name
+from petal_kernels.hf.merging import Merged
 from petal_kernels.hf.models import Block, Linear, Stack
 from petal_kernels.hf.parts import LayerPart, Part, StackPart, own_class, running_call
 from petal_kernels.hf.report import Row, Rows
@@ -51,8 +52,11 @@ class Method(ABC):
     groups_rows: ClassVar[bool] = False  # whether a report's table joins equal rows of its layers
     blocks: ClassVar[Mapping[str, str]] = {}  # the `with` blocks it reads, and for what
 
-    def __init__(self, model: nn.Module, config: Any, *, published: bool) -> None:
-        self.config, self.published = config, published
+    def __init__(
+        self, model: nn.Module, config: Any, *, published: bool, loads: bool = False
+    ) -> None:
+        """`loads`: a file brings all values, none need be computed first."""
+        self.config, self.published, self.loads = config, published, loads
         self.found: Found = self.find(model)
         for layer in self.found.layers:
             layer.places = [place for place in layer.places if self.keeps(place)]
@@ -159,6 +163,11 @@ class Method(ABC):
         return ""
 
     # -- what it says -----------------------------------------------------------------------------
+
+    def fold_rest(self, merged: Merged) -> dict[str, str]:
+        """Folds what is no linear's update, once everything else is known to fold or not; returns
+        what of it stays, and why."""
+        return {}
 
     def kept(self) -> dict[str, str]:
         """What merging leaves as modules beside unfolded linears, and why."""

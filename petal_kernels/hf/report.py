@@ -14,6 +14,7 @@ from petal_kernels._runtime.backends import Explanation
 from petal_kernels._runtime.columns import columns
 from petal_kernels._runtime.dry_run import dry_run
 from petal_kernels.hf.context import given
+from petal_kernels.hf.merging import ALL
 from petal_kernels.hf.parts import runs_twice
 from petal_kernels.hf.twins import NotDry
 from petal_kernels.hf.whole import Copies
@@ -138,6 +139,7 @@ def make_report(
             if (key, twice) not in known:
                 known[key, twice] = _asked(sample, getattr(wrapper, "base", None), twice)
             backend, why = known[key, twice]
+            why = "; ".join(each for each in (why, row.why) if each)
         count = row.trainable
         module = method.trains(place)
         if module is not None:
@@ -157,7 +159,7 @@ def make_report(
     own = {id(p) for p in method.adapter.parameters()}
     parameters = sum(p.numel() for p in model.parameters() if id(p) not in own)
     trainable = sum(p.numel() for p in method.adapter.parameters() if p.requires_grad)
-    stored = sum(p.numel() for p in method.adapter.parameters())
+    stored = sum(t.numel() for t in method.adapter.state_dict(prefix=ALL).values())
     declined = {path: why for path, w in wrappers.items() if (why := method.why_called(w.base))}
     counts = (parameters, trainable, stored)
     grouped = method.groups_rows

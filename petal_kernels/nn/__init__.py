@@ -1,5 +1,6 @@
 """The modules: parameters and initialisation; their forward is one call into `ops`."""
 
+from petal_kernels.nn.dora import DoRALinear
 from petal_kernels.nn.experts import ExpertAdapter, ExpertLoRALinear, InstructionExperts
 from petal_kernels.nn.frozen_linear import FrozenLinear, frozen_lowrank
 from petal_kernels.nn.gated_adapter import GatedAdapter, RoutedAdapter, VLAdapter
@@ -11,6 +12,7 @@ from petal_kernels.nn.routed_lora import RoutedLoRALinear
 from petal_kernels.nn.value_adapter import ValueAdapter
 
 __all__ = [
+    "DoRALinear",
     "ExpertAdapter",
     "ExpertLoRALinear",
     "FrozenLinear",

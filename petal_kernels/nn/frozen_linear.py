@@ -58,7 +58,7 @@ def why_not_plain(base: nn.Module) -> str:
 def why_not_readable(base: nn.Module) -> str:
     """The same for a linear of a kind that the caller knows (nn.Linear or transformers' Conv1D)."""
     kind = type(base)
-    if kind is not nn.Linear and not _is_conv1d(kind):
+    if kind is not nn.Linear and not is_conv1d(base):
         return f"base is a {kind.__name__}, not a plain linear"
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
         return "base has hooks"
@@ -74,8 +74,10 @@ def why_not_readable(base: nn.Module) -> str:
     return ""
 
 
-def _is_conv1d(kind: type) -> bool:
-    """Exactly transformers' Conv1D: a class of the same name has a forward of its own."""
+def is_conv1d(base: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D: a class made from it, or by the same name, has a forward
+    of its own."""
+    kind = type(base)
     named = kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
     return named and kind.__base__ is nn.Module
 

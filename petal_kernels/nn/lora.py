@@ -4,6 +4,11 @@ Where the base is a plain frozen linear its weight goes into the call, else its 
 for backward are x itself (the very tensor where it has the compute dtype), x A^T [N, r] and the
 generator's state: of several linears that read one x it is kept once.
 
+A and B that are taken out of the base's weight (`lora_init.py`) leave it as it is: with their first
+values A0, B0 the update is s * (drop(x) A^T B^T - x A0^T B0^T). Without dropout that is the same
+one call of rank 2 r, half of it frozen ([A; A0] and [B, -B0] are kept beside x and the middle, now
+[N, 2 r]); with dropout, which the frozen half has none of, it is a call of its own before it.
+
 Source: Hu et al., "LoRA", 2021; rank-stabilised scale: Kalajdzievski, 2023. The initialisations are
 PEFT's, by the names that it gives them.
 """
@@ -25,6 +30,7 @@ from petal_kernels.nn.arguments import (
     check_storage,
     check_values,
 )
+from petal_kernels.nn.base_weight import base_weight
 from petal_kernels.nn.frozen_linear import (
     check_bias,
     check_input,
@@ -33,10 +39,9 @@ from petal_kernels.nn.frozen_linear import (
     why_not_readable,
     with_bias,
 )
+from petal_kernels.nn.lora_init import check_init, is_taken, taken
 from petal_kernels.nn.routed_lora import linear_features
 from petal_kernels.ops.lowrank_linear import lowrank_linear
-
-INITS = (True, False, "gaussian")
 
 
 class Operands(NamedTuple):
@@ -48,6 +53,7 @@ class Operands(NamedTuple):
     up: Tensor | None = None  # B [out, r]
     scale: float = 1.0
     dropout: float = 0.0  # 0 in evaluation
+    gain: Tensor | None = None  # [out], of base and update together, before the bias
 
 
 class LoRALinear(nn.Module):
@@ -59,7 +65,8 @@ class LoRALinear(nn.Module):
     dropout   on x, for the update only
     init      True: A is kaiming-uniform(a=sqrt 5), B zero; "gaussian": A is normal with the
               deviation 1 / r, B zero; False: both as linears are drawn, so that the update is not
-              zero at step 0
+              zero at step 0; "pissa", "pissa_niter_N" (N steps of a randomised decomposition) and
+              "olora": taken out of the base's weight; their first values are buffers
     device    of the update; that of the base by default
     """
 
@@ -95,12 +102,20 @@ class LoRALinear(nn.Module):
         device = next((p.device for p in base.parameters()), None) if device is None else device
         self.down = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
         self.up = nn.Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
+        self.first_down: Tensor | None  # A0 [r, in], B0 [out, r]; None where nothing was taken
+        self.first_up: Tensor | None
+        self.register_buffer("first_down", None)
+        self.register_buffer("first_up", None)
         self.reset_parameters(init)
 
     @torch.no_grad()
     def reset_parameters(self, init: bool | str = True) -> None:
-        """Draws A and B anew."""
+        """Draws A and B anew, or takes them out of the base's weight."""
         check_init("init", init)
+        if is_taken(init):
+            self._take(str(init))
+            return
+        self.first_down = self.first_up = None
         if init == "gaussian":
             self.down.normal_(std=1.0 / self.r)
         else:
@@ -112,10 +127,33 @@ class LoRALinear(nn.Module):
         else:
             self.up.zero_()
 
+    def _take(self, init: str) -> None:
+        weight = base_weight(self.base)
+        if isinstance(weight, str):
+            raise ValueError(f"init: want a base whose weight {init!r} can decompose: {weight}")
+        down, up = taken(weight, self.r, init, self.scale)
+        self.down.copy_(down)
+        self.up.copy_(up)
+        self.first_down, self.first_up = self.down.detach().clone(), self.up.detach().clone()
+
+    def reserve_first(self) -> None:
+        """Room for the first values that a file brings: nothing is decomposed for it."""
+        self.first_down = torch.zeros_like(self.down, requires_grad=False)
+        self.first_up = torch.zeros_like(self.up, requires_grad=False)
+
+    def _factors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A and B as a call in `dtype` reads them, or [A; A0] and [B, -B0]."""
+        down, up = near(self.down, dtype, device), near(self.up, dtype, device)
+        if self.first_down is None or self.first_up is None:
+            return down, up
+        first = (near(p, dtype, device) for p in (self.first_down, self.first_up))
+        return torch.cat((down, next(first))), torch.cat((up, -next(first)), dim=1)
+
     def delta(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] that the update is where nothing is dropped."""
         check_storage(None, dtype)
-        delta: Tensor = self.scale * (self.up.to(dtype) @ self.down.to(dtype))
+        down, up = self._factors(dtype, self.down.device)
+        delta: Tensor = self.scale * (up.to(dtype) @ down.to(dtype))
         return delta
 
     def operands(
@@ -124,14 +162,15 @@ class LoRALinear(nn.Module):
         """What a call in `dtype` reads, or why the base must be called instead; `bias` [out] in
         place of the base's own."""
         check_storage(device, dtype)
-        down, up = self.down, self.up
         if bias is not None:
-            check_bias(bias, self.base, self.out_features, down)
+            check_bias(bias, self.base, self.out_features, self.down)
         found = frozen_operands(self.base, dtype, device, bias)
         if isinstance(found, str):
             return found
-        factors = near(down, dtype, device), near(up, dtype, device)
         dropout = self.dropout if self.training else 0.0
+        if dropout and self.first_down is not None:
+            return "dropout leaves out what was taken from the base"
+        factors = self._factors(dtype, device)
         return Operands(found.weight, found.bias, *factors, self.scale, dropout)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -145,19 +184,42 @@ class LoRALinear(nn.Module):
             assert found.up is not None
             base = {"weights": [found.weight], "biases": [found.bias]}
             return self._update(rows, found.down, found.up, **base)
-        check_input(x, self.base)
-        # It gets x as the model hands it over.
-        y = with_bias(self.base(x), self.base, bias)
-        down, up = (near(p, dtype, x.device) for p in (self.down, self.up))
-        if y.dtype == dtype and y.shape[:-1] == x.shape[:-1]:
-            return self._update(rows, down, up, base=[y])
-        return y + self._update(rows, down, up).to(y.dtype)
+        down, up = self._factors(dtype, x.device)
+        if self.dropout and self.training and self.first_down is not None:
+            down, up = (near(p, dtype, x.device) for p in (self.down, self.up))
+            y = self._without_first(x, rows, bias)
+        else:
+            y = self._called(x, bias)
+        return self._added(y, rows, down, up)
 
-    def _update(self, x: Tensor, down: Tensor, up: Tensor, **base: Any) -> Tensor:
+    def _called(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The base's own output: it gets x as the model hands it over."""
+        check_input(x, self.base)
+        return with_bias(self.base(x), self.base, bias)
+
+    def _without_first(self, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """What is left of the base's output where A0 and B0 are taken out of its weight."""
+        assert self.first_down is not None
+        assert self.first_up is not None
+        down, up = (near(p, rows.dtype, rows.device) for p in (self.first_down, self.first_up))
+        more: dict[str, Any] = {"scale": -self.scale, "dropout": 0.0}
+        found = frozen_operands(self.base, rows.dtype, rows.device, bias)
+        if isinstance(found, Operands):
+            more |= {"weights": [found.weight], "biases": [found.bias]}
+            return self._update(rows, down, up, **more)
+        return self._added(self._called(x, bias), rows, down, up, **more)
+
+    def _added(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, **more: Any) -> Tensor:
+        """`y`, which somebody else computed, with the update."""
+        if y.dtype == x.dtype and y.shape[:-1] == x.shape[:-1]:
+            return self._update(x, down, up, base=[y], **more)
+        return y + self._update(x, down, up, **more).to(y.dtype)
+
+    def _update(self, x: Tensor, down: Tensor, up: Tensor, **more: Any) -> Tensor:
         """The one call; the dtypes are settled, so autocast casts nothing inside."""
-        rest = dict(base, scale=self.scale, dropout=self.dropout, training=self.training)
+        settings = {"scale": self.scale, "dropout": self.dropout, "training": self.training}
         with autocast_off(x):
-            return lowrank_linear(x, down, [up], dropout_at="input", **rest)[0]
+            return lowrank_linear(x, down, [up], dropout_at="input", **(settings | more))[0]
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scale={self.scale}, dropout={self.dropout}"
@@ -182,10 +244,3 @@ def frozen_operands(
             return f"base is {checks.dtype_name(part.dtype)}, computed in {want}"
     matrix = weight if isinstance(base, nn.Linear) else weight.t()  # transformers' Conv1D
     return Operands(matrix, own if bias is None else bias.to(device=device, dtype=dtype))
-
-
-def check_init(name: str, value: object) -> None:
-    """ValueError unless `value` names an initialisation."""
-    # 1 == True: a number is none.
-    if not isinstance(value, (bool, str)) or value not in INITS:
-        raise ValueError(f"{name}: want one of {INITS}, got {value!r}")

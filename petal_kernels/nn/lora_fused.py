@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from petal_kernels._runtime.autocast import autocast_off
 from petal_kernels.nn.arguments import check_rows
+from petal_kernels.nn.dora import gained
 from petal_kernels.nn.frozen_linear import compute_dtype
 from petal_kernels.nn.lora import LoRALinear, Operands, frozen_operands
 from petal_kernels.ops.gated_mlp import gated_mlp
@@ -40,16 +41,20 @@ def lora_linears(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...] | s
     if any(each.dropout != first.dropout for each in others):
         return "their dropouts differ"
     with autocast_off(x):
-        return lowrank_linear(
+        ys = lowrank_linear(
             x if x.dtype == dtype else x.to(dtype),
             [each.down for each in given if each.down is not None],
             [each.up for each in given if each.up is not None],
             [each.weight for each in given],
-            [each.bias for each in given],
+            [each.bias if each.gain is None else None for each in given],
             scale=[each.scale for each in given],
             dropout=first.dropout,
             dropout_at="input",
         )
+    return tuple(
+        y if each.gain is None else gained(y, each.gain, each.bias)
+        for y, each in zip(ys, given, strict=True)
+    )
 
 
 def lora_mlp(
@@ -72,6 +77,8 @@ def lora_mlp(
     if why is not None:
         return why
     given = [each for each in found if not isinstance(each, str)]
+    if any(each.gain is not None for each in given):
+        return "a magnitude stands between a linear and the activation"
     drops = {each.dropout for each in given if each.down is not None}
     if len(drops) > 1:
         return "their dropouts differ"

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from petal_kernels._runtime.autocast import autocast_off
+from petal_kernels.nn.base_weight import base_weight
+from petal_kernels.nn.dora import DoRALinear
 from petal_kernels.nn.experts import InstructionExperts
 from petal_kernels.nn.gated_adapter import GatedAdapter
 from petal_kernels.nn.lora import LoRALinear
@@ -149,9 +151,41 @@ def published_lora(m: RoutedLoRALinear, y: Tensor, x: Tensor, vision: Tensor | N
 
 
 def published_update(m: LoRALinear, y: Tensor, x: Tensor) -> Tensor:
-    """y + s * B A drop(x)."""
+    """y + s * B A drop(x), y without what was taken out of the weight."""
     z = _linear(F.dropout(x, m.dropout, m.training), m.down)
-    return y + m.scale * _linear(z, m.up)
+    return _residual(m, y, x) + m.scale * _linear(z, m.up)
+
+
+def _residual(m: LoRALinear, y: Tensor, x: Tensor) -> Tensor:
+    """y - s * B0 A0 x, which is PEFT's own base then."""
+    if m.first_down is None:
+        return y
+    return y - m.scale * _linear(_linear(x, m.first_down), m.first_up)
+
+
+def published_magnitude(m: DoRALinear, y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """y + (g - 1) (y - bias) + g s B A x with g = m / |W + s B A|, that sum formed; with dropout
+    of x in all but the first y, W x in place of y - bias."""
+    weight = base_weight(m.base)
+    assert isinstance(weight, Tensor)
+    y = _residual(m, y, x)
+    if m.first_down is not None and m.first_up is not None:
+        weight = weight - m.scale * (m.first_up @ m.first_down).to(weight)
+    whole = weight + m.scale * (m.up @ m.down).to(weight)
+    gain = m.magnitude / torch.linalg.vector_norm(whole, dim=1).detach()
+    dropped = F.dropout(x, m.dropout, m.training)
+    if m.dropout and m.training:
+        plain = _linear(dropped, weight)
+    else:
+        plain = y if bias is None else y - bias.to(y.dtype)
+    update = m.scale * _linear(_linear(dropped, m.down), m.up)
+    moved: Tensor = (gain - 1) * plain + gain * update
+    return y + moved.to(y.dtype)
+
+
+def published_rows(weight: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+    """A copy of an embedding's weight with other rows for some tokens."""
+    return weight.index_copy(0, tokens, rows.to(weight.dtype))
 
 
 def _gates(

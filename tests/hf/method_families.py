@@ -48,6 +48,12 @@ def _text_batch(family: str, size: int, seed: int, length: int) -> dict[str, Any
     return values
 
 
+def _word_batch(family: str, size: int, seed: int, length: int) -> dict[str, Any]:
+    """Ids, so that the embeddings run."""
+    values: dict[str, Any] = dict(tiny_text.batch(family, size, seed))
+    return {n: t[:, :length].contiguous() for n, t in values.items()} | {"use_cache": False}
+
+
 FAMILIES = {
     **{
         name: Family(partial(build, layers=2), partial(_qformer_batch, name))
@@ -61,4 +67,5 @@ FAMILIES = {
         name: Family(partial(tiny_text.build, name), partial(_text_batch, name))
         for name in tiny_text.MODELS
     },
+    "gpt2-words": Family(partial(tiny_text.build, "gpt2"), partial(_word_batch, "gpt2")),
 }

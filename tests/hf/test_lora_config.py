@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from typing import Any
@@ -37,6 +38,33 @@ def test_defaults_are_pefts() -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "want"),
+    [
+        ([5, 2], [5, 2]),
+        ((5, 2), [5, 2]),
+        ({5, 2}, [2, 5]),
+        ({"wte": (5, 2), "head": [1]}, {"wte": [5, 2], "head": [1]}),
+    ],
+    ids=str,
+)
+def test_tokens_are_lists(value: Any, want: Any) -> None:
+    config = pk.LoraConfig(trainable_token_indices=value)
+    assert config.trainable_token_indices == want
+    assert config.trainable_token_indices is not value
+    assert pk.LoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == (
+        config.to_dict() | {"parts": ("language",)}
+    )
+
+
+FIELD = "trainable_token_indices"
+WANTED = (
+    f"{FIELD}: want None, a non-empty list of tokens >= 0, each once, or a dict of names and such "
+    "lists, got "
+)
+NO_TOKENS: list[Any] = [3, [], [3, 3], [-1], [True], ["3"], {}, {"a": []}, {1: [2]}, {"a": [1, 1]}]
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"r": 0}, "r: want an integer >= 1, got 0"),
@@ -44,15 +72,13 @@ def test_defaults_are_pefts() -> None:
         ({"lora_dropout": 1.0}, "lora_dropout: want a number with 0 <= lora_dropout < 1, got 1.0"),
         ({"variant": "release"}, "variant: want 'paper', LoRA has no other, got 'release'"),
         ({"use_rslora": 1}, "use_rslora: want a bool, got 1"),
-        ({"use_dora": True}, "use_dora: want False (it is not supported yet), got True"),
-        (
-            {"trainable_token_indices": [3]},
-            "trainable_token_indices: want None (it is not supported yet), got [3]",
-        ),
+        ({"use_dora": 1}, "use_dora: want a bool, got 1"),
+        *(({FIELD: value}, WANTED + repr(value)) for value in NO_TOKENS),
         ({"bias": "some"}, "bias: want one of ('none', 'all', 'lora_only'), got 'some'"),
         (
-            {"init_lora_weights": "pissa"},
-            "init_lora_weights: want one of (True, False, 'gaussian'), got 'pissa'",
+            {"init_lora_weights": "eva"},
+            "init_lora_weights: want one of (True, False, 'gaussian', 'pissa', 'pissa_niter_N', "
+            "'olora') (N a number), got 'eva'",
         ),
         ({"init_lora_weights": 1}, "init_lora_weights: want one of"),
         ({"target_modules": "("}, "target_modules: want a regular expression or a list of names"),

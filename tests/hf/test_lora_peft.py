@@ -114,9 +114,7 @@ def test_a_task_s_head_is_trained_whole_as_in_peft(make: Any) -> None:
         ("use_qalora", True),
         ("qalora_group_size", 32),
         ("inference_mode", True),
-        ("use_dora", True),
-        ("trainable_token_indices", [1]),
-        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "eva"),
     ],
 )
 def test_what_means_nothing_here_is_refused_by_name(make: Any, name: str, value: Any) -> None:

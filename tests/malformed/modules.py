@@ -55,6 +55,15 @@ CONSTRUCTORS: dict[type[nn.Module], Callable[[], dict[str, Any]]] = {
         "init": "gaussian",
         "dtype": torch.float32,
     },
+    pk.nn.DoRALinear: lambda: {
+        "base": nn.Linear(D, OUT),
+        "r": R - 1,
+        "alpha": 4.0,
+        "rslora": True,
+        "dropout": 0.1,
+        "init": "olora",
+        "dtype": torch.float32,
+    },
     pk.nn.ValueAdapter: lambda: (
         {"in_features": D, "out_features": OUT, "r": R, "layers": 2} | _KIND
     ),
@@ -112,6 +121,10 @@ def _lora(**more: Any) -> nn.Module:
 
 def _plain_lora() -> nn.Module:
     return pk.nn.LoRALinear(nn.Linear(D, OUT).requires_grad_(False), R, dropout=0.1)
+
+
+def _magnitude() -> nn.Module:
+    return pk.nn.DoRALinear(nn.Linear(D, OUT).requires_grad_(False), R, dropout=0.1)
 
 
 def _instruction(**more: Any) -> nn.Module:
@@ -174,6 +187,15 @@ METHODS: list[Method] = [
     ),
     (_plain_lora, "reset_parameters", lambda: {"init": "gaussian"}, ()),
     (_plain_lora, "delta", lambda: {"dtype": torch.float32}, ()),
+    (_magnitude, "forward", lambda: {"x": t(B, L, D), "bias": t(OUT)}, rows("x")),
+    (
+        _magnitude,
+        "operands",
+        lambda: {"dtype": torch.float32, "device": torch.device("cpu"), "bias": t(OUT)},
+        (),
+    ),
+    (_magnitude, "reset_parameters", lambda: {"init": "gaussian"}, ()),
+    (_magnitude, "delta", lambda: {"dtype": torch.float32}, ()),
     (
         lambda: pk.nn.ValueAdapter(D, OUT, R, 2),
         "forward",
@@ -284,6 +306,8 @@ LEGAL: dict[str, tuple[str, ...]] = {
     "RoutedLoRALinear.update": ("y: half", "x: half"),
     "LoRALinear.forward": ("bias: half",),
     "LoRALinear.operands": ("bias: half", "device: None"),
+    "DoRALinear.forward": ("bias: half",),
+    "DoRALinear.operands": ("bias: half", "device: None"),
     "ValueAdapter.forward": ("values: half", "values: meta", "middle: half", "layer: zero"),
     "ValueAdapter.project": ("encoded: half", "layer: zero"),
     "InstructionExperts.forward": ("embeddings: half", "queries: zero", *MASK),

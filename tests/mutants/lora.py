@@ -38,7 +38,7 @@ MUTANTS = [
     (_LORA, "delta: Tensor = self.scale * (", "delta: Tensor = ("),
     (_LORA, "self.down.normal_(std=1.0 / self.r)", "self.down.normal_()"),
     (_LORA, "        if init is False:", "        if True:"),
-    (_LORA, "return y + self._update(rows, down, up).to(y.dtype)", "return y"),
+    (_LORA, "return y + self._update(x, down, up, **more).to(y.dtype)", "return y"),
     (_CONFIG, "tuple(part for part in PARTS if part in self.parts)", "tuple(self.parts)"),
     (_CONFIG, "wanted.lower() == ALL_LINEAR", "wanted == ALL_LINEAR"),
     (_LINEARS, 'id(child) in heads and own == "projector"', "False"),

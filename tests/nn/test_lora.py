@@ -284,7 +284,10 @@ def test_operands_are_what_the_call_reads() -> None:
     assert found.weight.shape == (O, D)
     assert (found.bias, found.down, found.up) == (lora.base.bias, lora.down, lora.up)
     assert (found.scale, found.dropout) == (3.0 / R, P)
-    assert lora.eval().operands(x.dtype, x.device)[-1] == 0.0
+    assert found.gain is None
+    evaluated = lora.eval().operands(x.dtype, x.device)
+    assert isinstance(evaluated, module.Operands)
+    assert evaluated.dropout == 0.0
     assert lora.operands(torch.bfloat16, x.device) == "base is float32, computed in bfloat16"
 
 
@@ -319,9 +322,9 @@ def test_inits_are_pefts(init: bool | str) -> None:
     assert not torch.equal(lora.down.detach(), before)
 
 
-@pytest.mark.parametrize("init", ["pissa", 1, 0, None, 1.0])
+@pytest.mark.parametrize("init", ["eva", 1, 0, None, 1.0])
 def test_other_inits_are_refused(init: Any) -> None:
-    with pytest.raises(ValueError, match=r"init: want one of \(True, False, 'gaussian'\), got"):
+    with pytest.raises(ValueError, match=r"init: want one of \(True, False, 'gaussian', 'pissa"):
         LoRALinear(nn.Linear(D, O), R, init=init)
 
 

@@ -297,9 +297,11 @@ def vision_of(call: Call, route: str, role: str) -> Tensor | None:
 class BlocksMethod(InsertionMethod):
     """A method with gated adapters after blocks."""
 
-    def __init__(self, model: nn.Module, config: Any, *, published: bool) -> None:
+    def __init__(
+        self, model: nn.Module, config: Any, *, published: bool, loads: bool = False
+    ) -> None:
         self.parts: dict[str, AfterBlock] = {}
-        super().__init__(model, config, published=published)
+        super().__init__(model, config, published=published, loads=loads)
 
     def layer_part(self, layer: Layer, stack: int) -> LayerPart | None:
         if not layer.places:

@@ -17,6 +17,7 @@ from petal_kernels.hf import found
 from petal_kernels.hf.found import Found, Layer, Place, Site
 from petal_kernels.hf.linears import Chosen, of_pattern
 from petal_kernels.hf.lora_config import LoraConfig
+from petal_kernels.hf.merging import Merged
 from petal_kernels.hf.method import Hand, Method
 from petal_kernels.hf.methods.embeddings import guard_embeddings
 from petal_kernels.hf.methods.insertion import lora_rows
@@ -31,14 +32,17 @@ from petal_kernels.hf.models import Block, Linear, Stack
 from petal_kernels.hf.norms import FrozenNorm, norms_around, width_of
 from petal_kernels.hf.parts import LayerPart
 from petal_kernels.hf.report import Row, Rows
+from petal_kernels.hf.token_rows import Tables
 from petal_kernels.hf.twins import base_twin, twin_of
 from petal_kernels.hf.walk import device_of, is_a, joined
 from petal_kernels.hf.whole import extra_modules
 from petal_kernels.hf.wrappers import AdaptedLinear
+from petal_kernels.nn.dora import KEPT, DoRALinear
 from petal_kernels.nn.frozen_linear import why_not_readable
 from petal_kernels.nn.lora import LoRALinear
 from petal_kernels.nn.lora_fused import watched
-from petal_kernels.nn.published import published_update
+from petal_kernels.nn.lora_init import is_taken
+from petal_kernels.nn.published import published_magnitude, published_update
 
 _ROW = Stack("linears", "", ())
 
@@ -87,6 +91,7 @@ class Lora(Method):
         self._norms: dict[str, tuple[nn.Module, FrozenNorm]] = {}
         untouched = self.published or self.config.frozen_norms == "module"
         self._sites = {} if untouched else norms_around(model, [s.path for s in chosen.linears])
+        self._split: set[str] = set()  # of MLPs that run in parts
         self._parents = {seen.path: seen.parent for seen in chosen.linears}
         layers: dict[int, Layer] = {}
         for seen in chosen.linears:
@@ -99,8 +104,17 @@ class Lora(Method):
             row = Linear("", seen.name, seen.path)
             known.places.append(Place(role, row, seen.path, seen.module, known))
         self._biased = self._biases(model, {seen.path for seen in chosen.linears})
+        self._tables = self._find_tables(model, chosen)
         kind = getattr(getattr(root, "config", None), "model_type", None)
         return Found(str(kind or type(root).__name__), path, root, [site], chosen.notes)
+
+    def _find_tables(self, model: nn.Module, chosen: Chosen) -> Tables | None:
+        if self.config.trainable_token_indices is None:
+            return None
+        saved = [seen for seen in chosen.every if seen.saved]
+        taken = {id(seen.module): "modules_to_save trains whole" for seen in saved}
+        taken |= {id(seen.module): "LoRA adapts" for seen in chosen.linears}
+        return Tables(model, self.config.trainable_token_indices, taken)
 
     def _table(self, model: nn.Module) -> list[str] | None:
         """The query and value projections as the table of models has them, where none is named."""
@@ -117,19 +131,29 @@ class Lora(Method):
 
     def build(self) -> Factors:
         factors, config = Factors(), self.config
+        kind = DoRALinear if config.use_dora else LoRALinear
+        is_read = self.loads and is_taken(config.init_lora_weights)
         for place in self.found.places:
-            module = LoRALinear(
-                place.module,
-                of_pattern(config.rank_pattern, place.path, config.r),
-                alpha=of_pattern(config.alpha_pattern, place.path, config.lora_alpha),
-                rslora=config.use_rslora,
-                dropout=config.lora_dropout,
-                init=config.init_lora_weights,
-                own_base=False,
-                device=device_of(place.module),
-                dtype=config.dtype,
-            )
+            try:
+                module = kind(
+                    place.module,
+                    of_pattern(config.rank_pattern, place.path, config.r),
+                    alpha=of_pattern(config.alpha_pattern, place.path, config.lora_alpha),
+                    rslora=config.use_rslora,
+                    dropout=config.lora_dropout,
+                    init=True if is_read else config.init_lora_weights,
+                    own_base=False,
+                    device=device_of(place.module),
+                    dtype=config.dtype,
+                )
+            except ValueError as error:
+                raise ValueError(f"{_in_config(str(error))} (of {place.path})") from error
+            if is_read:
+                module.reserve_first()
             factors.put(place.path, module)
+        self.tables = {} if self._tables is None else self._tables.build(config.dtype)
+        for path, table in self.tables.items():
+            factors.put(path, table)
         return factors
 
     def trained_biases(self) -> dict[str, nn.Module]:
@@ -173,6 +197,8 @@ class Lora(Method):
         if not self.published:
             self._join(hand)
             self._take_norms(hand)
+        if self._tables is not None:
+            self._tables.install(self, self.tables, hand)
         guard_embeddings(self.found.root, hand)
 
     def _join(self, hand: Hand) -> None:
@@ -181,13 +207,18 @@ class Lora(Method):
         parents = dict.fromkeys(self._parents[place.path] for place in self.found.places)
         for parent in parents:
             part = fused_mlp(self, parent, self.config.recompute_mlp)
+            if part is not None and self.config.use_dora:
+                # What reads one tensor is all that a magnitude lets join.
+                own = [path for path, each in self._parents.items() if each is parent]
+                self._split.update(own)
+                part = None
             parts: Sequence[OneInput | FusedMlp] = (
                 [part] if part is not None else one_input_parts(self, parent)
             )
             for each in parts:
                 hand.take(parent, each)
-                own = [m for m in each.members.values() if isinstance(m, LoraLinear)]
-                self._joined.update((path, each) for path, w in self._wrappers if w in own)
+                members = [m for m in each.members.values() if isinstance(m, LoraLinear)]
+                self._joined.update((path, each) for path, w in self._wrappers if w in members)
 
     def _take_norms(self, hand: Hand) -> None:
         """Lets the frozen norms in front of adapted linears run as the config has it."""
@@ -205,6 +236,9 @@ class Lora(Method):
         self._wrappers.append((place.path, wrapper))
         hand.wrap(place, wrapper)
 
+    def fold_rest(self, merged: Merged) -> dict[str, str]:
+        return {} if self._tables is None else self._tables.fold(self.tables, merged)
+
     # -- what it says -----------------------------------------------------------------------------
 
     def trains(self, place: Place) -> LoRALinear:
@@ -214,20 +248,41 @@ class Lora(Method):
     def place_row(self, place: Place) -> Row:
         lora = self.trains(place)
         shape = f"{lora.in_features} -> {lora.out_features}, r {lora.r}, scale {lora.scale:g}"
+        if lora.first_down is not None:
+            shape += f", {self.config.init_lora_weights}"
+        if isinstance(lora, DoRALinear):
+            shape += ", magnitude"
         count = sum(p.numel() for p in lora.parameters() if p.requires_grad)
-        return Row(place.path, place.role, shape, "", "", count)
+        return Row(place.path, place.role, shape, "", self._why_alone(place, lora), count)
+
+    def _why_alone(self, place: Place, lora: LoRALinear) -> str:
+        """Why a linear does not run in one call with those that it could run with."""
+        drops = lora.dropout > 0.0 and lora.training
+        own = isinstance(lora, DoRALinear) or lora.first_down is not None
+        if place.path in self._joined and drops and own:
+            return "one by one in training: dropout leaves out a part of the base"
+        if place.path in self._split:
+            return "its MLP in parts: a magnitude stands before the activation"
+        return ""
 
     def shared_rows(self) -> list[Row]:
-        """The norms."""
+        """The norms, and the rows of tokens."""
         how = self.config.frozen_norms
-        return [
+        rows = [
             Row(path, "norm", f"{part.norm.kind} {width_of(module)}, {how}", "", "", 0)
             for path, (module, part) in self._norms.items()
         ]
+        for path, table in self.tables.items():
+            assert self._tables is not None
+            for number, (use, module) in enumerate(self._tables.modules[path].items()):
+                size = "{} of {} x {}".format(len(table.numbers), *_size(module))
+                count = 0 if number else table.rows.numel()
+                rows.append(Row(use, "rows of tokens", size, "", "", count))
+        return rows
 
     def shared_sample(self, row: Row, tokens: Rows) -> Callable[[], object] | None:
-        module, part = self._norms[row.module]
-        if part.merged:
+        module, part = self._norms.get(row.module, (None, None))
+        if module is None or part is None or part.merged:
             return None
         return lambda: part.of(module, self.typical(module, tokens, width_of(module)))
 
@@ -237,7 +292,7 @@ class Lora(Method):
     def sample(self, place: Place, wrapper: Any, tokens: Rows) -> tuple[Any, Any]:
         lora = twin_of(wrapper.used(), base=base_twin(wrapper.base))
         bias = wrapper.trained_bias()
-        key = signature(lora, bias)
+        key = signature(lora, bias, ignore=KEPT)
 
         def alone() -> object:
             return lora.forward(self.typical(lora.base, tokens), bias)
@@ -257,7 +312,7 @@ class Lora(Method):
 
         biases = [m.trained_bias() for m in members]
         watched_now = [watched(m) for m in part.members.values()]
-        return (key, signature(*twins.values(), *biases), *watched_now), joined
+        return (key, signature(*twins.values(), *biases, ignore=KEPT), *watched_now), joined
 
 
 class LoraLinear(AdaptedLinear):
@@ -273,18 +328,41 @@ class LoraLinear(AdaptedLinear):
     def adapted(self, x: Tensor) -> Tensor:
         lora = self.used()
         if self.method.published:
-            return published_update(lora, self.with_merged(x), x)
+            return self._published(lora, x)
         y = taken(self, x)
         # `forward` of the instance: an engine that loads the weights puts its own there.
         return lora.forward(x, self.trained_bias()) if y is None else y
+
+    def _published(self, lora: LoRALinear, x: Tensor) -> Tensor:
+        y, bias = self.with_merged(x), self.trained_bias()
+        if isinstance(lora, DoRALinear):
+            own = self.base._parameters.get("bias") if bias is None else bias
+            return published_magnitude(lora, y, x, own)
+        return published_update(lora, y, x)
 
     def used(self) -> LoRALinear:
         lora: LoRALinear = self.__dict__["lora"]
         return lora
 
     def delta(self, dtype: torch.dtype) -> Tensor:
-        """s B A: without dropout it is the whole update."""
+        """s B A, or what a magnitude makes of it: without dropout it is the whole update."""
         return self.used().delta(dtype)
+
+
+# Words of a module's argument for the config's.
+_FIELDS = {"init": "init_lora_weights", "alpha": "lora_alpha", "base": "use_dora"}
+
+
+def _in_config(text: str) -> str:
+    """The module's error by the config's own name of the field."""
+    name, _, rest = text.partition(":")
+    return f"{_FIELDS.get(name, name)}:{rest}"
+
+
+def _size(module: nn.Module) -> tuple[int, int]:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight.shape[0], weight.shape[1]
 
 
 def _layer_of(path: str, modules: dict[str, nn.Module]) -> tuple[str, nn.Module]:

@@ -44,9 +44,11 @@ class Petal(ModesMethod):
     stack_starts = False  # the embeddings do, before it
     config: PetalConfig
 
-    def __init__(self, model: nn.Module, config: PetalConfig, *, published: bool) -> None:
+    def __init__(
+        self, model: nn.Module, config: PetalConfig, *, published: bool, loads: bool = False
+    ) -> None:
         self.embeddings: tuple[str, nn.Module, nn.Module] | None = None  # path, module, its owner
-        super().__init__(model, config, published=published)
+        super().__init__(model, config, published=published, loads=loads)
 
     def rows(self, stack: Stack) -> Sequence[tuple[str, Linear | Block]] | None:
         if stack.name != "qformer":
