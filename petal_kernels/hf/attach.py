@@ -11,12 +11,14 @@ from typing import Any
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from petal_kernels.hf import files, tensors
+from petal_kernels.hf import formats, tensors
 from petal_kernels.hf.attachment import NAME, Attachment
 from petal_kernels.hf.config import AdapterConfig
+from petal_kernels.hf.files import Saved
 from petal_kernels.hf.merging import HANDLE
 from petal_kernels.hf.methods import method_of
 from petal_kernels.hf.peft_config import from_peft, is_peft
+from petal_kernels.hf.peft_files import PeftSaved
 from petal_kernels.hf.report import Report
 from petal_kernels.hf.twins import skeleton
 from petal_kernels.nn.arguments import check_choice
@@ -35,7 +37,7 @@ def attach(
     """Freezes `model`, adapts its layers in place and returns the handle of what was done.
 
     `config` is a config of one of the methods, a LoraConfig of PEFT's, or the directory of a saved
-    adapter.
+    adapter: this package's, or a LoRA adapter that PEFT saved.
     `implementation` is "fused" or "published" (the eager form of the papers over the same
     parameters: the reference). Raises ValueError where nothing matches, leaving the model as it
     was.
@@ -46,8 +48,8 @@ def attach(
     _check_free(model)
     saved = None
     if isinstance(config, (str, os.PathLike)):
-        saved = files.read(config)
-        config = saved.config
+        saved = formats.read(config)
+        config = saved.config_for(model)
     config = _checked(config, model)
     _check_holders(model)
     if saved is None:
@@ -74,7 +76,7 @@ def plan(
         raise TypeError(f"model: want a torch.nn.Module, got a {type(model).__name__}")
     _check_free(model)
     if isinstance(config, (str, os.PathLike)):
-        config = files.read(config).config
+        config = formats.read(config).config_for(model)
     config = _checked(config, model)
     _check_wrapped(model, [])
     twin = skeleton(model)
@@ -115,7 +117,7 @@ def _attach(model: nn.Module, config: AdapterConfig, implementation: str) -> Att
     made = Attachment.__new__(Attachment)
     try:
         made.__init__(model, method, implementation)  # type: ignore[misc]
-        made._shapes = tensors.shapes_of(made.state_dict())
+        made.shapes = tensors.shapes_of(made.state_dict())
     except BaseException:
         if made.__dict__.get("_attached"):
             made.detach()
@@ -124,7 +126,7 @@ def _attach(model: nn.Module, config: AdapterConfig, implementation: str) -> Att
 
 
 def _attach_saved(
-    model: nn.Module, saved: files.Saved, config: AdapterConfig, implementation: str
+    model: nn.Module, saved: Saved | PeftSaved, config: AdapterConfig, implementation: str
 ) -> Attachment:
     try:
         made = _attach(model, config, implementation)

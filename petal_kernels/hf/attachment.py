@@ -6,19 +6,16 @@ Nothing is patched but the instance. One module named `petal` on the model holds
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from petal_kernels.hf import files, tensors
+from petal_kernels.hf import tensors
 from petal_kernels.hf.blocks import Blocks
 from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.found import Found, Place
 from petal_kernels.hf.merging import (
-    ALL,
     HANDLE,
     Merged,
     MergeReport,
@@ -27,7 +24,6 @@ from petal_kernels.hf.merging import (
     need_no_merged,
 )
 from petal_kernels.hf.method import Method
-from petal_kernels.hf.names import prefixes_of
 from petal_kernels.hf.parts import (
     Adapted,
     Both,
@@ -42,15 +38,16 @@ from petal_kernels.hf.parts import (
 )
 from petal_kernels.hf.report import Report, make_report
 from petal_kernels.hf.routing import Routed
+from petal_kernels.hf.stored import Stored
 from petal_kernels.hf.walk import is_a, joined, parent_of, uses_of
-from petal_kernels.hf.whole import Copies, CopyPart, extra_modules, offloaded
+from petal_kernels.hf.whole import Copies, CopyPart, extra_modules
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.frozen_linear import FrozenLinear
 
 NAME = "petal"
 
 
-class Attachment(Blocks, Routed):
+class Attachment(Blocks, Routed, Stored):
     """What `attach` did to one model: report it, save it, merge it, take it back."""
 
     def __init__(self, model: nn.Module, method: Method, implementation: str) -> None:
@@ -67,7 +64,7 @@ class Attachment(Blocks, Routed):
         self._required = {
             name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)
         }
-        self._shapes: dict[str, torch.Size] = {}  # of all that is stored, once it is all there
+        self.shapes: dict[str, torch.Size] = {}  # of all that is stored, once it is all there
         self._attached = True
         model.requires_grad_(False)
         self._train_whole()
@@ -186,97 +183,6 @@ class Attachment(Blocks, Routed):
             self.take(embeddings, FrozenVectors())
             self._guards.add(id(embeddings))
 
-    # -- parameters -------------------------------------------------------------------------------
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The trainable parameters: the adapter's and those of modules trained whole."""
-        self._check_places("named_parameters")
-        for name, parameter in self.adapter.named_parameters():
-            if parameter.requires_grad:
-                yield self._stored(name), parameter
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        for _, parameter in self.named_parameters():
-            yield parameter
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All stored tensors, shared ones once; the very storages, not copies."""
-        state = {
-            name.removeprefix(ALL): value
-            for name, value in self.adapter.state_dict(prefix=ALL).items()
-        }
-        for name, value in state.items():
-            if value.is_meta:
-                state[name] = offloaded(value, *parent_of(self.adapter, name))
-        return {self._stored(name): value for name, value in state.items()}
-
-    def _stored(self, name: str) -> str:
-        """A tensor's name in files, from that in the adapter."""
-        prefix, _, rest = name.partition(".")
-        copies = self.adapter._modules.get(tensors.EXTRA)
-        if prefix != tensors.EXTRA or not isinstance(copies, Copies):
-            return name
-        holder, _, rest = rest.partition(".")
-        path = next(path for path, own in copies.paths.items() if own == holder)
-        return f"{tensors.EXTRA}.{path}.{rest}"
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copies `state` in; ValueError on any missing, unexpected or mis-shaped tensor."""
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state: want a dict of tensors, got a {type(state).__name__}")
-        for name, value in state.items():
-            if not isinstance(value, Tensor) or value.is_meta:
-                got = "one on device meta" if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"state: want tensors with values, got {got} as {name!r}")
-        own = self._loadable()
-        tensors.check_tensors("state_dict", state, own)
-        self._copy_in(own, state)
-
-    def _loadable(self) -> dict[str, Tensor]:
-        state = self.state_dict()
-        tensors.check_loadable("load", state, self._shapes)
-        return state
-
-    def _copy_in(self, own: dict[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        self._need_attached("load")
-        self._check_places("load")
-        if self._merged is not None:
-            raise RuntimeError("load: the adapter is merged; call unmerge() first")
-        tensors.copy_in("load", own, state)
-
-    # -- files ------------------------------------------------------------------------------------
-
-    def signature(self) -> dict[str, Any]:
-        """What the adapter needs of its base, as stored with it."""
-        return self.method.signature()
-
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes adapter.safetensors and petal_config.json into `directory`, as one step.
-
-        Whatever interrupts it, the directory loads as the adapter that was there or as this one.
-        A model under `fully_shard` is gathered: then every process calls this.
-        """
-        self._need_attached("save")
-        self._check_places("save")
-        files.write(directory, self.config, self.signature(), self.state_dict(), self._shapes)
-
-    def load(self, directory: str | os.PathLike[str]) -> None:
-        """Loads a saved adapter of the same configuration into this attachment."""
-        saved = files.read(directory)
-        saved.check_config(self.config)
-        saved.check_base(self.signature())
-        self._load(saved)
-
-    def _load(self, saved: files.Saved) -> None:
-        own = self._loadable()
-        wanted, prefixes = own | self._aliases(own), prefixes_of(self.model)
-        values = saved.tensors_for(wanted, prefixes, mirrors=self.method.mirrors)
-        self._copy_in(own, values)
-
-    def _aliases(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Other names of shared tensors, under which older files hold them once more."""
-        return {}
-
     # -- report, merge, detach --------------------------------------------------------------------
 
     def report(self, tokens: tuple[int, int] = (8, 128)) -> Report:
@@ -340,6 +246,17 @@ class Attachment(Blocks, Routed):
             )
         self._merged = None  # its weights stay
         return self.detach()
+
+    def named_whole(self) -> list[str]:
+        """The paths of what `modules_to_save` means, without what lies in another of them."""
+        return [
+            path for path in self._named if not any(path.startswith(f"{p}.") for p in self._named)
+        ]
+
+    def used_again(self) -> list[str]:
+        """The paths of adapted linears that the model uses in several places."""
+        again = {id(wrapper) for _, _, wrapper in self._again}
+        return [place.path for place, _, _, wrapper in self._wrapped if id(wrapper) in again]
 
     def whole(self) -> list[str]:
         """The paths of what is trained whole, as it was named or as the method chose it."""

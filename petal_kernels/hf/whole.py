@@ -59,6 +59,22 @@ class Copies(nn.Module):
             self.add_module(self.paths[path], holder)
         return CopyPart(holder, shared)
 
+    def other_names(self, model: nn.Module) -> dict[str, str]:
+        """By what other names than the one that it is held under the model reads a parameter that
+        several of its modules share."""
+        first: dict[int, str] = {}
+        found = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            for name, parameter in module._parameters.items():
+                if parameter is None or id(parameter) not in self._known:
+                    continue
+                holder, key = self._known[id(parameter)]
+                if self._modules.get(self.paths.get(path, "")) is holder and key == name:
+                    first[id(parameter)] = f"{path}.{name}"
+                else:
+                    found[f"{path}.{name}"] = id(parameter)
+        return {name: first[known] for name, known in found.items()}
+
     def named(self) -> Iterator[tuple[str, nn.Module]]:
         """The holders by the path of their module."""
         for path, name in self.paths.items():

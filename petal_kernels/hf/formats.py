@@ -1,0 +1,16 @@
+"""The formats of an adapter on disk: this package's own, of every method, and PEFT's, of LoRA."""
+
+from __future__ import annotations
+
+import os
+
+from petal_kernels.hf import files, peft_files
+from petal_kernels.hf.files import Saved
+from petal_kernels.hf.peft_files import PeftSaved
+
+FORMATS = ("petal", "peft")
+
+
+def read(directory: str | os.PathLike[str]) -> Saved | PeftSaved:
+    """Reads and checks an adapter directory of either format, told by its files."""
+    return peft_files.read(directory) if peft_files.is_peft(directory) else files.read(directory)
