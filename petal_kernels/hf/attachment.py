@@ -162,8 +162,8 @@ class Attachment(Blocks, Routed, Stored):
     def _bind_copies(self) -> None:
         """Layers that hold a trained copy bind their call too, where nothing else of them is
         adapted: their recompute must know whether the copy ran."""
-        copies = self.adapter._modules.get(tensors.EXTRA)
-        for path in copies.paths if isinstance(copies, Copies) else ():
+        copies = self.copies()
+        for path in () if copies is None else copies.paths:
             while path:
                 module = self.model.get_submodule(path)
                 # Whether or not checkpointing is on yet.

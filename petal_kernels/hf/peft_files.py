@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from petal_kernels.hf.names import renamed
 from petal_kernels.hf.pair import CONFIG, OLD_CONFIG
 from petal_kernels.hf.peft_config import ends_with, from_json, to_json
 from petal_kernels.hf.tensors import EXTRA, check_tensors, gathered
+from petal_kernels.hf.whole import Copies
 
 TENSORS = "adapter_model.safetensors"
 
@@ -95,15 +96,14 @@ class PeftSaved:
 def is_peft(directory: str | os.PathLike[str]) -> bool:
     """Whether a folder holds an adapter of PEFT's, whole or not, and none of this package's."""
     folder = files.path_of(directory)
-    old = folder / OLD_CONFIG
-    if (folder / CONFIG).exists() or files.is_ours(old):
+    if (folder / CONFIG).exists():
         return False
     try:
-        values = json.loads(old.read_bytes())
+        values = json.loads((folder / OLD_CONFIG).read_bytes())
     except (ValueError, RecursionError, OSError):
-        values = None
+        return (folder / TENSORS).exists()
     named = isinstance(values, dict) and "peft_type" in values
-    return named or (folder / TENSORS).exists()
+    return named or ((folder / TENSORS).exists() and not files.is_ours(folder / OLD_CONFIG))
 
 
 def read(directory: str | os.PathLike[str]) -> PeftSaved:
@@ -145,6 +145,9 @@ class Held(Protocol):
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that is stored."""
+
+    def copies(self) -> Copies | None:
+        """What is trained whole, biases among it."""
 
     def named_whole(self) -> list[str]:
         """The paths of what `modules_to_save` means."""
@@ -238,33 +241,27 @@ def _saved(whole: Sequence[str], paths: Collection[str]) -> list[str]:
 
 def _theirs(attachment: Held, state: Mapping[str, Tensor], adapted: set[str]) -> dict[str, Tensor]:
     """The tensors by PEFT's names."""
-    whole = attachment.named_whole()
-    wanted = {f"{EXTRA}.{name}" for name in _names_in(attachment.model, whole)}
+    _check_untied(attachment)
     words = {ours: theirs for theirs, ours in _FACTORS.items()}
     named: dict[str, Tensor] = {}
     for name, tensor in state.items():
         path, _, last = name.removeprefix(f"{EXTRA}.").rpartition(".")
         if not name.startswith(f"{EXTRA}."):
-            named[f"{_PREFIX}{path}.{words[last]}"] = tensor
+            last = words[last]
         elif path in adapted:
-            named[f"{_PREFIX}{path}.{_BIAS}"] = tensor
-        elif name in wanted or path in attachment.method.trained_biases():
-            named[f"{_PREFIX}{path}.{last}"] = tensor
-        else:
-            _refuse_tied(path)
-    for name in sorted(wanted - set(state)):
-        _refuse_tied(name.removeprefix(f"{EXTRA}."))
+            last = _BIAS
+        named[f"{_PREFIX}{path}.{last}"] = tensor
     return named
 
 
-def _names_in(model: nn.Module, whole: Sequence[str]) -> Iterator[str]:
-    for path in whole:
-        for name in model.get_submodule(path).state_dict():
-            yield f"{path}.{name}"
-
-
-def _refuse_tied(name: str) -> None:
-    raise ValueError(
-        f"modules_to_save: want modules that share no parameter with another, got {name!r}, of "
-        "which PEFT would train a copy of its own"
-    )
+def _check_untied(attachment: Held) -> None:
+    """ValueError where what is trained whole shares a parameter with another module."""
+    copies = attachment.copies()
+    whole = tuple(f"{path}." for path in attachment.named_whole())
+    others = {} if copies is None else copies.other_names(attachment.model)
+    for other, name in others.items():
+        if name.startswith(whole):
+            raise ValueError(
+                "modules_to_save: want modules that share no parameter with another, got "
+                f"{name!r}, which is {other!r} too and in PEFT becomes a copy of its own"
+            )

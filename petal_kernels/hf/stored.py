@@ -73,11 +73,16 @@ class Stored:
                 state[name] = offloaded(value, *parent_of(self.adapter, name))
         return {self._stored(name): value for name, value in state.items()}
 
+    def copies(self) -> Copies | None:
+        """What is trained whole, biases among it; None where nothing is."""
+        copies = self.adapter._modules.get(tensors.EXTRA)
+        return copies if isinstance(copies, Copies) else None
+
     def _stored(self, name: str) -> str:
         """A tensor's name in files, from that in the adapter."""
         prefix, _, rest = name.partition(".")
-        copies = self.adapter._modules.get(tensors.EXTRA)
-        if prefix != tensors.EXTRA or not isinstance(copies, Copies):
+        copies = self.copies()
+        if prefix != tensors.EXTRA or copies is None:
             return name
         holder, _, rest = rest.partition(".")
         path = next(path for path, own in copies.paths.items() if own == holder)
@@ -141,8 +146,8 @@ class Stored:
 
     def _load(self, saved: files.Saved | peft_files.PeftSaved) -> None:
         own = self._loadable()
-        copies = self.adapter._modules.get(tensors.EXTRA)
-        if isinstance(saved, peft_files.PeftSaved) and isinstance(copies, Copies):
+        copies = self.copies()
+        if isinstance(saved, peft_files.PeftSaved) and copies is not None:
             saved = saved.once(copies.other_names(self.model))
         prefixes = prefixes_of(self.model)
         self._copy_in(own, saved.tensors_for(own, prefixes, mirrors=self.method.mirrors))
