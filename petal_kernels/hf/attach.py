@@ -12,10 +12,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from petal_kernels.hf import formats, tensors
-from petal_kernels.hf.attachment import NAME, Attachment
+from petal_kernels.hf.attachment import Attachment
 from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.files import Saved
-from petal_kernels.hf.merging import HANDLE
+from petal_kernels.hf.merging import HANDLE, NAME
 from petal_kernels.hf.methods import method_of
 from petal_kernels.hf.peft_config import from_peft, is_peft
 from petal_kernels.hf.peft_files import PeftSaved

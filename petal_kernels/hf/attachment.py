@@ -17,10 +17,9 @@ from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.found import Found, Place
 from petal_kernels.hf.merging import (
     HANDLE,
+    NAME,
     Merged,
-    MergeReport,
     leave_merged_out,
-    merge,
     need_no_merged,
 )
 from petal_kernels.hf.method import Method
@@ -39,15 +38,14 @@ from petal_kernels.hf.parts import (
 from petal_kernels.hf.report import Report, make_report
 from petal_kernels.hf.routing import Routed
 from petal_kernels.hf.stored import Stored
+from petal_kernels.hf.unloading import GuardedSave, Unloading, guard_saves
 from petal_kernels.hf.walk import is_a, joined, parent_of, uses_of
 from petal_kernels.hf.whole import Copies, CopyPart, extra_modules
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.frozen_linear import FrozenLinear
 
-NAME = "petal"
 
-
-class Attachment(Blocks, Routed, Stored):
+class Attachment(Blocks, Routed, Stored, Unloading):
     """What `attach` did to one model: report it, save it, merge it, take it back."""
 
     def __init__(self, model: nn.Module, method: Method, implementation: str) -> None:
@@ -58,6 +56,7 @@ class Attachment(Blocks, Routed, Stored):
         self._again: list[tuple[nn.Module, str, AdaptedLinear]] = []  # other uses of these
         self._taken: list[tuple[nn.Module, type, Any]] = []  # with its class and own `forward`
         self._guards: set[int] = set()  # of those, modules that may be replaced: nothing is lost
+        self._saves: list[GuardedSave] = []
         self._merged: Merged | None = None
         adapted = [place.module for place in method.found.places]
         self._named = extra_modules(model, self.config.modules_to_save, adapted)
@@ -78,11 +77,20 @@ class Attachment(Blocks, Routed, Stored):
         self.adapter._register_state_dict_hook(leave_merged_out)
         self.adapter.register_load_state_dict_pre_hook(need_no_merged)
         model.add_module(NAME, self.adapter)
+        self._saves = guard_saves(model, self.adapter, self._places())
 
     @property
     def found(self) -> Found:
         """The places that are adapted."""
         return self.method.found
+
+    def wrappers(self) -> list[tuple[str, AdaptedLinear]]:
+        """What stands in the linears' places, by path."""
+        return [(place.path, wrapper) for place, _, _, wrapper in self._wrapped]
+
+    def _places(self) -> list[nn.Module]:
+        """All modules that are not what they were."""
+        return [*(wrapper for _, _, _, wrapper in self._wrapped), *(m for m, _, _ in self._taken)]
 
     # -- installing (what a method's `install` calls) ---------------------------------------------
 
@@ -198,55 +206,6 @@ class Attachment(Blocks, Routed, Stored):
         whole, how = self.whole(), self.implementation
         return make_report(self.model, self.method, wrappers, whole, how, tokens)
 
-    def merge(self) -> MergeReport:
-        """Folds every update into its base weight where that is exact; the originals are kept.
-
-        What is not a linear map of a module's own input stays as a module and is listed in the
-        result, with the rounding of a 16-bit base.
-        """
-        self._need_attached("merge")
-        self._check_places("merge")
-        if self._merged is not None:
-            raise RuntimeError("merge: already merged")
-        why = self.method.why_not_merge()
-        if why:
-            raise ValueError(f"merge: {why}")
-        self._merged = merge(
-            self.method, [(place.path, wrapper) for place, _, _, wrapper in self._wrapped]
-        )
-        self._merged.report.kept.update(dict.fromkeys(self.whole(), "trained whole"))
-        for each in self._merged.folded:
-            each.wrapper.__dict__["partly"] = not self._merged.is_whole
-        return self._merged.report
-
-    def unmerge(self) -> None:
-        """Puts the original weights back: the very Parameter objects."""
-        if self._merged is None:
-            raise RuntimeError("unmerge: not merged")
-        self._merged.undo()
-        self._merged = None
-
-    def merge_and_unload(self) -> nn.Module:
-        """The model with every update in its weights and nothing of the adapter left.
-
-        What `detach` gives is the model that came in. ValueError, and nothing changed, where the
-        method keeps modules that no weight can hold (`merge` lists them).
-        """
-        merged = self._merged is not None
-        if not merged:
-            self.merge()
-        assert self._merged is not None
-        if not self._merged.is_whole:
-            kept = list(self._merged.report.kept.items())
-            if not merged:
-                self.unmerge()
-            raise ValueError(
-                f"merge_and_unload: want a method whose updates all fold into weights, got "
-                f"{len(kept)} parts that stay (first: {kept[0][0]}, {kept[0][1]})"
-            )
-        self._merged = None  # its weights stay
-        return self.detach()
-
     def named_whole(self) -> list[str]:
         """The paths of what `modules_to_save` means, without what lies in another of them."""
         return [
@@ -287,6 +246,8 @@ class Attachment(Blocks, Routed, Stored):
         for parent, child, wrapper in (*places, *self._again):
             if parent._modules.get(child) is wrapper:  # else somebody put another one there
                 setattr(parent, child, wrapper.base)
+        for save in self._saves:
+            save.take_back()
         if NAME in self.model._modules:
             delattr(self.model, NAME)
         for name, parameter in self.model.named_parameters(remove_duplicate=False):

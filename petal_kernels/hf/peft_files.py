@@ -22,6 +22,7 @@ from petal_kernels.hf import files, pair
 from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.linears import is_named
 from petal_kernels.hf.lora_config import LoraConfig
+from petal_kernels.hf.merging import NAME
 from petal_kernels.hf.method import Method
 from petal_kernels.hf.names import renamed
 from petal_kernels.hf.pair import CONFIG, OLD_CONFIG
@@ -191,7 +192,7 @@ def write(directory: str | os.PathLike[str], attachment: Held) -> None:
 def _paths(model: nn.Module) -> list[str]:
     """Of the base's modules, wherever they are used."""
     found = (path for path, _ in model.named_modules(remove_duplicate=False))
-    return [path for path in found if path and path.partition(".")[0] != "petal"]
+    return [path for path in found if path and path.partition(".")[0] != NAME]
 
 
 def _config(
