@@ -19,6 +19,7 @@ from petal_kernels.hf.merging import HANDLE, NAME
 from petal_kernels.hf.methods import method_of
 from petal_kernels.hf.peft_config import from_peft, is_peft
 from petal_kernels.hf.peft_files import PeftSaved
+from petal_kernels.hf.released.load import check_config as check_released
 from petal_kernels.hf.report import Report
 from petal_kernels.hf.twins import skeleton
 from petal_kernels.nn.arguments import check_choice
@@ -33,11 +34,14 @@ def attach(
     config: AdapterConfig | str | os.PathLike[str] | Any,
     *,
     implementation: str = "fused",
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Attachment:
     """Freezes `model`, adapts its layers in place and returns the handle of what was done.
 
     `config` is a config of one of the methods, a LoraConfig of PEFT's, or the directory of a saved
     adapter: this package's, or a LoRA adapter that PEFT saved.
+    `checkpoint` is a state dict that the method's authors trained with their own code, for a config
+    with variant="release" (`Attachment.load_checkpoint`).
     `implementation` is "fused" or "published" (the eager form of the papers over the same
     parameters: the reference). Raises ValueError where nothing matches, leaving the model as it
     was.
@@ -47,13 +51,19 @@ def attach(
         raise TypeError(f"model: want a torch.nn.Module, got a {type(model).__name__}")
     _check_free(model)
     saved = None
+    if checkpoint is not None and isinstance(config, (str, os.PathLike)):
+        raise ValueError("checkpoint: want None beside a saved adapter, which has its own values")
     if isinstance(config, (str, os.PathLike)):
         saved = formats.read(config)
         config = saved.config_for(model)
     config = _checked(config, model)
+    if checkpoint is not None:
+        check_released(config)
     _check_holders(model)
     if saved is None:
         made = _attach(model, config, implementation)
+        if checkpoint is not None:
+            _load_checkpoint(made, checkpoint)
     else:
         made = _attach_saved(model, saved, config, implementation)
     for note in made.method.found.notes:
@@ -123,6 +133,14 @@ def _attach(model: nn.Module, config: AdapterConfig, implementation: str) -> Att
             made.detach()
         raise
     return made
+
+
+def _load_checkpoint(made: Attachment, checkpoint: str | os.PathLike[str]) -> None:
+    try:
+        made.load_checkpoint(checkpoint)
+    except BaseException:
+        made.detach()
+        raise
 
 
 def _attach_saved(

@@ -15,6 +15,7 @@ from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.formats import FORMATS
 from petal_kernels.hf.merging import ALL, Merged
 from petal_kernels.hf.names import prefixes_of
+from petal_kernels.hf.released import load as released
 from petal_kernels.hf.walk import parent_of
 from petal_kernels.hf.whole import Copies, offloaded
 from petal_kernels.nn.arguments import check_choice
@@ -143,6 +144,17 @@ class Stored:
         saved.check_config(self.config, self.model)
         saved.check_base(self.signature())
         self._load(saved)
+
+    def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Loads a state dict (`.pth`) that the method's authors trained with their own code.
+
+        The config has to be of variant "release". Every tensor of the adapter must be there and
+        fit, none that looks like an adapter's may be left, and what the file holds of the base must
+        be this model's; else ValueError, and nothing is changed. No code of a pickle runs.
+        """
+        released.check_config(self.config)
+        own = self._loadable()
+        self._copy_in(own, released.values_of(path, self.method, self.model, own))
 
     def _load(self, saved: files.Saved | peft_files.PeftSaved) -> None:
         own = self._loadable()
