@@ -1,5 +1,5 @@
-"""LoRA in PEFT's files: what is written, what is read, what is refused; PEFT's own word on both
-stands in test_peft_itself.py."""
+"""LoRA in PEFT's files: what is written, what is read, what is refused on saving. PEFT's own word on
+both stands in test_peft_itself.py."""
 
 from __future__ import annotations
 
@@ -12,42 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import petal_kernels as pk
 from petal_kernels.hf import pair
 from petal_kernels.hf.peft_files import TENSORS
-from tests.hf import tiny, tiny_text
-from tests.hf.test_files_fuzz import fill, look, values_of
-
-CONFIG = pair.OLD_CONFIG
-F32 = torch.float32
-
-
-def attached(family: str = "llama", **config: Any) -> pk.Attachment:
-    """A LoRA adapter with any values."""
-    made = pk.attach(tiny_text.build(family, F32), pk.LoraConfig(**{"r": 3, **config}))
-    fill(made, 1)
-    return made
-
-
-def edit(folder: Path, **values: Any) -> None:
-    path = folder / CONFIG
-    content = json.loads(path.read_text())
-    content.update(values)
-    path.write_text(json.dumps(content))
-
-
-def refused(folder: Path, *parts: str, family: str = "llama") -> None:
-    """attach refuses the folder, says `parts` in order, and changes nothing of the model."""
-    model = tiny_text.build(family, F32)
-    before = look(model)
-    pattern = ".*".join(re.escape(part) for part in parts)
-    with pytest.raises(ValueError, match=f"(?s){pattern}"):
-        pk.attach(model, folder)
-    assert look(model) == before
-
+from tests.hf import tiny_text
+from tests.hf.peft_folders import CONFIG, F32, attached, change_tensors, edit, refused
+from tests.hf.test_files_fuzz import fill, values_of
 
 # -- what is written ------------------------------------------------------------------------------
 
@@ -268,139 +241,13 @@ def test_an_interrupted_save_of_the_same_config_leaves_an_adapter(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([TENSORS, CONFIG])
 
 
-# -- what is refused on loading -------------------------------------------------------------------
+# -- PEFT's names of what is trained whole --------------------------------------------------------
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     attached(target_modules=["q_proj", "v_proj"]).save(tmp_path, format="peft")
     return tmp_path
-
-
-def _tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    tensors = load_file(folder / TENSORS)
-    change(tensors)
-    save_file(tensors, folder / TENSORS)
-
-
-def test_either_file_truncated_or_missing(folder: Path) -> None:
-    for name, says in ((TENSORS, "not a safetensors file"), (CONFIG, "not readable as json")):
-        data = (folder / name).read_bytes()
-        (folder / name).write_bytes(data[: len(data) // 2])
-        refused(folder, name, says)
-        (folder / name).unlink()
-        refused(folder, f"missing ['{name}']")
-        (folder / name).write_bytes(data)
-    pk.attach(tiny_text.build("llama", F32), folder)
-
-
-def test_a_pickle_is_refused(folder: Path) -> None:
-    torch.save({}, folder / "adapter_model.bin")
-    data = (folder / TENSORS).read_bytes()
-    (folder / TENSORS).unlink()
-    refused(folder, "missing", "the pickle adapter_model.bin is refused")
-    (folder / "adapter_model.bin").rename(folder / TENSORS)
-    refused(folder, TENSORS, "got a pickle")
-    (folder / TENSORS).write_bytes(data)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("peft_type", "IA3"), ("peft_type", None), ("use_dora", True), ("lora_bias", True)),
-        *(("loftq_config", {"loftq_bits": 4}), ("megatron_core", "another"), ("later", "thing")),
-        *(("layer_replication", [[0, 1]]), ("qalora_group_size", 8), ("init_lora_weights", "o")),
-        *(("r", "three"), ("r", 0), ("r", None), ("lora_alpha", "x"), ("target_modules", 3)),
-        *(("rank_pattern", [1]), ("bias", True), ("modules_to_save", "x")),
-        *(("modules_to_save", [1]), ("trainable_token_indices", [1])),
-        ("target_modules", ["q_proj", "gone"]),
-    ],
-)  # fmt: skip
-def test_a_config_that_means_something_else_is_refused_by_name(
-    name: str, value: Any, folder: Path
-) -> None:
-    edit(folder, **{name: value})
-    refused(folder, CONFIG, name)
-
-
-def test_what_a_later_peft_leaves_empty_is_no_matter(folder: Path) -> None:
-    edit(folder, later=None, later_too={}, and_this=False, peft_version="9.9", revision="main")
-    pk.attach(tiny_text.build("llama", F32), folder)
-
-
-def _without_one(tensors: dict[str, Tensor]) -> None:
-    del tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
-
-
-def _with_one_more(tensors: dict[str, Tensor]) -> None:
-    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"] = torch.ones(
-        3
-    )
-
-
-def _with_a_base_weight(tensors: dict[str, Tensor]) -> None:
-    tensors["base_model.model.model.embed_tokens.weight"] = torch.ones(60, 32)
-
-
-def _of_another_rank(tensors: dict[str, Tensor]) -> None:
-    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"
-    tensors[name] = torch.ones(4, 32)
-
-
-def _wide(tensors: dict[str, Tensor]) -> None:
-    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"
-    tensors[name] = tensors[name].double()
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (_without_one, "missing keys ['model.layers.0.self_attn.q_proj.up']"),
-        (_with_one_more, "q_proj.lora_magnitude_vector"),
-        (_with_a_base_weight, "unexpected keys ['modules_to_save.model.embed_tokens.weight']"),
-        (_of_another_rank, "want shape [3, 32], got [4, 32]"),
-        (_wide, "want torch.float32"),
-    ],
-)
-def test_tensors_that_do_not_fit(
-    change: Callable[[dict[str, Tensor]], None], says: str, folder: Path
-) -> None:
-    _tensors(folder, change)
-    refused(folder, TENSORS, says)
-
-
-def test_another_base_is_refused(folder: Path) -> None:
-    """Of other shapes, of other names."""
-    model = tiny_text.build("llama", F32)
-    model.model.layers[0].self_attn.q_proj = nn.Linear(32, 16)  # type: ignore[index,union-attr]
-    with pytest.raises(ValueError, match=r"q_proj.up: want shape \[16, 3\], got \[32, 3\]"):
-        pk.attach(model, folder)
-    refused(folder, CONFIG, "target_modules", "match nothing", family="gpt2")
-
-
-def test_loading_into_an_attachment_wants_the_same_scale_and_method(folder: Path) -> None:
-    others: dict[str, Any] = {"lora_alpha": 4, "use_rslora": True, "alpha_pattern": {"q": 2}}
-    for name, value in others.items():
-        made = attached(target_modules=["q_proj", "v_proj"], **{name: value})
-        before = values_of(made)
-        with pytest.raises(ValueError, match=f"{CONFIG}: {name}: want "):
-            made.load(folder)
-        assert values_of(made) == before
-    other = pk.attach(tiny.blip2(), pk.PetalConfig(r=4))
-    with pytest.raises(ValueError, match="method: want 'petal' as attached, got 'lora'"):
-        other.load(folder)
-
-
-def test_our_own_adapter_counts_where_both_are(folder: Path) -> None:
-    """And without its json PEFT's does, whatever tensors of ours lie beside it."""
-    made = pk.attach(tiny_text.build("llama", F32), pk.RoutingConfig(r=3))
-    made.save(folder)
-    assert isinstance(pk.attach(tiny_text.build("llama", F32), folder).config, pk.RoutingConfig)
-    (folder / pair.CONFIG).unlink()
-    assert isinstance(pk.attach(tiny_text.build("llama", F32), folder).config, pk.LoraConfig)
-
-
-# -- PEFT's names of what is trained whole --------------------------------------------------------
 
 
 def test_a_name_of_peft_s_is_the_end_of_a_path_with_or_without_a_dot(folder: Path) -> None:
@@ -411,7 +258,7 @@ def test_a_name_of_peft_s_is_the_end_of_a_path_with_or_without_a_dot(folder: Pat
         for name in ("input", "post_attention"):
             norms.append(f"model.layers.{layer}.{name}_layernorm.weight")
     whole = {f"base_model.model.{name}": torch.full((32,), 2.0) for name in norms}
-    _tensors(folder, lambda tensors: tensors.update(whole))
+    change_tensors(folder, lambda tensors: tensors.update(whole))
     made = pk.attach(tiny_text.build("llama", F32), folder)
     assert sorted(made.named_whole()) == sorted(n.removesuffix(".weight") for n in norms)
 
@@ -434,8 +281,8 @@ def test_a_tied_bias_may_stand_there_twice(tmp_path: Path) -> None:
     (name,) = {f"base_model.model.{first}", f"base_model.model.{again}"} & set(tensors)
     other = {first: again, again: first}[name.removeprefix("base_model.model.")]
     key = f"base_model.model.{other}"
-    _tensors(tmp_path, lambda t: t.update({key: t[name].clone()}))
+    change_tensors(tmp_path, lambda t: t.update({key: t[name].clone()}))
     loaded = pk.attach(tiny_text.build("bert", F32), tmp_path)
     assert values_of(loaded) == values_of(made)
-    _tensors(tmp_path, lambda t: t.update({key: t[name] + 1}))
+    change_tensors(tmp_path, lambda t: t.update({key: t[name] + 1}))
     refused(tmp_path, TENSORS, "unexpected keys", other, family="bert")

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 import petal_kernels as pk
 from petal_kernels.hf.peft_files import TENSORS
 from tests.hf import tiny_text
+from tests.hf.peft_folders import F32
 from tests.hf.test_files_fuzz import values_of
-from tests.hf.test_peft_files import CASES, F32
+from tests.hf.test_peft_files import CASES
 
 peft: Any = pytest.importorskip("peft")
 

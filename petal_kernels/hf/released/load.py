@@ -61,11 +61,17 @@ def values_of(
         missing = [each for each in names if each not in theirs]
         if missing:
             raise ValueError(f"{path}: want {missing[0]} for {name}, got no tensor of that name")
+        values = [theirs[each] for each in names]
         try:
-            values = [theirs[each] for each in names]
             found[name] = values[0] if source is None else source.make(*values)
-        except (ValueError, RuntimeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {names[0]}: {error}") from error
+        except RuntimeError as error:
+            shapes = [list(value.shape) for value in values]
+            raise ValueError(
+                f"{path}: {names[0]}: want {len(names)} tensors that fit each other for {name}, "
+                f"got shapes {shapes}"
+            ) from error
         used.update(names)
     check_tensors(str(path), found, own)
     _check_rest(path, {n: t for n, t in theirs.items() if n not in used}, layout, model)
@@ -80,7 +86,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         held: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{path}: want a state dict that torch.load(weights_only=True) reads, got a file that "
@@ -94,10 +100,15 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if wrong or not entries:
         got = f"a {type(wrong[0]).__name__}" if wrong else "none"
         raise ValueError(f"{path}: want a dict of tensors, or one under 'model', got {got}")
-    state: dict[str, Tensor] = dict(entries)
-    for front in _FRONTS:
-        if all(name.startswith(front) for name in state):
-            state = {name.removeprefix(front): value for name, value in state.items()}
+    state: dict[str, Tensor] = {}
+    for name, value in entries:
+        for front in _FRONTS:
+            name = name.removeprefix(front)
+        if name in state:
+            raise ValueError(
+                f"{path}: {name}: want each name once, got it with and without a front"
+            )
+        state[name] = value
     return state
 
 
