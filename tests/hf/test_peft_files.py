@@ -1,5 +1,5 @@
-"""LoRA in PEFT's files: what is written, what is read, what is refused on saving. PEFT's own word on
-both stands in test_peft_itself.py."""
+"""LoRA in PEFT's files: what is written, what is read, what is refused on saving. PEFT's own word
+on both stands in test_peft_itself.py."""
 
 from __future__ import annotations
 
