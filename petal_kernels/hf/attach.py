@@ -39,7 +39,8 @@ def attach(
     """Freezes `model`, adapts its layers in place and returns the handle of what was done.
 
     `config` is a config of one of the methods, a LoraConfig of PEFT's, or the directory of a saved
-    adapter: this package's, or a LoRA adapter that PEFT saved.
+    adapter, this package's or a LoRA adapter that PEFT saved; or its repository on the Hugging Face
+    Hub ("user/name", where there is no directory of that name).
     `checkpoint` is a state dict that the method's authors trained with their own code, for a config
     with variant="release" (`Attachment.load_checkpoint`).
     `implementation` is "fused" or "published" (the eager form of the papers over the same

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from petal_kernels.hf import files, formats, peft_files, tensors
+from petal_kernels.hf import files, formats, hub, peft_files, tensors
 from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.formats import FORMATS
 from petal_kernels.hf.merging import ALL, Merged
@@ -137,6 +137,27 @@ class Stored:
             peft_files.write(directory, self)
             return
         files.write(directory, self.config, self.signature(), self.state_dict(), self.shapes)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        format: str = "petal",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Uploads what `save` writes, with a model card, to `repo` ("user/name"), which is made
+        where there is none; the address of the commit. `attach(model, "user/name")` loads it.
+        """
+        options = {
+            "private": private,
+            "token": token,
+            "commit_message": commit_message,
+            "create_pr": create_pr,
+        }
+        return hub.push(self, repo, format=format, options=options)
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Loads a saved adapter of the same configuration, in either format."""

@@ -131,6 +131,19 @@ def test_what_was_saved_loads_bit_for_bit(
     assert [row.shape for row in report.rows] == [row.shape for row in made.report().rows]
 
 
+def test_what_lies_in_another_is_named_once(tmp_path: Path) -> None:
+    """PEFT would wrap it twice."""
+    made = attached("bert", modules_to_save=["cls.predictions.transform"])
+    made.save(tmp_path, format="peft")
+    assert json.loads((tmp_path / CONFIG).read_text())["modules_to_save"] == [
+        "cls.predictions.transform"
+    ]
+    names = ["cls.predictions.transform", "cls.predictions.transform.dense"]
+    twice = attached("bert", modules_to_save=names)
+    twice.save(tmp_path / "b", format="peft")
+    assert (tmp_path / "b" / CONFIG).read_bytes() == (tmp_path / CONFIG).read_bytes()
+
+
 # -- what is refused on saving --------------------------------------------------------------------
 
 

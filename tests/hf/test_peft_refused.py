@@ -139,3 +139,12 @@ def test_our_own_adapter_counts_where_both_are(folder: Path) -> None:
     assert isinstance(pk.attach(tiny_text.build("llama", F32), folder).config, pk.RoutingConfig)
     (folder / pair.CONFIG).unlink()
     assert isinstance(pk.attach(tiny_text.build("llama", F32), folder).config, pk.LoraConfig)
+
+
+def test_a_json_of_neither_is_refused(folder: Path) -> None:
+    """Beside PEFT's tensors it is PEFT's, and says nothing of a method."""
+    edit(folder, peft_type=None)
+    content = (folder / CONFIG).read_text().replace('"peft_type": null, ', "")
+    assert "peft_type" not in content
+    (folder / CONFIG).write_text(content)
+    refused(folder, CONFIG, "peft_type: want 'LORA'")

@@ -203,3 +203,11 @@ def test_a_path_that_is_none_is_refused(tmp_path: Path) -> None:
         pk.attach(case.model(), case.config(), checkpoint=tmp_path / "gone.pth")
     with pytest.raises(TypeError, match="checkpoint: want a path, got a int"):
         pk.attach(case.model(), case.config(), checkpoint=3)  # type: ignore[arg-type]
+
+
+def test_the_variant_is_asked_for_by_a_load_too(tmp_path: Path) -> None:
+    case = CASES["routing-roberta"]
+    torch.save(case.tensors(), tmp_path / "c.pth")
+    made = pk.attach(case.model(), pk.RoutingConfig(r=8, function="mul"))
+    with pytest.raises(ValueError, match="checkpoint: want a config with variant='release'"):
+        made.load_checkpoint(tmp_path / "c.pth")

@@ -105,6 +105,31 @@ def test_a_merged_folder_loads_as_the_unloaded_model(
     assert torch.equal(logits(found, family), logits(model, family))
 
 
+def test_buffers_of_what_was_trained_whole_go_along() -> None:
+    """As a batch norm's statistics, which training moves."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.norm(self.lin(x))
+            return found
+
+    model = Model()
+    config = pk.LoraConfig(r=2, target_modules=["lin"], modules_to_save=["norm"])
+    attachment = pk.attach(model, config)
+    x = torch.randn(8, 4)
+    for _ in range(3):
+        model.train()(x).sum().backward()
+    with torch.no_grad():
+        want = model.eval()(x)
+        attachment.merge_and_unload()
+        torch.testing.assert_close(model(x), want)
+    assert int(model.norm.num_batches_tracked) == 3  # type: ignore[arg-type]
+
+
 def test_save_merged_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model, attachment = built("gpt2", pk.LoraConfig(r=3, modules_to_save=["ln_f"], bias="all"))
     before = look(model)
