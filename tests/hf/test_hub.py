@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +42,7 @@ class Hub:
         self._copy(Path(folder_path), self.root / repo_id, options["allow_patterns"])
         return SimpleNamespace(commit_url=f"hub/{repo_id}")
 
-    def snapshot_download(self, repo_id: str, *, allow_patterns: list[str]) -> str:
+    def snapshot_download(self, repo_id: str, *, allow_patterns: tuple[str, ...] = ("*",)) -> str:
         if not (self.root / repo_id).is_dir():
             raise OSError(f"404: {repo_id}")
         target = self.root / "cache" / repo_id
@@ -49,7 +50,7 @@ class Hub:
         return os.fspath(target)
 
     @staticmethod
-    def _copy(source: Path, target: Path, patterns: list[str]) -> None:
+    def _copy(source: Path, target: Path, patterns: Iterable[str]) -> None:
         target.mkdir(parents=True, exist_ok=True)
         for path in source.iterdir():
             if any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns):
