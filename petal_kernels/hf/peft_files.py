@@ -116,8 +116,10 @@ def read(directory: str | os.PathLike[str]) -> PeftSaved:
         pickled = (folder / "adapter_model.bin").exists()
         note = " (the pickle adapter_model.bin is refused)" if pickled else ""
         raise ValueError(f"{folder}: want {TENSORS} and {OLD_CONFIG}, missing {missing}{note}")
-    values = files.json_object(path, path.read_bytes())
-    data = tensors.read_bytes()
+    text, data = path.read_bytes(), tensors.read_bytes()
+    if not path.is_file() or path.read_bytes() != text:
+        return read(directory)  # somebody saves into it
+    values = files.json_object(path, text)
     files.refuse_pickle(tensors, data)
     return PeftSaved(path, values, files.parse_tensors(tensors, data))
 

@@ -146,7 +146,7 @@ class Unloading:
         copies = self.copies()
         for slots, value in () if copies is None else copies.values(self.model):
             values, name = slots[0]
-            yield slots, value.detach().to(values[name].dtype, copy=True)
+            yield slots, value.detach().to(values[name].dtype)
 
     @torch.no_grad()
     def _plain_state(self) -> dict[str, Tensor]:

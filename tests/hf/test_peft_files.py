@@ -257,6 +257,28 @@ def test_an_interrupted_save_of_the_same_config_leaves_an_adapter(
 # -- PEFT's names of what is trained whole --------------------------------------------------------
 
 
+def test_a_reader_meets_a_save_and_pairs_no_json_with_other_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = attached(lora_alpha=3), attached(lora_alpha=9)
+    fill(new, 2)
+    old.save(tmp_path, format="peft")
+    read_bytes = Path.read_bytes
+    met: list[Path] = []
+
+    def meanwhile(path: Path) -> bytes:
+        if path.name == TENSORS and not met:
+            met.append(path)
+            new.save(tmp_path, format="peft")
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", meanwhile)
+    made = pk.attach(tiny_text.build("llama", F32), tmp_path)
+    assert met
+    assert values_of(made) == values_of(new)
+    assert made.config.lora_alpha == 9  # type: ignore[attr-defined]
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     attached(target_modules=["q_proj", "v_proj"]).save(tmp_path, format="peft")

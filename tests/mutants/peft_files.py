@@ -60,6 +60,7 @@ MUTANTS = [
         "        pass",
     ),
     # What is read.
+    (_PEFT, "    if not path.is_file() or path.read_bytes() != text:", "    if False:"),
     (_PEFT, "    if (folder / CONFIG).exists():\n        return False\n", ""),
     (
         _PEFT,

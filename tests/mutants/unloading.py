@@ -40,8 +40,7 @@ MUTANTS = [
         "            for values, name in slots:\n                values[name] = value\n",
         "            values[name] = value\n",
     ),
-    (_UNLOADING, ".to(values[name].dtype, copy=True)", ".clone()"),
-    (_UNLOADING, ".to(values[name].dtype, copy=True)", ".to(values[name].dtype)"),
+    (_UNLOADING, ".to(values[name].dtype)", ""),
     (_UNLOADING, "taken.get((id(values), name), own).detach()", "own.detach()"),
     (
         _UNLOADING,
