@@ -11,12 +11,15 @@ from typing import Any
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from petal_kernels.hf import files, tensors
-from petal_kernels.hf.attachment import NAME, Attachment
+from petal_kernels.hf import formats, tensors
+from petal_kernels.hf.attachment import Attachment
 from petal_kernels.hf.config import AdapterConfig
-from petal_kernels.hf.merging import HANDLE
+from petal_kernels.hf.files import Saved
+from petal_kernels.hf.merging import HANDLE, NAME
 from petal_kernels.hf.methods import method_of
 from petal_kernels.hf.peft_config import from_peft, is_peft
+from petal_kernels.hf.peft_files import PeftSaved
+from petal_kernels.hf.released.load import check_config as check_released
 from petal_kernels.hf.report import Report
 from petal_kernels.hf.twins import skeleton
 from petal_kernels.nn.arguments import check_choice
@@ -31,11 +34,15 @@ def attach(
     config: AdapterConfig | str | os.PathLike[str] | Any,
     *,
     implementation: str = "fused",
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Attachment:
     """Freezes `model`, adapts its layers in place and returns the handle of what was done.
 
     `config` is a config of one of the methods, a LoraConfig of PEFT's, or the directory of a saved
-    adapter.
+    adapter, this package's or a LoRA adapter that PEFT saved; or its repository on the Hugging Face
+    Hub ("user/name", where there is no directory of that name).
+    `checkpoint` is a state dict that the method's authors trained with their own code, for a config
+    with variant="release" (`Attachment.load_checkpoint`).
     `implementation` is "fused" or "published" (the eager form of the papers over the same
     parameters: the reference). Raises ValueError where nothing matches, leaving the model as it
     was.
@@ -45,13 +52,19 @@ def attach(
         raise TypeError(f"model: want a torch.nn.Module, got a {type(model).__name__}")
     _check_free(model)
     saved = None
+    if checkpoint is not None and isinstance(config, (str, os.PathLike)):
+        raise ValueError("checkpoint: want None beside a saved adapter, which has its own values")
     if isinstance(config, (str, os.PathLike)):
-        saved = files.read(config)
-        config = saved.config
+        saved = formats.read(config)
+        config = saved.config_for(model)
     config = _checked(config, model)
+    if checkpoint is not None:
+        check_released(config)
     _check_holders(model)
     if saved is None:
         made = _attach(model, config, implementation)
+        if checkpoint is not None:
+            _load_checkpoint(made, checkpoint)
     else:
         made = _attach_saved(model, saved, config, implementation)
     for note in made.method.found.notes:
@@ -74,7 +87,7 @@ def plan(
         raise TypeError(f"model: want a torch.nn.Module, got a {type(model).__name__}")
     _check_free(model)
     if isinstance(config, (str, os.PathLike)):
-        config = files.read(config).config
+        config = formats.read(config).config_for(model)
     config = _checked(config, model)
     _check_wrapped(model, [])
     twin = skeleton(model)
@@ -119,7 +132,7 @@ def _attach(
     made = Attachment.__new__(Attachment)
     try:
         made.__init__(model, method, implementation)  # type: ignore[misc]
-        made._shapes = tensors.shapes_of(made.state_dict())
+        made.shapes = tensors.shapes_of(made.state_dict())
     except BaseException:
         if made.__dict__.get("_attached"):
             made.detach()
@@ -127,8 +140,16 @@ def _attach(
     return made
 
 
+def _load_checkpoint(made: Attachment, checkpoint: str | os.PathLike[str]) -> None:
+    try:
+        made.load_checkpoint(checkpoint)
+    except BaseException:
+        made.detach()
+        raise
+
+
 def _attach_saved(
-    model: nn.Module, saved: files.Saved, config: AdapterConfig, implementation: str
+    model: nn.Module, saved: Saved | PeftSaved, config: AdapterConfig, implementation: str
 ) -> Attachment:
     try:
         made = _attach(model, config, implementation, loads=True)

@@ -6,28 +6,23 @@ Nothing is patched but the instance. One module named `petal` on the model holds
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from petal_kernels.hf import files, tensors
+from petal_kernels.hf import tensors
 from petal_kernels.hf.blocks import Blocks
 from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.found import Found, Place
 from petal_kernels.hf.merging import (
-    ALL,
     HANDLE,
+    NAME,
     Merged,
-    MergeReport,
     leave_merged_out,
-    merge,
     need_no_merged,
 )
 from petal_kernels.hf.method import Method
-from petal_kernels.hf.names import prefixes_of
 from petal_kernels.hf.parts import (
     Adapted,
     Both,
@@ -42,15 +37,15 @@ from petal_kernels.hf.parts import (
 )
 from petal_kernels.hf.report import Report, make_report
 from petal_kernels.hf.routing import Routed
+from petal_kernels.hf.stored import Stored
+from petal_kernels.hf.unloading import GuardedSave, Unloading, guard_saves
 from petal_kernels.hf.walk import is_a, joined, parent_of, uses_of
-from petal_kernels.hf.whole import Copies, CopyPart, extra_modules, offloaded
+from petal_kernels.hf.whole import Copies, CopyPart, extra_modules
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.frozen_linear import FrozenLinear
 
-NAME = "petal"
 
-
-class Attachment(Blocks, Routed):
+class Attachment(Blocks, Routed, Stored, Unloading):
     """What `attach` did to one model: report it, save it, merge it, take it back."""
 
     def __init__(self, model: nn.Module, method: Method, implementation: str) -> None:
@@ -61,13 +56,14 @@ class Attachment(Blocks, Routed):
         self._again: list[tuple[nn.Module, str, AdaptedLinear]] = []  # other uses of these
         self._taken: list[tuple[nn.Module, type, Any]] = []  # with its class and own `forward`
         self._guards: set[int] = set()  # of those, modules that may be replaced: nothing is lost
+        self._saves: list[GuardedSave] = []
         self._merged: Merged | None = None
         adapted = [place.module for place in method.found.places]
         self._named = extra_modules(model, self.config.modules_to_save, adapted)
         self._required = {
             name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)
         }
-        self._shapes: dict[str, torch.Size] = {}  # of all that is stored, once it is all there
+        self.shapes: dict[str, torch.Size] = {}  # of all that is stored, once it is all there
         self._attached = True
         model.requires_grad_(False)
         self._train_whole()
@@ -81,11 +77,20 @@ class Attachment(Blocks, Routed):
         self.adapter._register_state_dict_hook(leave_merged_out)
         self.adapter.register_load_state_dict_pre_hook(need_no_merged)
         model.add_module(NAME, self.adapter)
+        self._saves = guard_saves(model, self.adapter, self._places())
 
     @property
     def found(self) -> Found:
         """The places that are adapted."""
         return self.method.found
+
+    def wrappers(self) -> list[tuple[str, AdaptedLinear]]:
+        """What stands in the linears' places, by path."""
+        return [(place.path, wrapper) for place, _, _, wrapper in self._wrapped]
+
+    def _places(self) -> list[nn.Module]:
+        """All modules that are not what they were."""
+        return [*(wrapper for _, _, _, wrapper in self._wrapped), *(m for m, _, _ in self._taken)]
 
     # -- installing (what a method's `install` calls) ---------------------------------------------
 
@@ -166,8 +171,8 @@ class Attachment(Blocks, Routed):
     def _bind_copies(self) -> None:
         """Layers that hold a trained copy bind their call too, where nothing else of them is
         adapted: their recompute must know whether the copy ran."""
-        copies = self.adapter._modules.get(tensors.EXTRA)
-        for path in copies.paths if isinstance(copies, Copies) else ():
+        copies = self.copies()
+        for path in () if copies is None else copies.paths:
             while path:
                 module = self.model.get_submodule(path)
                 # Whether or not checkpointing is on yet.
@@ -186,97 +191,6 @@ class Attachment(Blocks, Routed):
         if isinstance(embeddings, nn.Module) and not isinstance(embeddings, Adapted):
             self.take(embeddings, FrozenVectors())
 
-    # -- parameters -------------------------------------------------------------------------------
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The trainable parameters: the adapter's and those of modules trained whole."""
-        self._check_places("named_parameters")
-        for name, parameter in self.adapter.named_parameters():
-            if parameter.requires_grad:
-                yield self._stored(name), parameter
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        for _, parameter in self.named_parameters():
-            yield parameter
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All stored tensors, shared ones once; the very storages, not copies."""
-        state = {
-            name.removeprefix(ALL): value
-            for name, value in self.adapter.state_dict(prefix=ALL).items()
-        }
-        for name, value in state.items():
-            if value.is_meta:
-                state[name] = offloaded(value, *parent_of(self.adapter, name))
-        return {self._stored(name): value for name, value in state.items()}
-
-    def _stored(self, name: str) -> str:
-        """A tensor's name in files, from that in the adapter."""
-        prefix, _, rest = name.partition(".")
-        copies = self.adapter._modules.get(tensors.EXTRA)
-        if prefix != tensors.EXTRA or not isinstance(copies, Copies):
-            return name
-        holder, _, rest = rest.partition(".")
-        path = next(path for path, own in copies.paths.items() if own == holder)
-        return f"{tensors.EXTRA}.{path}.{rest}"
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copies `state` in; ValueError on any missing, unexpected or mis-shaped tensor."""
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state: want a dict of tensors, got a {type(state).__name__}")
-        for name, value in state.items():
-            if not isinstance(value, Tensor) or value.is_meta:
-                got = "one on device meta" if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"state: want tensors with values, got {got} as {name!r}")
-        own = self._loadable()
-        tensors.check_tensors("state_dict", state, own)
-        self._copy_in(own, state)
-
-    def _loadable(self) -> dict[str, Tensor]:
-        state = self.state_dict()
-        tensors.check_loadable("load", state, self._shapes)
-        return state
-
-    def _copy_in(self, own: dict[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        self._need_attached("load")
-        self._check_places("load")
-        if self._merged is not None:
-            raise RuntimeError("load: the adapter is merged; call unmerge() first")
-        tensors.copy_in("load", own, state)
-
-    # -- files ------------------------------------------------------------------------------------
-
-    def signature(self) -> dict[str, Any]:
-        """What the adapter needs of its base, as stored with it."""
-        return self.method.signature()
-
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes adapter.safetensors and petal_config.json into `directory`, as one step.
-
-        Whatever interrupts it, the directory loads as the adapter that was there or as this one.
-        A model under `fully_shard` is gathered: then every process calls this.
-        """
-        self._need_attached("save")
-        self._check_places("save")
-        files.write(directory, self.config, self.signature(), self.state_dict(), self._shapes)
-
-    def load(self, directory: str | os.PathLike[str]) -> None:
-        """Loads a saved adapter of the same configuration into this attachment."""
-        saved = files.read(directory)
-        saved.check_config(self.config)
-        saved.check_base(self.signature())
-        self._load(saved)
-
-    def _load(self, saved: files.Saved) -> None:
-        own = self._loadable()
-        wanted, prefixes = own | self._aliases(own), prefixes_of(self.model)
-        values = saved.tensors_for(wanted, prefixes, mirrors=self.method.mirrors)
-        self._copy_in(own, values)
-
-    def _aliases(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Other names of shared tensors, under which older files hold them once more."""
-        return {}
-
     # -- report, merge, detach --------------------------------------------------------------------
 
     def report(self, tokens: tuple[int, int] = (8, 128)) -> Report:
@@ -292,54 +206,16 @@ class Attachment(Blocks, Routed):
         whole, how = self.whole(), self.implementation
         return make_report(self.model, self.method, wrappers, whole, how, tokens)
 
-    def merge(self) -> MergeReport:
-        """Folds every update into its base weight where that is exact; the originals are kept.
+    def named_whole(self) -> list[str]:
+        """The paths of what `modules_to_save` means, without what lies in another of them."""
+        return [
+            path for path in self._named if not any(path.startswith(f"{p}.") for p in self._named)
+        ]
 
-        What is not a linear map of a module's own input stays as a module and is listed in the
-        result, with the rounding of a 16-bit base.
-        """
-        self._need_attached("merge")
-        self._check_places("merge")
-        if self._merged is not None:
-            raise RuntimeError("merge: already merged")
-        why = self.method.why_not_merge()
-        if why:
-            raise ValueError(f"merge: {why}")
-        wrappers = [(place.path, wrapper) for place, _, _, wrapper in self._wrapped]
-        self._merged = merge(self.method, wrappers)
-        self._merged.report.kept.update(dict.fromkeys(self.whole(), "trained whole"))
-        self._merged.report.kept.update(self.method.fold_rest(self._merged))
-        for each in self._merged.folded:
-            each.owner.__dict__["partly"] = not self._merged.is_whole
-        return self._merged.report
-
-    def unmerge(self) -> None:
-        """Puts the original weights back: the very Parameter objects."""
-        if self._merged is None:
-            raise RuntimeError("unmerge: not merged")
-        self._merged.undo()
-        self._merged = None
-
-    def merge_and_unload(self) -> nn.Module:
-        """The model with every update in its weights and nothing of the adapter left.
-
-        What `detach` gives is the model that came in. ValueError, and nothing changed, where the
-        method keeps modules that no weight can hold (`merge` lists them).
-        """
-        merged = self._merged is not None
-        if not merged:
-            self.merge()
-        assert self._merged is not None
-        if not self._merged.is_whole:
-            kept = list(self._merged.report.kept.items())
-            if not merged:
-                self.unmerge()
-            raise ValueError(
-                f"merge_and_unload: want a method whose updates all fold into weights, got "
-                f"{len(kept)} parts that stay (first: {kept[0][0]}, {kept[0][1]})"
-            )
-        self._merged = None  # its weights stay
-        return self.detach()
+    def used_again(self) -> list[str]:
+        """The paths of adapted linears that the model uses in several places."""
+        again = {id(wrapper) for _, _, wrapper in self._again}
+        return [place.path for place, _, _, wrapper in self._wrapped if id(wrapper) in again]
 
     def whole(self) -> list[str]:
         """The paths of what is trained whole, as it was named or as the method chose it."""
@@ -370,6 +246,8 @@ class Attachment(Blocks, Routed):
         for parent, child, wrapper in (*places, *self._again):
             if parent._modules.get(child) is wrapper:  # else somebody put another one there
                 setattr(parent, child, wrapper.base)
+        for save in self._saves:
+            save.take_back()
         if NAME in self.model._modules:
             delattr(self.model, NAME)
         for name, parameter in self.model.named_parameters(remove_duplicate=False):

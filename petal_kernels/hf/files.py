@@ -6,8 +6,8 @@ load all the same). Anything that does not fit raises ValueError with the file, 
 wanted and what is there; pickles are never opened.
 
 A save is one step for whoever reads the folder, or dies with it: see `pair`. Folders in which the
-json has its old name, adapter_config.json, load too. PEFT's file of that name is neither read nor
-written over nor removed.
+json has its old name, adapter_config.json, load too. PEFT's file of that name is read by
+`peft_files`; here it is neither written over nor removed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
 from petal_kernels.hf import pair
 from petal_kernels.hf.config import METHODS, AdapterConfig
@@ -51,6 +51,10 @@ class Saved:
     base: dict[str, Any]
     tensors: dict[str, Tensor]
 
+    def config_for(self, model: nn.Module) -> AdapterConfig:
+        """The config to attach to `model` with."""
+        return self.config
+
     def check_base(self, signature: dict[str, Any]) -> None:
         for key, got in _flat(signature).items():
             want = _flat(self.base).get(key)
@@ -63,7 +67,7 @@ class Saved:
         if extra:
             raise ValueError(f"{self.path}: base.{extra[0]}: this model has no such entry")
 
-    def check_config(self, config: AdapterConfig) -> None:
+    def check_config(self, config: AdapterConfig, model: nn.Module) -> None:
         if config.method != self.config.method:
             raise ValueError(
                 f"{self.path}: method: want {config.method!r} as attached, got "
@@ -104,10 +108,7 @@ def write(
     from safetensors.torch import save
 
     state = gathered("save", state, shapes)
-    folder = _path(directory)
-    if folder.suffix in _PICKLES or folder.is_file():
-        raise ValueError(f"{folder}: want a directory to save into, got a file name")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = to_save_into(directory)
     data = save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
         metadata={"format": "pt", "method": config.method, "format_version": str(FORMAT_VERSION)},
@@ -124,11 +125,20 @@ def write(
     text = json.dumps(seal(values), indent=2) + "\n"
     with pair.alone(folder):
         old = folder / OLD_CONFIG
-        pair.replace(folder, data, digest, text.encode(), old if _is_ours(old) else None)
+        pair.replace(folder, data, digest, text.encode(), old if is_ours(old) else None)
         pair.remove_stale(folder)
 
 
-def _is_ours(path: Path) -> bool:
+def to_save_into(directory: str | os.PathLike[str]) -> Path:
+    """The folder, made where there is none."""
+    folder = path_of(directory)
+    if folder.suffix in _PICKLES or folder.is_file():
+        raise ValueError(f"{folder}: want a directory to save into, got a file name")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def is_ours(path: Path) -> bool:
     """Whether this package wrote the json, be it damaged since; where in doubt not."""
     try:
         values = json.loads(path.read_bytes())
@@ -146,7 +156,7 @@ def seal(values: dict[str, Any]) -> dict[str, Any]:
 
 def read(directory: str | os.PathLike[str]) -> Saved:
     """Reads and checks an adapter directory; ValueError says which file is wrong, and how."""
-    folder = _folder(_path(directory))
+    folder = _folder(path_of(directory))
     while True:
         found = pair.json_of(folder)
         if found is None:
@@ -163,7 +173,7 @@ def read(directory: str | os.PathLike[str]) -> Saved:
         return Saved(path, config, values["base"], tensors)
 
 
-def _path(directory: object) -> Path:
+def path_of(directory: object) -> Path:
     """Raises unless it can name a directory."""
     if not isinstance(directory, (str, os.PathLike)):
         raise TypeError(f"directory: want a path, got a {type(directory).__name__}")
@@ -207,7 +217,8 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no json")
 
 
-def _read_config(path: Path, text: bytes) -> dict[str, Any]:
+def json_object(path: Path, text: bytes) -> dict[str, Any]:
+    """What a json file holds; ValueError unless it is one object, each key once."""
     try:
         values = json.loads(
             text.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant
@@ -217,11 +228,11 @@ def _read_config(path: Path, text: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         kind = type(values).__name__
         raise ValueError(f"{path}: want a json object, got a {kind}")
-    if path.name == OLD_CONFIG and "peft_type" in values:
-        raise ValueError(
-            f"{path}: want an adapter of petal_kernels, got PEFT's (peft_type "
-            f"{values['peft_type']!r}): peft.PeftModel.from_pretrained loads it"
-        )
+    return values
+
+
+def _read_config(path: Path, text: bytes) -> dict[str, Any]:
+    values = json_object(path, text)
     version = values.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise ValueError(
@@ -275,14 +286,13 @@ def _read_tensors(json_path: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
         except OSError:
             continue
         if hashlib.sha256(data).hexdigest() == digest:
-            return _parse_tensors(candidate, data)
+            return parse_tensors(candidate, data)
     if not os.path.lexists(path):
         raise _missing(path.parent)
     if not path.is_file():
         raise ValueError(f"{path}: want a file, got something else")
     data = path.read_bytes()
-    if data[:4] == b"PK\x03\x04" or (data[:1] == b"\x80" and data[8:9] != b"{"):
-        raise ValueError(f"{path}: want a safetensors file, got a pickle, which is refused")
+    refuse_pickle(path, data)
     want = entry.get("bytes")
     if want != len(data):
         raise ValueError(
@@ -295,7 +305,14 @@ def _read_tensors(json_path: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
     )
 
 
-def _parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+def refuse_pickle(path: Path, data: bytes) -> None:
+    """ValueError where `data` begins as torch's files do."""
+    if data[:4] == b"PK\x03\x04" or (data[:1] == b"\x80" and data[8:9] != b"{"):
+        raise ValueError(f"{path}: want a safetensors file, got a pickle, which is refused")
+
+
+def parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    """What a safetensors file holds; ValueError where `data` is none."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 

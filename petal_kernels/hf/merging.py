@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from petal_kernels.hf.method import Method
     from petal_kernels.hf.wrappers import AdaptedLinear
 
+NAME = "petal"  # of the adapter, at the model's root
 HANDLE = "_petal_attachment"  # on the adapter: the model's copy finds its own
+WHOLE = "trained whole"  # why something is kept that a plain model can hold all the same
 ALL = "all."  # the prefix by which an attachment asks for its tensors, merged or not
 
 

@@ -82,6 +82,27 @@ def replace(folder: Path, data: bytes, digest: str, text: bytes, obsolete: Path 
             waiting.unlink(missing_ok=True)
 
 
+def replace_two(folder: Path, tensors: tuple[str, bytes], config: tuple[str, bytes]) -> None:
+    """Makes both files the folder's, for readers who know of no digest (PEFT): a json that says
+    something else goes first, so that none ever stands beside tensors that are not its own. A save
+    that dies in between leaves a folder without a json, which readers refuse."""
+    mark = uuid.uuid4().hex
+    waiting = [(folder / f".{n}.{mark}.tmp", folder / n, data) for n, data in (tensors, config)]
+    try:
+        for temporary, _, data in waiting:
+            _write_synced(temporary, data)
+        _, path, text = waiting[1]
+        if path.is_file() and path.read_bytes() != text:
+            _remove(path)
+            _sync_directory(folder)
+        for temporary, final, _ in waiting:
+            os.replace(temporary, final)
+            _sync_directory(folder)
+    finally:
+        for temporary, _, _ in waiting:
+            temporary.unlink(missing_ok=True)
+
+
 def _is_named(folder: Path, digest: str) -> bool:
     """Whether a json of the folder means the tensors of this digest. The one that was there may, if
     the save that wrote it died after its step."""

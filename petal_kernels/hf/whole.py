@@ -19,6 +19,8 @@ from petal_kernels.hf.names import canonical, prefixes_of
 from petal_kernels.hf.parts import Part, Run
 from petal_kernels.hf.walk import device_of
 
+Slot = tuple[dict[str, Any], str]  # a module's dictionary, and a name in it
+
 
 class Copies(nn.Module):
     """The trained parameters, by the path of their module; registered with the adapter."""
@@ -58,6 +60,49 @@ class Copies(nn.Module):
             self.paths[path] = path.replace(".", "-")
             self.add_module(self.paths[path], holder)
         return CopyPart(holder, shared)
+
+    def held(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module, str]]:
+        """The parameters of `model` that are trained, under every name: path, module and name, then
+        the holder of the copy and its name there."""
+        for path, module in model.named_modules(remove_duplicate=False):
+            part = module.__dict__.get("_petal_copy")
+            for name in module._parameters:
+                own = part.held(name) if isinstance(part, CopyPart) else None
+                if name == "bias" and module.__dict__.get("bias_of") is not None:  # of a wrapper
+                    own = (module.__dict__["bias_of"], name)
+                if own is not None and own[0]._parameters.get(own[1]) is not None:
+                    yield path, module, name, *own
+
+    def other_names(self, model: nn.Module) -> dict[str, str]:
+        """By what other names than the one that it is held under the model reads a parameter that
+        several of its modules share."""
+        first: dict[int, str] = {}
+        others: dict[str, int] = {}
+        for path, _, name, holder, key in self.held(model):
+            known, full = id(holder._parameters[key]), f"{path}.{name}"
+            if self._modules.get(self.paths.get(path, "")) is holder and key == name:
+                first[known] = full
+            else:
+                others[full] = known
+        return {name: first[known] for name, known in others.items()}
+
+    def values(self, model: nn.Module) -> Iterator[tuple[list[Slot], Tensor]]:
+        """Every copy, with the places in the model's modules that hold its base: several where they
+        share it."""
+        slots: dict[int, list[Slot]] = {}
+        copies: dict[int, Tensor] = {}
+        for _, module, name, holder, key in self.held(model):
+            value = holder._parameters[key]
+            assert value is not None
+            copies[id(value)] = value
+            slots.setdefault(id(value), []).append((module._parameters, name))
+        for known, copied in copies.items():
+            yield slots[known], copied
+        for module in model.modules():
+            part = module.__dict__.get("_petal_copy")
+            for name, buffer in part.holder._buffers.items() if isinstance(part, CopyPart) else ():
+                if buffer is not None:
+                    yield [(module._buffers, name)], buffer
 
     def named(self) -> Iterator[tuple[str, nn.Module]]:
         """The holders by the path of their module."""

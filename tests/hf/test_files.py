@@ -376,17 +376,6 @@ def test_a_json_of_the_old_name_that_may_be_anothers_is_left(
     assert path.read_bytes() == want
 
 
-@pytest.mark.parametrize("beside", ["alone", "our tensors"])
-def test_pefts_adapter_is_refused_as_that(
-    beside: str, attachment: pk.Attachment, saved: Path
-) -> None:
-    if beside == "alone":
-        (saved / pair.TENSORS).unlink()
-    (saved / pair.CONFIG).unlink()
-    _peft(saved)
-    _refused(attachment, saved, pair.OLD_CONFIG, "got PEFT's (peft_type 'LORA')", "PeftModel")
-
-
 def test_a_models_own_folder_still_loads_with_an_adapter_in_it(tmp_path: Path) -> None:
     """The kind: a file name that means something else to transformers."""
     import transformers

@@ -13,7 +13,6 @@ EXCEPTIONS: dict[str, dict[str, tuple[int, str]]] = {
         "tests/tools/test_memory_step.py": (432, "not split yet"),
         "tests/tools/test_memory.py": (423, "not split yet"),
         "tests/tools/test_memory_script.py": (411, "not split yet"),
-        "tests/hf/test_files.py": (404, "not split yet"),
     },
     "function": {
         (

@@ -17,7 +17,7 @@ _MIXTURE = "petal_kernels/nn/low_rank_experts.py"
 _MIXTURES = "petal_kernels/nn/experts.py"
 _BOUND = "petal_kernels/nn/mutual_information.py"
 _FIELDS = "petal_kernels/hf/fields.py"
-_ATTACHMENT = "petal_kernels/hf/attachment.py"
+_STORED = "petal_kernels/hf/stored.py"
 _FILES = "petal_kernels/hf/files.py"
 _PROFILER = "petal_kernels/memory/profiler.py"
 
@@ -61,7 +61,7 @@ MUTANTS = [
     (_FIELDS, "want(isinstance(value, str) and value in choices", "want(value in choices"),
     (_FIELDS, "-largest <= value <= largest", "abs(value) < float('inf')"),
     (_FIELDS, "re.compile(value)", "pass"),
-    (_ATTACHMENT, "        if not isinstance(state, Mapping):", "        if False:"),
+    (_STORED, "        if not isinstance(state, Mapping):", "        if False:"),
     (_FILES, "    if not isinstance(directory, (str, os.PathLike)):", "    if False:"),
     ("petal_kernels/memory/arguments.py", '    check_bool("backward", backward)\n', ""),
 ]

@@ -31,9 +31,8 @@ MUTANTS = [
     ),
     (_FILES, "    if not path.is_file():", "    if False:"),
     (_PAIR, "            if path.is_file():", "            if True:"),
-    (_FILES, 'if path.name == OLD_CONFIG and "peft_type" in values:', "if False:"),
-    (_FILES, "old if _is_ours(old) else None", "old"),
-    (_FILES, "old if _is_ours(old) else None", "None"),
+    (_FILES, "old if is_ours(old) else None", "old"),
+    (_FILES, "old if is_ours(old) else None", "None"),
     (_FILES, "except (SafetensorError, KeyError,", "except (KeyError,"),
     # The order of a save.
     (
@@ -81,7 +80,7 @@ MUTANTS = [
     (_NAMES, "if part not in WRAPPERS]", "]"),
     (_NAMES, "sorted(prefixes, key=len, reverse=True)", "prefixes"),
     (_NAMES, "if len(olds) == 1 and", "if"),
-    (_ATTACH, "        made._shapes = tensors.shapes_of(made.state_dict())\n", ""),
+    (_ATTACH, "        made.shapes = tensors.shapes_of(made.state_dict())\n", ""),
     # A model that is left as it was.
     (_ATTACH, "BaseException:\n        made.detach()\n", "BaseException:\n"),
     (_ATTACH, "        saved.check_base(made.signature())\n", ""),

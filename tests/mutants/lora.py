@@ -60,8 +60,8 @@ MUTANTS = [
     (_METHOD, "return lora.forward(x, self.trained_bias())", "return lora.forward(x)"),
     (_METHOD, "        return why_not_readable(base)", '        return ""'),
     (_PEFT, "and value != default:", "and False:"),
-    (_PEFT, 'else {"parts": PARTS}', "else {}"),
-    (_PEFT, "saved = [*(same", "heads = []\n    saved = [*(same"),
+    (_PEFT, '        same["parts"] = PARTS\n', "        pass\n"),
+    (_PEFT, "own = [head for head in heads if", "own = [head for head in () if"),
     (_PEFT, '    if kind != "LORA" or', "    if"),
     (_TWINS, "if name in HOOKS or", "if"),
     (
