@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from petal_kernels.hf.attach import attach as attach
     from petal_kernels.hf.attach import attachment as attachment
     from petal_kernels.hf.attach import plan as plan
+    from petal_kernels.hf.fuse import fuse as fuse
+    from petal_kernels.hf.fuse import unfuse as unfuse
 
 _CONFIGS = (
     "AuroraConfig",
@@ -41,7 +43,8 @@ _CONFIGS = (
     "VLAdapterConfig",
     "VLPetConfig",
 )
-_LAZY = dict.fromkeys(("attach", "attachment", "plan", "Attachment", *_CONFIGS), "hf")
+_HF = ("attach", "attachment", "fuse", "plan", "unfuse", "Attachment")
+_LAZY = dict.fromkeys((*_HF, *_CONFIGS), "hf")
 
 __all__ = [
     "Attachment",
@@ -57,6 +60,7 @@ __all__ = [
     "attachment",
     "expert_dispatch",
     "explain",
+    "fuse",
     "gated_bottleneck",
     "gated_mlp",
     "lowrank_linear",
@@ -64,6 +68,7 @@ __all__ = [
     "mode_contract",
     "nn",
     "plan",
+    "unfuse",
     "use_backend",
 ]
 
