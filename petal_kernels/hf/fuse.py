@@ -9,7 +9,7 @@ what they found before. What a call does is decided by PEFT's state at that time
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from torch import nn
 
 from petal_kernels._runtime import checks
@@ -27,6 +27,7 @@ from petal_kernels.hf.peft_layers import (
     why_not_fused,
 )
 from petal_kernels.hf.report import Report, check_tokens
+from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.arguments import check_module
 
 
@@ -107,7 +108,13 @@ def _join(parent: nn.Module, recompute: bool) -> None:
     if "_petal" in parent.__dict__ or is_peft_layer(parent):
         return
     mlp = fused_mlp(None, parent, recompute)
-    parts: Sequence[Part] = one_input_parts(None, parent) if mlp is None else [mlp]
+    found = one_input_parts(None, parent) if mlp is None else [mlp]
+    # What an attachment says of its linears, on or off, is not known here.
+    parts: list[Part] = [p for p in found if not any(map(_is_attached, p.members.values()))]
     if parts:
         parent.__dict__["_petal"] = functools.reduce(Both, parts)
         parent.__class__ = adapted_class(type(parent), Around)
+
+
+def _is_attached(member: nn.Module) -> bool:
+    return isinstance(member, AdaptedLinear)

@@ -225,4 +225,4 @@ def fused_class(cls: type) -> type:
 def plain_class(module: object) -> type:
     """PEFT's class of a layer, fused or not."""
     mro: Sequence[type] = type(module).__mro__
-    return mro[mro.index(FusedLora) + 1] if FusedLora in mro else mro[0]
+    return mro[mro.index(Joins) + 1] if Joins in mro else mro[0]
