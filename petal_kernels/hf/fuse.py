@@ -1,5 +1,4 @@
-"""fuse(model): the LoRA layers that PEFT has put into a model, run by our operators; unfuse takes it
-back.
+"""fuse(model): LoRA layers that PEFT has put into a model, run by our operators; and unfuse.
 
 The classes of the layers change, and of the modules around them whose linears may run in one call;
 nothing else does: no parameter, name, hook or option, so that PEFT, optimizers and engines find
@@ -10,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+
 from torch import nn
 
 from petal_kernels._runtime import checks
@@ -88,9 +88,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_some(
-    model: nn.Module, layers: Mapping[str, Seen], declined: Mapping[str, str]
-) -> None:
+def _check_some(model: nn.Module, layers: Mapping[str, Seen], declined: Mapping[str, str]) -> None:
     """ValueError where nothing can be fused."""
     if len(declined) < len(layers):
         return

@@ -91,7 +91,8 @@ class _Call:
 
     def __init__(self, seen: Seen, lead: tuple[int, ...], dtype: torch.dtype) -> None:
         self.layer: Any = seen.module
-        self.lead, self.dtype, self.device = lead, dtype, device_of(self.layer.base_layer)
+        self.lead, self.dtype = lead, dtype
+        self.device = device_of(seen.module.get_submodule("base_layer"))
         joined = parts_of(seen.parent.__dict__.get("_petal"))
         self.part = next((part for part in joined if seen.name in part.members), None)
         members = {} if self.part is None else self.part.members
@@ -128,12 +129,12 @@ class _Call:
         return lora_mlp(x, asked, part.form.activation, recompute=part.recompute)
 
 
-def _twin(linear: nn.Module) -> nn.Module:
+def _twin(linear: Any) -> Any:
     if not isinstance(linear, FusedLora):
         return base_twin(linear)
-    base = base_twin(linear.base_layer)
-    twin: nn.Module = twin_of(linear, _modules={**linear._modules, "base_layer": base})
-    return twin
+    layer: Any = linear
+    base = base_twin(layer.base_layer)
+    return twin_of(layer, _modules={**layer._modules, "base_layer": base})
 
 
 def _adapters(layer: nn.Module) -> Iterator[nn.Parameter]:

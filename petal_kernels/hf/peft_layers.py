@@ -185,7 +185,7 @@ def _is_rows(x: object) -> bool:
     return isinstance(x, Tensor) and x.dim() > 0 and x.dtype in checks.FLOATING
 
 
-def _probability(dropout: nn.Module) -> float | None:
+def _probability(dropout: Any) -> float | None:
     """What a call drops; None where the module is another kind of dropout, or somebody sees it."""
     if type(dropout) not in (nn.Identity, nn.Dropout) or watched(dropout):
         return None

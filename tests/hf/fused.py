@@ -106,7 +106,7 @@ def same(got: Values, want: Values, tolerance: float = 1e-12) -> None:
 
 class _Operators(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.calls: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

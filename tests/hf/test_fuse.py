@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -120,7 +120,7 @@ def test_inference_is_as_before() -> None:
 # -- dropout --------------------------------------------------------------------------------------
 
 
-def _ones(p: float, joined: bool) -> tuple[nn.Module, Tensor]:
+def _ones(p: float, joined: bool) -> tuple[Any, Tensor]:
     """A block whose base gives nothing and whose updates give the mean of what they keep of x."""
     torch.manual_seed(0)
     width = 8192
@@ -140,7 +140,7 @@ def _ones(p: float, joined: bool) -> tuple[nn.Module, Tensor]:
 def test_every_linear_drops_its_own_share(joined: bool) -> None:
     """1 - p of x is kept, scaled by 1 / (1 - p), anew in every row, linear and call."""
     inner, x = _ones(P, joined)
-    seen = {}
+    seen: dict[str, Tensor] = {}
     for name in "ab":
         inner.get_submodule(name).register_forward_hook(
             lambda module, args, y, name=name: seen.__setitem__(name, y.detach()[:, 0])

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
+import peft
 from peft.tuners import lora
 from torch.autograd import forward_ad
 
@@ -22,6 +23,7 @@ from petal_kernels.hf import peft_layers
 from petal_kernels.hf.peft_layers import FusedLora
 from tests.hf import fused
 
+_LINEAR: Any = lora.Linear
 JOINED, ALONE, PEFTS = 2, 3, 2  # forwards of a block: (a, b) and c; each alone; one is PEFT's
 
 
@@ -261,16 +263,17 @@ def test_what_the_operators_do_not_cover_is_pefts(change: Callable[[Any], None],
     with fused.operators() as calls:
         got = fused.run(model, x)
     if change is _infinite_scale:  # inf and NaN where PEFT has them
-        want, got = ({n: v.nan_to_num(1.0, 2.0, 3.0) for n, v in each.items()} for each in (want, got))
+        want, got = (
+            {name: value.nan_to_num(1.0, 2.0, 3.0) for name, value in each.items()}
+            for each in (want, got)
+        )
     fused.same(got, want)
     assert fused.forwards(calls) == {"lowrank_linear": PEFTS}
     report = pk.fuse(model)
     row = next(row for row in report.rows if row.module.endswith(".a"))
     assert row.backend == "peft"
     assert why in row.why
-    assert [r.backend for r in report.rows if r is not row] == ["native"] * 2 or (
-        "peft" not in [r.backend for r in report.rows if r is not row]
-    )
+    assert "peft" not in [each.backend for each in report.rows if each is not row]
     assert why in str(report)
 
 
@@ -421,14 +424,14 @@ def test_members_whose_dropouts_differ_run_one_by_one() -> None:
 # -- layers that are declined as such -------------------------------------------------------------
 
 
-class Custom(lora.Linear):
+class Custom(_LINEAR):  # type: ignore[misc]
     """A layer of somebody else's, with a forward of its own."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super().forward(x, *args, **kwargs) * 2
 
 
-class Inheriting(lora.Linear):
+class Inheriting(_LINEAR):  # type: ignore[misc]
     """One that changes nothing of the forward, as PEFT's for torchao."""
 
 
