@@ -9,7 +9,7 @@ TESTS = [
     "-m",
     "not slow",
     "-k",
-    "not processes and not compiled_model and not family_is",
+    "not processes and not compiled and not family_is and not trainer",
 ]
 
 _LAYERS = "petal_kernels/hf/peft_layers.py"
