@@ -16,7 +16,7 @@ PARALLEL = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n $(JOBS) --dist 
 SOURCES := setup.py pyproject.toml .ci/requirements.txt $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all lint fuzz bench readme-tables gpu mutants cross-compile clean
+.PHONY: demo test test-all lint fuzz bench readme-tables gpu mutants peft-suite cross-compile clean
 
 demo: $(READY)
 	$(BIN)/petal-kernels demo
@@ -53,6 +53,10 @@ fuzz: $(READY)
 
 mutants: $(READY)
 	$(BIN)/python -m tests.mutants --jobs $(JOBS)
+
+# PEFT's own tests with LoRA, as they are and with every model fused; their source is downloaded.
+peft-suite: $(READY)
+	$(BIN)/python -m tests.peft_suite
 
 cross-compile: $(READY)
 	$(PARALLEL) -m cross_compile

@@ -43,7 +43,9 @@ def fuse(
     are merged or disabled, with several active at once or one for each sample, with a variant such
     as DoRA. A base that is quantised, sharded or hooked is called and its update fused. Linears
     that read one tensor run in one call, and so does an MLP; with `recompute_mlp` only what it
-    reads is kept for backward. Dropout draws other masks than PEFT's from the same seed.
+    reads is kept for backward. Dropout draws other masks than PEFT's from the same seed. The update
+    is computed in autocast's dtype, else in x's, with fp32 sums; of fp32 adapters on a 16-bit base
+    without autocast PEFT computes it in fp32 (`peft_layers.py`). There is no second derivative.
 
     Layers that PEFT adds later are not fused: call it again, which changes nothing else. `tokens`
     (samples, tokens of each) are the input that the report speaks of.

@@ -4,6 +4,7 @@ report."""
 TESTS = [
     "tests/hf/test_fuse.py",
     "tests/hf/test_fuse_calls.py",
+    "tests/hf/test_fuse_report.py",
     "tests/hf/test_fuse_state.py",
     "tests/hf/test_fuse_engines.py",
     "-m",
