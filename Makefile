@@ -22,7 +22,7 @@ INSTALL = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --pro
 WHEEL_CUDA ?= 1
 NOT_OURS = $(foreach lib,libtorch_cpu.so libtorch_cuda.so libc10.so,--exclude $(lib))
 
-.PHONY: demo test test-all lint fuzz bench readme-tables gpu mutants cross-compile wheel clean
+.PHONY: demo test test-all lint fuzz bench readme-tables gpu mutants peft-suite cross-compile wheel clean
 
 demo: $(READY)
 	$(BIN)/petal-kernels demo
@@ -59,6 +59,10 @@ fuzz: $(READY)
 
 mutants: $(READY)
 	$(BIN)/python -m tests.mutants --jobs $(JOBS)
+
+# PEFT's own tests with LoRA, as they are and with every model fused; their source is downloaded.
+peft-suite: $(READY)
+	$(BIN)/python -m tests.peft_suite
 
 cross-compile: $(READY)
 	PETAL_BUILD_CUDA=1 PETAL_CUDA_ARCHS="80;90;100" $(BIN)/python setup.py -q build_ext --inplace

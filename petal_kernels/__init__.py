@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from petal_kernels.hf.attach import attach as attach
     from petal_kernels.hf.attach import attachment as attachment
     from petal_kernels.hf.attach import plan as plan
+    from petal_kernels.hf.fuse import fuse as fuse
+    from petal_kernels.hf.fuse import unfuse as unfuse
 
 _CONFIGS = (
     "AuroraConfig",
@@ -42,7 +44,8 @@ _CONFIGS = (
     "VLAdapterConfig",
     "VLPetConfig",
 )
-_LAZY = dict.fromkeys(("attach", "attachment", "plan", "Attachment", *_CONFIGS), "hf")
+_HF = ("attach", "attachment", "fuse", "plan", "unfuse", "Attachment")
+_LAZY = dict.fromkeys((*_HF, *_CONFIGS), "hf")
 
 __all__ = [
     "Attachment",
@@ -59,6 +62,7 @@ __all__ = [
     "expert_dispatch",
     "explain",
     "frozen_norm",
+    "fuse",
     "gated_bottleneck",
     "gated_mlp",
     "lowrank_linear",
@@ -66,6 +70,7 @@ __all__ = [
     "mode_contract",
     "nn",
     "plan",
+    "unfuse",
     "use_backend",
 ]
 

@@ -60,6 +60,14 @@ def check_transforms(operator: str, values: Iterable[Any], instead: str = INSTEA
         _refuse_transformed(operator, values, functorch, instead)
 
 
+def transforms_active() -> bool:
+    """Whether a transform of ``torch.func`` or forward mode is at work here, on whatever tensors: a
+    caller that can do without a fused operator asks before."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
 def _refuse_transformed(
     operator: str, values: Iterable[Any], functorch: bool, instead: str
 ) -> None:

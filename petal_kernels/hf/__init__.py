@@ -11,6 +11,7 @@ from petal_kernels.hf.config import (
     VLAdapterConfig,
     VLPetConfig,
 )
+from petal_kernels.hf.fuse import fuse, unfuse
 from petal_kernels.hf.merging import MergeReport
 from petal_kernels.hf.report import Report
 
@@ -27,5 +28,7 @@ __all__ = [
     "VLPetConfig",
     "attach",
     "attachment",
+    "fuse",
     "plan",
+    "unfuse",
 ]

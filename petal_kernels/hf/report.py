@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -124,9 +124,7 @@ def make_report(
 ) -> Report:
     """The report of an attachment, as it would run here and now; `whole`: paths of what
     is trained whole."""
-    sized = isinstance(tokens, (tuple, list)) and len(tokens) == 2
-    if not sized or not all(type(size) is int and size >= 0 for size in tokens):
-        raise ValueError(f"tokens: want (samples, tokens of each), got {tokens!r}")
+    check_tokens(tokens)
     rows, seen = [], set()
     known: dict[Hashable, tuple[str, str]] = {}
     instead = _instead(method)
@@ -137,7 +135,7 @@ def make_report(
             key, sample = method.sample(place, wrapper, tokens)
             twice = torch.is_grad_enabled() and runs_twice(place.layer.module)
             if (key, twice) not in known:
-                known[key, twice] = _asked(sample, getattr(wrapper, "base", None), twice)
+                known[key, twice] = asked_dry(sample, getattr(wrapper, "base", None), twice)
             backend, why = known[key, twice]
             why = "; ".join(each for each in (why, row.why) if each)
         count = row.trainable
@@ -166,6 +164,13 @@ def make_report(
     return Report(rows, implementation, *counts, declined, tokens, method.found.notes, grouped)
 
 
+def check_tokens(tokens: Any) -> None:
+    """ValueError unless `tokens` is the size of an input."""
+    sized = isinstance(tokens, (tuple, list)) and len(tokens) == 2
+    if not sized or not all(type(size) is int and size >= 0 for size in tokens):
+        raise ValueError(f"tokens: want (samples, tokens of each), got {tokens!r}")
+
+
 def choice_in_words(found: Sequence[Explanation]) -> tuple[str, str]:
     """The backend that a call takes, and why not a preferred one; of several calls each once."""
     backends = dict.fromkeys(each.backend for each in found)
@@ -178,7 +183,7 @@ def choice_in_words(found: Sequence[Explanation]) -> tuple[str, str]:
     return " + ".join(backends) or "none", "; ".join(whys)
 
 
-def _asked(sample: Callable[[], object], base: nn.Module | None, twice: bool) -> tuple[str, str]:
+def asked_dry(sample: Callable[[], object], base: nn.Module | None, twice: bool) -> tuple[str, str]:
     """What a dry run of a place says, `twice` where a layer runs without gradients first. A base of
     somebody else's may not run without values."""
     found: list[Explanation] = []

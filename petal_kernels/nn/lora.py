@@ -234,7 +234,7 @@ def frozen_operands(
         return why
     weight, own = base._parameters["weight"], base._parameters.get("bias")
     assert weight is not None
-    for part in (weight, own):
+    for part in (weight, own if bias is None else None):
         if part is None:
             continue
         if part.requires_grad and torch.is_grad_enabled():

@@ -12,6 +12,7 @@ called one by one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +25,26 @@ from petal_kernels.nn.lora import LoRALinear, Operands, frozen_operands
 from petal_kernels.ops.gated_mlp import gated_mlp
 from petal_kernels.ops.lowrank_linear import lowrank_linear
 
-Member = tuple[LoRALinear, Tensor | None]  # with the bias that is trained in place of the base's
+
+class Reads(Protocol):
+    """A linear with an update that is no `LoRALinear`, as a joined call asks it."""
+
+    @property
+    def in_features(self) -> int: ...
+
+    def operands(self, dtype: torch.dtype, device: torch.device) -> Operands | str:
+        """What a call in `dtype` reads, or why the linear must be called itself."""
+
+
+# With the bias that is trained in place of the base's.
+Member = tuple[LoRALinear, Tensor | None] | Reads
 
 
 def lora_linears(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...] | str:
     """What each of several LoRA linears gives for one x [..., in]; or why they must be called one
     by one."""
-    check_rows("x", x, members[0][0].in_features)
+    leader = members[0][0] if isinstance(members[0], tuple) else members[0]
+    check_rows("x", x, leader.in_features)
     dtype = compute_dtype(x)
     found = [_operands(member, dtype, x.device) for member in members]
     why = next((each for each in found if isinstance(each, str)), None)
@@ -68,9 +82,9 @@ def lora_mlp(
     the frozen linear itself. Or why they must be called one by one."""
     dtype = compute_dtype(x)
     found = [
-        _operands(member, dtype, x.device)
-        if isinstance(member, tuple)
-        else frozen_operands(member, dtype, x.device)
+        frozen_operands(member, dtype, x.device)
+        if isinstance(member, nn.Module)
+        else _operands(member, dtype, x.device)
         for member in members
     ]
     why = next((each for each in found if isinstance(each, str)), None)
@@ -109,6 +123,8 @@ def watched(module: nn.Module) -> bool:
 
 def _operands(member: Member, dtype: torch.dtype, device: torch.device) -> Operands | str:
     """Not of a module whose call others await, as an engine that loads its parameters then."""
+    if not isinstance(member, tuple):
+        return member.operands(dtype, device)
     lora, bias = member
     if watched(lora):
         return "the update's own call is watched"

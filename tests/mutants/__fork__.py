@@ -25,6 +25,8 @@ with contextlib.suppress(ImportError):
         LlamaForCausalLM,
         T5ForConditionalGeneration,
     )
+with contextlib.suppress(ImportError):
+    import peft  # noqa: F401
 
 
 def run(arguments: list[str]) -> tuple[int, str]:

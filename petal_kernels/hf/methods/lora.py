@@ -95,7 +95,7 @@ class Lora(Method):
         self._parents = {seen.path: seen.parent for seen in chosen.linears}
         layers: dict[int, Layer] = {}
         for seen in chosen.linears:
-            where, layer = _layer_of(seen.path, modules)
+            where, layer = layer_of(seen.path, modules)
             new = Layer(len(layers), where, layer, _ROW)
             known = layers.setdefault(id(layer), new)
             if known is new:
@@ -365,7 +365,7 @@ def _size(module: nn.Module) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
-def _layer_of(path: str, modules: dict[str, nn.Module]) -> tuple[str, nn.Module]:
+def layer_of(path: str, modules: dict[str, nn.Module]) -> tuple[str, nn.Module]:
     """The layer around a linear that can be checkpointed; itself where there is none."""
     where = path.rpartition(".")[0]
     while where:

@@ -10,7 +10,7 @@ they end with it. A graph that is being compiled, which could not see that, call
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,10 +25,18 @@ from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.lora_fused import Member, lora_linears, lora_mlp, watched
 
 
+class Joins:
+    """A linear that says by itself what a joined call takes of it."""
+
+    def member(self) -> Member | str:
+        """That, as things stand now, or why its own forward must run."""
+        raise NotImplementedError
+
+
 class OneInput(Part):
     """A module whose `members` read one tensor: the first of them to be called runs all."""
 
-    def __init__(self, method: Any, members: dict[str, AdaptedLinear]) -> None:
+    def __init__(self, method: Any, members: dict[str, Any]) -> None:
         self.method, self.members = method, members
 
     def forward(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
@@ -57,9 +65,9 @@ class Waiting:
         self.part, self.outer = part, outer
         self.key: tuple[Any, ...] | None = None
         self.x: Tensor | None = None  # kept while outputs wait: its address is not another's
-        self.outputs: dict[AdaptedLinear, Tensor] = {}
+        self.outputs: dict[nn.Module, Tensor] = {}
 
-    def take(self, member: AdaptedLinear, x: Tensor) -> Tensor | None:
+    def take(self, member: nn.Module, x: Tensor) -> Tensor | None:
         """The member's output for x; None where it must be computed alone."""
         version = None if x.is_inference() else x._version
         key = (id(x), version, torch.is_grad_enabled(), autocast_on(x.device.type))
@@ -68,13 +76,14 @@ class Waiting:
                 return None
             self.key, self.x = key, x
             members = list(self.part.members.values())
-            found = lora_linears(x, [member_of(m) for m in members])
+            asked = taking(members)
+            found = asked if isinstance(asked, str) else lora_linears(x, asked)
             if not isinstance(found, str):
                 self.outputs = dict(zip(members, found, strict=True))
         return self.outputs.pop(member, None)
 
 
-def taken(member: AdaptedLinear, x: Tensor) -> Tensor | None:
+def taken(member: nn.Module, x: Tensor) -> Tensor | None:
     """The member's output for x from the run that it is in, where that joins it with others."""
     waiting = THREAD.waiting
     while waiting is not None:
@@ -103,10 +112,10 @@ class FusedMlp(Part):
         x = self._input(module, args, kwargs)
         if x is None:
             return run(*args, **kwargs)
-        members = [
-            member_of(m) if isinstance(m, AdaptedLinear) else m for m in self.members.values()
-        ]
-        y = lora_mlp(x, members, self.form.activation, recompute=self.recompute)
+        asked = taking(self.members.values())
+        if isinstance(asked, str):
+            return run(*args, **kwargs)
+        y = lora_mlp(x, asked, self.form.activation, recompute=self.recompute)
         if isinstance(y, str):
             return run(*args, **kwargs)
         for name in self.form.after:
@@ -146,6 +155,22 @@ def member_of(wrapper: AdaptedLinear) -> Member:
     return lora, wrapper.trained_bias()
 
 
+def taking(members: Iterable[nn.Module]) -> list[Any] | str:
+    """What a joined call takes of its linears, those without an update as they are; or why one of
+    them must run its own forward."""
+    found: list[Any] = []
+    for each in members:
+        asked: Any = each
+        if isinstance(each, AdaptedLinear):
+            asked = member_of(each)
+        elif isinstance(each, Joins):
+            asked = each.member()
+        if isinstance(asked, str):
+            return asked
+        found.append(asked)
+    return found
+
+
 def fused_mlp(method: Any, module: nn.Module, recompute: bool) -> FusedMlp | None:
     """The part that runs an MLP with adapted linears in one call; None where it is no such MLP."""
     form = mlp_of(module)
@@ -161,7 +186,9 @@ def one_input_parts(method: Any, module: nn.Module) -> list[OneInput]:
     found = []
     for group in one_input(module):
         linears = {name: module.get_submodule(name) for name in group}
-        members = {n: m for n, m in linears.items() if isinstance(m, AdaptedLinear)}
+        members: dict[str, Any] = {
+            n: m for n, m in linears.items() if isinstance(m, (AdaptedLinear, Joins))
+        }
         if len(members) > 1 and len({m.in_features for m in members.values()}) == 1:
             found.append(OneInput(method, members))
     return found
