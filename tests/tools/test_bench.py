@@ -330,10 +330,24 @@ def _row(median: float, **more: Any) -> Row:
     return Row(timing.Timing(median, median, median, 0.0, 4), **more)
 
 
+def test_what_a_package_has_a_form_of() -> None:
+    """Kind: a baseline without the layer's dropout, or one that is another one twice."""
+    of = packages.PACKAGES
+    for name in ("lora_linear", "lora_qkv", "lora_mlp"):
+        assert of["unsloth"].offers(name, 0.0, torch.float32)
+        assert not of["unsloth"].offers(name, 0.05, torch.float32)
+        assert of["peft"].offers(name, 0.05, torch.float32)
+        assert not of["peft_half"].offers(name, 0.05, torch.float32)
+        assert of["peft_half"].offers(name, 0.05, torch.bfloat16)
+    assert not of["liger"].offers("lora_linear", 0.0, torch.float32)
+    assert of["liger"].offers("lora_mlp", 0.05, torch.float32)
+
+
 LORA = {
     "linear": lambda request: layer.scenarios(["lora_linear"], request),
     "qkv": lambda request: layer.scenarios(["lora_qkv"], request),
     "mlp": lambda request: layer.scenarios(["lora_mlp"], request),
+    "dropout": lambda request: layer.scenarios(["lora_qkv"], replace(request, shape="dropout")),
     "bart": lambda request: model.scenarios(["bart"], replace(request, shape="LoRA")),
     "llama": lambda request: model.scenarios(["llama"], request),
 }

@@ -192,6 +192,29 @@ def test_pefts_lora_is_on_the_linears_that_ours_is_on(subset: str) -> None:
     assert _trained("peft-lora", **SUBSETS[subset]) == _trained("lora", **SUBSETS[subset]) > 0
 
 
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_peft_is_asked_for_what_ours_has(subset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kind: a column of another rank, dropout or dtype; with a stand-in of PEFT."""
+    asked: list[Any] = []
+
+    def record(model: torch.nn.Module, *given: Any) -> torch.nn.Module:
+        asked.extend(given)
+        return model
+
+    monkeypatch.setattr(presets, "peft_lora", record)
+    monkeypatch.setattr(presets, "installed", lambda: True)
+    options = Options(method="peft-lora", rank=3, dropout=0.25, **SUBSETS[subset])
+    presets.adapt(_vision_language(), options)
+    config = presets.CONFIGS["lora"](replace(options, method="lora"))
+    assert asked == [adapted_paths(_vision_language(), config), 3, 0.25, torch.float32]
+
+
+def test_without_peft_its_method_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "installed", lambda: False)
+    with pytest.raises(ValueError, match="want PEFT, which is missing: pip install peft"):
+        presets.adapt(_vision_language(), Options(method="peft-lora"))
+
+
 def test_every_option_of_lora_reaches_its_config() -> None:
     options = Options(
         method="lora", rank=3, targets=("q_proj",), dropout=0.25, parts=("vision",),

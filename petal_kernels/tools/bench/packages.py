@@ -96,7 +96,12 @@ def _with_peft(layer: LoRALayers, half: bool = False) -> Provider:
     def leaves(inputs: Inputs) -> list[Tensor]:
         return [*inputs.leaves(), *factors]
 
-    return Provider(lambda x: layer.composed(linears, x), leaves)
+    def forward(x: Tensor) -> Tensor | list[Tensor]:
+        if model.training != layer.training:  # its dropout is no module of the layer's
+            model.train(layer.training)
+        return layer.composed(linears, x)
+
+    return Provider(forward, leaves)
 
 
 def _injected(model: nn.Module, places: Mapping[str, Any], half: bool) -> tuple[Any, list[Tensor]]:
