@@ -77,18 +77,18 @@ def _both(label: str, file: str, scenario: str) -> Row:
 
 def _lora() -> tuple[Row | Saved, ...]:
     """Two layers in two dtypes, with and without dropout; what they keep with it."""
-    size, found = "B=4 L={} d={} r=16", list[Row | Saved]()
-    qkv = ("q, k, v", f"lora_qkv q, k, v, width 2048{{}}, {size.format(512, 2048)}")
-    mlp = ("MLP", f"lora_mlp MLP, width 1024{{}}, {size.format(256, 1024)}")
+    found = list[Row | Saved]()
+    qkv = ("q, k, v", "lora_qkv q, k, v, width 2048")
+    mlp = ("MLP", "lora_mlp MLP, width 1024")
     for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
         file = _LORA.format(dtype)
         half = "" if short == "fp32" else " (PEFT with bf16 factors: {peft_half})"
         for name, scenario in (qkv, mlp):
             found += [
-                Row(f"{name}, {short}{drop}{half}", file, scenario.format(drop))
+                Row(f"{name}, {short}{drop}, {{size}}{half}", file, scenario + drop)
                 for drop in (", dropout 0.05", "")
             ]
-        kept = tuple(scenario.format(", dropout 0.05") for _, scenario in (qkv, mlp))
+        kept = tuple(f"{scenario}, dropout 0.05" for _, scenario in (qkv, mlp))
         found.append(Saved(f"kept for backward with dropout, {short}: q, k, v / MLP", file, kept))
     return tuple(found)
 
@@ -145,6 +145,14 @@ def results(file: str) -> dict[tuple[str, str], dict[str, Any]]:
     return found
 
 
+def _entry(file: str, scenario: str, mode: str) -> dict[str, Any]:
+    """Of a scenario by its name, or by all of it but the sizes at its end."""
+    found = results(file)
+    sized = [key for key in found if key[1] == mode and key[0].startswith(f"{scenario}, B=")]
+    (key,) = [(scenario, mode)] if (scenario, mode) in found else sized or [(scenario, mode)]
+    return found[key]
+
+
 def _times(milliseconds: Sequence[float], seconds: bool) -> str:
     """Of all modes: ``1.2 / 3.4``, or three digits in seconds."""
     if seconds:
@@ -180,7 +188,7 @@ def _line(row: Row | Saved, columns: dict[str, str] = COLUMNS) -> str:
 
 
 def _timed_cells(row: Row, columns: dict[str, str]) -> list[str]:
-    entries = [results(row.file)[row.scenario, mode] for mode in row.modes]
+    entries = [_entry(row.file, row.scenario, mode) for mode in row.modes]
     _vouched(row, entries)
     medians = {
         label: [entry["rows"][label]["median"] for entry in entries] for label in entries[0]["rows"]
@@ -188,7 +196,8 @@ def _timed_cells(row: Row, columns: dict[str, str]) -> list[str]:
     seconds = min(medians["published"]) >= 10_000
     times = {label: _times(values, seconds) for label, values in medians.items()}
     published = times["published"] + ("" if seconds else " ms")
-    cells = [row.label.format(**times), published]
+    size = entries[0]["scenario"].removeprefix(f"{row.scenario}, ")
+    cells = [row.label.format(**times, size=size), published]
     cells += [times.get(label, MISSING) for label in columns if label != "published"]
     triples = zip(medians["published"], medians[row.ours], entries, strict=True)
     ratios = " / ".join(_ratio(a / b, entry["drift"]) for a, b, entry in triples)
@@ -211,7 +220,7 @@ def _wins(row: Row, entries: Sequence[dict[str, Any]]) -> bool:
 
 
 def _saved_cells(row: Saved, columns: dict[str, str]) -> list[str]:
-    entries = [results(row.file)[name, "full"]["rows"] for name in row.scenarios]
+    entries = [_entry(row.file, name, "full")["rows"] for name in row.scenarios]
 
     def of(label: str) -> str:
         if not all(label in rows and "saved_bytes" in rows[label] for rows in entries):
@@ -246,10 +255,10 @@ def _lora_step() -> str:
             f"petal_kernels {added['petal']:.0f} % (drift {100 * entry['drift']:.1f} %), and "
             f"{kept['peft']:.0f} and {kept['petal']:.0f} MB are kept for backward"
         )
-    size = re.search(r"B=\d+ L=\d+ r=\d+", name)
+    size = re.search(r"\w+, B=\d+ L=\d+ r=\d+", name)
     return (
-        f"A whole step of four layers of Llama, 1024 wide, fp32, with LoRA on all linears "
-        f"({size and size[0]}; `... model llama`):\n{said[0]};\n{said[1]}."
+        f"A whole step of a Llama without a head, fp32, with LoRA on all linears (`... model "
+        f"llama`, {size and size[0]}):\n{said[0]};\n{said[1]}."
     )
 
 

@@ -182,7 +182,7 @@ def test_what_lora_adds_to_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         entries.append({"scenario": name, "mode": "full", "drift": 0.02, "rows": rows})
     (tmp_path / f"{tables._LLAMA}.json").write_text(json.dumps({"results": entries}))
     head, with_dropout, without = tables._lora_step().splitlines()
-    assert "(B=2 L=8 r=4;" in head
+    assert "`, full, B=2 L=8 r=4):" in head
     assert with_dropout == (
         "with dropout 0.05 PEFT adds 50 % to the frozen step and petal_kernels 10 % (drift 2.0 %), "
         "and 37 and 15 MB are kept for backward;"
@@ -211,6 +211,25 @@ def test_a_table_of_lora_has_pefts_column() -> None:
     head = {name: tables._table(name).splitlines()[0] for name in ("lora_layer", "petal_layer")}
     assert "torch.compile | PEFT | petal_kernels" in head["lora_layer"]
     assert "PEFT" not in head["petal_layer"]
+
+
+def test_a_rows_size_is_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kind: a size written by hand; a row of the other dropout, whose name begins alike."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    names = {"a, B=2 L=8": 3.0, "a, dropout 0.05, B=2 L=9": 4.0}
+    entries = []
+    for name, ours in names.items():
+        rows = {"published": {"median": 8.0}, "petal": {"median": ours}}
+        entries.append({"scenario": name, "mode": "full", "drift": 0.0, "rows": rows})
+    (tmp_path / "sized.json").write_text(json.dumps({"results": entries}))
+    found = [
+        tables._line(tables.Row("{size}", "sized", name)).split("|")
+        for name in ("a", "a, dropout 0.05")
+    ]
+    assert [cells[1].strip() for cells in found] == ["B=2 L=8", "B=2 L=9"]
+    assert ["**3.0" in found[0][5], "**4.0" in found[1][5]] == [True, True]
+    with pytest.raises(KeyError):
+        tables._entry("sized", "b", "full")
 
 
 def test_the_command_ends_by_the_table(

@@ -376,6 +376,10 @@ def test_pefts_factors_are_float32_or_the_bases(target: str, dtype: torch.dtype)
     }
     want = {"peft": {torch.float32}}
     assert found == (want if dtype == torch.float32 else want | {"peft_half": {dtype}})
+    for name in found:
+        check = scenario.providers[name].check
+        assert check is not None
+        assert not check().wrong
 
 
 def test_losses_are_red_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
