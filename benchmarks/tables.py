@@ -182,9 +182,8 @@ def _vouched(row: Row, entries: Sequence[dict[str, Any]]) -> None:
 
 
 def _line(row: Row | Saved, columns: dict[str, str] = COLUMNS) -> str:
-    saved = isinstance(row, Saved)
-    cells = _saved_cells(row, columns) if saved else _timed_cells(row, columns)
-    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+    found = _saved_cells(row, columns) if isinstance(row, Saved) else _timed_cells(row, columns)
+    return f"| {' | '.join(found)} |".replace("|  |", "| |")
 
 
 def _timed_cells(row: Row, columns: dict[str, str]) -> list[str]:

@@ -48,8 +48,8 @@ MUTANTS = [
     # Two columns
     (_COMPARE, "lora_dropout=dropout, target", "lora_dropout=0.0, target"),
     (_FORMS, "nn.Dropout(dropout) if dropout", "nn.Identity() if dropout"),
-    (_LAYER, "pk.attach(model, sizes.config(t, True))", "pk.attach(model, sizes.config(t))"),
-    (_LAYER, "theirs(model, t, sizes.dtype)", "theirs(model, t, torch.float32)"),
+    (_LAYER, "sizes.config(targets, recompute)", "sizes.config(targets)"),
+    (_LAYER, "(theirs, dtype=sizes.dtype)", "(theirs, dtype=torch.float32)"),
     (_LAYER, "lora_dropout=self.dropout", "lora_dropout=0.0"),
     (_LAYER, "kept / (x.numel() * x.itemsize)", "kept / x.numel()"),
     (_LAYER, "sizes.rank, sizes.dropout, dtype", "8, sizes.dropout, dtype"),

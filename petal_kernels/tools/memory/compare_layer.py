@@ -3,6 +3,7 @@ adapted, as PEFT writes it and as `pk.attach` does. On fake tensors, under CUDA'
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,20 +69,23 @@ class FirstLayer(nn.Module):
         return out
 
 
-def forms(sizes: Sizes, peft: bool) -> dict[str, Callable[[nn.Module, Targets], object]]:
-    """How the linears of a frozen model are adapted, by label."""
+def forms(sizes: Sizes, peft: bool) -> dict[str, Callable[..., object]]:
+    """What adapts `targets` of a frozen model, by label."""
     inject = peft_lora if peft else restated_lora
 
     def theirs(model: nn.Module, targets: Targets, dtype: torch.dtype) -> object:
         paths = adapted_paths(model, sizes.config(targets))
         return inject(model, paths, sizes.rank, sizes.dropout, dtype)
 
+    def ours(model: nn.Module, targets: Targets, recompute: bool = False) -> object:
+        return pk.attach(model, sizes.config(targets, recompute))
+
     half = str(sizes.dtype).removeprefix("torch.")
     return {
-        "peft-lora, float32": lambda model, t: theirs(model, t, torch.float32),
-        f"peft-lora, {half}": lambda model, t: theirs(model, t, sizes.dtype),
-        "lora": lambda model, t: pk.attach(model, sizes.config(t)),
-        "lora, MLP recomputed": lambda model, t: pk.attach(model, sizes.config(t, True)),
+        "peft-lora, float32": functools.partial(theirs, dtype=torch.float32),
+        f"peft-lora, {half}": functools.partial(theirs, dtype=sizes.dtype),
+        "lora": ours,
+        "lora, MLP recomputed": functools.partial(ours, recompute=True),
     }
 
 
@@ -107,7 +111,8 @@ def compare(
     for each in targets:
         name = each if isinstance(each, str) else ", ".join(each)
         for label, form in wanted.items():
-            yield Kept(label, *_kept(sizes, lambda m, f=form, t=each: f(m, t)), targets=name)
+            found = _kept(sizes, functools.partial(form, targets=each))
+            yield Kept(label, *found, targets=name)
 
 
 def title(sizes: Sizes) -> str:
