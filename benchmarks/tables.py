@@ -22,12 +22,15 @@ from typing import Any
 
 from petal_kernels.tools import exits
 from petal_kernels.tools.bench.judge import change
+from petal_kernels.tools.memory.compare import Kept
+from petal_kernels.tools.memory.compare_layer import table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 COLUMNS = {"published": "published", "eager": "well-written eager", "compile": "torch.compile"}
+WITH_PEFT = COLUMNS | {"peft": "PEFT"}
 MISSING = "not run"
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -61,6 +64,9 @@ _DEMO = "epyc-avx512-2core-c6147b0082d7-demo"
 _DEMO_METHODS = "epyc-avx512-2core-c6147b0082d7-demo-methods"
 _QFORMER = "epyc-avx512-2core-6d30940e4164-qformer"
 _OVERHEAD = "epyc-avx512-2core-6d30940e4164-overhead"
+_LORA = "xeon-avx512-2core-77cd0a1-layer-lora-{}"
+_LLAMA = "xeon-avx512-2core-77cd0a1-model-llama"
+_LORA_MEMORY = "xeon-avx512-2core-77cd0a1-memory-lora-layer"
 _QKV = "petal qkv layer, N=4096 d=768 R=64 "
 _QKV_GIVEN = "petal qkv adapter part, base outputs given, N=4096 d=768 R=64 float32"
 
@@ -69,7 +75,26 @@ def _both(label: str, file: str, scenario: str) -> Row:
     return Row(label, file, scenario, ("train", "full"), "petal native")
 
 
+def _lora() -> tuple[Row | Saved, ...]:
+    """Two layers in two dtypes, with and without dropout; what they keep with it."""
+    found = list[Row | Saved]()
+    qkv = ("q, k, v", "lora_qkv q, k, v, width 2048")
+    mlp = ("MLP", "lora_mlp MLP, width 1024")
+    for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
+        file = _LORA.format(dtype)
+        half = "" if short == "fp32" else " (PEFT with bf16 factors: {peft_half})"
+        for name, scenario in (qkv, mlp):
+            found += [
+                Row(f"{name}, {short}{drop}, {{size}}{half}", file, scenario + drop)
+                for drop in (", dropout 0.05", "")
+            ]
+        kept = tuple(f"{scenario}, dropout 0.05" for _, scenario in (qkv, mlp))
+        found.append(Saved(f"kept for backward with dropout, {short}: q, k, v / MLP", file, kept))
+    return tuple(found)
+
+
 TABLES: dict[str, Sequence[Row | Saved]] = {
+    "lora_layer": _lora(),
     "petal_layer": (
         Row("adapter part, base outputs given, fp32", _LAYER, _QKV_GIVEN),
         Row("whole layer, fp32", _LAYER, _QKV + "float32"),
@@ -120,6 +145,14 @@ def results(file: str) -> dict[tuple[str, str], dict[str, Any]]:
     return found
 
 
+def _entry(file: str, scenario: str, mode: str) -> dict[str, Any]:
+    """Of a scenario by its name, or by all of it but the sizes at its end."""
+    found = results(file)
+    sized = [key for key in found if key[1] == mode and key[0].startswith(f"{scenario}, B=")]
+    (key,) = [(scenario, mode)] if (scenario, mode) in found else sized or [(scenario, mode)]
+    return found[key]
+
+
 def _times(milliseconds: Sequence[float], seconds: bool) -> str:
     """Of all modes: ``1.2 / 3.4``, or three digits in seconds."""
     if seconds:
@@ -148,13 +181,13 @@ def _vouched(row: Row, entries: Sequence[dict[str, Any]]) -> None:
                 raise ValueError(f"{name}: want figures that hold, {label} is {said}")
 
 
-def _line(row: Row | Saved) -> str:
-    cells = _saved_cells(row) if isinstance(row, Saved) else _timed_cells(row)
-    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+def _line(row: Row | Saved, columns: dict[str, str] = COLUMNS) -> str:
+    found = _saved_cells(row, columns) if isinstance(row, Saved) else _timed_cells(row, columns)
+    return f"| {' | '.join(found)} |".replace("|  |", "| |")
 
 
-def _timed_cells(row: Row) -> list[str]:
-    entries = [results(row.file)[row.scenario, mode] for mode in row.modes]
+def _timed_cells(row: Row, columns: dict[str, str]) -> list[str]:
+    entries = [_entry(row.file, row.scenario, mode) for mode in row.modes]
     _vouched(row, entries)
     medians = {
         label: [entry["rows"][label]["median"] for entry in entries] for label in entries[0]["rows"]
@@ -162,8 +195,9 @@ def _timed_cells(row: Row) -> list[str]:
     seconds = min(medians["published"]) >= 10_000
     times = {label: _times(values, seconds) for label, values in medians.items()}
     published = times["published"] + ("" if seconds else " ms")
-    cells = [row.label.format(**times), published]
-    cells += [times.get(label, MISSING) for label in COLUMNS if label != "published"]
+    size = entries[0]["scenario"].removeprefix(f"{row.scenario}, ")
+    cells = [row.label.format(**times, size=size), published]
+    cells += [times.get(label, MISSING) for label in columns if label != "published"]
     triples = zip(medians["published"], medians[row.ours], entries, strict=True)
     ratios = " / ".join(_ratio(a / b, entry["drift"]) for a, b, entry in triples)
     ours = f"{times[row.ours]} ({ratios})"
@@ -184,21 +218,58 @@ def _wins(row: Row, entries: Sequence[dict[str, Any]]) -> bool:
     return True
 
 
-def _saved_cells(row: Saved) -> list[str]:
-    entries = [results(row.file)[name, "full"]["rows"] for name in row.scenarios]
+def _saved_cells(row: Saved, columns: dict[str, str]) -> list[str]:
+    entries = [_entry(row.file, name, "full")["rows"] for name in row.scenarios]
 
     def of(label: str) -> str:
         if not all(label in rows and "saved_bytes" in rows[label] for rows in entries):
             return ""
         return " / ".join(f"{rows[label]['saved_bytes'] / 1e6:.1f}" for rows in entries)
 
-    cells = [of(label) for label in COLUMNS]
+    cells = [of(label) for label in columns]
     return [row.label, f"{cells[0]} MB", *cells[1:], f"**{of('petal')}**", "exact"]
 
 
-def _table(rows: Sequence[Row | Saved]) -> str:
-    head = f"| | {' | '.join(COLUMNS.values())} | petal_kernels | drift |"
-    return "\n".join([head, "|---" * (len(COLUMNS) + 3) + "|", *map(_line, rows)])
+def _table(name: str) -> str:
+    columns = WITH_PEFT if name.startswith("lora") else COLUMNS
+    head = f"| | {' | '.join(columns.values())} | petal_kernels | drift |"
+    lines = [_line(row, columns) for row in TABLES[name]]
+    return "\n".join([head, "|---" * (len(columns) + 3) + "|", *lines])
+
+
+def _lora_step() -> str:
+    """What LoRA adds to a whole step, with and without dropout."""
+    said = []
+    for p in ("0.05", "0.0"):
+        found = results(_LLAMA)
+        name, entry = next(
+            (n, e) for (n, mode), e in found.items() if mode == "full" and f"dropout {p}," in n
+        )
+        rows = entry["rows"]
+        floor = next(r["median"] for r in rows.values() if r.get("floor"))
+        added = {k: 100 * (rows[k]["median"] / floor - 1) for k in ("peft", "petal")}
+        kept = {k: rows[k]["saved_bytes"] / 1e6 for k in ("peft", "petal")}
+        said.append(
+            f"with dropout {float(p):g} PEFT adds {added['peft']:.0f} % to the frozen step and "
+            f"petal_kernels {added['petal']:.0f} % (drift {100 * entry['drift']:.1f} %), and "
+            f"{kept['peft']:.0f} and {kept['petal']:.0f} MB are kept for backward"
+        )
+    size = re.search(r"\w+, B=\d+ L=\d+ r=\d+", name)
+    return (
+        f"A whole step of a Llama without a head, fp32, with LoRA on all linears (`... model "
+        f"llama`, {size and size[0]}):\n{said[0]};\n{said[1]}."
+    )
+
+
+def _lora_memory() -> str:
+    """What `petal-kernels memory --compare lora-layer` printed."""
+    document = json.loads((RESULTS / f"{_LORA_MEMORY}.json").read_text())
+    kept = [
+        Kept(f["form"], f["bytes"], f["times_x"], targets=f["targets"]) for f in document["forms"]
+    ]
+    command = re.sub(r" --json(=| )\S+", "", document["command"])
+    lines = [f"$ {command}", document["title"], "", table(kept)]
+    return "\n".join(["```", *lines, "```"])
 
 
 def _whole_step() -> str:
@@ -254,8 +325,13 @@ def _demo() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    name: functools.partial(_table, rows) for name, rows in TABLES.items()
-} | {"whole_step": _whole_step, "demo": _demo}
+    name: functools.partial(_table, name) for name in TABLES
+} | {
+    "whole_step": _whole_step,
+    "demo": _demo,
+    "lora_step": _lora_step,
+    "lora_memory": _lora_memory,
+}
 
 
 def render(text: str) -> str:

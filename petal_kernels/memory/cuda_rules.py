@@ -43,7 +43,7 @@ class KeptAttentionFunction(FirstOrderFunction):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
     ) -> Tensor:
-        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+        out = _output(q, v.shape[-1])
         rows = q.new_empty(q.shape[:-1], dtype=torch.float32)
         state = [q.new_empty((), dtype=torch.int64) for _ in range(2 if dropout > 0 else 0)]
         ctx.save_for_backward(q, k, v, mask, out, rows, *state)
@@ -53,6 +53,13 @@ class KeptAttentionFunction(FirstOrderFunction):
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *_rest = ctx.saved_tensors
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
+
+
+def _output(q: Tensor, width: int) -> Tensor:
+    """In q's own order in memory, as the fused kernels lay it out: where a token's heads lie side
+    by side in q they do in the output, and joining them for the next linear copies nothing."""
+    same = q.shape[-1] == width
+    return torch.empty_like(q) if same else q.new_empty((*q.shape[:-1], width))
 
 
 def _attention(

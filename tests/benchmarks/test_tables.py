@@ -164,6 +164,76 @@ def test_saved_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert text == "| kept | 12.0 / 6.0 MB | 9.1 / 4.5 | | **6.0 / 3.0** | exact |"
 
 
+def _step(median: float, kept: int = 0, **more: Any) -> dict[str, Any]:
+    return {"median": median, "saved_bytes": kept, **more}
+
+
+def test_what_lora_adds_to_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kind: a share of the whole step, or of the other dropout's frozen one."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    entries = []
+    for p, floor in (("0.0", 10.0), ("0.05", 20.0)):
+        rows = {
+            "base": _step(floor, floor=True),
+            "peft": _step(floor * (1.5 if p == "0.05" else 1.25), 37_000_000),
+            "petal": _step(floor * (1.1 if p == "0.05" else 1.04), 15_000_000),
+        }
+        name = f"llama step, LoRA on all linears, dropout {p}, full, B=2 L=8 r=4"
+        entries.append({"scenario": name, "mode": "full", "drift": 0.02, "rows": rows})
+    (tmp_path / f"{tables._LLAMA}.json").write_text(json.dumps({"results": entries}))
+    head, with_dropout, without = tables._lora_step().splitlines()
+    assert "`, full, B=2 L=8 r=4):" in head
+    assert with_dropout == (
+        "with dropout 0.05 PEFT adds 50 % to the frozen step and petal_kernels 10 % (drift 2.0 %), "
+        "and 37 and 15 MB are kept for backward;"
+    )
+    assert without.startswith(
+        "with dropout 0 PEFT adds 25 % to the frozen step and petal_kernels 4 %"
+    )
+
+
+def test_what_lora_keeps_is_what_the_command_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kind: a figure written by hand."""
+    pytest.importorskip("transformers")
+    from petal_kernels.tools.memory import app
+
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    words = ["--compare", "lora-layer", "--batch", "1", "--length", "8", "--targets", "o_proj"]
+    assert app.main([*words, "--json", str(tmp_path / f"{tables._LORA_MEMORY}.json")]) == 0
+    printed = capsys.readouterr().out.strip()
+    command = f"$ petal-kernels memory {' '.join(words)}"
+    assert tables._lora_memory() == f"```\n{command}\n{printed}\n```"
+
+
+def test_a_table_of_lora_has_pefts_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("lora_layer", "petal_layer"):
+        monkeypatch.setitem(tables.TABLES, name, ())
+    head = {name: tables._table(name).splitlines()[0] for name in ("lora_layer", "petal_layer")}
+    assert "torch.compile | PEFT | petal_kernels" in head["lora_layer"]
+    assert "PEFT" not in head["petal_layer"]
+
+
+def test_a_rows_size_is_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kind: a size written by hand; a row of the other dropout, whose name begins alike."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    names = {"a, B=2 L=8": 3.0, "a, dropout 0.05, B=2 L=9": 4.0}
+    entries = []
+    for name, ours in names.items():
+        rows = {"published": {"median": 8.0}, "petal": {"median": ours}}
+        entries.append({"scenario": name, "mode": "full", "drift": 0.0, "rows": rows})
+    (tmp_path / "sized.json").write_text(json.dumps({"results": entries}))
+    found = [
+        tables._line(tables.Row("{size}", "sized", name)).split("|")
+        for name in ("a", "a, dropout 0.05")
+    ]
+    assert [cells[1].strip() for cells in found] == ["B=2 L=8", "B=2 L=9"]
+    assert ["**3.0" in found[0][5], "**4.0" in found[1][5]] == [True, True]
+    with pytest.raises(KeyError):
+        tables._entry("sized", "b", "full")
+
+
 def test_the_command_ends_by_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

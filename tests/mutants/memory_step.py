@@ -79,8 +79,8 @@ MUTANTS = [
     (_TEXT, "sum(row.bytes for row in rows[limit:])", "sum(row.bytes for row in rows)"),
     (_PLOT, "for name in RESIDENT if name in parts]", "for name in RESIDENT if name in parts][:2]"),
     # The command
-    (_WHAT_IF, "2 * getattr(options, option)", "4 * getattr(options, option)"),
-    (_WHAT_IF, 'return f"{subject} has no {option}"', 'return ""'),
+    (_WHAT_IF, "2 * getattr(options, asked.option)", "4 * getattr(options, asked.option)"),
+    (_WHAT_IF, 'return f"{subject} has no {asked.option}"', 'return ""'),
     (_WHAT_IF, "profile.with_optimizer(optimizer).peak_bytes", "profile.peak_bytes"),
     (_SCRIPT, "**defaults, **given", "**given"),
     (_SCRIPT, "if unheeded and not anything:", "if False:"),
@@ -96,5 +96,5 @@ MUTANTS = [
     (_APP, "[name for name in given if name not in heeded]", "[]"),
     (_APP, "return whatif.run(step, args.accumulate)", "return whatif.run(step)"),
     (_ARGUMENTS, "0.0 <= _number(text) < math.inf", "_number(text) >= 0.0"),
-    (_PRESETS, '("petal", "lora", "routing"), _ADAPTER | {"dropout"}', '("petal",), _ADAPTER'),
+    (_PRESETS, '("petal", "routing"), _ADAPTER | {"dropout"}', '("petal",), _ADAPTER'),
 ]

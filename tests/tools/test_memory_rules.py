@@ -78,6 +78,25 @@ def test_attention_keeps_what_cuda_keeps_by_any_name(way: str) -> None:
     assert memory.profile(lambda *a: attention(*a, dropout_p=0.1), batch).saved_bytes == FUSED
 
 
+@pytest.mark.parametrize("order", ["tokens", "heads"])
+def test_the_output_lies_as_q_does(order: str) -> None:
+    """Kind: a copy where heads are joined that the fused kernels' layout spares, counted for the
+    linear that reads it; or none where q's heads lie apart."""
+    joined = nn.Linear(H * D, 1, bias=False)
+    shape = (B, L, H, D) if order == "tokens" else (B, H, L, D)
+    q = torch.randn(shape, requires_grad=True)
+
+    def forward(t: Tensor) -> Tensor:
+        heads = t.transpose(1, 2) if order == "tokens" else t
+        out = F.scaled_dot_product_attention(heads, heads * 2, heads * 3)
+        y: Tensor = joined(out.transpose(1, 2).reshape(B, L, H * D))
+        return y
+
+    found = memory.profile(forward, q, module=joined, cuda_rules=True)
+    attention = 4 * (4 * B * H * L * D + B * H * L)
+    assert found.saved_bytes == attention + (4 * B * L * H * D if order == "heads" else 0)
+
+
 def test_attention_keeps_its_mask_as_numbers() -> None:
     """As fused kernels add it to the scores: a mask of booleans is made numbers of q's dtype."""
     q = torch.randn(B, H, L, D, requires_grad=True)

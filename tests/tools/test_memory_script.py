@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ pytest.importorskip("transformers")
 
 from petal_kernels.tools import cli, exits
 from petal_kernels.tools.memory import app, presets, whatif
+from petal_kernels.tools.memory.options import Options
 
 SCRIPT = """
 import functools
@@ -240,11 +242,13 @@ def test_mistakes_are_refused_before_any_work(
 def test_every_method_heeds_what_it_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kind: a table of what is heeded that is wrong: every option of an adapter that a method is
     said to heed reaches what it is made of, and no other does."""
-    values: dict[str, Any] = {"rank": 3, "targets": "query", "dropout": 0.25}
+    values: dict[str, Any] = {"rank": 3, "targets": ("query",), "dropout": 0.25}
+    values |= {"parts": ("vision",), "recompute_mlp": True}
     for method, config in presets.CONFIGS.items():
-        base = presets.Options(method=method)
+        targets = "all-linear" if method == "lora" else None  # parts want them named
+        base = Options(method=method, targets=targets)
         for name, value in values.items():
-            changed = config(presets.Options(**{"method": method, name: value}))
+            changed = config(replace(base, **{name: value}))
             moved = changed.to_dict() != config(base).to_dict()
             assert moved == (name in presets.HEEDED[method]), (method, name)
     assert set(presets.HEEDED) == set(presets.METHODS)
@@ -252,9 +256,9 @@ def test_every_method_heeds_what_it_is_said_to(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_title_says_only_what_decides() -> None:
     """Kind: a default printed as if it had been used."""
-    options = presets.Options(method="full", batch=2)
+    options = Options(method="full", batch=2)
     assert options.describe(presets.HEEDED["full"]) == "full, batch 2, 128 words, sdpa"
-    demo = presets.Options(**presets.DEMO)
+    demo = Options(**presets.DEMO)
     assert demo.describe(presets.DEMO_HEEDS) == "petal r=32, batch 128, sdpa"
 
 

@@ -62,9 +62,12 @@ class Errors:
 
 
 def _like(got: Tensor | None, exact: Tensor, plain: Tensor) -> Tensor:
-    """A missing gradient as zeros; a package's factor without our leading 1 in our shape."""
+    """A missing gradient as zeros; that of a package's factor, without our leading 1 or of fewer
+    bits, in our shape and dtype."""
     if got is None:
         return torch.zeros_like(plain)
+    if got.dtype.itemsize < plain.dtype.itemsize:
+        got = got.to(plain.dtype)
     return got.detach().reshape(exact.shape if got.numel() == exact.numel() else got.shape)
 
 

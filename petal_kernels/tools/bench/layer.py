@@ -168,8 +168,8 @@ def build(
         compiled = torch.compile(layer.published, dynamic=False)
         add("compile", replace(own(compiled), compiled=True))
     for package, found in packages.PACKAGES.items():
-        offered = package in packages.FORMS and name in found.targets
-        offered = offered and (found.drops or not getattr(layer, "dropout", 0.0))
+        offered = package in packages.FORMS
+        offered &= found.offers(name, getattr(layer, "dropout", 0.0), request.dtype)
         if offered and request.wants(package) and not found.why_not(request.device):
             add(package, packages.FORMS[package](layer))
     if "base" in layer.forms and request.wants("base"):

@@ -63,6 +63,11 @@ class LoRALayers(Layer):
         return self.composed([form(lora) for lora in self.each()], x)
 
     def eager(self, x: Tensor) -> Tensor | list[Tensor]:
+        return self.composed(self.eager_linears(), x)
+
+    def eager_linears(self) -> list[Linear]:
+        """The linears in well-written torch."""
+
         def form(lora: LoRALinear) -> Linear:
             def run(t: Tensor) -> Tensor:
                 y = lora.base(t)
@@ -73,7 +78,7 @@ class LoRALayers(Layer):
 
             return run
 
-        return self.composed([form(lora) for lora in self.each()], x)
+        return [form(lora) for lora in self.each()]
 
     def _lowrank(self, shapes: Sequence[tuple[int, int]]) -> lowrank_workload.Case:
         c, outs = self.case, tuple(out for _, out in shapes)

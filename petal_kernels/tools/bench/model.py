@@ -59,7 +59,7 @@ _METHODS: dict[str, tuple[ModelCase, ...]] = {
     "bart": (
         ModelCase("VL-PET large", "bart", lambda r: pk.VLPetConfig(r=r), 16, 64, 96),
         ModelCase("VL-Adapter", "bart", lambda r: pk.VLAdapterConfig(r=r), 16, 64, 96),
-        ModelCase("LoRA", "bart", lambda r: pk.RoutingConfig(r=r), 16, 64, 16),
+        ModelCase("LoRA", "bart", lambda r: pk.LoraConfig(r=r, lora_alpha=r), 16, 64, 16),
     ),
     "gpt2-vit": (
         ModelCase(
@@ -229,10 +229,12 @@ def build(case: ModelCase, request: Request, shape: str, value: float | None) ->
         both = on_backend(fused.both, backend) if backend else fused.both
         label = f"petal {backend}".strip()
         add(label, fused.subject, both, fused.trained(), ours=True)
-    lora = case.name.startswith("LoRA") and case.model in packages.PACKAGES["peft"].targets
-    if lora and request.wants("peft") and not packages.PACKAGES["peft"].why_not(request.device):
-        subject, trained = packages.peft_like(base, fused.subject, fused.trained())
-        add("peft", subject, subject.both, trained)
+    for name in ("peft", "peft_half") if case.name.startswith("LoRA") else ():
+        package = packages.PACKAGES[name]
+        offered = package.offers(case.model, 0.0, request.dtype)
+        if offered and request.wants(name) and not package.why_not(request.device):
+            like = packages.peft_like(base, fused.subject, fused.trained(), package.half)
+            add(name, like[0], like[0].both, like[1])
     if request.wants("base"):
         alone = copy.deepcopy(base).train()
         providers["base"] = _floor(alone)
@@ -241,9 +243,9 @@ def build(case: ModelCase, request: Request, shape: str, value: float | None) ->
     if value is not None:
         arguments += ["--sweep", str(request.sweep), "--values", str(int(value))]
     size = f"{case.size}, B={case.batch} L={case.tokens} r={case.rank}"
-    name = f"{case.model} step, {shape}, {size}"
+    said = f"{case.model} step, {shape}, {size}"
     return Scenario(
-        name, inputs, providers, arguments, parameters=parameters, swept=value, fresh=fresh
+        said, inputs, providers, arguments, parameters=parameters, swept=value, fresh=fresh
     )
 
 

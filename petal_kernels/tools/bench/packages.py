@@ -6,6 +6,7 @@ Each is a form of a layer of `layer_forms`, over that layer's own parameters.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from petal_kernels.hf.methods.lora import LoraLinear
 from petal_kernels.hf.methods.routing import RoutedLinear
 from petal_kernels.tools.bench.layer_forms import GatedLayer
-from petal_kernels.tools.bench.layer_forms_lora import LoRALayer, LoRALayers
+from petal_kernels.tools.bench.layer_forms_lora import LoRALayer, LoRALayers, LoRAMlp, LoRAQKV
 from petal_kernels.tools.bench.model_builders import Subject
-from petal_kernels.tools.bench.scenarios import Inputs, Provider
+from petal_kernels.tools.bench.scenarios import Forward, Inputs, Provider
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Package:
     cuda: bool
     targets: tuple[str, ...]
     drops: bool = True  # whether it has the layer's dropout
+    half: bool = False  # whether it is something of its own beside 16-bit bases alone
 
     def why_not(self, device: torch.device) -> str | None:
         """Why it cannot run here, with what to do about it."""
@@ -41,11 +43,19 @@ class Package:
             return "its kernels need a CUDA device"
         return None
 
+    def offers(self, target: str, dropout: float, dtype: torch.dtype) -> bool:
+        """Whether it has a form of a layer or model."""
+        half = not self.half or dtype.itemsize == 2
+        return target in self.targets and (self.drops or not dropout) and half
 
-_LORA = ("lora_linear", "lora_qkv", "lora_mlp", "bart", "llama", "qwen2_5_vl")
+
+_LORA = ("lora_linear", "lora_qkv", "lora_mlp")
+_PEFT = (*_LORA, "bart", "llama", "qwen2_5_vl")
 PACKAGES = {
-    "peft": Package("peft", "pip install peft", False, _LORA),
-    "unsloth": Package("unsloth", "pip install unsloth", True, ("lora_linear",), drops=False),
+    # With float32 factors, its default whatever the base's dtype is, and with factors of that.
+    "peft": Package("peft", "pip install peft", False, _PEFT),
+    "peft_half": Package("peft", "pip install peft", False, _PEFT, half=True),
+    "unsloth": Package("unsloth", "pip install unsloth", True, _LORA, drops=False),
     "lorafusion": Package(
         "lorafusion",
         "pip install git+https://github.com/CentML/lorafusion",
@@ -59,7 +69,9 @@ PACKAGES = {
         True,
         ("expert_dispatch",),
     ),
-    "liger": Package("liger_kernel", "pip install liger-kernel", True, ("gated_adapter",)),
+    "liger": Package(
+        "liger_kernel", "pip install liger-kernel", True, ("gated_adapter", "lora_mlp")
+    ),
 }
 
 
@@ -75,21 +87,27 @@ def absent(targets: Sequence[str], device: torch.device, named: Sequence[str]) -
     return found
 
 
-def _with_peft(layer: LoRALayers) -> Provider:
+def _with_peft(layer: LoRALayers, half: bool = False) -> Provider:
     """PEFT's LoRA on the same bases, its weights being copies."""
     bases = nn.ModuleDict({f"base{k}": lora.base for k, lora in enumerate(layer.each())})
-    model, factors = _injected(bases, dict(zip(bases, layer.each(), strict=True)))
+    model, factors = _injected(bases, dict(zip(bases, layer.each(), strict=True)), half)
     linears = [model[name] for name in bases]
 
     def leaves(inputs: Inputs) -> list[Tensor]:
         return [*inputs.leaves(), *factors]
 
-    return Provider(lambda x: layer.composed(linears, x), leaves)
+    def forward(x: Tensor) -> Tensor | list[Tensor]:
+        if model.training != layer.training:  # its dropout is no module of the layer's
+            model.train(layer.training)
+        return layer.composed(linears, x)
+
+    return Provider(forward, leaves)
 
 
-def _injected(model: nn.Module, places: Mapping[str, Any]) -> tuple[Any, list[Tensor]]:
+def _injected(model: nn.Module, places: Mapping[str, Any], half: bool) -> tuple[Any, list[Tensor]]:
     """`model` with PEFT's LoRA on the linears at the paths of `places`, of the same rank, scale,
-    dropout and values as the update there; its factors, A and B of each."""
+    dropout and values as the update there; its factors, A and B of each, in float32 as
+    get_peft_model makes them, or (`half`) in their bases' dtype."""
     from peft import LoraConfig, inject_adapter_in_model
 
     first = next(iter(places.values()))
@@ -103,7 +121,8 @@ def _injected(model: nn.Module, places: Mapping[str, Any]) -> tuple[Any, list[Te
     factors: list[Tensor] = []
     for path, lora in places.items():
         module = adapted.get_submodule(path)
-        module.lora_A.float(), module.lora_B.float()  # as get_peft_model does by default
+        dtype = module.weight.dtype if half else torch.float32
+        module.lora_A.to(dtype), module.lora_B.to(dtype)
         down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
         with torch.no_grad():
             down.copy_(lora.down)
@@ -112,33 +131,44 @@ def _injected(model: nn.Module, places: Mapping[str, Any]) -> tuple[Any, list[Te
     return adapted, factors
 
 
-def _factors(layer: LoRALayer) -> tuple[Tensor, Tensor, Tensor]:
-    weight: Tensor = layer.lora.base.weight  # type: ignore[assignment]
-    return weight, layer.lora.down, layer.lora.up
-
-
-def _with_unsloth(layer: LoRALayer) -> Provider:
-    """Unsloth's autograd function of one linear."""
-    function = importlib.import_module("unsloth.kernels.fast_lora").LoRA_W
-    weight, down, up = _factors(layer)
-    return _own(layer, lambda x: function.apply(x, weight, None, down, up, layer.lora.scale))
+def _with_unsloth(layer: LoRALayers) -> Provider:
+    """Unsloth's autograd functions of one linear, of q, k and v, and of Llama's MLP; none may
+    write its gradient into x."""
+    functions = importlib.import_module("unsloth.kernels.fast_lora")
+    given = [
+        each
+        for lora in layer.each()
+        for each in (lora.base.weight, None, lora.down, lora.up, lora.scale)
+    ]
+    if isinstance(layer, LoRAMlp):
+        swiglu = importlib.import_module("unsloth.kernels.swiglu")
+        inner = (swiglu.swiglu_fg_kernel, swiglu.swiglu_DWf_DW_dfg_kernel, False)
+        return _own(layer, lambda x: functions.LoRA_MLP.apply(x, *given, *inner))
+    if isinstance(layer, LoRAQKV):
+        return _own(layer, lambda x: list(functions.LoRA_QKV.apply(x, *given, False)))
+    return _own(layer, lambda x: functions.LoRA_W.apply(x, *given))
 
 
 def _with_lorafusion(layer: LoRALayer) -> Provider:
     """LoRAFusion's fused linear as it comes (TMA in its forward: H100 and later)."""
     ops = importlib.import_module("lorafusion.ops.lora_v1")
-    weight, down, up = _factors(layer)
+    lora = layer.lora
 
     def forward(x: Tensor) -> Tensor:
-        a, b = down.to(x.dtype), up.to(x.dtype)
-        y: Tensor = ops.fused_linear_lora(x, weight, a, b, layer.lora.scale)
+        a, b = lora.down.to(x.dtype), lora.up.to(x.dtype)
+        y: Tensor = ops.fused_linear_lora(x, lora.base.weight, a, b, lora.scale)
         return y
 
     return _own(layer, forward)
 
 
-def _with_liger(layer: GatedLayer) -> Provider:
-    """Well-written torch with Liger's LayerNorm: of this layer, Liger has no more."""
+def _with_liger(layer: GatedLayer | LoRAMlp) -> Provider:
+    """Well-written torch with Liger's LayerNorm or its activation of an MLP: of these layers, Liger
+    has no more."""
+    if isinstance(layer, LoRAMlp):
+        multiplied = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
+        gate, up, down = layer.eager_linears()
+        return _own(layer, lambda x: down(multiplied.apply(gate(x), up(x))))
     norm = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
     trained = [p for p in layer.parameters() if p.requires_grad]
 
@@ -150,13 +180,14 @@ def _with_liger(layer: GatedLayer) -> Provider:
     return Provider(forward, lambda inputs: [*inputs.leaves(), *trained])
 
 
-def _own(layer: LoRALayer, forward: Callable[[Tensor], Tensor]) -> Provider:
-    trained = (layer.lora.down, layer.lora.up)
+def _own(layer: LoRALayers, forward: Forward) -> Provider:
+    trained = [factor for lora in layer.each() for factor in (lora.down, lora.up)]
     return Provider(lambda x: forward(x), lambda inputs: [*inputs.leaves(), *trained])
 
 
 FORMS: dict[str, Callable[[Any], Provider]] = {
     "peft": _with_peft,
+    "peft_half": functools.partial(_with_peft, half=True),
     "unsloth": _with_unsloth,
     "lorafusion": _with_lorafusion,
     "liger": _with_liger,
@@ -164,17 +195,17 @@ FORMS: dict[str, Callable[[Any], Provider]] = {
 
 
 def peft_like(
-    base: Subject, fused: Subject, trained: Sequence[Tensor]
+    base: Subject, fused: Subject, trained: Sequence[Tensor], half: bool
 ) -> tuple[Subject, list[Tensor]]:
     """PEFT's LoRA in a copy of `base`, on the projections that `fused` adapts and with its values;
-    the parameters in the order of `trained`."""
+    the parameters in the order of `trained`. `half`: in the base's dtype."""
     places = {
         path: module.used()
         for path, module in fused.model.named_modules()
         if isinstance(module, (RoutedLinear, LoraLinear))
     }
     subject = copy.deepcopy(base)
-    _, factors = _injected(subject.model, places)
+    _, factors = _injected(subject.model, places, half)
     ours = [t for lora in places.values() for t in (lora.down, lora.up)]
     own = {id(t): factor for t, factor in zip(ours, factors, strict=True)}
     return subject.train(), [own[id(t)] for t in trained]

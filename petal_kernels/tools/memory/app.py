@@ -24,13 +24,21 @@ from petal_kernels.memory.records import mib
 from petal_kernels.memory.text import report
 from petal_kernels.tools import charts, environment, exits
 from petal_kernels.tools.exits import Refusal
-from petal_kernels.tools.memory import arguments, compare, html, plot, script, whatif
+from petal_kernels.tools.memory import (
+    arguments,
+    compare,
+    compare_layer,
+    html,
+    plot,
+    script,
+    whatif,
+)
+from petal_kernels.tools.memory.options import Options
 from petal_kernels.tools.memory.presets import (
     DEMO,
     DEMO_HEEDS,
     HEEDED,
     PRESETS,
-    Options,
     Step,
     prepare,
 )
@@ -275,29 +283,30 @@ def _save(path: Path, text: str) -> None:
 
 def _compare(args: argparse.Namespace, command: str) -> int:
     heeded = {"batch", "length", "rank", "dropout", "dtype"}
+    heeded |= {"targets"} if args.compare == "lora-layer" else set()
     others = [f.name for f in dataclasses.fields(Options) if f.name not in heeded]
     more = ("optimizer", "accumulate", "what_if", "rows", "png", "fail_above")
     _refuse(args, "--compare", [*others, *more])
-    layer = compare.Layer(
-        **{k: v for k in ("batch", "length", "rank") if (v := getattr(args, k)) is not None},
-        **({} if args.dropout is None else {"dropout": args.dropout}),
-        **({} if args.dtype is None else {"dtype": getattr(torch, args.dtype)}),
-    )
-    kept = compare.compare(layer)
-    dtype = str(layer.dtype).removeprefix("torch.")
-    sizes = f"{layer.batch} x {layer.length} x {layer.width} {dtype}, r={layer.rank}"
-    theirs = "PEFT's own layers" if compare.peft_installed() else "PEFT not installed: restated"
-    title = f"LoRA on q, k and v of one layer, {sizes} ({theirs})"
-    rows = [[k.label, mib(k.bytes), f"{k.times_x:.2f}x"] for k in kept]
+    sizes: dict[str, Any] = {k: v for k, v in _given(args).items() if k not in ("targets", "dtype")}
+    sizes |= {} if args.dtype is None else {"dtype": getattr(torch, args.dtype)}
+    if args.compare == "lora-layer":
+        layer = compare_layer.Sizes(**sizes)
+        targets = compare_layer.TARGETS if args.targets is None else (args.targets,)
+        with _refusals(every=True):
+            kept = list(compare_layer.compare(layer, targets))
+        title, table = compare_layer.title(layer), compare_layer.table(kept)
+    else:
+        attention = compare.Layer(**sizes)
+        kept = compare.compare(attention)
+        title, table = compare.title(attention), compare.table(kept)
     where = environment.describe(torch.get_num_threads())
     if str(args.json) != "-":
-        print(f"{title}\n")
-        print(columns(("form", "kept for backward", "of x's bytes"), rows, right=(1, 2)))
-        print(
-            "\nParameters are not counted; x is, once. Dropout keeps its mask as on CUDA, in bytes."
-        )
+        print(f"{title}\n\n{table}")
     if args.json is not None:
-        forms = [{"form": k.label, "bytes": k.bytes, "times_x": k.times_x} for k in kept]
+        forms = [
+            {"form": k.label, "targets": k.targets, "bytes": k.bytes, "times_x": k.times_x}
+            for k in kept
+        ]
         data = {"schema": 1, "title": title, "command": command, "environment": where}
         _save(args.json, json.dumps({**data, "forms": forms}, indent=1))
     if args.html is not None:

@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 
+from petal_kernels.hf.lora_config import ALL_LINEAR, PARTS
 from petal_kernels.memory.optimizer import Settings, settings_of
 from petal_kernels.tools.argument_types import device, listed, positive
 from petal_kernels.tools.memory import whatif
@@ -16,8 +17,9 @@ _EPILOG = """examples:
   petal-kernels memory                                           the demo's model, a real batch
   petal-kernels memory --model instructblip-vicuna-7b --batch 8  7.9 G parameters, on any machine
   petal-kernels memory --model instructblip-vicuna-7b --what-if all --html memory.html
-  petal-kernels memory --model instructblip-vicuna-7b --method peft-lora --part language_model
-  petal-kernels memory --compare lora-qkv                        PEFT's LoRA and fused layers
+  petal-kernels memory --model llama-7b --what-if peft,recompute-mlp   LoRA on all linears
+  petal-kernels memory --model instructblip-vicuna-7b --method lora --targets q_proj,v_proj -r 16
+  petal-kernels memory --compare lora-layer                      PEFT's LoRA and ours, by targets
   petal-kernels memory --script train.py:build --fail-above 4096 your own model, a budget
 
 A script has a function (default: build) that returns (model, batch), (model, batch, loss) or
@@ -50,21 +52,41 @@ def parser() -> argparse.ArgumentParser:
     what = made.add_mutually_exclusive_group()
     what.add_argument("--model", choices=NAMES, default="demo", metavar="NAME", help="see below")
     what.add_argument("--script", metavar="FILE[:FUNCTION]", help="your own model; see below")
-    what.add_argument("--compare", choices=["lora-qkv"], help="ways to write one layer")
+    what.add_argument(
+        "--compare", choices=["lora-qkv", "lora-layer"], help="LoRA on one layer, PEFT's and ours"
+    )
     made.add_argument("--method", choices=METHODS, metavar="NAME", help=", ".join(METHODS))
     for name, text in (
         ("batch", "samples"),
         ("length", "words of text per sample"),
-        ("rank", "of the adapter"),
     ):
         made.add_argument(f"--{name}", type=positive, metavar="N", help=text)
+    made.add_argument("-r", "--rank", type=positive, metavar="N", help="of the adapter")
     made.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the base")
     made.add_argument("--attention", choices=["sdpa", "eager"])
     made.add_argument("--checkpointing", action="store_const", const=True)
     made.add_argument("--implementation", choices=["fused", "published"], help="of the adapter")
     made.add_argument("--part", metavar="PATH", help="put the adapter on this submodule")
-    made.add_argument("--targets", type=regex, metavar="REGEX", help="projections to adapt")
-    made.add_argument("--dropout", type=share, metavar="P", help="of the adapter")
+    made.add_argument(
+        "--targets",
+        type=targets,
+        metavar="NAMES",
+        help="what is adapted: names with commas between, a regular expression or, of lora and "
+        "peft-lora, all-linear",
+    )
+    made.add_argument(
+        "--parts",
+        type=listed(PARTS),
+        metavar="LIST",
+        help=f"of a model that sees, for lora and peft-lora: some of {','.join(PARTS)}",
+    )
+    made.add_argument("--dropout", "--lora-dropout", type=share, metavar="P", help="of the adapter")
+    made.add_argument(
+        "--recompute-mlp",
+        action="store_const",
+        const=True,
+        help="of lora: an MLP keeps its input alone",
+    )
     made.add_argument(
         "--device", type=device, help="run on real tensors there (default: fake ones)"
     )
@@ -104,8 +126,12 @@ def _add_outputs(made: argparse.ArgumentParser) -> None:
     )
 
 
-def regex(text: str) -> str:
-    """A regular expression."""
+def targets(text: str) -> str | tuple[str, ...]:
+    """Names (or ends of paths) with commas between, all-linear, or a regular expression."""
+    if text.lower() == ALL_LINEAR:
+        return ALL_LINEAR
+    if re.fullmatch(r"[\w.]+(,[\w.]+)*", text):
+        return tuple(text.split(","))
     try:
         re.compile(text)
     except re.error as error:

@@ -1,14 +1,13 @@
-"""LoRA on q, k and v of one attention layer: what each way of writing it keeps for backward.
+"""LoRA on one layer: what each way of writing it keeps for backward.
 
-PEFT's own layers where PEFT is installed, else `LoRALayer`, a restatement of what its forward does;
-ours are the layers that `pk.RoutingConfig` attaches, which are LoRA exactly, and one call of
-`lowrank_linear` with a down-projection that the three share, as in mode approximation.
+`lora-qkv` is q, k and v of one attention layer, `lora-layer` (`compare_layer.py`) a whole decoder
+layer, by the linears that are adapted. PEFT's own layers where PEFT is installed, else a
+restatement of what its forward does; ours as `pk.attach` puts them into a model.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,11 @@ from torch import Tensor, nn
 
 import petal_kernels as pk
 from petal_kernels import memory
-from petal_kernels.nn import RoutedLoRALinear
+from petal_kernels._runtime.columns import columns
+from petal_kernels.memory.records import mib
+from petal_kernels.tools.memory.lora_forms import installed, peft_lora, restated_lora
+
+NAMES = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class Layer:
     dropout: float = 0.05
     dtype: torch.dtype = torch.bfloat16
 
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.batch} x {self.length} x {self.width} {dtype}, r={self.rank}"
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -38,34 +45,19 @@ class Kept:
     label: str
     bytes: int
     times_x: float
-    profile: memory.Profile
+    profile: memory.Profile | None = None
+    targets: str = ""
 
-
-class LoRALayer(nn.Module):
-    """A frozen linear with LoRA as PEFT computes it: x is converted to the adapter's dtype, dropped
-    out and multiplied by A and B in that dtype, and the sum is converted back.
-    """
-
-    def __init__(self, base: nn.Linear, rank: int, dropout: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.base = base
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        kind = {"bias": False, "device": base.weight.device, "dtype": dtype}
-        self.lora_A = nn.Linear(base.in_features, rank, **kind)  # type: ignore[arg-type]
-        self.lora_B = nn.Linear(rank, base.out_features, **kind)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """base(x) + B(A(drop(x)))."""
-        y: Tensor = self.base(x)
-        x = x.to(self.lora_A.weight.dtype)
-        y = y + self.lora_B(self.lora_A(self.dropout(x)))
-        return y.to(self.base.weight.dtype)
+    @property
+    def name(self) -> str:
+        """Beside what is adapted, where that differs."""
+        return f"{self.targets}: {self.label}" if self.targets else self.label
 
 
 class Attention(nn.Module):
     """Three projections of one input, by the names that adapters look for."""
 
-    def __init__(self, projections: list[nn.Module]) -> None:
+    def __init__(self, projections: Sequence[nn.Module]) -> None:
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = projections
 
@@ -98,54 +90,38 @@ class SharedDown(nn.Module):
         return out
 
 
-def peft_installed() -> bool:
-    """Whether PEFT's own layers can be measured."""
-    return importlib.util.find_spec("peft") is not None
-
-
-def _peft(layer: Layer, dropout: float, dtype: torch.dtype) -> nn.Module:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    config = LoraConfig(
-        r=layer.rank,
-        lora_alpha=layer.rank,
-        lora_dropout=dropout,
-        target_modules=["q_proj", "k_proj", "v_proj"],
-    )
-    # The default turns 16-bit adapters into float32 ones; so does get_peft_model().
-    model = inject_adapter_in_model(config, Attention([*_bases(layer)]))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(dtype)
-    adapted: nn.Module = model
-    return adapted
-
-
-def _restated(layer: Layer, dropout: float, dtype: torch.dtype) -> nn.Module:
-    return Attention([LoRALayer(base, layer.rank, dropout, dtype) for base in _bases(layer)])
-
-
 def _bases(layer: Layer) -> list[nn.Linear]:
     kind = {"bias": False, "dtype": layer.dtype}
-    bases = [nn.Linear(layer.width, layer.width, **kind) for _ in range(3)]  # type: ignore[arg-type]
+    bases = [nn.Linear(layer.width, layer.width, **kind) for _ in NAMES]  # type: ignore[arg-type]
     return [base.requires_grad_(False) for base in bases]
+
+
+def _ours(layer: Layer, dropout: float) -> nn.Module:
+    model = Attention(_bases(layer))
+    rank, targets = layer.rank, list(NAMES)
+    config = pk.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=targets)
+    pk.attach(model, config)
+    return model
 
 
 def forms(layer: Layer, peft: bool) -> dict[str, Callable[[], nn.Module]]:
     """What is compared, by label."""
-    theirs = _peft if peft else _restated
+    inject = peft_lora if peft else restated_lora
+
+    def theirs(dropout: float, dtype: torch.dtype) -> nn.Module:
+        return inject(Attention(_bases(layer)), NAMES, layer.rank, dropout, dtype)
+
     half = str(layer.dtype).removeprefix("torch.")
     p = layer.dropout
     return {
-        "PEFT LoRA, float32 adapters (its default)": lambda: theirs(layer, 0.0, torch.float32),
-        f"PEFT LoRA, float32 adapters, dropout {p}": lambda: theirs(layer, p, torch.float32),
-        f"PEFT LoRA, {half} adapters": lambda: theirs(layer, 0.0, layer.dtype),
-        f"PEFT LoRA, {half} adapters, dropout {p}": lambda: theirs(layer, p, layer.dtype),
-        "fused LoRA (RoutingConfig's layers)": lambda: Attention(
-            [RoutedLoRALinear(base, layer.rank) for base in _bases(layer)]
-        ),
-        "fused, one down-projection": lambda: SharedDown(_bases(layer), layer, 0.0),
-        f"fused, one down-projection, dropout {p}": lambda: SharedDown(_bases(layer), layer, p),
+        "PEFT LoRA, float32 adapters (its default)": lambda: theirs(0.0, torch.float32),
+        f"PEFT LoRA, float32 adapters, dropout {p}": lambda: theirs(p, torch.float32),
+        f"PEFT LoRA, {half} adapters": lambda: theirs(0.0, layer.dtype),
+        f"PEFT LoRA, {half} adapters, dropout {p}": lambda: theirs(p, layer.dtype),
+        "LoraConfig": lambda: _ours(layer, 0.0),
+        f"LoraConfig, dropout {p}": lambda: _ours(layer, p),
+        "one down-projection": lambda: SharedDown(_bases(layer), layer, 0.0),
+        f"one down-projection, dropout {p}": lambda: SharedDown(_bases(layer), layer, p),
     }
 
 
@@ -153,9 +129,23 @@ def compare(layer: Layer, peft: bool | None = None) -> list[Kept]:
     """Every form on the same input, in the order of `forms`."""
     x = torch.randn(layer.batch, layer.length, layer.width, dtype=layer.dtype)
     found = []
-    for label, build in forms(layer, peft_installed() if peft is None else peft).items():
+    for label, build in forms(layer, installed() if peft is None else peft).items():
         model = build().train()
         profile = memory.profile(model, (x.requires_grad_(),), backward=False, cuda_rules=True)
         kept = profile.saved_bytes
         found.append(Kept(label, kept, kept / x.untyped_storage().nbytes(), profile))
     return found
+
+
+def title(layer: Layer) -> str:
+    """What is compared, in a line."""
+    theirs = "PEFT's own layers" if installed() else "PEFT not installed: restated"
+    return f"LoRA on q, k and v of one layer, {layer} ({theirs})"
+
+
+def table(kept: Sequence[Kept]) -> str:
+    """The figures, and how they count."""
+    rows = [[k.label, mib(k.bytes), f"{k.times_x:.2f}x"] for k in kept]
+    shown = columns(("form", "kept for backward", "of x's bytes"), rows, right=(1, 2))
+    said = "Parameters are not counted; x is, once. Dropout keeps its mask as on CUDA, in bytes."
+    return f"{shown}\n\n{said}"

@@ -55,10 +55,10 @@ def report(
 
 def comparison(title: str, kept: Sequence[Kept], command: str, environment: Any) -> str:
     """The page of `--compare`."""
-    largest = {k.label: {"kept": k.bytes / 2**20} for k in kept}
+    largest = {k.name: {"kept": k.bytes / 2**20} for k in kept}
     table = page.table(
         ("form", "kept", "times x"),
-        [(k.label, mib(k.bytes), f"{k.times_x:.2f}x") for k in kept],
+        [(k.name, mib(k.bytes), f"{k.times_x:.2f}x") for k in kept],
     )
     bars = charts.inline(charts.bars(largest, title="Kept for backward", unit="MiB"))
     sections = [page.section(title, bars, table, page.paragraph(f"Reproduce: {command}", "faint"))]

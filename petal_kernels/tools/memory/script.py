@@ -17,7 +17,8 @@ from torch import nn
 from petal_kernels import memory
 from petal_kernels.memory.behind import module_behind
 from petal_kernels.tools.exits import Refusal
-from petal_kernels.tools.memory.presets import Options, Step
+from petal_kernels.tools.memory.options import Options
+from petal_kernels.tools.memory.presets import Step
 
 _WANTED = "want (model, batch), (model, batch, loss) or (step, batch, loss or None, module)"
 

@@ -10,17 +10,34 @@ from typing import Any
 from petal_kernels import memory
 from petal_kernels.memory.optimizer import Settings
 from petal_kernels.memory.records import mib
-from petal_kernels.tools.memory.presets import Options, Step
+from petal_kernels.tools.memory.lora_forms import installed
+from petal_kernels.tools.memory.options import Options
+from petal_kernels.tools.memory.presets import Step
 
 Measure = Callable[[Options], memory.Profile]
-# Question -> the option that it changes, its label, what it changes it to: None doubles it.
-QUESTIONS: dict[str, tuple[str, str, str | bool | None]] = {
-    "batch": ("batch", "batch x 2", None),
-    "length": ("length", "length x 2", None),
-    "rank": ("rank", "rank x 2", None),
-    "checkpointing": ("checkpointing", "gradient checkpointing", True),
-    "eager": ("attention", "eager attention", "eager"),
-    "published": ("implementation", "published layers", "published"),
+
+
+@dataclass(frozen=True)
+class Question:
+    """The option that it changes, its label, what it changes it to (None doubles it); the one
+    method that it is asked of, and the package that its answer needs."""
+
+    option: str
+    label: str
+    to: str | bool | None
+    method: str = ""
+    needs: str = ""
+
+
+QUESTIONS: dict[str, Question] = {
+    "batch": Question("batch", "batch x 2", None),
+    "length": Question("length", "length x 2", None),
+    "rank": Question("rank", "rank x 2", None),
+    "checkpointing": Question("checkpointing", "gradient checkpointing", True),
+    "eager": Question("attention", "eager attention", "eager"),
+    "published": Question("implementation", "published layers", "published"),
+    "recompute-mlp": Question("recompute_mlp", "MLPs recomputed", True, "lora"),
+    "peft": Question("method", "PEFT's LoRA", "peft-lora", "lora", "peft"),
 }
 
 
@@ -39,20 +56,26 @@ class Answer:
 
 def why_not(question: str, options: Options, heeded: Collection[str], subject: str) -> str:
     """Why a question cannot be asked of a step with these options, or nothing."""
-    option, _, to = QUESTIONS[question]
-    value = getattr(options, option)
-    if option not in heeded:
-        return f"{subject} has no {option}"
-    if to is None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        return f"{subject} has {option}={value!r}, no number to double: give --{option}"
-    return f"{option} is {value} already" if to is not None and value == to else ""
+    asked = QUESTIONS[question]
+    value = getattr(options, asked.option)
+    if asked.option not in heeded:
+        return f"{subject} has no {asked.option}"
+    if asked.method and options.method != asked.method:
+        return f"it is asked of method {asked.method}, {subject} has {options.method}"
+    if asked.needs and not installed(asked.needs):
+        return f"want {asked.needs}, which is missing: pip install {asked.needs}"
+    no_number = isinstance(value, bool) or not isinstance(value, int) or value < 1
+    if asked.to is None and no_number:
+        return f"{subject} has {asked.option}={value!r}, no number to double: give --{asked.option}"
+    same = asked.to is not None and value == asked.to
+    return f"{asked.option} is {value} already" if same else ""
 
 
 def changed(question: str, options: Options) -> Options:
     """The options with a question's change."""
-    option, _, to = QUESTIONS[question]
-    value: Any = 2 * getattr(options, option) if to is None else to
-    return replace(options, **{option: value})
+    asked = QUESTIONS[question]
+    value: Any = 2 * getattr(options, asked.option) if asked.to is None else asked.to
+    return replace(options, **{asked.option: value})
 
 
 def run(step: Step, accumulate: bool | None = None) -> memory.Profile:
@@ -75,7 +98,7 @@ def ask(
     for name in questions:
         began = time.perf_counter()
         profile = measure(changed(name, options))
-        yield answer(QUESTIONS[name][1], profile, optimizer, time.perf_counter() - began)
+        yield answer(QUESTIONS[name].label, profile, optimizer, time.perf_counter() - began)
 
 
 def headers(optimizer: Settings) -> tuple[str, ...]:

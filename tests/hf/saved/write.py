@@ -2,8 +2,9 @@
 
 `python -m tests.hf.saved.write` writes, for every case below, a folder with the two files of
 `attachment.save` and outputs.safetensors: `on`, and `off` inside `disabled()`, in fp64 rounded to
-fp32. Those that are there were written by commit 4814e0a; they stay as they are, since later code
-has to load them and to compute the same, and a new case is written beside them.
+fp32. Those that are there were written by commit 4814e0a, those of `lora` by 77cd0a1; they stay as
+they are, since later code has to load them and to compute the same, and a new case is written
+beside them.
 
 Neither a model's values nor an adapter's depend on a generator of random numbers or on the order in
 which modules are made: each tensor's values come from a hash of its name.
@@ -89,6 +90,31 @@ CASES: dict[str, Case] = {
     "experts_lora": _text("llama", lambda: pk.ExpertConfig(r=3, experts=EXPERTS, top_k=2)),
     "experts_adapter": _text(
         "llama", lambda: pk.ExpertConfig(r=3, experts=EXPERTS, kind="adapter")
+    ),
+    "lora": _text(
+        "llama",
+        lambda: pk.LoraConfig(r=4, lora_alpha=6.0, lora_dropout=0.1, target_modules="all-linear"),
+    ),
+    "lora_patterns": Case(
+        _with_biases,
+        lambda: pk.LoraConfig(
+            r=4,
+            target_modules=["q_proj", "k_proj", "down_proj"],
+            rank_pattern={"k_proj": 2},
+            alpha_pattern={r"layers\.1\..*": 3.0},
+            use_rslora=True,
+            bias="lora_only",
+            modules_to_save=["lm_head"],
+        ),
+        lambda: _ids(),
+    ),
+    "lora_gpt2": _text("gpt2", lambda: pk.LoraConfig(r=3, target_modules=["c_attn", "c_proj"])),
+    "lora_parts": Case(
+        tiny.instructblip,
+        lambda: pk.LoraConfig(
+            r=2, target_modules="all-linear", parts=("language", "vision", "projector")
+        ),
+        lambda: _image("instructblip"),
     ),
     "experts_domain": _text(
         "llama", lambda: pk.ExpertConfig(r=3, experts=EXPERTS, gate="domain"), domains=True
