@@ -45,6 +45,7 @@ class Method(ABC):
     """One method on one model: what is its own."""
 
     needs: ClassVar[Sequence[str]] = ()  # stacks that it cannot do without
+    structural: ClassVar[bool] = False  # whether it adapts layers that no row of the table names
     shares: ClassVar[bool] = True  # whether a stack's forward makes something for its layers
     stack_starts: ClassVar[bool] = True  # whether the first stack's forward begins a new routing
     mirrors: ClassVar[bool] = False  # whether the adapter's names begin at the model's root
@@ -72,7 +73,7 @@ class Method(ABC):
 
     def find(self, model: nn.Module) -> Found:
         """The places that it adapts, among its rows of the table of models."""
-        return found.find(model, self.config, self.rows, self.needs)
+        return found.find(model, self.config, self.rows, self.needs, self.structural)
 
     def keeps(self, place: Place) -> bool:
         """Whether the config can adapt a place that was found; raises where it was named."""
