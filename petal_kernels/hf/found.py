@@ -105,11 +105,13 @@ class Found:
         return [place for place in self.places if isinstance(place.row, kind)]
 
     def width(self) -> int:
-        """Of the adapted layers' hidden states: their norms know it."""
+        """Of the adapted layers' hidden states: their outermost norms know it. Inside an attention
+        a norm may be as wide as a head."""
         layer = self.places[0].layer
-        for module in layer.module.modules():
+        norms = [(n, m) for n, m in layer.module.named_modules() if is_norm(m)]
+        for _, module in sorted(norms, key=lambda named: named[0].count(".")):
             weight = getattr(module, "weight", None)
-            if is_norm(module) and isinstance(weight, Tensor):
+            if isinstance(weight, Tensor):
                 return int(weight.shape[0])
         raise ValueError(
             f"{layer.path}: want a norm in the layer, whose width is that of the hidden states"

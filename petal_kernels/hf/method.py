@@ -57,6 +57,11 @@ class Method(ABC):
         self.found: Found = self.find(model)
         for layer in self.found.layers:
             layer.places = [place for place in layer.places if self.keeps(place)]
+        if not self.found.places:
+            raise ValueError(
+                f"model: want places that {config.method!r} can adapt with this config, got none "
+                f"in a {self.found.model_type!r} model, a {type(model).__name__}"
+            )
         self.reader = reader_of(config)  # what takes one choice per sample, if anything does
         crosses = any("cross" in place.role for place in self.found.places)
         blip = self.found.model_type in ("blip", "blip_text_model")
