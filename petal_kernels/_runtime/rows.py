@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
@@ -28,3 +29,14 @@ def fresh_rows(like: Tensor, rows: int, cols: int) -> Tensor:
     if out.numel() * out.element_size() >= _LARGE:
         torch.ops.petal_native.expect_whole_write(out)
     return out
+
+
+def distinct(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Arguments of a Function: a graph that is being compiled takes no tensor twice, so that there
+    each but the first is an alias."""
+    found = list(tensors)
+    if torch.compiler.is_compiling():
+        for n, each in enumerate(found):
+            if each is not None and any(each is before for before in found[:n]):
+                found[n] = each.view_as(each)
+    return found

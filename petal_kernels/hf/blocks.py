@@ -72,17 +72,13 @@ class Blocks:
         `image`. Where the model runs a multiple of B rows (beam search), every sample
         serves that many neighbouring rows.
         """
-        self._need_attached("domains")
-        self._need_block("domains")
-        config = self.method.config
-        if config.gate != "domain":
-            raise ValueError(f"domains: want a config with gate='domain', got {config.gate!r}")
+        self._need_domains("domains")
         checks.check_tensor("domain", domain)
         checks.check_dtype("domain", domain, (torch.int64, torch.int32))
         if domain.dim() not in (1, 2):
             raise ValueError(f"domain: want shape [B, L] or [B], got {list(domain.shape)}")
         self._check_experts(generated=generated, image=image)
-        check_range("domain", domain, 0, config.experts - 1)
+        check_range("domain", domain, 0, self.method.config.experts - 1)
         self._check_values("domain", domain)
         device = device_of(self.method.found.layers[0].module)
         said = Domains(domain.to(device, torch.int64), generated, image)
@@ -95,8 +91,7 @@ class Blocks:
         tokens of `input_ids` [B, L] are served by expert `image`, all others, and what is
         generated, by expert `text`. Where the decoder reads the features by cross-attention
         instead, the features are served by `image` and every token by `text`."""
-        self._need_attached("image_domains")
-        self._need_block("domains")
+        self._need_domains("image_domains")
         checks.check_tensor("input_ids", input_ids)
         checks.check_dtype("input_ids", input_ids, (torch.int64, torch.int32))
         if input_ids.dim() != 2:
@@ -135,6 +130,13 @@ class Blocks:
             )
         self._check_values("features", features)
         return inside(self.method, "features", features)
+
+    def _need_domains(self, what: str) -> None:
+        self._need_attached(what)
+        self._need_block("domains")
+        gate = self.method.config.gate
+        if gate != "domain":
+            raise ValueError(f"{what}: want a config with gate='domain', got {gate!r}")
 
     def _check_experts(self, **given: int) -> None:
         experts = self.method.config.experts

@@ -157,7 +157,7 @@ def find(
 def _family(model: nn.Module, families: dict[str, list[Stack]], structural: bool) -> Found:
     """The stacks of the first module whose config names one of `families`, or that holds layers
     which tell what they are made of where these will do."""
-    seen, refused = [], dict[str, str]()
+    seen, refused, half = [], dict[str, str](), False
     for path, module in model.named_modules():
         model_type = getattr(getattr(module, "config", None), "model_type", None)
         if model_type is None:
@@ -167,7 +167,8 @@ def _family(model: nn.Module, families: dict[str, list[Stack]], structural: bool
             return Found(str(model_type), path, module, _sites(module, path, stacks))
         if structural and model_type not in FAMILIES:
             told = _Told(module, path)
-            if told.sites:
+            half = half or told.is_half
+            if told.sites and (told.decodes or not half):
                 return Found(str(model_type), path, module, told.sites, told.notes())
             refused.update((type(m).__name__, why) for _, m, why in told.refused)
         if model_type not in seen:
@@ -206,9 +207,9 @@ class _Told:
                 self.refused.append((name, module, row))
             else:
                 blank.append((name, module))
-        decodes = any(row.name == "decoder" for *_, row in layers)
-        if not decodes and any(takes_cache(module) for _, module, _ in self.refused):
-            layers = []  # no encoder without the decoder that reads it
+        decodes = self.decodes = any(row.name == "decoder" for *_, row in layers)
+        # An encoder, without the decoder that reads it.
+        self.is_half = not decodes and any(takes_cache(module) for _, module, _ in self.refused)
         sites: dict[int, Site] = {}
         self.beside: list[tuple[str, nn.Module]] = []  # encoders of what the decoder reads
         for name, module, row in layers:

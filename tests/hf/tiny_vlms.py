@@ -103,12 +103,12 @@ class Vlm:
         return _visible(model).to(dtype).eval()
 
     def batch(self, seed: int = 0, length: int = 7) -> dict[str, Tensor]:
-        """A text behind an image, and one in front of it."""
+        """A text behind an image, and one around it."""
         generator = torch.Generator().manual_seed(seed)
         said = torch.randint(5, VOCABULARY - 8, (2, length), generator=generator)
         seen = torch.full((1, self.tokens), IMAGE)
-        rows = (torch.cat((seen, said[:1]), 1), torch.cat((said[1:], seen), 1))
-        ids = torch.cat(rows)
+        around = (said[1:, :-2], seen, said[1:, -2:])
+        ids = torch.cat((torch.cat((seen, said[:1]), 1), torch.cat(around, 1)))
         labels = torch.where(ids == IMAGE, -100, ids)
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         if self.model.startswith(("Qwen", "Gemma3", "PaliGemma")):
@@ -343,7 +343,12 @@ PLAIN = {
         {**_tower_of("siglip2_vision_model"), "num_patches": 4, "vision_use_head": False},
         _flat,
     ),
-    "dinov3": Plain("DINOv3ViTModel", "DINOv3ViTConfig", _tower_of("dinov3_vit"), _pixels()),
+    "dinov3": Plain(  # whose positions are drawn in training, by default
+        "DINOv3ViTModel",
+        "DINOv3ViTConfig",
+        {**_tower_of("dinov3_vit"), "pos_embed_rescale": None},
+        _pixels(),
+    ),
     "vit": Plain("ViTForImageClassification", "ViTConfig", _tower_of("vit"), _pixels()),
 }
 FAMILIES: dict[str, Vlm | Plain] = {**VLMS, **PLAIN}

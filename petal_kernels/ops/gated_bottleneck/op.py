@@ -12,7 +12,7 @@ from petal_kernels._runtime import philox
 from petal_kernels._runtime.autocast import autocast_off
 from petal_kernels._runtime.first_order import check_transforms
 from petal_kernels._runtime.numerics import wide_dtype
-from petal_kernels._runtime.rows import flat_rows
+from petal_kernels._runtime.rows import distinct, flat_rows
 from petal_kernels.ops.gated_bottleneck.arguments import (
     Call,
     Given,
@@ -164,7 +164,9 @@ def gated_bottleneck(
         return _update_columns(call, base, update_at, name)
     grads = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.tensors)
     if grads:
-        out: Tensor = GatedBottleneckFunction.apply(state, name, *call.settings, *call.tensors)
+        out: Tensor = GatedBottleneckFunction.apply(
+            state, name, *call.settings, *distinct(call.tensors)
+        )
     else:
         out = forward_op(list(call.tensors), state, *call.settings, False, name)[0]
     return out.view(*lead, out.shape[-1])
@@ -173,7 +175,8 @@ def gated_bottleneck(
 def _update_columns(call: Call, base: Any, first: int, backend: str) -> Tensor:
     trained = (base, *call.tensors)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
-        out: Tensor = UpdateFunction.apply(base, first, backend, *call.settings, *call.tensors)
+        given = distinct(call.tensors)
+        out: Tensor = UpdateFunction.apply(base, first, backend, *call.settings, *given)
         return out
     flat = base.view(-1, base.shape[-1])
     update_op(flat, first, list(call.tensors), None, *call.settings, False, backend)
