@@ -85,6 +85,7 @@ def attention(
 _QKV = ("query", "key", "value")
 _PROJ = ("q_proj", "k_proj", "v_proj")
 
+
 def _bert(layer: str) -> tuple[Stack, ...]:
     blocks = (
         Block("attention", "attention.output.dropout", "attention"),

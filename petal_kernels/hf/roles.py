@@ -96,7 +96,9 @@ def _said(name: str) -> str | None:
     return next((role for role, said in _SAYS.items() if set(words) & set(said)), None)
 
 
-def _widths(linears: dict[str, nn.Module], fused: str, output: str | None) -> tuple[int, ...] | None:
+def _widths(
+    linears: dict[str, nn.Module], fused: str, output: str | None
+) -> tuple[int, ...] | None:
     """The widths of query, key and value: what is read behind the attention is as wide as the
     query."""
     if output is None:

@@ -120,14 +120,12 @@ class RoutedLoRALinear(nn.Module):
     def delta(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] that the update is where nothing is routed or dropped."""
         check_storage(None, dtype)
-        delta = torch.zeros(
-            self.out_features, self.in_features, device=self.up.device, dtype=dtype
-        )
-        downs = self.down.to(dtype).view(len(self.targets), self.r, self.in_features)
-        rows = delta.split(self.widths)
+        like = self.down.to(dtype)
+        rows = [like.new_zeros(width, self.in_features) for width in self.widths]
+        downs = like.view(len(self.targets), self.r, self.in_features)
         for target, up, down in zip(self.targets, self.ups(), downs, strict=True):
-            rows[target].copy_(self.scale * up.to(dtype) @ down)
-        return delta
+            rows[target] = self.scale * up.to(dtype) @ down
+        return torch.cat(rows)
 
     def ups(self) -> list[Tensor]:
         """B of every target, [its width, r]."""

@@ -45,6 +45,9 @@ def _pixels(*lead: int, size: int = 28) -> Draw:
     return draw
 
 
+_PICTURES = _pixels()
+
+
 def _crops(generator: torch.Generator) -> dict[str, Tensor]:
     """LLaVA-OneVision's: the image, and what it is cut into."""
     sizes = torch.tensor([[28, 28]] * 2)
@@ -82,7 +85,7 @@ class Vlm:
     text: Sizes
     vision: Sizes
     more: Sizes = field(default_factory=dict)
-    image: Draw = _pixels()
+    image: Draw = _PICTURES
     tokens: int = 4
     decoder: str = "model.language_model."
     tower: str = "model.vision_tower."

@@ -164,9 +164,7 @@ def gated_bottleneck(
         return _update_columns(call, base, update_at, name)
     grads = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.tensors)
     if grads:
-        out: Tensor = GatedBottleneckFunction.apply(
-            state, name, *call.settings, *distinct(call.tensors)
-        )
+        out: Tensor = GatedBottleneckFunction.apply(state, name, *call.settings, *call.tensors)
     else:
         out = forward_op(list(call.tensors), state, *call.settings, False, name)[0]
     return out.view(*lead, out.shape[-1])
@@ -175,8 +173,7 @@ def gated_bottleneck(
 def _update_columns(call: Call, base: Any, first: int, backend: str) -> Tensor:
     trained = (base, *call.tensors)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
-        given = distinct(call.tensors)
-        out: Tensor = UpdateFunction.apply(base, first, backend, *call.settings, *given)
+        out: Tensor = UpdateFunction.apply(base, first, backend, *call.settings, *call.tensors)
         return out
     flat = base.view(-1, base.shape[-1])
     update_op(flat, first, list(call.tensors), None, *call.settings, False, backend)
@@ -238,7 +235,8 @@ def prepare(given: Given) -> tuple[Call, Tensor | None, str, tuple[int, ...]]:
         given.norm_weight,
         given.norm_bias,
     )
-    return Call(tensors, settings), state, name, tuple(first.shape[:-1])
+    call = Call(Tensors(*distinct(tensors)), settings)
+    return call, state, name, tuple(first.shape[:-1])
 
 
 def _explain(given: Given) -> rt.Explanation:
