@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -61,3 +61,14 @@ def sum_of_products(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         for dy, w in zip(dys[1:], weights[1:], strict=True):
             dx.addmm_(dy, w)
     return dx
+
+
+def distinct(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Arguments of a Function: a graph that is being compiled takes no tensor twice, so that there
+    each but the first is an alias."""
+    found = list(tensors)
+    if torch.compiler.is_compiling():
+        for n, each in enumerate(found):
+            if each is not None and any(each is before for before in found[:n]):
+                found[n] = each.view_as(each)
+    return found

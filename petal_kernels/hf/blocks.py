@@ -10,7 +10,7 @@ from torch import Tensor
 
 from petal_kernels._runtime import checks
 from petal_kernels.hf.context import OFF, inside
-from petal_kernels.hf.tokens import Domains
+from petal_kernels.hf.tokens import Domains, image_positions
 from petal_kernels.hf.walk import device_of
 from petal_kernels.nn.arguments import check_range, check_values
 
@@ -72,25 +72,42 @@ class Blocks:
         `image`. Where the model runs a multiple of B rows (beam search), every sample
         serves that many neighbouring rows.
         """
-        self._need_attached("domains")
-        self._need_block("domains")
-        config = self.method.config
-        if config.gate != "domain":
-            raise ValueError(f"domains: want a config with gate='domain', got {config.gate!r}")
+        self._need_domains("domains")
         checks.check_tensor("domain", domain)
         checks.check_dtype("domain", domain, (torch.int64, torch.int32))
         if domain.dim() not in (1, 2):
             raise ValueError(f"domain: want shape [B, L] or [B], got {list(domain.shape)}")
-        for name, expert in (("generated", generated), ("image", image)):
-            if type(expert) is not int or not 0 <= expert < config.experts:
-                raise ValueError(
-                    f"{name}: want an expert, 0 to {config.experts - 1}, got {expert!r}"
-                )
-        check_range("domain", domain, 0, config.experts - 1)
+        self._check_experts(generated=generated, image=image)
+        check_range("domain", domain, 0, self.method.config.experts - 1)
         self._check_values("domain", domain)
         device = device_of(self.method.found.layers[0].module)
         said = Domains(domain.to(device, torch.int64), generated, image)
         return inside(self.method, "domains", said)
+
+    def image_domains(
+        self, input_ids: Tensor, *, image: int = 0, text: int = 1
+    ) -> contextlib.AbstractContextManager[None]:
+        """`domains` of a model that puts an image's features in place of tokens of its text: those
+        tokens of `input_ids` [B, L] are served by expert `image`, all others, and what is
+        generated, by expert `text`. Where the decoder reads the features by cross-attention
+        instead, the features are served by `image` and every token by `text`."""
+        self._need_domains("image_domains")
+        checks.check_tensor("input_ids", input_ids)
+        checks.check_dtype("input_ids", input_ids, (torch.int64, torch.int32))
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids: want shape [B, L], got {list(input_ids.shape)}")
+        found = self.method.found
+        if any(layer.row.layer for layer in found.layers):
+            raise ValueError(
+                f"image_domains: want a decoder that reads an image among its text, got "
+                f"{found.model_type!r}, whose adapted layers read other tokens; use domains()"
+            )
+        self._check_experts(image=image, text=text)
+        where = image_positions(getattr(found.root, "config", None), input_ids)
+        if any(layer.row.cross_block for layer in found.layers):
+            where = torch.zeros_like(where)
+        domain = torch.where(where, image, text)
+        return self.domains(domain, generated=text, image=image)
 
     def context(self, features: Tensor) -> contextlib.AbstractContextManager[None]:
         """Inside, what the matching head reads gains 0.1 times the mean of `features`.
@@ -113,6 +130,19 @@ class Blocks:
             )
         self._check_values("features", features)
         return inside(self.method, "features", features)
+
+    def _need_domains(self, what: str) -> None:
+        self._need_attached(what)
+        self._need_block("domains")
+        gate = self.method.config.gate
+        if gate != "domain":
+            raise ValueError(f"{what}: want a config with gate='domain', got {gate!r}")
+
+    def _check_experts(self, **given: int) -> None:
+        experts = self.method.config.experts
+        for name, expert in given.items():
+            if type(expert) is not int or not 0 <= expert < experts:
+                raise ValueError(f"{name}: want an expert, 0 to {experts - 1}, got {expert!r}")
 
     def _need_block(self, name: str) -> None:
         if name not in self.method.blocks:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from petal_kernels.hf.config import AdapterConfig
-from petal_kernels.hf.models import DECODER, FAMILIES, Block, Linear, Stack
+from petal_kernels.hf.linears import walk
+from petal_kernels.hf.models import FAMILIES, Block, Linear, Stack
+from petal_kernels.hf.roles import row_of, takes_cache
 from petal_kernels.hf.walk import (
     class_name,
     is_norm,
@@ -103,37 +105,46 @@ class Found:
         return [place for place in self.places if isinstance(place.row, kind)]
 
     def width(self) -> int:
-        """Of the adapted layers' hidden states: their norms know it."""
+        """Of the adapted layers' hidden states: their outermost norms know it. Inside an attention
+        a norm may be as wide as a head."""
         layer = self.places[0].layer
-        for module in layer.module.modules():
+        norms = [(n, m) for n, m in layer.module.named_modules() if is_norm(m)]
+        for _, module in sorted(norms, key=lambda named: named[0].count(".")):
             weight = getattr(module, "weight", None)
-            if is_norm(module) and isinstance(weight, Tensor):
+            if isinstance(weight, Tensor):
                 return int(weight.shape[0])
         raise ValueError(
             f"{layer.path}: want a norm in the layer, whose width is that of the hidden states"
         )
 
 
-def find(model: nn.Module, config: AdapterConfig, rows: Rows, needs: Sequence[str] = ()) -> Found:
+def find(
+    model: nn.Module,
+    config: AdapterConfig,
+    rows: Rows,
+    needs: Sequence[str] = (),
+    structural: bool = False,
+) -> Found:
     """The places of `model` that `config` adapts; ValueError if there are none. `needs` names the
-    stacks that the method cannot do without."""
+    stacks that the method cannot do without; `structural` where it adapts layers that no row names
+    but that tell what they are made of."""
     families = {}
     for name, every in FAMILIES.items():
         own = [stack for stack in every if rows(stack) is not None]
         if own and set(needs) <= {stack.name for stack in own}:
             families[name] = own
-    generic = not needs and rows(DECODER) is not None
-    model_type, path, root = _family(model, families, generic)
-    stacks = families.get(model_type, [DECODER])
-    found = Found(model_type, path, root, _sites(root, path, stacks))
+    found = _family(model, families, structural)
     for name in needs:
-        _check_stack(model, found, next(stack for stack in stacks if stack.name == name))
+        row = next(stack for stack in families[found.model_type] if stack.name == name)
+        _check_stack(model, found, row)
     for layer in found.layers:
         layer.places = _places(layer, rows(layer.row) or ())
+    stacks = families.get(found.model_type) or [layer.row for layer in found.layers]
     roles = [role for stack in stacks for role, _ in rows(stack) or ()]
     classes = sorted({type(layer.module).__name__ for layer in found.layers})
     where = (
-        f"{len(found.layers)} layers {classes} of a {model_type!r} model, a {type(model).__name__},"
+        f"{len(found.layers)} layers {classes} of a {found.model_type!r} model, a "
+        f"{type(model).__name__},"
     )
     candidates = found.places
     chosen = {id(place) for place in select_named(candidates, config, roles, where)}
@@ -143,29 +154,91 @@ def find(model: nn.Module, config: AdapterConfig, rows: Rows, needs: Sequence[st
     return found
 
 
-def _family(
-    model: nn.Module, families: dict[str, list[Stack]], generic: bool
-) -> tuple[str, str, nn.Module]:
-    """(model type, path, module) of the first module whose config names one of `families`, or that
-    holds decoder-only layers where these will do."""
-    seen = []
+def _family(model: nn.Module, families: dict[str, list[Stack]], structural: bool) -> Found:
+    """The stacks of the first module whose config names one of `families`, or that holds layers
+    which tell what they are made of where these will do."""
+    seen, refused, half = [], dict[str, str](), False
     for path, module in model.named_modules():
         model_type = getattr(getattr(module, "config", None), "model_type", None)
+        if model_type is None:
+            continue
         if model_type in families:
-            return str(model_type), path, module
-        known = model_type in FAMILIES
-        if generic and model_type is not None and not known and _sites(module, path, [DECODER]):
-            return str(model_type), path, module
-        if model_type is not None and model_type not in seen:
+            stacks = families[model_type]
+            return Found(str(model_type), path, module, _sites(module, path, stacks))
+        if structural and model_type not in FAMILIES:
+            told = _Told(module, path)
+            half = half or told.is_half
+            if told.sites and (told.decodes or not half):
+                return Found(str(model_type), path, module, told.sites, told.notes())
+            refused.update((type(m).__name__, why) for _, m, why in told.refused)
+        if model_type not in seen:
             seen.append(model_type)
     layers = sorted(
         {type(each).__name__ for m in model.modules() if isinstance(m, nn.ModuleList) for each in m}
     )
+    whys = "".join(f"; {name}: {why}" for name, why in refused.items())
     raise ValueError(
         f"model: want a module whose config.model_type is one of {sorted(families)}"
-        f"{' or that has decoder-only layers' if generic else ''}, "
-        f"got a {type(model).__name__} with model types {seen} and layers {layers[:8]}"
+        f"{' or that has layers of one attention' if structural else ''}, "
+        f"got a {type(model).__name__} with model types {seen} and layers {layers[:8]}{whys}"
     )
+
+
+class _Told:
+    """Layers under `root` that tell what they are made of, of a model that sees its language's:
+    those of its decoder, or where nothing decodes those of its encoder."""
+
+    def __init__(self, root: nn.Module, path: str) -> None:
+        parts = {id(seen.module): seen.part for seen in walk(root)}
+        layers: list[tuple[str, nn.Module, Stack]] = []
+        self.refused: list[tuple[str, nn.Module, str]] = []  # and why
+        held: dict[int, tuple[str, nn.Module, nn.Module]] = {}  # path and module of the holder
+        blank: list[tuple[str, nn.Module]] = []
+        for name, module in root.named_modules(prefix=path):
+            for child in module.children():
+                if isinstance(child, nn.ModuleList):
+                    held.update({id(layer): (name, module, child) for layer in child})
+            if id(module) not in held or parts.get(id(module)) != "language":
+                continue
+            row = row_of(module)
+            if isinstance(row, Stack):
+                layers.append((name, module, row))
+            elif row:
+                self.refused.append((name, module, row))
+            else:
+                blank.append((name, module))
+        decodes = self.decodes = any(row.name == "decoder" for *_, row in layers)
+        # An encoder, without the decoder that reads it.
+        self.is_half = not decodes and any(takes_cache(module) for _, module, _ in self.refused)
+        sites: dict[int, Site] = {}
+        self.beside: list[tuple[str, nn.Module]] = []  # encoders of what the decoder reads
+        for name, module, row in layers:
+            parent_path, parent, _ = held[id(module)]
+            if decodes and row.name != "decoder":
+                self.beside.append((parent_path, parent))
+                continue
+            site = sites.setdefault(id(parent), Site(row, parent_path, parent))
+            count = sum(len(each.layers) for each in sites.values())
+            site.layers.append(Layer(count, name, module, row))
+        lists = {id(held[id(layer.module)][2]) for each in sites.values() for layer in each.layers}
+        self.refused += [
+            (name, module, "it has no attention")
+            for name, module in blank
+            if id(held[id(module)][2]) in lists
+        ]
+        self.sites = list(sites.values())
+
+    def notes(self) -> list[str]:
+        """What is left as it is, in words."""
+        paths = dict.fromkeys((path, type(module).__name__) for path, module in self.beside)
+        notes = [f"left as it is: {path}, a {name} beside the decoder" for path, name in paths]
+        if self.refused:
+            path, module, why = self.refused[0]
+            notes.append(
+                f"left as they are: {len(self.refused)} layers, {path} first, a "
+                f"{type(module).__name__}: {why}"
+            )
+        return notes
 
 
 def _sites(root: nn.Module, path: str, stacks: Sequence[Stack]) -> list[Site]:
@@ -249,5 +322,9 @@ def counted(places: Sequence[Place]) -> dict[str, dict[str, int]]:
 
 
 def own_name(module: nn.Module, pattern: str) -> str:
-    """The class of a stack or a layer as its family calls it."""
-    return class_name(module, pattern or "*DecoderLayer")
+    """The class of a stack or a layer as its family calls it; without a pattern the most basic one
+    that has a forward of its own."""
+    if pattern:
+        return class_name(module, pattern)
+    basic = (cls for cls in reversed(type(module).__mro__) if cls is not nn.Module)
+    return next(cls.__name__ for cls in basic if "forward" in vars(cls))

@@ -46,6 +46,7 @@ class Method(ABC):
     """One method on one model: what is its own."""
 
     needs: ClassVar[Sequence[str]] = ()  # stacks that it cannot do without
+    structural: ClassVar[bool] = False  # whether it adapts layers that no row of the table names
     shares: ClassVar[bool] = True  # whether a stack's forward makes something for its layers
     stack_starts: ClassVar[bool] = True  # whether the first stack's forward begins a new routing
     mirrors: ClassVar[bool] = False  # whether the adapter's names begin at the model's root
@@ -60,6 +61,11 @@ class Method(ABC):
         self.found: Found = self.find(model)
         for layer in self.found.layers:
             layer.places = [place for place in layer.places if self.keeps(place)]
+        if not self.found.places:
+            raise ValueError(
+                f"model: want places that {config.method!r} can adapt with this config, got none "
+                f"in a {self.found.model_type!r} model, a {type(model).__name__}"
+            )
         self.reader = reader_of(config)  # what takes one choice per sample, if anything does
         crosses = any("cross" in place.role for place in self.found.places)
         blip = self.found.model_type in ("blip", "blip_text_model")
@@ -76,7 +82,7 @@ class Method(ABC):
 
     def find(self, model: nn.Module) -> Found:
         """The places that it adapts, among its rows of the table of models."""
-        return found.find(model, self.config, self.rows, self.needs)
+        return found.find(model, self.config, self.rows, self.needs, self.structural)
 
     def keeps(self, place: Place) -> bool:
         """Whether the config can adapt a place that was found; raises where it was named."""

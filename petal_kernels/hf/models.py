@@ -2,8 +2,8 @@
 
 A `Linear` is a projection of a layer, a `Block` a place after one of its blocks; paths are relative
 to the layer, as in its state_dict. Every method chooses among these rows and names its roles by
-them. A decoder-only layer is recognised by its structure and needs no row, whatever the model; what
-structure cannot tell is a row of `FAMILIES`.
+them. Layers of one attention and a feed-forward tell their row themselves (`roles.py`), whatever
+the model; what their structure cannot tell is a row of `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Linear(Row):
-    """A linear: of which attention ("" of none), what for, where; fused ones in equal `parts`, of
-    which low-rank updates adapt `targets`; `form` cuts a wide one into square blocks (Aurora)."""
+    """A linear: of which attention ("" of none), what for, where; fused ones in `parts`, so many
+    equal ones or their widths, of which low-rank updates adapt `targets`; `form` cuts a wide one
+    into square blocks (Aurora)."""
 
     attention: Literal["self", "cross", ""]
     name: str
     path: str
-    parts: int = 1
+    parts: int | tuple[int, ...] = 1
     targets: tuple[int, ...] = (0,)
     encoded: bool = False  # it reads the encoder's output, or an image's features
     form: Form = "whole"
@@ -58,7 +59,7 @@ class Stack:
     """The layers of one stack of a family."""
 
     name: str
-    layer: str  # class-name pattern of a layer; "" where structure tells
+    layer: str  # class-name pattern of a layer; "" of a row that a layer has told
     linears: tuple[Linear, ...]
     blocks: tuple[Block, ...] = ()
     runs: str = ""  # class-name pattern of the module that runs the layers
@@ -68,20 +69,8 @@ class Stack:
 
     def has(self, module: nn.Module) -> bool:
         """Whether `module` is one of its layers."""
-        if not self.layer:
-            return is_decoder_layer(module)
         fits = self.where is None or getattr(module, self.where[0], None) == self.where[1]
         return fits and is_a(module, self.layer)
-
-
-def is_decoder_layer(module: nn.Module) -> bool:
-    """A decoder-only layer by its children: self-attention with its projections, an MLP, norms."""
-    if not is_a(module, "*DecoderLayer"):
-        return False
-    children = dict(module.named_children())
-    attention = dict(children["self_attn"].named_children()) if "self_attn" in children else {}
-    crosses = any("cross" in name or "encoder_attn" in name for name in children)
-    return {"q_proj", "k_proj", "v_proj"} <= set(attention) and "mlp" in children and not crosses
 
 
 def attention(
@@ -95,13 +84,6 @@ def attention(
 
 _QKV = ("query", "key", "value")
 _PROJ = ("q_proj", "k_proj", "v_proj")
-
-DECODER = Stack(
-    "decoder",
-    "",
-    tuple(attention("self", "self_attn", _PROJ)),
-    (Block("attention", "self_attn", "self_attn"), Block("ffn", "mlp", "mlp")),
-)
 
 
 def _bert(layer: str) -> tuple[Stack, ...]:
@@ -223,9 +205,6 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "gpt2": (GPT2,),
     "roberta": _bert("RobertaLayer"),
     "bert": _bert("BertLayer"),
-    **dict.fromkeys(
-        ("llama", "llava", "qwen2_5_vl", "paligemma", "smolvlm", "idefics3"), (DECODER,)
-    ),
     **dict.fromkeys(
         ("instructblip", "instructblip_qformer", "blip-2", "blip_2", "blip_2_qformer"), (QFORMER,)
     ),

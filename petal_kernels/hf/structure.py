@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
 import operator
-import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from petal_kernels.hf.flow import child_called, forward_of
 from petal_kernels.hf.linears import is_linear
 from petal_kernels.hf.parts import own_class
 from petal_kernels.hf.twins import twin_of
@@ -180,12 +179,8 @@ def one_input(module: nn.Module) -> tuple[tuple[str, ...], ...]:
 
 @functools.lru_cache(maxsize=512)
 def _groups(cls: type) -> tuple[tuple[str, ...], ...]:
-    try:
-        source = textwrap.dedent(inspect.getsource(cls.forward))  # type: ignore[attr-defined]
-        (function,) = ast.parse(source).body
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return ()
-    if not isinstance(function, ast.FunctionDef) or not function.args.args:
+    function = forward_of(cls)
+    if function is None:
         return ()
     own = function.args.args[0].arg  # "self", as a rule
     calls: list[_Call] = []
@@ -193,7 +188,7 @@ def _groups(cls: type) -> tuple[tuple[str, ...], ...]:
     for order, (node, body) in enumerate(_walk(function, 0)):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
             writes.append((order, node.id))
-        elif isinstance(node, ast.Call) and (child := _child(node.func, own)):
+        elif isinstance(node, ast.Call) and (child := child_called(node.func, own)):
             calls.append(_Call(order, child, _variable(node), body))
     times = [call.child for call in calls]
     groups: dict[tuple[str, int, int], list[str]] = {}
@@ -212,13 +207,6 @@ class _Call:
     child: str
     name: str
     body: int
-
-
-def _child(func: ast.expr, own: str) -> str:
-    """The name of the module's own attribute that is called; empty where it is none."""
-    if isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name):
-        return func.attr if func.value.id == own else ""
-    return ""
 
 
 def _variable(call: ast.Call) -> str:

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 Part = Literal["all", "first", "last"]
 
 # What takes one choice per sample, and what else it could be.
+_IMAGE_TOKENS = ("image_token_id", "video_token_id")  # or by the names that configs map to these
+_CROSS = ("encoder_hidden_states", "cross_attention_states")  # what a stack reads beside its tokens
 _INSTEAD = {"router_input='pooled'": "router_input='token'", "gate='small'": "another gate"}
 
 
@@ -34,6 +36,19 @@ def reader_of(config: Any) -> str | None:
     if getattr(config, "router_input", None) == "pooled":
         return "router_input='pooled'"
     return "gate='small'" if getattr(config, "gate", None) == "small" else None
+
+
+def image_positions(config: Any, input_ids: Tensor) -> Tensor:
+    """Which tokens a model of that config puts an image's or a video's features in place of;
+    ValueError where its config names none."""
+    tokens = [getattr(config, name, None) for name in _IMAGE_TOKENS]
+    known = [token for token in tokens if type(token) is int]
+    if not known:
+        raise ValueError(
+            f"model: want a model whose config says which tokens are an image's "
+            f"({' or '.join(_IMAGE_TOKENS)}), got a {type(config).__name__} without"
+        )
+    return torch.isin(input_ids, input_ids.new_tensor(known))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -109,6 +124,7 @@ class Tokens:
     domains: Domains | None = None
     reader: str | None = None  # the masks are kept for it alone
     length: int | None = None  # of the hidden states
+    rows: int = 0
 
     @classmethod
     def entering(
@@ -127,7 +143,7 @@ class Tokens:
             kwargs = {"hidden_states": args[0], **kwargs}
         rows, length, embedded = _shape(kwargs)
         if domains is not None:
-            crosses = kwargs.get("encoder_hidden_states") is not None
+            crosses = any(kwargs.get(name) is not None for name in _CROSS)
             domains = replace(
                 domains,
                 past=_past(kwargs, length),
@@ -140,7 +156,7 @@ class Tokens:
         entry = _Entry(kwargs, reader, rows, length)
         mask, encoded = entry.own(), entry.encoded()
         entry.refuse(wait=not embedded)
-        return cls(mask, encoded, domains, reader, length)
+        return cls(mask, encoded, domains, reader, length, rows)
 
     def counted(self, x: Tensor, encoded: bool, part: Part = "all") -> Tensor | None:
         """[B, l]: which tokens of x [B, l, D] are no padding; None where all count."""
@@ -151,6 +167,11 @@ class Tokens:
             raise ValueError(
                 f"{self.reader}: want the {self.length} tokens of a sample at once, got {length}; "
                 "set chunk_size_feed_forward to 0 where a feed-forward runs in chunks"
+            )
+        if encoded and rows != self.rows:
+            raise ValueError(
+                f"{self.reader}: want one row for every sample of what the cross-attention reads, "
+                f"got {rows} for {self.rows} samples; use {_INSTEAD[self.reader]}"
             )
         if mask is None:
             return None

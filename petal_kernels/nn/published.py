@@ -140,13 +140,13 @@ def published_lora(m: RoutedLoRALinear, y: Tensor, x: Tensor, vision: Tensor | N
         v = _linear(F.dropout(vision.to(x.dtype), m.dropout, m.training), m.down)
     if m.groups == "merged":
         z = _route(m.route, z, v, m.variant)
-    pieces = list(y.chunk(m.parts, dim=-1))
-    for n, target in enumerate(m.targets):
+    pieces = list(y.split(m.widths, dim=-1))
+    for n, (target, up) in enumerate(zip(m.targets, m.ups(), strict=True)):
         columns = slice(n * m.r, (n + 1) * m.r)
         q = z[..., columns]
         if m.groups == "separate":
             q = _route(m.route, q, None if v is None else v[..., columns], m.variant)
-        pieces[target] = pieces[target] + m.scale * _linear(q, m.up[n])
+        pieces[target] = pieces[target] + m.scale * _linear(q, up)
     return torch.cat(pieces, dim=-1)
 
 

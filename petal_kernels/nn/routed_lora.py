@@ -2,8 +2,9 @@
 
     y_t = base_t(x) + s * route(drop(x) A_t^T; vision A_t^T) B_t^T        for every target t
 
-A target is one of `parts` equal ranges of a linear's outputs: GPT-2's fused c_attn has three, of
-which q and v (0 and 2) are routed. With `groups="separate"` (as published) each target routes in
+A target is one of `parts` ranges of a linear's outputs: GPT-2's fused c_attn has three equal ones,
+of which q and v (0 and 2) are routed, Phi-3's qkv_proj a wide one and two that are as narrow as its
+groups of heads say. With `groups="separate"` (as published) each target routes in
 its own r-wide space, with "merged" (the released GPT-2 code) in the space of all targets together:
 the same for add and mul, another function for expand and gram.
 """
@@ -45,7 +46,8 @@ class RoutedLoRALinear(nn.Module):
 
     base      anything called like a linear, with `in_features` and `out_features` (or Conv1D's
               `nx`, `nf`); a child unless `own_base` is False
-    targets   which of `parts` equal ranges of the outputs get an update
+    targets   which of `parts` ranges of the outputs get an update; `parts` is how many equal ones,
+              or the width of each
     alpha     the update is scaled by alpha / r (default alpha = r)
     dropout   on x and, independently, on the vision features
     device    of the update; that of the base by default
@@ -61,7 +63,7 @@ class RoutedLoRALinear(nn.Module):
         r: int,
         route: str = "none",
         *,
-        parts: int = 1,
+        parts: int | Sequence[int] = 1,
         targets: Sequence[int] = (0,),
         groups: str = "separate",
         alpha: float | None = None,
@@ -79,9 +81,9 @@ class RoutedLoRALinear(nn.Module):
         checks.check_bool("own_base", own_base)
         check_storage(device, dtype)
         self.in_features, self.out_features = linear_features(check_module("base", base))
-        self.r, self.parts = check_size("r", r), check_size("parts", parts)
-        if self.out_features % parts:
-            raise ValueError(f"parts: want a divisor of {self.out_features}, got {parts}")
+        self.r = check_size("r", r)
+        self.widths = _widths(parts, self.out_features)
+        self.parts = len(self.widths)
         if not isinstance(targets, (list, tuple)) or not all(type(t) is int for t in targets):
             got = [type(t).__name__ for t in targets] if isinstance(targets, (list, tuple)) else ""
             raise TypeError(
@@ -89,9 +91,9 @@ class RoutedLoRALinear(nn.Module):
             )
         self.targets = tuple(targets)
         ok = self.targets and list(self.targets) == sorted(set(self.targets))
-        if not ok or not all(0 <= t < parts for t in self.targets):
+        if not ok or not all(0 <= t < self.parts for t in self.targets):
             raise ValueError(
-                f"targets: want ascending numbers of the {parts} parts, got {list(targets)}"
+                f"targets: want ascending numbers of the {self.parts} parts, got {list(targets)}"
             )
         self.route, self.groups, self.variant = route, groups, variant
         self.scale = 1.0 if alpha is None else checks.check_number("alpha", alpha) / r
@@ -102,9 +104,11 @@ class RoutedLoRALinear(nn.Module):
             self.__dict__["base"] = base
         device = next((p.device for p in base.parameters()), None) if device is None else device
         kind = {"device": device, "dtype": dtype}
-        n, width = len(self.targets), self.out_features // parts
-        self.down = nn.Parameter(torch.empty(n * r, self.in_features, **kind))  # type: ignore[arg-type]
-        self.up = nn.Parameter(torch.empty(n, width, r, **kind))  # type: ignore[arg-type]
+        widths = [self.widths[target] for target in self.targets]
+        # One after the other where they differ; else as they always were, so that files fit.
+        same = (len(widths), widths[0]) if len(set(widths)) == 1 else (sum(widths),)
+        self.down = nn.Parameter(torch.empty(len(widths) * r, self.in_features, **kind))  # type: ignore[arg-type]
+        self.up = nn.Parameter(torch.empty(*same, r, **kind))  # type: ignore[arg-type]
         self.reset_parameters()
 
     @torch.no_grad()
@@ -116,13 +120,18 @@ class RoutedLoRALinear(nn.Module):
     def delta(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] that the update is where nothing is routed or dropped."""
         check_storage(None, dtype)
-        delta = torch.zeros(
-            self.parts, *self.up.shape[1:2], self.in_features, device=self.up.device, dtype=dtype
-        )
-        downs = self.down.to(dtype).view(len(self.targets), self.r, self.in_features)
-        for n, target in enumerate(self.targets):
-            delta[target] = self.scale * self.up[n].to(dtype) @ downs[n]
-        return delta.view(self.out_features, self.in_features)
+        like = self.down.to(dtype)
+        rows = [like.new_zeros(width, self.in_features) for width in self.widths]
+        downs = like.view(len(self.targets), self.r, self.in_features)
+        for target, up, down in zip(self.targets, self.ups(), downs, strict=True):
+            rows[target] = self.scale * up.to(dtype) @ down
+        return torch.cat(rows)
+
+    def ups(self) -> list[Tensor]:
+        """B of every target, [its width, r]."""
+        if self.up.dim() == 3:
+            return list(self.up.unbind())
+        return list(self.up.split([self.widths[target] for target in self.targets]))
 
     def project(self, vision: Tensor) -> Tensor:
         """[B, V, targets * r]: vision features through the same down-projections."""
@@ -181,13 +190,12 @@ class RoutedLoRALinear(nn.Module):
         middle = near(middle)
         if vision is not None:
             vision = expand_vision(near(vision), middle)
-        width = self.out_features // self.parts
-        pieces = [] if own else list(y.split(width, dim=-1))
-        for n, target in enumerate(self.targets):
+        pieces = [] if own else list(y.split(self.widths, dim=-1))
+        for n, (target, up) in enumerate(zip(self.targets, self.ups(), strict=True)):
             columns = slice(n * self.r, (n + 1) * self.r)
             merged = self.groups == "merged" and len(self.targets) > 1
             # The operator's scale is the gate's, on the whole sum; this one is the update's.
-            up = near.parameter(self.up[n] if self.scale == 1.0 else self.up[n] * self.scale)
+            up = near.parameter(up if self.scale == 1.0 else up * self.scale)
             if merged:
                 before, after = n * self.r, (len(self.targets) - 1 - n) * self.r
                 up, columns = F.pad(up, (before, after)), slice(None)
@@ -202,7 +210,7 @@ class RoutedLoRALinear(nn.Module):
                     route=self.route,
                     vision=None if vision is None else vision[..., columns],
                     variant=self.variant,
-                    update_at=target * width if own else None,
+                    update_at=sum(self.widths[:target]) if own else None,
                 )
             if own:
                 y = updated
@@ -223,6 +231,19 @@ class RoutedLoRALinear(nn.Module):
             f"r={self.r}, route={self.route!r}, targets={list(self.targets)} of {self.parts}, "
             f"groups={self.groups!r}, scale={self.scale}, dropout={self.dropout}"
         )
+
+
+def _widths(parts: int | Sequence[int], total: int) -> tuple[int, ...]:
+    """The widths of so many equal parts, or those that are given."""
+    if isinstance(parts, (list, tuple)):
+        widths = tuple(check_size("parts", each) for each in parts)
+        if sum(widths) != total:
+            raise ValueError(f"parts: want widths that are {total} in all, got {list(parts)}")
+        return widths
+    count = check_size("parts", parts)  # type: ignore[arg-type]
+    if total % count:
+        raise ValueError(f"parts: want a divisor of {total}, got {count}")
+    return (total // count,) * count
 
 
 def linear_features(base: nn.Module) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import petal_kernels as pk
-from tests.hf import compare, tiny, tiny_text
+from tests.hf import compare, methods, tiny, tiny_text
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +69,45 @@ def test_a_stack_with_experts_compiles_and_keeps_its_routing() -> None:
         (out.square().sum() + attachment.auxiliary_loss()).backward()
         runs.append(compare.Run(out.detach(), compare.gradients(attachment)))
     compare.assert_close(runs[1], runs[0], 1e-5)
+
+
+def _calls(values: Any) -> Any:
+    """A layer's arguments, outside of what they were computed from and of the attachment's own."""
+    if isinstance(values, torch.Tensor):
+        return values.detach()
+    if isinstance(values, (tuple, list)):
+        return tuple(_calls(each) for each in values)
+    if isinstance(values, dict):
+        return {n: _calls(v) for n, v in values.items() if not n.startswith("petal_")}
+    return values
+
+
+@methods.every("layer", quick=lambda row: row.name in ("route-lora-qformer", "vlpet-bart-small"))
+def test_a_layer_of_every_method_is_one_graph(row: methods.Row) -> None:
+    """The kind: a step that a graph cannot hold, as a tensor that a function is given twice."""
+    if row.around == "domains":
+        pytest.skip("a layer alone does not know the sequence that domains are given for")
+    model, attachment = methods.attached(row)
+    given = row.given()
+    calls: list[Any] = []
+    layer = next(each.module for each in attachment.found.layers if each.places)
+    hook = layer.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    with methods.around(attachment, given):
+        methods.read(model.train(), given.batch)
+    hook.remove()
+    args, kwargs = _calls(calls[0])
+    found = []
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        methods.clear(attachment)
+        with methods.around(attachment, given):
+            out = run(*args, **kwargs)
+        out = out[0] if isinstance(out, tuple) else out
+        out.square().sum().backward()
+        own = attachment.named_parameters()
+        grads = {name: p.grad for name, p in own if p.grad is not None}
+        found.append({"out": out.detach(), **grads})
+    assert not methods.differences(found[1], found[0])
+    assert len(found[0]) > 1
 
 
 def test_a_hook_on_the_embeddings_runs_in_a_compiled_model() -> None:

@@ -100,7 +100,7 @@ MUTANTS = [
         "            add_input=add_input,\n            variant=variant,\n            device",
         "            variant=variant,\n            device",
     ),
-    (_LORA, "self.up[n] if self.scale == 1.0 else self.up[n] * self.scale", "self.up[n]"),
+    (_LORA, "up if self.scale == 1.0 else up * self.scale", "up"),
     (_LORA, "variant=self.variant,\n                    update_at", "update_at"),
     (_LORA, "F.dropout(x.to(dtype), self.dropout, self.training)", "x.to(dtype)"),
     (

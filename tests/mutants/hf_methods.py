@@ -117,7 +117,7 @@ MUTANTS = [
     (_ADAPTER, "bias.fill_(self._open_bias())", "bias.zero_()"),
     (_VALUE, "rows = slice(layer * self.r, (layer + 1) * self.r)", "rows = slice(0, self.r)"),
     (_LORA, "before, after = n * self.r,", "before, after = 0,"),
-    (_LORA, "delta[target] =", "delta[n] ="),
+    (_LORA, "rows[target] = self.scale", "rows[0] = self.scale"),
     (_LINEAR, "part.dtype == dtype and not part.requires_grad", "part.dtype == dtype"),
     (_LINEAR, "        self.base.training = mode", "        pass"),
     (_LINEAR, "if type(base) is not nn.Linear:", "if not isinstance(base, nn.Module):"),

@@ -17,6 +17,7 @@ from petal_kernels.nn import (
     ValueAdapter,
     VLAdapter,
 )
+from petal_kernels.nn.published import published_lora
 
 B, L, D, R = 3, 11, 24, 8
 
@@ -126,14 +127,26 @@ def test_value_adapters_share_one_projection() -> None:
         torch.testing.assert_close(m(values, middles[layer], layer), want)
 
 
+@pytest.mark.parametrize("parts", [3, (D, 5, 7)])
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("groups", ["separate", "merged"])
 @pytest.mark.parametrize("route", ["none", "add", "mul", "expand", "gram"])
-def test_routed_lora_on_fused_projections(route: str, groups: str) -> None:
-    base = nn.Linear(D, 3 * D).double()
-    m = filled(RoutedLoRALinear(base, R, route, parts=3, targets=(0, 2), groups=groups, alpha=4.0))
+def test_routed_lora_on_fused_projections(
+    route: str, groups: str, own: bool, parts: int | tuple[int, ...]
+) -> None:
+    widths = (D, D, D) if parts == 3 else (D, 5, 7)
+    base = nn.Linear(D, sum(widths)).double()
+    m = filled(
+        RoutedLoRALinear(base, R, route, parts=parts, targets=(0, 2), groups=groups, alpha=4.0)
+    )
     x, v = draw(B, L, D, seed=1).requires_grad_(), draw(B, 1, D, seed=2)
+    # A hook keeps the base's output from being written into.
+    hook = None if own else base.register_forward_hook(lambda module, args, out: None)
     got = m(x, None if route == "none" else m.project(v))
-    q, k, last = F.linear(x, base.weight, base.bias).chunk(3, -1)
+    q, k, last = F.linear(x, base.weight, base.bias).split(widths, -1)
+    ups = m.up.unbind() if parts == 3 else m.up.split((D, 7))
+    assert m.up.shape == ((2, D, R) if parts == 3 else (D + 7, R))
+    assert hook is None or base._forward_hooks
 
     def routed(z: Tensor, u: Tensor) -> Tensor:
         return {
@@ -149,10 +162,14 @@ def test_routed_lora_on_fused_projections(route: str, groups: str) -> None:
         a, c = routed(z, u).split(R, -1)
     else:
         a, c = (routed(p, s) for p, s in zip(z.split(R, -1), u.split(R, -1), strict=True))
-    want = torch.cat((q + 0.5 * F.linear(a, m.up[0]), k, last + 0.5 * F.linear(c, m.up[1])), -1)
+    want = torch.cat((q + 0.5 * F.linear(a, ups[0]), k, last + 0.5 * F.linear(c, ups[1])), -1)
     torch.testing.assert_close(got, want)
+    torch.testing.assert_close(published_lora(m, base(x), x, None if route == "none" else v), want)
+    if route == "none":
+        folded = base.weight + m.delta(torch.float64)
+        torch.testing.assert_close(F.linear(x, folded, base.bias), want)
     inputs = [x, m.down, m.up]
-    dout = draw(B, L, 3 * D, seed=3)
+    dout = draw(B, L, sum(widths), seed=3)
     for a, b in zip(
         torch.autograd.grad(got, inputs, dout), torch.autograd.grad(want, inputs, dout), strict=True
     ):
@@ -229,6 +246,8 @@ def test_bad_input() -> None:
         (lambda: VLAdapter(D, activation="tanh"), "activation: want one of"),
         (lambda: ValueAdapter(D, D, R, init="identity"), "init: want one of"),
         (lambda: RoutedLoRALinear(nn.Linear(D, D), R, parts=5), "parts: want a divisor of 24"),
+        (lambda: RoutedLoRALinear(nn.Linear(D, D), R, parts=(9, 9)), "parts: want widths that"),
+        (lambda: RoutedLoRALinear(nn.Linear(D, D), R, parts=(D, 0)), "parts: want an integer >= 1"),
         (lambda: RoutedLoRALinear(nn.Linear(D, D), R, targets=(1,)), "targets: want ascending"),
         (lambda: RoutedLoRALinear(nn.ReLU(), R), "base: want a linear layer"),
     ):

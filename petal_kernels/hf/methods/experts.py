@@ -38,6 +38,7 @@ _WHY_KEPT = {
 class Experts(InsertionMethod):
     """Mixtures of experts on one model."""
 
+    structural = True
     blocks = {"domains": "gate='domain'"}  # noqa: RUF012 - as the base declares it
     config: ExpertConfig
 

@@ -121,7 +121,7 @@ class Lora(Method):
         if self.config.target_modules is not None:
             return None
         try:
-            known = found.find(model, self.config, self.rows)
+            known = found.find(model, self.config, self.rows, structural=True)
         except ValueError as error:
             raise ValueError(
                 "target_modules: want names of linears or 'all-linear' for a model that the "

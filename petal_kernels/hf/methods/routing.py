@@ -28,6 +28,7 @@ from petal_kernels.nn.routed_lora import RoutedLoRALinear
 class Routing(BlocksMethod):
     """Routing functions, LoRA or adapters on one model."""
 
+    structural = True
     shares = False
     blocks = {"vision": "routes"}  # noqa: RUF012 - as the base declares it
     config: RoutingConfig

@@ -16,6 +16,7 @@ from petal_kernels.nn.gated_adapter import GatedAdapter
 class VLAdapter(BlocksMethod):
     """VL-Adapter on one model."""
 
+    structural = True
     shares = False
     config: VLAdapterConfig
 

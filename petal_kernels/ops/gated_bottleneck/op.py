@@ -12,7 +12,7 @@ from petal_kernels._runtime import philox
 from petal_kernels._runtime.autocast import autocast_off
 from petal_kernels._runtime.first_order import check_transforms
 from petal_kernels._runtime.numerics import wide_dtype
-from petal_kernels._runtime.rows import flat_rows
+from petal_kernels._runtime.rows import distinct, flat_rows
 from petal_kernels.ops.gated_bottleneck.arguments import (
     Call,
     Given,
@@ -235,7 +235,8 @@ def prepare(given: Given) -> tuple[Call, Tensor | None, str, tuple[int, ...]]:
         given.norm_weight,
         given.norm_bias,
     )
-    return Call(tensors, settings), state, name, tuple(first.shape[:-1])
+    call = Call(Tensors(*distinct(tensors)), settings)
+    return call, state, name, tuple(first.shape[:-1])
 
 
 def _explain(given: Given) -> rt.Explanation:
