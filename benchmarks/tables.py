@@ -183,7 +183,7 @@ def _vouched(row: Row, entries: Sequence[dict[str, Any]]) -> None:
 
 def _line(row: Row | Saved, columns: dict[str, str] = COLUMNS) -> str:
     found = _saved_cells(row, columns) if isinstance(row, Saved) else _timed_cells(row, columns)
-    return f"| {' | '.join(found)} |".replace("|  |", "| |")
+    return re.sub(r"\|  (?=\|)", "| ", f"| {' | '.join(found)} |")
 
 
 def _timed_cells(row: Row, columns: dict[str, str]) -> list[str]:
