@@ -64,9 +64,10 @@ _DEMO = "epyc-avx512-2core-c6147b0082d7-demo"
 _DEMO_METHODS = "epyc-avx512-2core-c6147b0082d7-demo-methods"
 _QFORMER = "epyc-avx512-2core-6d30940e4164-qformer"
 _OVERHEAD = "epyc-avx512-2core-6d30940e4164-overhead"
-_LORA = "xeon-avx512-2core-77cd0a1-layer-lora-{}"
-_LLAMA = "xeon-avx512-2core-77cd0a1-model-llama"
-_LORA_MEMORY = "xeon-avx512-2core-77cd0a1-memory-lora-layer"
+# Of LoRA's times, layers by dtype and a whole step: README.md has the blocks whose files are named.
+_LORA: dict[str, str] = {}
+_LLAMA = ""
+_LORA_MEMORY = "xeon-avx512-2core-37ba7058a017-memory-lora-layer"
 _QKV = "petal qkv layer, N=4096 d=768 R=64 "
 _QKV_GIVEN = "petal qkv adapter part, base outputs given, N=4096 d=768 R=64 float32"
 
@@ -76,13 +77,12 @@ def _both(label: str, file: str, scenario: str) -> Row:
 
 
 def _lora() -> tuple[Row | Saved, ...]:
-    """Two layers in two dtypes, with and without dropout; what they keep with it."""
+    """Two layers in each dtype, with and without dropout; what they keep with it."""
     found = list[Row | Saved]()
     qkv = ("q, k, v", "lora_qkv q, k, v, width 2048")
     mlp = ("MLP", "lora_mlp MLP, width 1024")
-    for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
-        file = _LORA.format(dtype)
-        half = "" if short == "fp32" else " (PEFT with bf16 factors: {peft_half})"
+    for short, file in _LORA.items():
+        half = "" if short == "fp32" else f" (PEFT with {short} factors: {{peft_half}})"
         for name, scenario in (qkv, mlp):
             found += [
                 Row(f"{name}, {short}{drop}, {{size}}{half}", file, scenario + drop)
@@ -183,7 +183,7 @@ def _vouched(row: Row, entries: Sequence[dict[str, Any]]) -> None:
 
 def _line(row: Row | Saved, columns: dict[str, str] = COLUMNS) -> str:
     found = _saved_cells(row, columns) if isinstance(row, Saved) else _timed_cells(row, columns)
-    return f"| {' | '.join(found)} |".replace("|  |", "| |")
+    return re.sub(r"\|  (?=\|)", "| ", f"| {' | '.join(found)} |")
 
 
 def _timed_cells(row: Row, columns: dict[str, str]) -> list[str]:
@@ -325,13 +325,10 @@ def _demo() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    name: functools.partial(_table, name) for name in TABLES
-} | {
-    "whole_step": _whole_step,
-    "demo": _demo,
-    "lora_step": _lora_step,
-    "lora_memory": _lora_memory,
-}
+    name: functools.partial(_table, name) for name, rows in TABLES.items() if rows
+} | {"whole_step": _whole_step, "demo": _demo, "lora_memory": _lora_memory}
+if _LLAMA:
+    BLOCKS["lora_step"] = _lora_step
 
 
 def render(text: str) -> str:

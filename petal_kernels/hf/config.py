@@ -211,7 +211,8 @@ class VLAdapterConfig(AdapterConfig):
 
 @dataclass
 class RoutingConfig(AdapterConfig):
-    """Routing functions in low-rank bottlenecks; `function="none"` is plain LoRA or adapters.
+    """Routing functions in low-rank bottlenecks; `function="none"` has none (LoRA for its
+    own sake: LoraConfig).
 
     kind          "lora" (query and value projections) or "adapter" (after every block).
     function      "none", "add", "mul", "expand", "gram" or "gram_relu"; all but "none" read the

@@ -180,7 +180,8 @@ def test_what_lora_adds_to_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         }
         name = f"llama step, LoRA on all linears, dropout {p}, full, B=2 L=8 r=4"
         entries.append({"scenario": name, "mode": "full", "drift": 0.02, "rows": rows})
-    (tmp_path / f"{tables._LLAMA}.json").write_text(json.dumps({"results": entries}))
+    monkeypatch.setattr(tables, "_LLAMA", "llama")
+    (tmp_path / "llama.json").write_text(json.dumps({"results": entries}))
     head, with_dropout, without = tables._lora_step().splitlines()
     assert "`, full, B=2 L=8 r=4):" in head
     assert with_dropout == (
@@ -213,6 +214,32 @@ def test_a_table_of_lora_has_pefts_column(monkeypatch: pytest.MonkeyPatch) -> No
     head = {name: tables._table(name).splitlines()[0] for name in ("lora_layer", "petal_layer")}
     assert "torch.compile | PEFT | petal_kernels" in head["lora_layer"]
     assert "PEFT" not in head["petal_layer"]
+
+
+def test_loras_rows_are_both_layers_in_each_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "_LORA", {"fp32": "wide", "bf16": "half"})
+    for file, ours in (("wide", 4.0), ("half", 2.0)):
+        entries = []
+        for layer in ("lora_qkv q, k, v, width 2048", "lora_mlp MLP, width 1024"):
+            for drop, add in ((", dropout 0.05", 1.0), ("", 0.0)):
+                medians = {"published": 8.0, "peft": 9.0, "peft_half": 7.0, "petal": ours + add}
+                rows = {k: _step(v, 10**6 * round(v)) for k, v in medians.items()}
+                name = f"{layer}{drop}, B=1 L=2 d=3 r=4"
+                entries.append({"scenario": name, "mode": "full", "drift": 0.0, "rows": rows})
+        (tmp_path / f"{file}.json").write_text(json.dumps({"results": entries}))
+    found = [tables._line(row, tables.WITH_PEFT) for row in tables._lora()]
+    assert len(found) == 2 * (2 * 2 + 1)
+    first = "q, k, v, fp32, dropout 0.05, B=1 L=2 d=3 r=4"
+    assert found[0] == (f"| {first} | 8.0 ms | not run | not run | 9.0 | **5.0 (1.60x)** | 0.0 % |")
+    assert found[4] == (
+        "| kept for backward with dropout, fp32: q, k, v / MLP | 8.0 / 8.0 MB | | | 9.0 / 9.0 "
+        "| **5.0 / 5.0** | exact |"
+    )
+    assert found[8].startswith("| MLP, bf16, B=1 L=2 d=3 r=4 (PEFT with bf16 factors: 7.0) |")
+    assert "**2.0 (4.00x)**" in found[8]
 
 
 def test_a_rows_size_is_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ TESTS = [
     "tests/tools/test_bench_compare.py",
     "tests/tools/test_bench_fresh.py",
     "tests/tools/test_bench.py",
+    "tests/tools/test_bench_packages.py",
     "tests/tools/test_bench_command.py",
     "tests/tools/test_bench_plans.py",
     "tests/benchmarks/test_tables.py",

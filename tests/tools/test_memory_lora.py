@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from petal_kernels.tools.memory import app, arguments, compare_layer, presets, whatif
+from petal_kernels.tools.memory import app, arguments, compare, compare_layer, presets, whatif
 from petal_kernels.tools.memory.compare import Kept
 from petal_kernels.tools.memory.lora_forms import adapted_paths
 from petal_kernels.tools.memory.options import Options
@@ -272,3 +272,18 @@ def test_what_if_asks_peft_and_recomputed_mlps() -> None:
     options = Options(method="lora")
     assert whatif.changed("peft", options) == replace(options, method="peft-lora")
     assert whatif.changed("recompute-mlp", options) == replace(options, recompute_mlp=True)
+
+
+def test_a_title_says_only_what_decides() -> None:
+    """Kind: a default printed as if it had been used."""
+    options = Options(method="full", batch=2)
+    assert options.describe(presets.HEEDED["full"]) == "full, batch 2, 128 words, sdpa"
+    demo = Options(**presets.DEMO)
+    assert demo.describe(presets.DEMO_HEEDS) == "petal r=32, batch 128, sdpa"
+
+
+def test_peft_keeps_six_times_what_the_fused_layer_keeps() -> None:
+    layer = compare.Layer(length=32)  # the ratio depends on width and rank alone
+    kept = {k.label: round(k.times_x, 1) for k in compare.compare(layer, peft=False)}
+    assert kept["PEFT LoRA, float32 adapters (its default)"] == 6.1
+    assert kept["LoraConfig, dropout 0.05"] == kept["one down-projection"] == 1.0

@@ -254,14 +254,6 @@ def test_every_method_heeds_what_it_is_said_to(monkeypatch: pytest.MonkeyPatch) 
     assert set(presets.HEEDED) == set(presets.METHODS)
 
 
-def test_a_title_says_only_what_decides() -> None:
-    """Kind: a default printed as if it had been used."""
-    options = Options(method="full", batch=2)
-    assert options.describe(presets.HEEDED["full"]) == "full, batch 2, 128 words, sdpa"
-    demo = Options(**presets.DEMO)
-    assert demo.describe(presets.DEMO_HEEDS) == "petal r=32, batch 128, sdpa"
-
-
 # Steps ---------------------------------------------------------------------------------------
 
 

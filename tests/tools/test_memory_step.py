@@ -204,12 +204,11 @@ def test_peaks_with_adamw_are_the_allocators(model: str, dtype: torch.dtype) -> 
 def test_peaks_of_a_vision_language_model_are_the_allocators(method: str) -> None:
     """Kind: a peak that holds for a chain of linears only."""
     pytest.importorskip("transformers")
-    from petal_kernels.tools.memory import presets
-    from petal_kernels.tools.memory.options import Options
+    from petal_kernels.tools.memory import options, presets
     from tests.hf import tiny
 
     model, batch = tiny.instructblip().train(), tiny.batch("instructblip")
-    keep = presets.adapt(model, Options(rank=4, method=method))
+    keep = presets.adapt(model, options.Options(rank=4, method=method))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, foreach=True)
     peak, in_step = measured(

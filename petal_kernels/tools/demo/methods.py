@@ -67,6 +67,8 @@ METHODS: dict[str, Method] = {
             lambda r: pk.RoutingConfig(r=r, kind="adapter", function="gram"),
             replace(_SETTINGS, learning_rate=3e-3),
         ),
+        # Routing's own baseline, on q and v of GPT-2's one projection of both; LoraConfig would
+        # adapt that whole.
         Method("lora", "LoRA", "gpt2", lambda r: pk.RoutingConfig(r=r, kind="lora"), _SETTINGS),
     )
 }
