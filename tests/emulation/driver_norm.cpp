@@ -69,8 +69,8 @@ int main() {
     petal_emulation::settings().thread_seed = static_cast<uint64_t>(dtype);
     norm(dtype, 7, 70, 3, true, false, true);  // a warp's row, nothing aligned
     norm(dtype, 5, 77, 0, false, false, true);
-    norm(dtype, 6, 272, 8, false, true, true);     // 16-byte accesses, two steps of a warp
-    norm(dtype, 2, 1030, 0, true, false, true);    // a block's row
+    norm(dtype, 6, 272, 8, false, true, true);   // 16-byte accesses, two steps of a warp
+    norm(dtype, 2, 1030, 0, true, false, true);  // a block's row
     norm(dtype, 2, 2064, 0, false, true, true);
     norm(dtype, 3, 64, 0, false, false, false);
   }

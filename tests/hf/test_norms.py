@@ -112,6 +112,13 @@ def test_what_computes_anything_else_is_none(module: nn.Module) -> None:
     assert norm_of(module) is None
 
 
+def test_a_forward_that_somebody_put_there_is_not_run() -> None:
+    module, seen = LlamaRMSNorm(64), list[Tensor]()
+    module.__dict__["forward"] = seen.append
+    assert norm_of(module) is None
+    assert seen == []
+
+
 def test_looking_at_a_norm_changes_nothing() -> None:
     module = LlamaRMSNorm(64).requires_grad_(True)
     seen: list[Any] = []

@@ -67,6 +67,6 @@ MUTANTS = [
     (_NORMS, "    needed = False\n", ""),
     (_LORA, 'if "_petal_copy" in module.__dict__:', "if False:"),
     (_LORA, 'self.config.frozen_norms == "folded"', "False"),
-    (_LORA, "untouched = self.published or self", "untouched = self"),
+    (_LORA, "            self._take_norms(hand)", "        self._take_norms(hand)"),
     (_FILES, '    "frozen_norms",\n', ""),
 ]

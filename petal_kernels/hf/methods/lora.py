@@ -89,8 +89,8 @@ class Lora(Method):
         self._wrappers: list[tuple[str, LoraLinear]] = []
         self._joined: dict[str, OneInput | FusedMlp] = {}  # by the paths of their members
         self._norms: dict[str, tuple[nn.Module, FrozenNorm]] = {}
-        untouched = self.published or self.config.frozen_norms == "module"
-        self._sites = {} if untouched else norms_around(model, [s.path for s in chosen.linears])
+        wanted = self.config.frozen_norms != "module"
+        self._sites = norms_around(model, [s.path for s in chosen.linears]) if wanted else {}
         self._split: set[str] = set()  # of MLPs that run in parts
         self._parents = {seen.path: seen.parent for seen in chosen.linears}
         layers: dict[int, Layer] = {}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from petal_kernels.ops.frozen_norm import cuda_impl, workload
+from petal_kernels.ops.frozen_norm import cuda_impl, torch_impl, workload
 from petal_kernels.ops.frozen_norm.arguments import KINDS, Call, numbers
 from tests.emulation.guarded import Guarded
 from tests.emulation.operator import Emulated, bad, with_dtypes
@@ -53,6 +53,16 @@ def test_order_changes_no_bit(kind: str, lib: ctypes.CDLL) -> None:
             results += [y, moments, cuda_impl.backward(of, moments, y)]
         found.append(results)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_each_kind_rounds_where_torch_does(kind: str, dtype: torch.dtype) -> None:
+    """A rounding more or less would move a tenth of the bits and no error much."""
+    of = call(kind, dtype, 30, 77, 3)
+    same = cuda_impl.forward(of)[0] == torch_impl.forward(of)[0]
+    assert float(same.float().mean()) > 0.99
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

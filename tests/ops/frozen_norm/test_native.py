@@ -58,6 +58,15 @@ def test_any_number_of_threads_gives_the_same_bits(kind: str, dtype: torch.dtype
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_each_kind_rounds_where_torch_does(kind: str, dtype: torch.dtype) -> None:
+    """A rounding more or less would move a tenth of the bits and no error much."""
+    c = call(260, kind, dtype)
+    same = native_impl.forward(c)[0] == torch_impl.forward(c)[0]
+    assert float(same.float().mean()) > 0.99
+
+
 def test_rows_far_from_zero_keep_their_deviation() -> None:
     """The mean of squares less the squared mean would have none of it left."""
     c = call(300, "layer", torch.float32, shift=3000.0)

@@ -16,7 +16,7 @@ from tests.ops import triton_audit
 if device.triton_reason() is not None or torch.cuda.is_available():
     pytest.skip("needs Triton's interpreter", allow_module_level=True)
 
-from petal_kernels.ops.frozen_norm import triton_configs, triton_impl
+from petal_kernels.ops.frozen_norm import torch_impl, triton_configs, triton_impl
 from petal_kernels.ops.frozen_norm.arguments import KINDS, Call, numbers
 from tests.ops.interpreted import clean, expect, normal
 
@@ -44,6 +44,16 @@ def test_traffic(kind: str) -> None:
     expect(audit, "_fwd", 2 * rows + few + vectors)
     expect(audit, "_bwd", 3 * rows + few + D * 4)
     assert audit.of("_fwd")[0].grid[0] > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_rounds_where_torch_does(kind: str) -> None:
+    """A rounding more or less would move a tenth of the bits and no error much."""
+    x, weight, bias, _, eps = call(kind)
+    assert weight is not None
+    of = Call(x.half(), weight.half(), None if bias is None else bias.half(), kind, eps)
+    same = triton_impl.forward(of)[0] == torch_impl.forward(of)[0]
+    assert float(same.float().mean()) > 0.99
 
 
 def test_a_large_mean_leaves_no_trace_behind_the_last_column() -> None:
