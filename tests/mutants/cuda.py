@@ -276,8 +276,8 @@ MUTANTS = [
     (_MLP_BLOCK, "blockIdx.x / across * kTileRows", "blockIdx.x / across * (kTileRows - 1)"),
     (
         f"{_COMMON}/cuda/activation.cuh",
-        "case Activation::kGelu: return fn(Activation::kGelu);",
-        "case Activation::kGelu: return fn(Activation::kGeluTanh);",
+        "case Activation::kRelu: return fn(Activation::kRelu);",
+        "case Activation::kRelu: return fn(Activation::kIdentity);",
     ),
     (_MLP_BWD, "p.dp.data != nullptr && blockIdx.y == 0;", "p.dp.data != nullptr;"),
     (_MLP_BWD, "mask.keep8(0, row, col);", "mask.keep8(0, row - row0, col);"),
