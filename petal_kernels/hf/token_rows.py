@@ -47,7 +47,7 @@ class TokenRows(nn.Module):
 
     def look(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Which of `ids` are among the tokens, and the place of each one's row."""
-        at = torch.searchsorted(self.ascending, ids.long()).clamp_max(len(self.numbers) - 1)
+        at = torch.searchsorted(self.ascending, ids).clamp_max(len(self.numbers) - 1)
         return self.ascending[at] == ids, self.places[at]
 
     def padding(self, module: nn.Module) -> int | None:

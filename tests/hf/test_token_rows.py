@@ -284,7 +284,7 @@ def test_refusals_name_the_field(model: Any, values: Any, message: str) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_merging_writes_the_rows_into_a_copy(tied: bool) -> None:
-    model = build(tied, 2.0)
+    model = build(tied, 2.0, bias=True)
     weight = model.words.weight
     attachment = moved(attach(model.eval(), [3, 5]))
     want, base = model(IDS), moved_back(attachment, model)
@@ -297,8 +297,10 @@ def test_merging_writes_the_rows_into_a_copy(tied: bool) -> None:
     assert not any(p.requires_grad for p in attachment.adapter.parameters())
     assert not any(name.startswith("petal") for name in model.state_dict())
     model.train()
-    with pytest.raises(RuntimeError, match="merged into the base weights"):
-        model(IDS)
+    parts: list[Any] = [model, model.words, *([model.head] if tied else [])]
+    for part in parts:
+        with pytest.raises(RuntimeError, match="merged into the base weights"):
+            part(IDS if part is not model.head else torch.ones(2, WIDTH, dtype=torch.float64))
     model.eval()
     attachment.unmerge()
     assert model.words.weight is weight

@@ -36,8 +36,8 @@ MUTANTS = [
     (_DORA, " or own.is_inference():", ":"),
     (
         _DORA,
-        "        super().__setstate__(state)\n        self._know()",
-        "        super().__setstate__(state)\n        self.__dict__['_known'] = _nothing",
+        "        self._know()\n\n    # -- calls",
+        "        self._known = _nothing\n\n    # -- calls",
     ),
     (_DORA, ".unsqueeze(1) * (weight + update) - weight", ".unsqueeze(1) * (weight + update)"),
     (_DORA, "        if found.dropout:\n", "        if False:\n"),
@@ -91,7 +91,6 @@ MUTANTS = [
     (_ROWS, "self.ascending[at] == ids, self.places[at]", "self.ascending[at] == ids, at"),
     (_ROWS, "self.ascending[at] == ids,", "self.ascending[at] >= ids,"),
     (_ROWS, "clamp_max(len(self.numbers) - 1)", "clamp(0, max(0, len(self.numbers) - 2))"),
-    (_ROWS, "ids.long()", "ids"),
     (_ROWS, "self.numbers.index(own) if own in self.numbers else None", "None"),
     (
         _ROWS,

@@ -69,6 +69,12 @@ def plain_lora(m: Any, fused: bool) -> Tensor:
     return y + pk.lowrank_linear(x, m.down, [m.up], **a)[0]
 
 
+def magnitude(m: Any, fused: bool) -> Tensor:
+    x = m.inputs["h"]
+    torch.manual_seed(8)
+    return m(x) if fused else published.published_magnitude(m, m.base(x), x, m.base.bias)
+
+
 def value(m: Any, fused: bool) -> Tensor:
     layer = m.layers - 1
     values, e = m.inputs["base"], m.inputs["h"]
@@ -153,6 +159,9 @@ MODULES: dict[str, tuple[Any, dict[str, Any], dict[str, list[Any]]]] = {
         "groups": ["merged"], "alpha": [9.0], "dropout": [0.5], "variant": ["release"],
     }),
     "LoRALinear": (plain_lora, {"r": R}, {
+        "r": [3], "alpha": [9.0], "rslora": [True], "dropout": [0.5],
+    }),
+    "DoRALinear": (magnitude, {"r": R}, {
         "r": [3], "alpha": [9.0], "rslora": [True], "dropout": [0.5],
     }),
     "ValueAdapter": (value, {"in_features": D, "out_features": OUT, "r": R}, {
