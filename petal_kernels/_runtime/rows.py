@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def sum_of_products(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     return dx
 
 
-def distinct(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+def distinct(tensors: Iterable[Any]) -> list[Any]:
     """Arguments of a Function: a graph that is being compiled takes no tensor twice, so that there
     each but the first is an alias."""
     found = list(tensors)

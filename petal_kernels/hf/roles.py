@@ -169,7 +169,7 @@ def _has_matrices(module: nn.Module) -> bool:
 
 def _given(layer: nn.Module, child: str) -> set[str]:
     """The arguments that the layer gives a child; all where its forward cannot be read."""
-    names = list(inspect.signature(own_class(layer.get_submodule(child)).forward).parameters)[1:]
+    names = _arguments(layer.get_submodule(child))
     function = forward_of(own_class(layer))
     if function is None:
         return set(names)
@@ -192,5 +192,9 @@ def _called(layer: nn.Module) -> set[str]:
 
 def takes_cache(layer: nn.Module) -> bool:
     """Whether its forward takes the keys and values of what came before."""
-    names = inspect.signature(own_class(layer).forward).parameters
-    return any("past" in name for name in names)
+    return any("past" in name for name in _arguments(layer))
+
+
+def _arguments(module: nn.Module) -> list[str]:
+    forward = own_class(module).forward  # type: ignore[attr-defined]
+    return list(inspect.signature(forward).parameters)[1:]

@@ -240,7 +240,7 @@ def _widths(parts: int | Sequence[int], total: int) -> tuple[int, ...]:
         if sum(widths) != total:
             raise ValueError(f"parts: want widths that are {total} in all, got {list(parts)}")
         return widths
-    count = check_size("parts", parts)  # type: ignore[arg-type]
+    count = check_size("parts", parts)
     if total % count:
         raise ValueError(f"parts: want a divisor of {total}, got {count}")
     return (total // count,) * count

@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 import petal_kernels as pk
 from tests.hf.lora_places import ALL
 from tests.hf.methods import train
-from tests.hf.tiny_vlms import FAMILIES, IMAGE, PLAIN, VLMS, read
+from tests.hf.tiny_vlms import FAMILIES, IMAGE, PLAIN, VLMS, Vlm, read
 
 SAME = 1e-9  # relative, in fp64
 DECODERS = [*VLMS, *(name for name, row in PLAIN.items() if row.model.endswith("CausalLM"))]
@@ -161,13 +161,11 @@ def test_all_linear_and_the_part_that_each_is_in(family: str) -> None:
     """The kind: a head, tied or not, a patch projection, a part that is another's."""
     model = FAMILIES[family].build()
     found = places(model, pk.LoraConfig(r=2, target_modules="all-linear", parts=ALL))
-    left = {"lm_head", "classifier"} if family != "vit" else {"lm_head"}
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    assert found.keys() == {name for name in linears if name not in left}
+    assert found.keys() == linears - {"lm_head"}
     row = FAMILIES[family]
     starts = {"vision": "vision_model.", "language": "text_model."} if family == "clip" else {}
-    if family in VLMS:
-        assert not isinstance(row, type(PLAIN["llama"]))
+    if isinstance(row, Vlm):
         starts = {"vision": row.tower, "language": row.decoder}
     for path, role in found.items():
         part = next((p for p, start in starts.items() if path.startswith(start)), None)

@@ -36,13 +36,18 @@ class Told(Three):
         value = self.a(x).view(2, -1, 8)
         key, query = self.b(x), self.norm(self.c(x))
         query, key = attend_less(query, key)
-        query, key = query * 2.0, key.transpose(0, 1)
+        query, key = query * 2.0, key.transpose(0, 1) + torch.zeros(query.shape)
+        look_at(x, key, query, value)
         result, _ = attend(self, query, key, value)
         return self.out(result)
 
 
 def attend_less(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return query, key
+
+
+def look_at(*values: Tensor) -> None:
+    """No attention, though it is given three."""
 
 
 class Torchs(Three):
@@ -168,6 +173,18 @@ class ByHeadStacked(Fused):
         return self.out(attend(self, query, key, value)[0])
 
 
+class ByHeadSliced(Fused):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.qkv(x).view(2, -1, 2, 12)
+        return self.out(attend(self, y[..., :4], y[..., 4:8], y[..., 8:])[0])
+
+
+class OfTokens(Fused):
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).view(2, 5, 3, 2, 4).unbind(1)
+        return self.out(attend(self, query, key, value)[0])
+
+
 class AnotherDim(Fused):
     def forward(self, x: Tensor) -> Tensor:
         y = self.qkv(x).reshape(2, 5, 3, 2, 4).permute(1, 0, 2, 3, 4)
@@ -209,7 +226,10 @@ def test_a_fused_linear_is_in_three_parts_of_its_columns(cls: Any, grouped: bool
 
 @pytest.mark.parametrize(
     "cls",
-    [Swapped, ByHead, ByHeadStacked, AnotherDim, AlongTokens, Helped, TwoOfThree, Turned],
+    [
+        *(Swapped, ByHead, ByHeadStacked, ByHeadSliced, OfTokens),
+        *(AnotherDim, AlongTokens, Helped, TwoOfThree, Turned),
+    ],
 )
 def test_a_fused_linear_that_is_cut_otherwise_is_refused(cls: Any) -> None:
     """The kind: an update of a query that reaches keys of other heads."""
@@ -228,15 +248,15 @@ class Misnamed(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return attend(self, self.k_proj(x), self.q_proj(x), self.v_proj(x))[0]  # type: ignore[no-any-return]
+        return attend(self, self.k_proj(x), self.q_proj(x), self.v_proj(x))[0]
 
 
 class Unknown(Misnamed):
     """Its attention is written out."""
 
-    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+    def forward(self, x: Tensor, features: Any = None) -> Tensor:
         scores = self.q_proj(x) @ self.k_proj(features).mT
-        return scores.softmax(-1) @ self.v_proj(features)  # type: ignore[no-any-return]
+        return scores.softmax(-1) @ self.v_proj(features)
 
 
 def test_names_are_a_check_and_decide_where_the_code_says_nothing() -> None:
@@ -272,12 +292,12 @@ class Decodes(Layer):
 
 
 class Crossed(Layer):
-    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+    def forward(self, x: Tensor, features: Any = None) -> Tensor:
         return x + self.mlp(x + self.attn(x, other=features))
 
 
 class CrossedByPosition(Layer):
-    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+    def forward(self, x: Tensor, features: Any = None) -> Tensor:
         return x + self.mlp(x + self.attn(x, features))
 
 
@@ -292,7 +312,15 @@ class Chunks(Layer):
         return torch.cat([self.run(each) for each in (x + self.attn(x)).split(2)])
 
     def run(self, x: Tensor) -> Tensor:
-        return self.mlp(x)  # type: ignore[no-any-return]
+        return self.mlp(x)
+
+
+class Helps(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(x)
+
+    def both(self, x: Tensor) -> Tensor:
+        return self.mlp(x + self.attn(x))
 
 
 class Stacks(Layer):
@@ -315,6 +343,7 @@ def test_a_layer_s_row() -> None:
         "encoder",
         [("query", "attn.c"), ("key", "attn.b"), ("value", "attn.a")],
     )
+    assert not any(each.encoded for each in row.linears)
     assert [(each.name, each.output, each.reads) for each in row.blocks] == [
         ("attention", "attn", "attn"),
         ("ffn", "mlp", "mlp"),
@@ -334,7 +363,7 @@ def test_a_layer_s_row() -> None:
 
 @pytest.mark.parametrize(
     ("layer", "blocks"),
-    [(WithMore, ["attn", "mlp"]), (Chunks, ["attn"]), (Stacks, ["attn", "mlp"])],
+    [(WithMore, ["attn", "mlp"]), (Chunks, ["attn"]), (Stacks, ["attn", "mlp"]), (Helps, [])],
 )
 def test_the_feed_forward_of_a_layer(layer: type[nn.Module], blocks: list[str]) -> None:
     row: Any = row_of(layer())

@@ -85,6 +85,14 @@ def test_an_encoder_beside_a_decoder_is_left_and_said() -> None:
     assert {row.module.partition(".")[0] for row in attachment.report().rows} == {"model"}
 
 
+def test_layers_are_numbered_through_all_stacks() -> None:
+    """Their numbers are names in the adapter's files."""
+    model: Any = tiny_text.build("llama", torch.float32)
+    model.more = tiny_text.build("llama", torch.float32).model  # type: ignore[union-attr]
+    attachment = pk.attach(model, pk.RoutingConfig(r=2))
+    assert [layer.index for layer in attachment.found.layers] == [0, 1, 2, 3]
+
+
 def test_a_norm_of_heads_is_not_the_layer_s_width() -> None:
     attachment = pk.attach(FAMILIES["qwen3"].build(), pk.RoutingConfig(r=2, kind="adapter"))
     assert attachment.method.width() == tiny_text.WIDTH
@@ -157,3 +165,13 @@ def test_pooling_over_tiles_is_refused() -> None:
     ids = torch.ones(2, 5, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"router_input='pooled': want one row for every sample"):
         text(input_ids=ids, cross_attention_states=features)
+
+
+def test_features_that_cross_attention_reads_are_an_image_s() -> None:
+    model, values = VLMS["mllama"].build(), VLMS["mllama"].batch()
+    attachment = pk.attach(model, pk.ExpertConfig(r=2, experts=2, gate="domain"))
+    with attachment.image_domains(values["input_ids"]):
+        model(**values)
+    for path, usage in attachment.expert_usage().items():
+        want = [1.0, 0.0] if path.endswith("cross_attn.v_proj") else [0.0, 1.0]
+        torch.testing.assert_close(usage, torch.tensor(want))
