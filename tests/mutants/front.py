@@ -1,6 +1,6 @@
 """Faults in what lets a call pass by its checks and the dispatcher."""
 
-TESTS = ["tests/runtime/test_front.py"]
+TESTS = ["tests/runtime/test_front.py", "tests/runtime/test_front_calls.py"]
 
 _FRONT = "petal_kernels/_runtime/front.py"
 _LIBRARY = "petal_kernels/_runtime/library.py"

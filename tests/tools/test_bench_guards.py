@@ -22,6 +22,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import petal_kernels as pk
+from petal_kernels import _build_info
+from petal_kernels._runtime import front
 from petal_kernels.hf import attach
 from petal_kernels.tools.bench import overhead
 from tests.hf import tiny_text
@@ -85,6 +87,20 @@ def test_dispatch_overhead(what: str, limit: float, benchmark: Any) -> None:
     benchmark.extra_info["ratio"] = found
     benchmark.pedantic(steps[what], rounds=5, warmup_rounds=1)
     assert found < limit, f"{what}: {found:.2f} times twelve tiny operators, limit {limit}"
+
+
+LAYER_LIMITS = [("linear", 2.0, 2.2), ("q, k, v", 1.5, 1.4), ("MLP", 1.9, 2.3)]
+
+
+@pytest.mark.parametrize(("name", "forward", "trained"), LAYER_LIMITS)
+def test_overhead_of_lora(name: str, forward: float, trained: float) -> None:
+    """Of tiny layers, in units of the plain torch that they replace."""
+    if front.load() is None:
+        pytest.skip(f"the short ways are not built: {_build_info.reason('front')}")
+    steps = overhead.layer_steps(torch.device("cpu"), calls=20)
+    for what, limit in (("", forward), (", trained", trained)):
+        found = ratio(steps[f"{name} petal{what}"], steps[f"{name} published{what}"])
+        assert found < limit, f"{name}{what}: {found:.2f} times the published form, limit {limit}"
 
 
 @pytest.mark.parametrize(

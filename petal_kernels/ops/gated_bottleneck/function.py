@@ -99,7 +99,7 @@ def _fwd(tensors: list[Any], _: Tensor | None, *rest: Any) -> Callable[..., _For
         *settings, save, _ = rest
         call = Call(Tensors(*tensors), Settings(*settings))
         out, found = impl.forward(call, rng, save)
-        return out.contiguous(), *_stored(call, found, save)  # type: ignore[return-value]
+        return out.contiguous(), *_stored(call, found, save)
 
     return run
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,9 +27,6 @@ from petal_kernels.ops.gated_mlp.function import (
     notes,
     run,
 )
-
-# Of calls whose arguments were checked: the settings, and whether something is trained.
-_KNOWN: front.Known[tuple[Settings, bool]] = front.Known()
 
 
 def gated_mlp(
@@ -85,25 +82,32 @@ def gated_mlp(
     (not with ``recompute``), N x R_k values of each update, the state of the generator and the
     parameters. Deterministic. Source: see ``reference.py``.
     """
-    given = Given(**locals())
-    key = front.signature(given)
-    known = None if key is None else _KNOWN.get(key)
-    if known is None:
-        check_transforms(NAME, given)
-        t, s = check(given)
-        trains = _trains(t)
-        _KNOWN.keep(key, (s, trains))
-    else:
-        t, (s, trains) = listed(given), known
+    t, s, apply = _checked(Given(**locals()))
     name = rt.name_of(backend)
     state = None
     if s.dropout > 0.0:
         state = philox.draw(x.device) if rng is None else rng.contiguous()
-    if not trains:
-        return run(t, s, state, False, name)[0]
-    apply = GatedMlpFunction.apply if known is None else GatedMlpFunction.apply_plain
-    out: Tensor = apply(state, name, *s, *flatten(t))
+    out: Tensor
+    out = run(t, s, state, False, name)[0] if apply is None else apply(state, name, *s, *flatten(t))
     return out
+
+
+_Apply = Callable[..., Tensor]  # None where nothing is trained
+
+# Of calls that were checked.
+_KNOWN: front.Known[tuple[Settings, _Apply | None]] = front.Known()
+
+
+def _checked(given: Given) -> tuple[Tensors, Settings, _Apply | None]:
+    key = front.signature(given)
+    known = None if key is None else _KNOWN.get(key)
+    if known is not None:
+        return listed(given), *known
+    check_transforms(NAME, given)
+    t, s = check(given)
+    trains = _trains(t)
+    _KNOWN.keep(key, (s, GatedMlpFunction.apply_plain if trains else None))
+    return t, s, GatedMlpFunction.apply if trains else None
 
 
 def _trains(t: Tensors) -> bool:

@@ -260,7 +260,7 @@ def listed(given: Given) -> Tensors:
 def _list(value: Any) -> Sequence[Any]:
     if value is None:
         return ()
-    return value.unbind(0) if isinstance(value, Tensor) else value  # type: ignore[no-any-return]
+    return value.unbind(0) if isinstance(value, Tensor) else value
 
 
 def check(given: Given) -> Call:

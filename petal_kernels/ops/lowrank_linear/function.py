@@ -168,6 +168,7 @@ def _bwd(*args: Any) -> Callable[..., _Results]:
 
     def run(dys: list[Tensor], *args: Any) -> _Results:
         call, given, wanted = _backward_call(dys, *args)
+        assert given.hidden is not None
         found = impl.backward(
             call, Saved(flat_rows(given.hidden)), [flat_rows(dy) for dy in dys], args[6], wanted
         )

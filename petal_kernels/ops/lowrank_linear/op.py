@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime import front, philox
 from petal_kernels._runtime.first_order import check_transforms
-from petal_kernels.ops.lowrank_linear.arguments import Given, Settings, check, listed
+from petal_kernels.ops.lowrank_linear.arguments import Given, Settings, Tensors, check, listed
 from petal_kernels.ops.lowrank_linear.function import BACKENDS as BACKENDS
 from petal_kernels.ops.lowrank_linear.function import (
     NAME,
@@ -20,9 +20,6 @@ from petal_kernels.ops.lowrank_linear.function import (
     flatten,
     forward_op,
 )
-
-# Of calls whose arguments were checked: the settings, and whether something is trained.
-_KNOWN: front.Known[tuple[Settings, bool]] = front.Known()
 
 
 def lowrank_linear(
@@ -91,26 +88,33 @@ def lowrank_linear(
     values (N x R_k for each down), the state of the generator and the parameters. Deterministic.
     Source: see ``reference.py``.
     """
-    given = Given(**locals())
-    key = front.signature(given)
-    known = None if key is None else _KNOWN.get(key)
-    if known is None:
-        check_transforms(NAME, given)
-        t, settings = check(given)
-        trains = torch.is_grad_enabled() and _any_trained(flatten(t))
-        _KNOWN.keep(key, (settings, trains))
-    else:
-        t, (settings, trains) = listed(given), known
+    t, settings, apply = _checked(Given(**locals()))
     name = rt.name_of(backend)
     state = None
     if settings.dropout > 0.0:
         state = philox.draw(t.ups[0].device) if rng is None else rng.contiguous()
-    if not trains:
+    if apply is None:
         return tuple(forward_op(*t, state, *settings, False, plan, name)[0])
-    apply = LowRankLinearFunction.apply if known is None else LowRankLinearFunction.apply_plain
     counts = Counts(len(t.downs), len(t.ups), len(t.weights))
-    ys: tuple[Tensor, ...] = apply(state, plan, name, counts, *settings, *flatten(t))
-    return ys
+    return apply(state, plan, name, counts, *settings, *flatten(t))
+
+
+_Apply = Callable[..., tuple[Tensor, ...]]  # None where nothing is trained
+
+# Of calls that were checked.
+_KNOWN: front.Known[tuple[Settings, _Apply | None]] = front.Known()
+
+
+def _checked(given: Given) -> tuple[Tensors, Settings, _Apply | None]:
+    key = front.signature(given)
+    known = None if key is None else _KNOWN.get(key)
+    if known is not None:
+        return listed(given), *known
+    check_transforms(NAME, given)
+    t, settings = check(given)
+    trains = torch.is_grad_enabled() and _any_trained(flatten(t))
+    _KNOWN.keep(key, (settings, LowRankLinearFunction.apply_plain if trains else None))
+    return t, settings, LowRankLinearFunction.apply if trains else None
 
 
 def _any_trained(tensors: Sequence[Tensor | None]) -> bool:
