@@ -311,7 +311,7 @@ def test_a_class_put_in_front_of_the_module_around_stays() -> None:
     inner.__class__ = front
     inner.a = inner.b
     assert type(inner) is front
-    inner(x)
+    model(x)
 
 
 def test_members_whose_dropouts_differ_run_one_by_one() -> None:
