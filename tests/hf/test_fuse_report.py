@@ -130,6 +130,11 @@ def test_an_attachment_to_what_is_fused_is_refused() -> None:
 class TwoPairs(nn.Module):
     """Two linears of one tensor, and two of another."""
 
+    a: nn.Linear
+    b: nn.Linear
+    c: nn.Linear
+    d: nn.Linear
+
     def __init__(self) -> None:
         super().__init__()
         for name in "abcd":
