@@ -120,7 +120,7 @@ def test_inference_is_as_before() -> None:
 # -- dropout --------------------------------------------------------------------------------------
 
 
-def _ones(p: float, joined: bool) -> tuple[Any, Tensor]:
+def _ones(p: float, form: str) -> tuple[Any, Tensor]:
     """A block whose base gives nothing and whose updates give the mean of what they keep of x."""
     torch.manual_seed(0)
     width = 8192
@@ -131,15 +131,19 @@ def _ones(p: float, joined: bool) -> tuple[Any, Tensor]:
             parameter.fill_(1 / width if "lora_A" in name else 1.0 if "lora_B" in name else 0.0)
     pk.fuse(model)
     inner = model.base_model.model
-    if not joined:
+    if form == "alone":
         inner.forward = lambda x: (inner.a(x), inner.b(x))
+    if form == "called":
+        for name in "ab":
+            inner.get_submodule(name).base_layer.register_forward_hook(lambda *_: None)
     return inner, torch.ones(4, width)
 
 
-@pytest.mark.parametrize("joined", [False, True])
-def test_every_linear_drops_its_own_share(joined: bool) -> None:
-    """1 - p of x is kept, scaled by 1 / (1 - p), anew in every row, linear and call."""
-    inner, x = _ones(P, joined)
+@pytest.mark.parametrize("form", ["joined", "alone", "called"])
+def test_every_linear_drops_its_own_share(form: str) -> None:
+    """1 - p of x is kept, scaled by 1 / (1 - p), anew in every row, linear and call; where the base
+    must be called, too."""
+    inner, x = _ones(P, form)
     seen: dict[str, Tensor] = {}
     for name in "ab":
         inner.get_submodule(name).register_forward_hook(
@@ -164,7 +168,7 @@ def test_every_linear_drops_its_own_share(joined: bool) -> None:
 
 
 def test_the_probability_is_read_in_each_call() -> None:
-    inner, x = _ones(0.5, True)
+    inner, x = _ones(0.5, "joined")
     for name in "ab":
         inner.get_submodule(name).lora_dropout["default"].p = 0.0
     torch.manual_seed(0)
@@ -173,7 +177,7 @@ def test_the_probability_is_read_in_each_call() -> None:
 
 def test_a_dropout_in_training_within_a_model_in_evaluation() -> None:
     """As PEFT does it, the module of the dropout says which it is."""
-    inner, x = _ones(P, True)
+    inner, x = _ones(P, "joined")
     inner.eval()
     inner.a.lora_dropout.train()
     assert not torch.allclose(inner.a(x), torch.ones(4, 5))

@@ -1,5 +1,5 @@
-"""Which calls of fused layers our operators run, which the base is called in and which are PEFT's
-own: each is what it was, and the report says it."""
+"""Which calls of fused layers our operators run, together or alone, and which are PEFT's own: each
+is what it was, and the report says it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,6 @@ from tests.hf import fused
 JOINED, ALONE, PEFTS = 2, 3, 2  # forwards of a block: (a, b) and c; each alone; one is PEFT's
 
 
-class Scaled(nn.Linear):
-    """A linear by its base class, and more."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 3 * super().forward(x)
-
-
 class Half(nn.Module):
     """Another kind of dropout."""
 
@@ -46,105 +39,6 @@ class Noisy(nn.Dropout):
 
 def _inner(model: Any) -> Any:
     return model.base_model.model
-
-
-# -- called: the base's output goes into the call -------------------------------------------------
-
-
-def _trained(model: Any) -> None:
-    _inner(model).a.base_layer.weight.requires_grad_(True)
-
-
-def _hooked(model: Any) -> None:
-    _inner(model).a.base_layer.register_forward_hook(lambda module, args, y: y * 2)
-
-
-def _pre_hooked(model: Any) -> None:
-    _inner(model).a.base_layer.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
-
-
-def _replaced(model: Any) -> None:
-    base = _inner(model).a.base_layer
-    own = base.forward
-    base.forward = lambda x: own(x) + 1
-
-
-def _subclass(model: Any) -> None:
-    _inner(model).a.base_layer.__class__ = Scaled
-
-
-def _parametrized(model: Any) -> None:
-    nn.utils.parametrizations.weight_norm(_inner(model).a.base_layer)
-
-
-def _wrapped(model: Any) -> None:
-    """Called like a linear: weights that are no parameter."""
-    base = _inner(model).a.base_layer
-    weight = base.weight.detach()
-    del base.weight
-    base.register_buffer("weight", weight * 2)
-
-
-def _of_another_class(model: Any) -> None:
-    class Quantised(nn.Module):
-        def __init__(self, base: nn.Module) -> None:
-            super().__init__()
-            self.base = base
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.base(x) * 2
-
-    _inner(model).a.base_layer = Quantised(_inner(model).a.base_layer)
-
-
-CALLED = [
-    *(_trained, _hooked, _pre_hooked, _replaced, _subclass, _parametrized, _wrapped),
-    _of_another_class,
-]
-
-
-@pytest.mark.parametrize("bias", [False, True], ids=["", "lora_bias"])
-@pytest.mark.parametrize("change", CALLED)
-def test_a_base_that_may_not_be_read_is_called(change: Callable[[Any], None], bias: bool) -> None:
-    plain, x = fused.block(lora_bias=bias), fused.rows()
-    model = copy.deepcopy(plain)
-    pk.fuse(model)
-    for each in (plain, model):
-        change(each)
-    want = fused.run(plain, x)
-    with fused.operators() as calls:
-        fused.same(fused.run(model, x), want)
-    assert fused.forwards(calls) == {"lowrank_linear": ALONE}
-    report = pk.fuse(model)
-    assert list(report.declined) == ["base_model.model.a"]
-    row = next(row for row in report.rows if row.module.endswith(".a"))
-    assert row.backend != "peft"
-
-
-def test_what_a_called_base_gives_is_not_written_to() -> None:
-    """A linear that keeps and returns one buffer, as in-place kernels do."""
-    model, x = fused.block(), fused.rows()
-    given = torch.randn(3, 7, 5, dtype=torch.float64)
-    before = given.clone()
-    pk.fuse(model)
-    _inner(model).a.base_layer.forward = lambda x: given
-    fused.run(model, x)
-    assert torch.equal(given, before)
-
-
-def test_a_base_that_gives_another_dtype() -> None:
-    plain, x = fused.block(torch.float32), fused.rows(torch.float32)
-    base = _inner(plain).a.base_layer
-    _inner(plain).a.base_layer = nn.Sequential(base)
-    _inner(plain).a.base_layer.forward = lambda x: base(x).bfloat16()
-    plain = _inner(plain).a
-    model = copy.deepcopy(plain)
-    model.base_layer.forward = plain.base_layer.forward
-    pk.fuse(model)
-    want, got = fused.run(plain, x), fused.run(model, x)
-    assert got["y"].dtype == torch.bfloat16
-    for name, value in want.items():
-        assert fused.relative(got[name], value) < 1e-2, name
 
 
 # -- PEFT's own forward ---------------------------------------------------------------------------
@@ -180,7 +74,7 @@ def _hooked_up(model: Any) -> None:
 
 
 def _another_factor(model: Any) -> None:
-    _inner(model).a.lora_A["default"].__class__ = Scaled
+    _inner(model).a.lora_A["default"].__class__ = fused.Scaled
 
 
 def _replaced_factor(model: Any) -> None:
@@ -406,6 +300,18 @@ def test_a_member_of_an_mlp_that_is_pefts(member: str, change: Callable[[Any], N
     with fused.operators() as calls:
         fused.same(fused.step(model, given), want)
     assert fused.forwards(calls)["gated_mlp_act"] == 1
+
+
+def test_a_class_put_in_front_of_the_module_around_stays() -> None:
+    """Where a member is replaced then, nothing is taken away from under it."""
+    model, x = fused.block(), fused.rows()
+    pk.fuse(model)
+    inner = model.base_model.model
+    front = type("Sharded", (type(inner),), {})
+    inner.__class__ = front
+    inner.a = inner.b
+    assert type(inner) is front
+    model(x)
 
 
 def test_members_whose_dropouts_differ_run_one_by_one() -> None:

@@ -127,6 +127,53 @@ def test_an_attachment_to_what_is_fused_is_refused() -> None:
     pk.unfuse(model)
 
 
+class TwoPairs(nn.Module):
+    """Two linears of one tensor, and two of another."""
+
+    a: nn.Linear
+    b: nn.Linear
+    c: nn.Linear
+    d: nn.Linear
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in "abcd":
+            self.add_module(name, nn.Linear(6, 6, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.a(x) * self.b(x)
+        return self.c(y) + self.d(y)
+
+
+def test_what_an_attachment_joins_stays_its_own() -> None:
+    """PEFT's linears of the same module run one by one then."""
+    torch.manual_seed(0)
+    model, x = fused.adapted(TwoPairs(), target_modules=["c", "d"]), fused.rows()
+    inner = _inner(model)
+    attachment = pk.attach(inner, pk.LoraConfig(target_modules=["a", "b"], init_lora_weights=False))
+    model.set_adapter("default")
+    part, want = inner.__dict__["_petal"], fused.run(model, x)
+    pk.fuse(model)
+    assert inner.__dict__["_petal"] is part
+    with fused.operators() as calls:
+        fused.same(fused.run(model, x), want)
+    assert fused.forwards(calls) == {"lowrank_linear": 3}
+    pk.unfuse(model)
+    attachment.detach()
+
+
+@pytest.mark.parametrize("name", "abcd")
+def test_a_member_of_either_joined_call_that_is_replaced_ends_both(name: str) -> None:
+    model = fused.adapted(TwoPairs(), target_modules=list("abcd"))
+    pk.fuse(model)
+    inner = _inner(model)
+    with fused.operators() as calls:
+        model(fused.rows())
+    assert fused.forwards(calls) == {"lowrank_linear": 2}
+    setattr(inner, name, nn.Linear(6, 6))
+    assert type(inner) is TwoPairs
+
+
 # -- the report -----------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@ report."""
 
 TESTS = [
     "tests/hf/test_fuse.py",
+    "tests/hf/test_fuse_bases.py",
     "tests/hf/test_fuse_calls.py",
     "tests/hf/test_fuse_report.py",
     "tests/hf/test_fuse_state.py",

@@ -21,6 +21,11 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "peft_suite"
 FILES = ("test_custom_models.py", "test_lora_variants.py", "test_mixed.py", "test_lorafa.py")
 MORE = ("parameterized==0.9.0",)
+# By their names those of plain LoRA, and of what else its layers do.
+CHOSEN = (
+    "(-LoraConfig- or test_requires_grad_lora or TestMixedAdapterBatches or TestDynamicDispatch"
+    " or TestLayerRepr or test_lora_variants)"
+)
 STAND_INS = {
     "datasets": "load_dataset = None\n",
     "diffusers": "StableDiffusionPipeline = None\n",
@@ -76,7 +81,7 @@ def outcomes(folder: Path, label: str, chosen: str, plugins: list[str]) -> dict[
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.peft_suite", description=__doc__)
-    parser.add_argument("-k", default="lora", help="which tests, as pytest takes it")
+    parser.add_argument("-k", default=CHOSEN, help="which tests, as pytest takes it")
     given = parser.parse_args()
     prepare(FOLDER)
     before = outcomes(FOLDER, "before", given.k, [])
