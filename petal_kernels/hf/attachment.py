@@ -89,8 +89,9 @@ class Attachment(Blocks, Routed, Stored, Unloading):
         return [(place.path, wrapper) for place, _, _, wrapper in self._wrapped]
 
     def _places(self) -> list[nn.Module]:
-        """All modules that are not what they were."""
-        return [*(wrapper for _, _, _, wrapper in self._wrapped), *(m for m, _, _ in self._taken)]
+        """All modules that compute something else than they did."""
+        taken = [m for m, _, _ in self._taken if type(m.__dict__["_petal"]) is not FrozenVectors]
+        return [*(wrapper for _, _, _, wrapper in self._wrapped), *taken]
 
     # -- installing (what a method's `install` calls) ---------------------------------------------
 

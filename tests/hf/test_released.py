@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import petal_kernels as pk
+from petal_kernels.hf.released.modes import _modes
 from tests.hf.released import CASES, R
 from tests.hf.test_files_fuzz import values_of
 
@@ -80,6 +81,16 @@ def test_petal_s_experts_and_residuals(tmp_path: Path) -> None:
             for name in ("scale", "shift"):
                 theirs = f"Qformer.bert.encoder.layer.{number}.CP_{name}{block}"
                 assert torch.equal(state[f"layers.{number}.{block}.{name}"], t[theirs])
+
+
+def test_rows_go_by_their_numbers_in_whatever_order_projections_come() -> None:
+    late, early = torch.randn(R, 2), torch.randn(R, 1)
+    source = _modes(
+        {"late": range(1, 3), "early": range(1)},
+        lambda path, count: [(path, column) for column in range(count)],
+    )
+    got = source.make(*({"late": late, "early": early}[name] for name in source.names))
+    assert torch.equal(got, torch.cat([early, late], 1).t())
 
 
 @pytest.mark.parametrize("name", ["aurora-retrieval", "aurora-vqa"])

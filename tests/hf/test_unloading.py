@@ -260,6 +260,12 @@ def test_a_part_s_own_save_is_refused_where_it_is_adapted(tmp_path: Path) -> Non
     attachment.merge()
     language.save_pretrained(tmp_path)
     attachment.detach()
+    names = pk.LoraConfig(r=3, target_modules=["q_proj"], parts=("vision",))
+    attachment = pk.attach(model, names)
+    language.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"(?s){REFUSED}"):
+        model.model.vision_tower.save_pretrained(tmp_path)
+    attachment.detach()
     assert not any("save_pretrained" in vars(module) for module in model.modules())
 
 
