@@ -72,7 +72,7 @@ cross-compile: $(READY)
 wheel: $(READY)
 	$(BIN)/python -m pip install -q -r .ci/wheel.txt
 	rm -rf build/wheel build/lib
-	PETAL_BUILD_HOST=0 PETAL_BUILD_CUDA=$(WHEEL_CUDA) PETAL_CUDA_ARCHS="80;90;100" \
+	PETAL_BUILD_HOST=0 PETAL_BUILD_FRONT=0 PETAL_BUILD_CUDA=$(WHEEL_CUDA) PETAL_CUDA_ARCHS="80;90;100" \
 	PETAL_CPU_ISAS="avx2;avx512" $(BIN)/python -m build --no-isolation --outdir build/wheel .
 	$(BIN)/python -m auditwheel repair --only-plat --wheel-dir dist $(NOT_OURS) build/wheel/*.whl
 	mv build/wheel/*.tar.gz dist/
@@ -90,4 +90,4 @@ $(READY): $(SOURCES)
 	@touch $@
 
 clean:
-	rm -rf build petal_kernels/lib petal_kernels/_host*.so $(READY)
+	rm -rf build petal_kernels/lib petal_kernels/_host*.so petal_kernels/_front*.so $(READY)

@@ -10,8 +10,8 @@ By default what this machine can run: the CPU kernels for its instruction sets, 
 a CUDA device is visible, for its architecture. What cannot be built for want of a tool is left out
 with its reason; a source that does not compile is an error.
 
-    PETAL_BUILD_CUDA=1     insists on the CUDA kernels; =0 leaves them out, as PETAL_BUILD_CPU=0 and
-                           PETAL_BUILD_HOST=0 do with the others
+    PETAL_BUILD_CUDA=1     insists on the CUDA kernels; =0 leaves them out, as PETAL_BUILD_CPU=0,
+                           PETAL_BUILD_HOST=0 and PETAL_BUILD_FRONT=0 do with the others
     PETAL_CUDA_ARCHS       architectures, "80;90;100" where no device is visible; the last one is
                            also kept as PTX
     PETAL_CPU_ISAS         instruction sets beside the generic one, of "avx2;avx512"
@@ -21,11 +21,9 @@ with its reason; a source that does not compile is an error.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +39,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
 sys.path.insert(0, str(SOURCES))
+import machine  # noqa: E402
 from ninja_file import NinjaFile, ObjectCache  # noqa: E402
 
 # A message names a source the same in every clone.
@@ -62,66 +61,6 @@ CXX_FLAGS = (
     "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas "
     "-Wno-uninitialized -Wno-maybe-uninitialized"
 )
-
-
-def _package(name: str) -> Path | None:
-    spec = importlib.util.find_spec(name)
-    return None if spec is None or spec.origin is None else Path(spec.origin).parent
-
-
-def _compiler() -> str | None:
-    wanted = os.environ.get("CXX", "").split()
-    return next((c for c in (*wanted[:1], "g++", "clang++", "c++") if shutil.which(c)), None)
-
-
-def _ninja() -> str | None:
-    package = _package("ninja")
-    beside = Path(sys.executable).parent / "ninja"
-    if package is not None and beside.exists():
-        return str(beside)
-    return shutil.which("ninja")
-
-
-def _nvcc() -> str | None:
-    for home in ("CUDA_HOME", "CUDA_PATH"):
-        path = Path(os.environ.get(home, "")) / "bin" / "nvcc"
-        if os.environ.get(home) and path.exists():
-            return str(path)
-    return shutil.which("nvcc")
-
-
-def _visible_archs() -> list[str]:
-    """The architectures of the CUDA devices that this machine shows."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    command = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return re.findall(r"^\d+\.\d+$", found.stdout, re.MULTILINE)
-
-
-def _cpu_flags() -> set[str] | None:
-    """What this processor can do; None where the system does not say."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return None
-    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
-    return None if found is None else set(found[1].split())
-
-
-def _versions(tool: str) -> str:
-    command = [tool, "--version"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _version(tool: str) -> str:
-    lines = [line for line in _versions(tool).splitlines() if line.strip()]
-    release = [line for line in lines if "release" in line]
-    return (release or lines)[0].strip()
 
 
 def _commit() -> tuple[str, str]:
@@ -146,12 +85,12 @@ def _torch_version(torch: Path | None) -> str:
 class Tools:
     """What the environment offers, and why a product cannot be built with it (None: it can)."""
 
-    cxx: str | None = field(default_factory=_compiler)
-    ninja: str | None = field(default_factory=_ninja)
-    nvcc: str | None = field(default_factory=_nvcc)
-    torch: Path | None = field(default_factory=lambda: _package("torch"))
-    pybind11: Path | None = field(default_factory=lambda: _package("pybind11"))
-    gpus: list[str] = field(default_factory=_visible_archs)
+    cxx: str | None = field(default_factory=machine.compiler)
+    ninja: str | None = field(default_factory=machine.ninja)
+    nvcc: str | None = field(default_factory=machine.nvcc)
+    torch: Path | None = field(default_factory=lambda: machine.package("torch"))
+    pybind11: Path | None = field(default_factory=lambda: machine.package("pybind11"))
+    gpus: list[str] = field(default_factory=machine.visible_archs)
     reasons: dict[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -183,7 +122,7 @@ def _made_with(tools: Tools, compiler: str) -> str:
     assert tools.torch is not None
     assert tools.cxx is not None
     torch = (tools.torch / "version.py").read_text()
-    return "\n".join([*map(_versions, {compiler: 0, tools.cxx: 0}), torch])
+    return "\n".join([*map(machine.versions, {compiler: 0, tools.cxx: 0}), torch])
 
 
 def object_cache(tools: Tools) -> ObjectCache:
@@ -204,7 +143,7 @@ def cpu_isas() -> list[str]:
     """The generic instruction set, and those asked for that this family of processors has; without
     a wish those that this processor has."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    has = _cpu_flags()
+    has = machine.cpu_flags()
     own = [i for i in ISAS if has is None or _needs(i) <= has]
     wish = os.environ.get("PETAL_CPU_ISAS")
     wanted = own if wish is None else [i.strip() for i in wish.replace(",", ";").split(";")]
@@ -288,10 +227,12 @@ def facts(tools: Tools) -> dict[str, str]:
     """What doctor prints about the build."""
     commit, date = _commit()
     return {
-        "compiler": _version(tools.cxx) if tools.cxx else "none",
+        "compiler": machine.version(tools.cxx) if tools.cxx else "none",
         "flags": CXX_FLAGS,
         "isas": ",".join(cpu_isas()) if tools.reasons["cpu"] is None else "",
-        "nvcc": _version(tools.nvcc) if tools.nvcc and tools.reasons["cuda"] is None else "none",
+        "nvcc": machine.version(tools.nvcc)
+        if tools.nvcc and tools.reasons["cuda"] is None
+        else "none",
         "cuda_archs": ",".join(cuda_archs(tools.gpus)) if tools.reasons["cuda"] is None else "",
         "stable_abi": "torch 2.11",
         "torch": _torch_version(tools.torch),
@@ -329,18 +270,18 @@ def add_front(n: NinjaFile, tools: Tools) -> None:
     include = tools.torch / "include"
     api = include / "torch" / "csrc" / "api" / "include"
     python = sysconfig.get_paths()["include"]
-    n.rule(
-        "front",
+    command = (
         f"{tools.cxx} -O2 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -isystem {include} "
-        f"-isystem {api} -isystem {python} -MMD -MF $out.d -c $in -o $out",
+        f"-isystem {api} -isystem {python} $flags -MMD -MF $out.d -c $in -o $out"
     )
+    n.rule("front", command, tool=_made_with(tools, f"{tools.cxx}") + sys.version)
     n.rule(
         "link_front",
         f"{tools.cxx} -shared -o $out $in -L{tools.torch / 'lib'} -Wl,--no-as-needed "
         "-ltorch_python -ltorch_cpu -lc10",
         depfile=False,
     )
-    built = n.edge("front", n.build / "front_module.o", [SOURCES / "front_module.cpp"])
+    built = n.compiled("front", SOURCES / "front_module.cpp", AS_CSRC)
     name = f"_front{sysconfig.get_config_var('EXT_SUFFIX')}"
     n.product(n.edge("link_front", n.build / name, [built]))
 
@@ -415,12 +356,13 @@ class BuildKernels(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """Without the pybind11 module the compiled parts know torch's stable ABI alone: one wheel for
-    every Python."""
+    """Without the two modules the compiled parts know torch's stable ABI alone: one wheel for every
+    Python and torch."""
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform_name = super().get_tag()
-        if Tools().reasons["host"] is None:
+        reasons = Tools().reasons
+        if reasons["host"] is None or reasons["front"] is None:
             return python, abi, platform_name
         return "py3", "none", platform_name
 

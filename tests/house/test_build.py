@@ -135,10 +135,10 @@ def test_the_build_is_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"avx2", "fma", "f16c"}, ["generic", "avx2"]),
         ({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl"}, ["generic", "avx2"]),
     ):
-        monkeypatch.setattr(module, "_cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(module.machine, "cpu_flags", lambda flags=flags: flags)
         assert module.cpu_isas() == isas
     monkeypatch.setattr(module.platform, "machine", lambda: "aarch64")
-    monkeypatch.setattr(module, "_cpu_flags", lambda: None)
+    monkeypatch.setattr(module.machine, "cpu_flags", lambda: None)
     assert module.cpu_isas() == ["generic"]
 
 
@@ -150,9 +150,9 @@ def test_a_gpu_is_asked_for_its_architecture(
     tool.write_text("#!/bin/sh\necho 9.0; echo 8.9\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert module._visible_archs() == ["9.0", "8.9"]
+    assert module.machine.visible_archs() == ["9.0", "8.9"]
     tool.write_text("#!/bin/sh\necho no devices were found; exit 9\n")
-    assert module._visible_archs() == []
+    assert module.machine.visible_archs() == []
 
 
 USE = """
