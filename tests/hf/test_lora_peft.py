@@ -114,7 +114,7 @@ def test_a_task_s_head_is_trained_whole_as_in_peft(make: Any) -> None:
         ("use_qalora", True),
         ("qalora_group_size", 32),
         ("inference_mode", True),
-        ("init_lora_weights", "eva"),
+        ("init_lora_weights", "orthogonal"),
     ],
 )
 def test_what_means_nothing_here_is_refused_by_name(make: Any, name: str, value: Any) -> None:
