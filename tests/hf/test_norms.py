@@ -19,7 +19,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from petal_kernels.hf.norms import Norm, norm_of
+from petal_kernels.hf.norms import Norm, norm_of, norms_around
 
 
 @pytest.mark.parametrize(
@@ -131,3 +131,31 @@ def test_looking_at_a_norm_changes_nothing() -> None:
     assert seen == []
     with torch.device("meta"):
         assert norm_of(LlamaRMSNorm(64)) == Norm("rms", "variance_epsilon")
+
+
+class Block(nn.Module):
+    """Two widths: the norm of one stands outside of `inner`, that of the other in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.inner = nn.ModuleDict(
+            {"of_8": nn.Linear(8, 6), "norm": nn.LayerNorm(6), "of_6": nn.Linear(6, 5)}
+        )
+        self.of_5 = nn.Linear(5, 8)
+
+
+class GradientCheckpointingLayer(Block):
+    """By the name of transformers' class."""
+
+
+@pytest.mark.parametrize("kind", [Block, GradientCheckpointingLayer])
+def test_a_linear_is_fed_by_norms_of_its_width_in_its_layer(kind: type[Block]) -> None:
+    """The one of width 5 stands outside."""
+    model = nn.ModuleDict({"layers": nn.ModuleList([kind()]), "last": nn.LayerNorm(5)})
+    names = ("inner.of_8", "inner.of_6", "of_5")
+    found = norms_around(model, [f"layers.0.{name}" for name in names])
+    assert {path: site.linears for path, site in found.items()} == {
+        "layers.0.norm": ["layers.0.inner.of_8"],
+        "layers.0.inner.norm": ["layers.0.inner.of_6"],
+    }
