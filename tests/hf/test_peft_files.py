@@ -86,20 +86,26 @@ def test_targets_are_just_what_is_adapted(
 ) -> None:
     made = attached(family, **config)
     made.save(tmp_path, format="peft")
-    assert fits(json.loads((tmp_path / CONFIG).read_text())["target_modules"])
+    values = json.loads((tmp_path / CONFIG).read_text())
+    assert fits(values["target_modules"])
+    assert not {"exclude_modules", "layers_to_transform"} & {*values}
     again = pk.attach(tiny_text.build(family, F32), tmp_path)
     assert values_of(again) == values_of(made)
 
 
 def test_targets_that_are_the_end_of_another_path_become_an_expression(tmp_path: Path) -> None:
+    def inner() -> nn.Module:
+        return nn.ModuleDict({"q": nn.Linear(4, 4)})
+
+    # "a.q" is the end of "b.a.q" too, and without its dot meant "aXq".
     model = nn.ModuleDict(
-        {"q": nn.Linear(4, 4), "inner": nn.ModuleDict({"q": nn.Linear(4, 4)})}
-    )  # "q" is the whole path of one and the end of the other
-    made = pk.attach(model, pk.LoraConfig(r=2, target_modules=r"q"))
+        {"a": inner(), "aXq": nn.Linear(4, 4), "b": nn.ModuleDict({"a": inner()})}
+    )
+    made = pk.attach(model, pk.LoraConfig(r=2, target_modules=r"a\.q"))
     made.save(tmp_path, format="peft")
-    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == "q"
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == r"a\.q"
     made.detach()
-    assert [place.path for place in pk.attach(model, tmp_path).found.places] == ["q"]
+    assert [place.path for place in pk.attach(model, tmp_path).found.places] == ["a.q"]
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [

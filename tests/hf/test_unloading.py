@@ -313,12 +313,12 @@ def test_a_copy_s_save_is_its_own(how: str, tmp_path: Path) -> None:
 
 def test_attachments_of_a_model_and_its_part_taken_back_in_any_order(tmp_path: Path) -> None:
     model: Any = tiny_text.build("llava", F32)
-    whole = pk.attach(
-        model, pk.LoraConfig(r=2, target_modules=r".*vision.*q_proj", parts=("vision",))
-    )
-    part = pk.attach(model.model.language_model, pk.LoraConfig(r=2, target_modules=["q_proj"]))
+    whole = pk.attach(model, pk.LoraConfig(r=2, target_modules=r".*language.*\.0\..*q_proj"))
+    config = pk.LoraConfig(r=2, target_modules=r".*\.1\..*q_proj")
+    part = pk.attach(model.model.language_model, config)
     whole.detach()
     with pytest.raises(ValueError, match=f"(?s){REFUSED}"):
         model.model.language_model.save_pretrained(tmp_path)
     part.detach()
     model.save_pretrained(tmp_path)
+    model.model.language_model.save_pretrained(tmp_path)
