@@ -124,5 +124,7 @@ def flops(case: Case) -> tuple[int, int]:
 
 def saved_bytes(case: Case, dtype: torch.dtype) -> int:
     """Exact bytes kept for backward, the weight excluded."""
+    if "x" in case.frozen:
+        return 0
     wide = 8 if dtype == torch.float64 else 4
     return case.rows * (case.width * dtype.itemsize + moments(case) * wide)
