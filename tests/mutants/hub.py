@@ -15,7 +15,7 @@ MUTANTS = [
     (_HUB, "api = HfApi(token=token)", "api = HfApi()"),
     (_HUB, 'create_pr=bool(options.get("create_pr"))', "create_pr=False"),
     (_HUB, "isinstance(base, str) and is_repo(base)", "isinstance(base, str)"),
-    (_HUB, 'front += [f"base_model: {base}"] if known else []\n', ""),
+    (_HUB, 'front += [f"base_model: {base}"] if known else []', "pass"),
     (
         _HUB,
         'library = "peft" if format == "peft" else "petal_kernels"',
