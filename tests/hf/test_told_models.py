@@ -88,7 +88,7 @@ def test_an_encoder_beside_a_decoder_is_left_and_said() -> None:
 def test_layers_are_numbered_through_all_stacks() -> None:
     """Their numbers are names in the adapter's files."""
     model: Any = tiny_text.build("llama", torch.float32)
-    model.more = tiny_text.build("llama", torch.float32).model  # type: ignore[union-attr]
+    model.more = tiny_text.build("llama", torch.float32).model
     attachment = pk.attach(model, pk.RoutingConfig(r=2))
     assert [layer.index for layer in attachment.found.layers] == [0, 1, 2, 3]
 
