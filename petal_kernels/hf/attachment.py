@@ -102,8 +102,7 @@ class Attachment(Blocks, Routed, Stored, Unloading):
             if not any(module is own for own, _, _ in self._taken):
                 raise ValueError(
                     f"model: want layers without an adapter, got a {type(module).__name__} that "
-                    "another attachment adapts, or that runs what pk.fuse has joined; detach that "
-                    "first, or pk.unfuse the model"
+                    "another attachment or pk.fuse runs; detach that, or pk.unfuse the model, first"
                 )
             module.__dict__["_petal"] = Both(part, before)
             if mixin is not Adapted:

@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "peft_suite"
-FILES = ("test_custom_models.py", "test_lora_variants.py", "test_mixed.py", "test_lorafa.py")
+FILES = ("test_custom_models.py", "test_lora_variants.py", "test_mixed.py")
 MORE = ("parameterized==0.9.0",)
 # By their names those of plain LoRA, and of what else its layers do.
 CHOSEN = (
