@@ -80,7 +80,7 @@ TARGETS: list[tuple[str, dict[str, Any], Callable[[Any], bool]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "config", "fits"), TARGETS, ids=str)
+@pytest.mark.parametrize(("family", "config", "fits"), TARGETS)
 def test_targets_are_just_what_is_adapted(
     family: str, config: dict[str, Any], fits: Callable[[Any], bool], tmp_path: Path
 ) -> None:
