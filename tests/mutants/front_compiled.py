@@ -11,11 +11,6 @@ MUTANTS = [
     (_SIGNATURE, "static_cast<int8_t>(t.scalar_type()),", "int8_t(t.element_size()),"),
     (_SIGNATURE, "  w.bytes(t.strides().data(), t.strides().size() * sizeof(int64_t));\n", ""),
     (_SIGNATURE, "  w.bytes(t.sizes().data(), t.sizes().size() * sizeof(int64_t));\n", ""),
-    (
-        _SIGNATURE,
-        "                         static_cast<int8_t>(t.dim())};",
-        "                         0};",
-    ),
     (_FRONT, "c10::GradMode::is_enabled() |", "0 |"),
     (_SIGNATURE, "  w.put(count);\n", ""),
     (_SIGNATURE, "w.put(value == Py_True ? 'T' : 'F')", "w.put('T')"),

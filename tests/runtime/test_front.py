@@ -46,7 +46,7 @@ DIFFERENT: dict[str, tuple[Any, Any]] = {
     "ints": (1, 2),
     "zeros": (0.0, -0.0),
     "words": ("auto", "torch"),
-    "where a word ends": (("ab", "c"), ("a", "bc")),
+    "where a word ends": (("asb", "c"), ("a", "bsc")),
     "a dtype": (torch.float32, torch.float16),
     "a tuple and a list": ((X,), [X]),
 }
