@@ -27,7 +27,7 @@ MUTANTS = [
         "            return overload(*args)\n        run",
         "            key = b''\n        run",
     ),
-    (_FUNCTION, "inference = not keep and hidden is None", "inference = hidden is None"),
+    (_FUNCTION, "inference = not save and hidden is None", "inference = hidden is None"),
     # What a known call computes with: another's settings, tensors in another order.
     (_LINEAR, "trains = torch.is_grad_enabled() and _any", "trains = _any"),
     (

@@ -18,6 +18,7 @@ TESTS = [
 ]
 
 _LINEAR = "petal_kernels/ops/lowrank_linear/torch_impl.py"
+_LINEAR_FUNCTION = "petal_kernels/ops/lowrank_linear/function.py"
 _GATED = "petal_kernels/ops/gated_bottleneck/torch_impl.py"
 _GATED_OP = "petal_kernels/ops/gated_bottleneck/op.py"
 _GATED_FUNCTION = "petal_kernels/ops/gated_bottleneck/function.py"
@@ -115,7 +116,7 @@ MUTANTS = [
     # x kept where nothing reads it.
     (_MLP_FUNCTION, "t.x if reads_x else None", "t.x"),
     # The update of `up` alone draws the gate's mask.
-    (_MLP_PRODUCTS, "mine, drop.after(updated[0]), keep", "mine, drop, keep"),
+    (_MLP_PRODUCTS, "mine, drop.after(updated[0]), save", "mine, drop, save"),
     (_MLP_PRODUCTS, "h[:, at : at + place.up.shape[1]]", "h[:, : place.up.shape[1]]"),
     (
         _MLP_PRODUCTS,
@@ -145,4 +146,6 @@ MUTANTS = [
     ),
     (_INFORMATION, "(2 * mean - own)", "(2 * mean + own)"),
     (_INFORMATION, "torch.logsumexp(marginal.squeeze(1), 0)\n", "marginal.mean()\n"),
+    (_LINEAR_FUNCTION, "result_of(y, (*lead, y.shape[1]))", "y.view(*lead, y.shape[1])"),
+    (_MLP_FUNCTION, "result_of(y, (*t.x.shape[:-1], y.shape[-1]))", "y.view(*t.x.shape[:-1], -1)"),
 ]

@@ -20,7 +20,7 @@ constexpr size_t kBlockBytes = sizeof(T) * kParts<T> * kPartElements<T>;
 
 // block: [kParts][64][kPartLd] = the staged 64 x 64 tile.
 template <typename T>
-__device__ __forceinline__ void keep_parts(T* block, const float* stage) {
+__device__ __forceinline__ void store_parts(T* block, const float* stage) {
   using In = Stage<kPartTile, kPartTile>;
 #pragma unroll
   for (int i = 0; i < In::kPerThread; ++i) {

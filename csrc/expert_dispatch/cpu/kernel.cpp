@@ -97,7 +97,7 @@ void weigh_of(float* mixed, const ExpertArgs& a, const ForwardBlock& b, const Gr
 }
 
 // z is kept, and where it belongs.
-void keep_z(const ExpertArgs& a, const ForwardBlock& b, const Group& g, Span s) {
+void save_z(const ExpertArgs& a, const ForwardBlock& b, const Group& g, Span s) {
   if (!a.z.p) return;
   const int64_t width = z_width(a);
   PETAL_BY_TYPE(a.type,
@@ -128,7 +128,7 @@ void forward(const ExpertArgs& a, int64_t block, float* scratch) {
     project({b.z, ld, kNR}, false, {panels(from, a.block), a.D, a.down_t[own]}, g.rows,
             n_panels(width), a.down_bias ? a.down_bias[own] : nullptr);
     round_to(a.type, b.z, g.rows * ld);
-    keep_z(a, b, g, s);
+    save_z(a, b, g, s);
     PETAL_BY_TYPE(a.type, weigh_of<T>(mixed_of(g), a, b, g, s));
   }
   if (a.add_input) {

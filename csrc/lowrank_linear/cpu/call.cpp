@@ -29,9 +29,9 @@ constexpr int64_t kMaxSplits = 64;
 constexpr int64_t kSerialWork = 1 << 20;  // multiply-adds below which threads do not pay
 
 // The block of x stays in L2 where it is read once per output, else it only passes through.
-int64_t block_rows(const LowrankArgs& a, const CpuOperands& operands, bool keeps_x) {
+int64_t block_rows(const LowrankArgs& a, const CpuOperands& operands, bool rereads_x) {
   int64_t rows = kBlockRows;
-  if (keeps_x) rows = std::clamp<int64_t>(kBlockBytes / 4 / std::max<int64_t>(a.D, 1), 48, rows);
+  if (rereads_x) rows = std::clamp<int64_t>(kBlockBytes / 4 / std::max<int64_t>(a.D, 1), 48, rows);
   return std::max<int64_t>(1, rows / operands.tile_rows) * operands.tile_rows;
 }
 

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
                  [&](int64_t c) { product.step(ring.a(c), ring.b(c)); });
     product.store(stage);
     __syncthreads();
-    keep_parts<T>(blocks + tile * kBlock, stage);
+    store_parts<T>(blocks + tile * kBlock, stage);
   }
 
   if (p.dcore != nullptr) {
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
           [](int64_t) { return false; }, [&](int64_t c) { contract.step(ring.a(c), ring.b(c)); });
       contract.store(stage);
       __syncthreads();
-      keep_parts<T>(block, stage);
+      store_parts<T>(block, stage);
       run_pipeline(
           kB / kD,
           [&](int64_t i) {

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     contract.store(stage);
     __syncthreads();
     if (folds) {
-      keep_parts<T>(blocks + tile * kParts<T> * kPartElements<T>, stage);
+      store_parts<T>(blocks + tile * kParts<T> * kPartElements<T>, stage);
     } else {
       write(mode0, b0);
     }

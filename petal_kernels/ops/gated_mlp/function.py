@@ -16,7 +16,7 @@ from petal_kernels._runtime import formed
 from petal_kernels._runtime.autocast import autocast_off
 from petal_kernels._runtime.first_order import FirstOrderFunction
 from petal_kernels._runtime.library import define
-from petal_kernels._runtime.rows import flat_rows
+from petal_kernels._runtime.rows import flat_rows, result_of
 from petal_kernels.ops.gated_mlp import products
 from petal_kernels.ops.gated_mlp.arguments import (
     PLACES,
@@ -159,22 +159,22 @@ def _unflatten(flat: Sequence[Any]) -> Tensors:
 
 
 def run(
-    t: Tensors, s: Settings, rng: Tensor | None, keep: bool, backend: str
+    t: Tensors, s: Settings, rng: Tensor | None, save: bool, backend: str
 ) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor | None]:
     """y, the outputs of the linears before the activation, their middles and the last linear's."""
     places, by = places_of(t, s.scales), products.backend_of(backend)
     last = len(places) - 1
     with autocast_off(t.x):
         drop = Dropout(rng, s.dropout)
-        inner, h = products.forward(flat_rows(t.x), places[:last], drop, keep, by)
+        inner, h = products.forward(flat_rows(t.x), places[:last], drop, save, by)
         p = act_op(inner[0], inner[1] if last == 2 else None, s.activation, backend)
         if places[last].up is not None:
             drop = drop.after(last)
-        (y,), middle = products.forward(p, places[last:], drop, keep, by)
-    return y.view(*t.x.shape[:-1], y.shape[-1]), inner, h, middle
+        (y,), middle = products.forward(p, places[last:], drop, save, by)
+    return result_of(y, (*t.x.shape[:-1], y.shape[-1])), inner, h, middle
 
 
-def notes(t: Tensors, s: Settings, keep: bool, backend: str) -> tuple[str, ...]:
+def notes(t: Tensors, s: Settings, save: bool, backend: str) -> tuple[str, ...]:
     """Which backend and plan of ``lowrank_linear`` the updated linears take."""
     places, by = places_of(t, s.scales), products.backend_of(backend)
     last, names = len(places) - 1, PLACES[-len(places) :]
@@ -183,7 +183,7 @@ def notes(t: Tensors, s: Settings, keep: bool, backend: str) -> tuple[str, ...]:
     found = []
     for what, given, here in ((names[:last], x, places[:last]), (names[last:], p, places[last:])):
         drop = Dropout(None, s.dropout)
-        said = products.explanation(given, here, drop, keep, by) if x.numel() else None
+        said = products.explanation(given, here, drop, save, by) if x.numel() else None
         if said is not None:
             found.append(f"{', '.join(what)}: {said.operator} {said.choice}")
     return tuple(found)

@@ -88,25 +88,25 @@ def _updated(places: Sequence[Place]) -> list[int]:
 
 
 def _arguments(
-    x: Tensor, places: Sequence[Place], drop: Dropout, keep: bool, backend: str
+    x: Tensor, places: Sequence[Place], drop: Dropout, save: bool, backend: str
 ) -> tuple[Any, ...]:
     """Of ``lowrank_linear_fwd``, for linears that all have an update."""
     weights, biases, downs, ups, scales = (list(each) for each in zip(*places, strict=True))
-    setting = (scales, drop.p, "input", keep, _PLAN, backend)
+    setting = (scales, drop.p, "input", save, _PLAN, backend)
     return (x, downs, None, ups, weights, biases, [], None, drop.rng, *setting)
 
 
 def forward(
-    x: Tensor, places: Sequence[Place], drop: Dropout, keep: bool, backend: str
+    x: Tensor, places: Sequence[Place], drop: Dropout, save: bool, backend: str
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Each linear's output of x [N, in], and with ``keep`` the middles h [N, sum of R] of those
+    """Each linear's output of x [N, in], and with ``save`` the middles h [N, sum of R] of those
     that have an update."""
     updated = _updated(places)
     outs: list[Tensor | None] = [None] * len(places)
     h = None
     if updated:
         mine = [places[k] for k in updated]
-        given = _arguments(x, mine, drop.after(updated[0]), keep, backend)
+        given = _arguments(x, mine, drop.after(updated[0]), save, backend)
         found, h = _raw("fwd")(*given)
         for k, y in zip(updated, found, strict=True):
             outs[k] = y
@@ -168,11 +168,11 @@ def backward(
 
 
 def explanation(
-    x: Tensor, places: Sequence[Place], drop: Dropout, keep: bool, backend: str
+    x: Tensor, places: Sequence[Place], drop: Dropout, save: bool, backend: str
 ) -> rt.Explanation | None:
     """What ``lowrank_linear`` says of its part; None where it has none."""
     mine = [places[k] for k in _updated(places)]
     if not mine:
         return None
     explain = library.explainers[_overload("fwd")]
-    return explain(*_arguments(x, mine, drop, keep, backend))
+    return explain(*_arguments(x, mine, drop, save, backend))

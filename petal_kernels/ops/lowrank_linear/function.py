@@ -14,7 +14,7 @@ from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime import device, formed
 from petal_kernels._runtime.first_order import FirstOrderFunction, own
 from petal_kernels._runtime.library import define
-from petal_kernels._runtime.rows import flat_rows
+from petal_kernels._runtime.rows import flat_rows, result_of
 from petal_kernels.ops.lowrank_linear import planner
 from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Settings, Tensors
 
@@ -87,7 +87,7 @@ def explanation(call: Call, inference: bool, plan: str, backend: str) -> rt.Expl
 
 def _asked(*args: Any) -> tuple[Call, bool, str, str] | None:
     """What a forward asks of `choose`; None where there is nothing to compute."""
-    *tensors, _, scales, dropout, dropout_at, keep, plan, backend = args
+    *tensors, _, scales, dropout, dropout_at, save, plan, backend = args
     x, downs, hidden, ups, weights, biases, base, core = tensors
     if (x if x is not None else hidden).numel() == 0:
         return None
@@ -101,7 +101,7 @@ def _asked(*args: Any) -> tuple[Call, bool, str, str] | None:
         [flat_rows(b) for b in base],
         core,
     )
-    inference = not keep and hidden is None
+    inference = not save and hidden is None
     return Call(t, Settings(scales, dropout, dropout_at)), inference, plan, backend
 
 
@@ -125,7 +125,7 @@ def _fwd(*args: Any) -> Callable[..., tuple[list[Tensor], Tensor]]:
         scales: list[float],
         dropout: float,
         dropout_at: str,
-        keep: bool,
+        save: bool,
         *_: Any,
     ) -> tuple[list[Tensor], Tensor]:
         rows = [flat_rows(b) for b in base]
@@ -136,8 +136,8 @@ def _fwd(*args: Any) -> Callable[..., tuple[list[Tensor], Tensor]]:
             outputs = [y.contiguous() for y in ys]
         else:
             lead = first.shape[:-1]
-            outputs = [y.contiguous().view(*lead, y.shape[1]) for y in ys]
-        return outputs, saved.h if keep and hidden is None else first.new_empty(0)
+            outputs = [result_of(y, (*lead, y.shape[1])) for y in ys]
+        return outputs, saved.h if save and hidden is None else first.new_empty(0)
 
     return run
 
@@ -148,12 +148,12 @@ def _explain(*args: Any) -> rt.Explanation | None:
 
 
 def _fwd_fake(*args: Any) -> tuple[list[Tensor], Tensor]:
-    *tensors, _, scales, dropout, dropout_at, keep, _, _ = args
+    *tensors, _, scales, dropout, dropout_at, save, _, _ = args
     call = Call(Tensors(*tensors), Settings(scales, dropout, dropout_at))
     t, first = call.tensors, call.first
     lead = first.shape[:-1]
     # Not lead.numel(): of a size that may change it makes this one.
-    kept = (math.prod(lead), call.middle) if keep and t.hidden is None else (0,)
+    kept = (math.prod(lead), call.middle) if save and t.hidden is None else (0,)
     return [first.new_empty((*lead, up.shape[0])) for up in t.ups], first.new_empty(kept)
 
 
@@ -249,7 +249,7 @@ _N_SETTINGS = len(Settings._fields)
 
 forward_op = define(
     f"{NAME}_fwd(Tensor? x, Tensor[] downs, Tensor? hidden, Tensor[] ups, Tensor[] weights, "
-    f"Tensor?[] biases, Tensor[] base, Tensor? core, Tensor? rng, {_SETTINGS}, bool keep_hidden, "
+    f"Tensor?[] biases, Tensor[] base, Tensor? core, Tensor? rng, {_SETTINGS}, bool save, "
     "str plan, str backend) -> (Tensor[], Tensor)",
     _fwd,
     _fwd_fake,

@@ -68,8 +68,8 @@ class Parts:
         spans = call.spans
         if call.tensors.core is not None:
             spans = [(k * rank, rank) for k, (_, rank) in enumerate(spans)]
-        keep = drop.scale if drop.on_middle else 1.0
-        return cls(spans, [scale * keep for scale in call.settings.scales])
+        keep_scale = drop.scale if drop.on_middle else 1.0
+        return cls(spans, [scale * keep_scale for scale in call.settings.scales])
 
     @classmethod
     def downs(cls, downs: Sequence[Tensor], drop: Dropout) -> Parts:
