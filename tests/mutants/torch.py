@@ -4,6 +4,7 @@ generator."""
 TESTS = [
     "tests/ops/test_ops.py",
     "tests/ops/test_contract.py",
+    "tests/ops/test_writes.py",
     "tests/runtime/test_philox.py",
     "tests/ops/gated_bottleneck/test_op.py",
     "tests/ops/gated_mlp/test_op.py",

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
+import petal_kernels as pk
 from petal_kernels.tools.operators import (
     OPS,
     Operator,
@@ -38,6 +40,7 @@ __all__ = [
     "output_gradients",
     "require_grad",
     "run",
+    "runnable",
     "small",
     "trainable",
 ]
@@ -48,6 +51,13 @@ OPERATORS = {op.name: op for op in operators()}
 def small(op: Operator) -> list[Any]:
     """The first few cases: enough variety for the expensive checks."""
     return [c for c in op.workload.CASES if getattr(c, "plan", "auto") == "auto"][:12]
+
+
+def runnable(op: Operator, case: Any, dtype: torch.dtype = torch.float32) -> list[str]:
+    """The backends that can run a case here."""
+    inputs = op.workload.make_inputs(case, dtype)
+    rows = dict(pk.explain(op.public, **inputs).rows)
+    return [name for name, reasons in rows.items() if not reasons]
 
 
 def labelled(label: str) -> Callable[[str], str]:

@@ -16,8 +16,8 @@ from petal_kernels.ops.frozen_norm import triton_kernels as tk
 
 ARCHS = (80, 90, 100)
 _ROW = tile(4, 2, BLOCK_M=2, BLOCK_K=1024)
-_INTERPRETER = tile(1, 1, BLOCK_M=32, BLOCK_K=64)
 _KERNELS = {"fwd": tk._frozen_norm_fwd_kernel, "bwd": tk._frozen_norm_bwd_kernel}
+_INTERPRETER = dict.fromkeys(_KERNELS, tile(1, 1, BLOCK_M=32, BLOCK_K=64))
 TABLE: dict[tuple[str, int], dict[str, Tile]] = {
     (kernel, arch): {"any": _ROW} for arch in ARCHS for kernel in _KERNELS
 }
@@ -34,7 +34,7 @@ _FORMS: dict[str, dict[str, Any]] = {
 @functools.lru_cache(maxsize=64)
 def choose(kernel: str, machine: Machine) -> dict[str, Any]:
     """Launch keywords: the table's row. Cached: treat the result as frozen."""
-    row = _INTERPRETER if machine.arch == 0 else TABLE[kernel, machine.arch]["any"]
+    row = _INTERPRETER[kernel] if machine.arch == 0 else TABLE[kernel, machine.arch]["any"]
     return row.keywords()
 
 

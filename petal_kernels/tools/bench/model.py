@@ -242,8 +242,7 @@ def build(case: ModelCase, request: Request, shape: str, value: float | None) ->
     arguments = ["model", case.model, "--shape", shape, "--size", case.size]
     if value is not None:
         arguments += ["--sweep", str(request.sweep), "--values", str(int(value))]
-    size = f"{case.size}, B={case.batch} L={case.tokens} r={case.rank}"
-    said = f"{case.model} step, {shape}, {size}"
+    said = f"{case.model} step, {shape}, {case.size}, B={case.batch} L={case.tokens} r={case.rank}"
     return Scenario(
         said, inputs, providers, arguments, parameters=parameters, swept=value, fresh=fresh
     )

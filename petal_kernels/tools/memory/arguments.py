@@ -66,27 +66,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--attention", choices=["sdpa", "eager"])
     made.add_argument("--checkpointing", action="store_const", const=True)
     made.add_argument("--implementation", choices=["fused", "published"], help="of the adapter")
-    made.add_argument("--part", metavar="PATH", help="put the adapter on this submodule")
-    made.add_argument(
-        "--targets",
-        type=targets,
-        metavar="NAMES",
-        help="what is adapted: names with commas between, a regular expression or, of lora and "
-        "peft-lora, all-linear",
-    )
-    made.add_argument(
-        "--parts",
-        type=listed(PARTS),
-        metavar="LIST",
-        help=f"of a model that sees, for lora and peft-lora: some of {','.join(PARTS)}",
-    )
-    made.add_argument("--dropout", "--lora-dropout", type=share, metavar="P", help="of the adapter")
-    made.add_argument(
-        "--recompute-mlp",
-        action="store_const",
-        const=True,
-        help="of lora: an MLP keeps its input alone",
-    )
+    _add_adapter(made)
     made.add_argument(
         "--device", type=device, help="run on real tensors there (default: fake ones)"
     )
@@ -111,6 +91,30 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_outputs(made)
     return made
+
+
+def _add_adapter(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--part", metavar="PATH", help="put the adapter on this submodule")
+    made.add_argument(
+        "--targets",
+        type=targets,
+        metavar="NAMES",
+        help="what is adapted: names with commas between, a regular expression or, of lora and "
+        "peft-lora, all-linear",
+    )
+    made.add_argument(
+        "--parts",
+        type=listed(PARTS),
+        metavar="LIST",
+        help=f"of a model that sees, for lora and peft-lora: some of {','.join(PARTS)}",
+    )
+    made.add_argument("--dropout", "--lora-dropout", type=share, metavar="P", help="of the adapter")
+    made.add_argument(
+        "--recompute-mlp",
+        action="store_const",
+        const=True,
+        help="of lora: an MLP keeps its input alone",
+    )
 
 
 def _add_outputs(made: argparse.ArgumentParser) -> None:
