@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from petal_kernels.hf import formats, tensors
 from petal_kernels.hf.attachment import Attachment
 from petal_kernels.hf.config import AdapterConfig
-from petal_kernels.hf.files import Saved
+from petal_kernels.hf.files import Saved, path_of
 from petal_kernels.hf.merging import HANDLE, NAME
 from petal_kernels.hf.methods import method_of
 from petal_kernels.hf.peft_config import from_peft, is_peft
@@ -52,6 +52,8 @@ def attach(
         raise TypeError(f"model: want a torch.nn.Module, got a {type(model).__name__}")
     _check_free(model)
     saved = None
+    if checkpoint is not None:
+        path_of(checkpoint, "checkpoint")
     if checkpoint is not None and isinstance(config, (str, os.PathLike)):
         raise ValueError("checkpoint: want None beside a saved adapter, which has its own values")
     if isinstance(config, (str, os.PathLike)):

@@ -103,6 +103,7 @@ class Blocks:
                 f"{found.model_type!r}, whose adapted layers read other tokens; use domains()"
             )
         self._check_experts(image=image, text=text)
+        self._check_values("input_ids", input_ids)
         where = image_positions(getattr(found.root, "config", None), input_ids)
         if any(layer.row.cross_block for layer in found.layers):
             where = torch.zeros_like(where)

@@ -173,13 +173,13 @@ def read(directory: str | os.PathLike[str]) -> Saved:
         return Saved(path, config, values["base"], tensors)
 
 
-def path_of(directory: object) -> Path:
-    """Raises unless it can name a directory."""
-    if not isinstance(directory, (str, os.PathLike)):
-        raise TypeError(f"directory: want a path, got a {type(directory).__name__}")
-    name = os.fspath(directory)
+def path_of(given: object, argument: str = "directory") -> Path:
+    """Raises unless it can name a directory, or what the argument of another name means."""
+    if not isinstance(given, (str, os.PathLike)):
+        raise TypeError(f"{argument}: want a path, got a {type(given).__name__}")
+    name = os.fspath(given)
     if not isinstance(name, str) or not name or "\0" in name:
-        raise ValueError(f"directory: want a path, got {name!r}")
+        raise ValueError(f"{argument}: want a path, got {name!r}")
     return Path(name)
 
 

@@ -19,6 +19,13 @@ FILES = (pair.CONFIG, pair.TENSORS, pair.OLD_CONFIG, peft_files.TENSORS)
 
 _WORD = r"[A-Za-z0-9][\w.-]*"
 _REPO = re.compile(rf"{_WORD}/{_WORD}")
+_NONE = type(None)
+_OPTIONS: dict[str, tuple[type, ...]] = {
+    "private": (bool, _NONE),
+    "token": (str, bool, _NONE),
+    "commit_message": (str, _NONE),
+    "create_pr": (bool,),
+}
 _SAID = ("petal_kernels", "torch", "transformers")  # whose versions a card tells
 
 
@@ -56,10 +63,12 @@ def fetched(repo: str) -> Path:
 
 def push(attachment: Saves, repo: str, *, format: str, options: dict[str, Any]) -> str:
     """Uploads the adapter with a card; the address of the commit."""
-    from huggingface_hub import HfApi
-
     if not isinstance(repo, str) or not _REPO.fullmatch(repo):
         raise ValueError(f"repo: want 'user/name', got {repo!r}")
+    for name, value in options.items():
+        _check_option(name, value)
+    from huggingface_hub import HfApi
+
     token, private = options.get("token"), options.get("private")
     with tempfile.TemporaryDirectory() as folder:
         attachment.save(folder, format=format)  # first: what it refuses makes no repository
@@ -70,10 +79,18 @@ def push(attachment: Saves, repo: str, *, format: str, options: dict[str, Any]) 
             repo_id=found.repo_id,
             folder_path=folder,
             commit_message=options.get("commit_message") or "An adapter of petal_kernels",
-            create_pr=bool(options.get("create_pr")),
+            create_pr=options.get("create_pr", False),
             allow_patterns=[*FILES, "README.md"],
         )
     return str(done.commit_url)
+
+
+def _check_option(name: str, value: Any) -> None:
+    """TypeError unless `value` is of the types that the option has."""
+    kinds = _OPTIONS[name]
+    if not isinstance(value, kinds):
+        wanted = " or ".join("None" if kind is _NONE else kind.__name__ for kind in kinds)
+        raise TypeError(f"{name}: want {wanted}, got a {type(value).__name__}")
 
 
 def card(attachment: Saves, repo: str, format: str) -> str:

@@ -151,6 +151,7 @@ class Stored:
         """Uploads what `save` writes, with a model card, to `repo` ("user/name"), which is made
         where there is none; the address of the commit. `attach(model, "user/name")` loads it.
         """
+        check_choice("format", format, FORMATS)
         options = {
             "private": private,
             "token": token,
@@ -173,6 +174,7 @@ class Stored:
         fit, none that looks like an adapter's may be left, and what the file holds of the base must
         be this model's; else ValueError, and nothing is changed. No code of a pickle runs.
         """
+        files.path_of(path, "path")
         released.check_config(self.config)
         own = self._loadable()
         self._copy_in(own, released.values_of(path, self.method, self.model, own))

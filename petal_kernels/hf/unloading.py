@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from petal_kernels.hf.files import path_of
 from petal_kernels.hf.merging import HANDLE, NAME, WHOLE, Merged, MergeReport, merge
 from petal_kernels.hf.wrappers import AdaptedLinear
 
@@ -113,6 +114,7 @@ class Unloading:
         adapted, merged or not as it was.
         """
         self._need_attached("save_merged")
+        path_of(directory)
         save = getattr(self.model, _SAVE, None)
         if not callable(save):
             raise TypeError(

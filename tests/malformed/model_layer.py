@@ -8,21 +8,31 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import huggingface_hub
 import torch
 from torch import nn
 
 import petal_kernels as pk
 from petal_kernels.hf.config import METHODS
 from petal_kernels.memory.profile import Profile
-from tests.hf import tiny_blip, tiny_text
+from tests.hf import fused, released, tiny_blip, tiny_text
+from tests.hf.test_hub import Hub
+from tests.hf.tiny_vlms import VLMS
 from tests.malformed.corruptions import Case
 
 EXPERTS = 3
+RELEASED = released.CASES["routing-roberta"]
 
 # What is right although a field was changed.
 # A path without a folder is a FileNotFoundError (test_files), a batch is the model's to judge.
-ELSEWHERE = {"load": ("directory: string",), "attach": ("config: string",), "memory": ("batch: *",)}
+ELSEWHERE = {
+    "load": ("directory: string",),
+    "load_checkpoint": ("path: string",),
+    "attach": ("config: string", "checkpoint: string"),
+    "memory": ("batch: *",),
+}
 _CONFIG = ("*: one", "scale: negative", "alpha: *", "target_modules: string", "keep: *")
 _ROWS = ("features: half", "features: rank-1", "features: size+1@-[23]")
 LEGAL: dict[str, tuple[str, ...]] = {
@@ -34,6 +44,9 @@ LEGAL: dict[str, tuple[str, ...]] = {
     "vision": _ROWS,
     "context": _ROWS,
     "domains": ("domain: rank-1", "domain: size*", "generated: zero", "image: zero"),
+    "image_domains": ("input_ids: size*", "text: zero", "image: zero"),
+    "push_to_hub": ("token: string", "token: bool", "private: bool", "commit_message: string"),
+    "save_merged": ("directory: string", "surplus: unknown"),  # options are the model's to judge
 }
 MORE: dict[str, dict[str, Any]] = {
     "dropout": {"above 1": 1.5},
@@ -56,6 +69,11 @@ MORE: dict[str, dict[str, Any]] = {
     "modules_to_save": {"empty": [], "of ints": [1], "string": "head"},
     "top_k": {"beyond": 99, "zero": 0},
     "directory": {"empty": "", "null": "a\0b", "bytes": b"adapter"},
+    "path": {"empty": "", "null": "a\0b", "bytes": b"c.pth"},
+    "checkpoint": {"empty": "", "null": "a\0b", "bytes": b"c.pth"},
+    "repo": {"no owner": "adapter", "deeper": "a/b/c", "a folder": "./a", "an end": "a/b\n"},
+    "commit_message": {"bytes": b"x"},
+    "token": {"bytes": b"x"},
     "at_most": {"negative": -1},
     "state": {"of lists": {"a": [1.0]}, "empty": {}},
     "parameters": {"of floats": [1.0]},
@@ -75,6 +93,20 @@ def entered(manager: Callable[..., Any]) -> Callable[..., None]:
     return enter
 
 
+def pushed(push: Callable[..., str]) -> Callable[..., None]:
+    """An upload to a folder: nothing reaches a network."""
+
+    @functools.wraps(push)
+    def upload(**arguments: Any) -> None:
+        with (
+            tempfile.TemporaryDirectory() as root,
+            mock.patch.object(huggingface_hub, "HfApi", Hub(Path(root)).api),
+        ):
+            push(**arguments)
+
+    return upload
+
+
 @functools.cache
 def model(family: str = "bart") -> nn.Module:
     if family in tiny_blip.TASKS:
@@ -87,9 +119,16 @@ def attached(method: str) -> Any:
     if method == "aurora":
         built = tiny_blip.build("retrieval", torch.float32)
         return pk.attach(built, pk.AuroraConfig(r=3, context="batch"))
+    if method == "image":
+        built = VLMS["qwen3-vl"].build()
+        return pk.attach(built, pk.ExpertConfig(r=2, experts=EXPERTS, gate="domain"))
+    if method == "released":
+        return pk.attach(RELEASED.model(), RELEASED.config())
     built = tiny_text.build("llama", torch.float32)
     if method == "experts":
         return pk.attach(built, pk.ExpertConfig(r=2, experts=EXPERTS, gate="domain"))
+    if method == "lora":
+        return pk.attach(built, pk.LoraConfig(r=2))
     return pk.attach(built, pk.RoutingConfig(r=2, function="add"))
 
 
@@ -107,6 +146,24 @@ def folder() -> Path:
     path = Path(tempfile.mkdtemp()) / "adapter"
     attached("routing").save(path)
     return path
+
+
+@functools.cache
+def checkpoint() -> Path:
+    path = Path(tempfile.mkdtemp()) / "c.pth"
+    torch.save(RELEASED.tensors(), path)
+    return path
+
+
+@functools.cache
+def released_on() -> dict[str, Any]:
+    return {"model": RELEASED.model(), "config": RELEASED.config()}
+
+
+@functools.cache
+def peft_block() -> nn.Module:
+    block: nn.Module = fused.block(torch.float32)
+    return block
 
 
 @functools.cache
@@ -135,7 +192,8 @@ def _configs() -> list[Case]:
 
 
 def _attachments() -> list[Case]:
-    of = {name: attached(name) for name in ("routing", "aurora", "experts")}
+    methods = ("routing", "aurora", "experts", "image", "lora", "released")
+    of = {name: attached(name) for name in methods}
     state = {name: value.clone() for name, value in of["routing"].state_dict().items()}
     width = tiny_text.WIDTH
     domain = torch.ones(2, 9, dtype=torch.int64)
@@ -156,6 +214,25 @@ def _attachments() -> list[Case]:
             entered(of["experts"].domains),
             lambda: {"domain": domain, "generated": 2, "image": 1},
             "experts",
+        ),
+        (
+            "image_domains",
+            entered(of["image"].image_domains),
+            lambda: {"input_ids": domain, "image": 2},
+            "image",
+        ),
+        (
+            "load_checkpoint",
+            of["released"].load_checkpoint,
+            lambda: {"path": checkpoint()},
+            "released",
+        ),
+        ("push_to_hub", pushed(of["lora"].push_to_hub), lambda: {"repo": "me/adapter"}, "lora"),
+        (
+            "save_merged",
+            of["lora"].save_merged,
+            lambda: {"directory": folder().with_name("merged")},
+            "lora",
         ),
     ]
     found = []
@@ -199,6 +276,26 @@ def _memory() -> list[Case]:
     ]
 
 
+def _fused() -> list[Case]:
+    def fuse(**arguments: Any) -> None:
+        pk.fuse(**arguments)
+        pk.unfuse(arguments["model"])
+
+    more = {"model": {"without layers": nn.Linear(3, 2)}}
+    return [
+        _case(
+            "fuse",
+            fuse,
+            lambda: {"model": peft_block()},
+            legal=("tokens: first zero",),
+            more=more,
+            watched=peft_block,
+            signature_of=pk.fuse,
+        ),
+        _case("unfuse", pk.unfuse, lambda: {"model": peft_block()}, watched=peft_block),
+    ]
+
+
 def cases() -> list[Case]:
     """Every call of this file."""
     built = tiny_text.build("bart", torch.float32)
@@ -218,6 +315,14 @@ def cases() -> list[Case]:
             signature_of=pk.attach,
         ),
         _case(
+            "attach-checkpoint",
+            attach,
+            lambda: {**released_on(), "checkpoint": checkpoint()},
+            elsewhere=ELSEWHERE["attach"],
+            watched=lambda: released_on()["model"],
+            signature_of=pk.attach,
+        ),
+        _case(
             "plan",
             pk.plan,
             lambda: {"model": built, "config": pk.VLAdapterConfig(r=2), "tokens": (2, 9)},
@@ -233,6 +338,7 @@ def cases() -> list[Case]:
             watched=lambda: attached("routing").model,
         ),
         *_attachments(),
+        *_fused(),
         _case("use_backend", entered(pk.use_backend), lambda: {"name": "auto"}, names=("backend",)),
         _case("explain", pk.explain, lambda: {"operator": pk.mode_contract, **_contract()}),
         *_memory(),

@@ -80,8 +80,6 @@ def values_of(
 
 def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The state dict of a `.pth` file: tensors alone, no code of a pickle runs."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"checkpoint: want a path, got a {type(path).__name__}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
