@@ -155,12 +155,14 @@ def find(
 
 
 def _family(model: nn.Module, families: dict[str, list[Stack]], structural: bool) -> Found:
-    """The stacks of the first module whose config names one of `families`, or that holds layers
-    which tell what they are made of where these will do."""
+    """The stacks of the first module whose config names one of `families`, or, where these will do,
+    that holds decoder layers which tell what they are made of; encoder layers where none does."""
     seen, refused, half = [], dict[str, str](), False
+    encodes: Found | None = None  # the first that does, where nothing beside it decodes
+    inside: set[int] = set()
     for path, module in model.named_modules():
         model_type = getattr(getattr(module, "config", None), "model_type", None)
-        if model_type is None:
+        if model_type is None or id(module) in inside:
             continue
         if model_type in families:
             stacks = families[model_type]
@@ -169,10 +171,16 @@ def _family(model: nn.Module, families: dict[str, list[Stack]], structural: bool
             told = _Told(module, path)
             half = half or told.is_half
             if told.sites and (told.decodes or not half):
-                return Found(str(model_type), path, module, told.sites, told.notes())
+                found = Found(str(model_type), path, module, told.sites, told.notes())
+                if told.decodes:
+                    return found
+                encodes = encodes or found
+                inside |= {id(child) for child in module.modules()}
             refused.update((type(m).__name__, why) for _, m, why in told.refused)
         if model_type not in seen:
             seen.append(model_type)
+    if encodes is not None:
+        return encodes
     layers = sorted(
         {type(each).__name__ for m in model.modules() if isinstance(m, nn.ModuleList) for each in m}
     )

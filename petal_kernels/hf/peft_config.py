@@ -56,11 +56,25 @@ def from_peft(config: Any, model: nn.Module) -> LoraConfig:
     return _taken(values, _defaults(config, values), model)
 
 
+def check_filed(init: object, rows: object) -> None:
+    """ValueError where PEFT's files hold other values than an adapter here has: PEFT takes PiSSA's
+    and OLoRA's first factors out of the base's weight, and has rows of tokens in a layer of its
+    own."""
+    if isinstance(init, str) and init.startswith(("pissa", "olora")):
+        raise ValueError(
+            f"init_lora_weights: want factors beside an unchanged base, got {init!r}, which PEFT "
+            "takes out of its weight (its save_pretrained converts them)"
+        )
+    if rows:
+        raise ValueError(f"trainable_token_indices: want none in PEFT's files, got {rows!r}")
+
+
 def from_json(values: Mapping[str, Any], model: nn.Module) -> LoraConfig:
     """The same of what stands in PEFT's adapter_config.json."""
     kind = values.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"peft_type: want 'LORA' of PEFT's methods, got {kind!r}")
+    check_filed(values.get("init_lora_weights"), values.get("trainable_token_indices"))
     # What a later PEFT adds is off where it is empty.
     defaults = {name: _OFF.get(name, None if value else value) for name, value in values.items()}
     defaults["inference_mode"] = values.get("inference_mode")  # PEFT saves every adapter with it

@@ -1,8 +1,9 @@
 """A LoRA adapter on disk as PEFT has it: adapter_config.json and adapter_model.safetensors.
 
-PEFT's names end in `lora_A.weight` and `lora_B.weight`, with `base_model.model.` in front; the
-trained bias of an adapted linear is its `base_layer.bias`, and what is trained whole has its name
-in the model. PEFT's file does not say which file of tensors it belongs to: see `pair.replace_two`.
+PEFT's names end in `lora_A.weight`, `lora_B.weight` and of DoRA `lora_magnitude_vector`, with
+`base_model.model.` in front; the trained bias of an adapted linear is its `base_layer.bias`, and
+what is trained whole has its name in the model. PEFT's file does not say which file of tensors it
+belongs to: see `pair.replace_two`.
 """
 
 from __future__ import annotations
@@ -26,14 +27,18 @@ from petal_kernels.hf.merging import NAME
 from petal_kernels.hf.method import Method
 from petal_kernels.hf.names import renamed
 from petal_kernels.hf.pair import CONFIG, OLD_CONFIG
-from petal_kernels.hf.peft_config import ends_with, from_json, to_json
+from petal_kernels.hf.peft_config import check_filed, ends_with, from_json, to_json
 from petal_kernels.hf.tensors import EXTRA, check_tensors, gathered
 from petal_kernels.hf.whole import Copies
 
 TENSORS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
-_FACTORS = {"lora_A.weight": "down", "lora_B.weight": "up"}
+_FACTORS = {
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora_magnitude_vector": "magnitude",
+}
 _BIAS = "base_layer.bias"
 # With bias="all" PEFT keeps these besides: the base's own values, and what stands there twice.
 _BESIDE = (".original_module.", ".modules_to_save.")
@@ -170,6 +175,10 @@ def write(directory: str | os.PathLike[str], attachment: Held) -> None:
             f"format: want 'petal' for the method {config.method!r}, got 'peft', whose files hold "
             "LoRA (LoraConfig) alone"
         )
+    try:
+        check_filed(config.init_lora_weights, config.trainable_token_indices)
+    except ValueError as error:
+        raise ValueError(f"format: want 'petal', not 'peft', for this config: {error}") from error
     adapted = [place.path for place in attachment.method.found.places]
     paths = _paths(attachment.model)
     values = _config(attachment, config, adapted, paths)

@@ -116,6 +116,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("bert", {"target_modules": ["query", "intermediate.dense"], "bias": "all"}),
     ("llava", {"target_modules": ["q_proj", "fc1"], "parts": ("language", "vision")}),
     ("t5", {"alpha_pattern": {"q": 3}}),
+    ("llama", {"target_modules": "all-linear", "use_dora": True}),
+    ("gpt2", {"target_modules": ["c_attn"], "use_dora": True}),
 ]
 
 

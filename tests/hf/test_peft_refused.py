@@ -48,9 +48,10 @@ def test_a_pickle_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("peft_type", "IA3"), ("peft_type", None), ("use_dora", True), ("lora_bias", True)),
+        *(("peft_type", "IA3"), ("peft_type", None), ("lora_bias", True)),
         *(("loftq_config", {"loftq_bits": 4}), ("megatron_core", "another"), ("later", "thing")),
         *(("layer_replication", [[0, 1]]), ("qalora_group_size", 8), ("init_lora_weights", "o")),
+        *(("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora")),
         *(("r", "three"), ("r", 0), ("r", None), ("lora_alpha", "x"), ("target_modules", 3)),
         *(("rank_pattern", [1]), ("bias", True), ("modules_to_save", "x")),
         *(("modules_to_save", [1]), ("trainable_token_indices", [1])),
@@ -62,6 +63,22 @@ def test_a_config_that_means_something_else_is_refused_by_name(
 ) -> None:
     edit(folder, **{name: value})
     refused(folder, CONFIG, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
+        ("trainable_token_indices", [1, 3]),
+    ],
+)
+def test_what_its_files_cannot_hold_is_not_written(name: str, value: Any, tmp_path: Path) -> None:
+    config = pk.LoraConfig(r=2, target_modules=["q_proj"], **{name: value})
+    made = pk.attach(tiny_text.build("llama", F32), config)
+    with pytest.raises(ValueError, match=rf"(?s)format: want 'petal'.*{name}"):
+        made.save(tmp_path / "new", format="peft")
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_a_later_peft_leaves_empty_is_no_matter(folder: Path) -> None:

@@ -77,6 +77,14 @@ def test_layers_that_are_left_are_said() -> None:
     assert "it has no attention" in str(attachment.report())
 
 
+def test_a_tower_in_front_of_a_decoder_is_left() -> None:
+    """Of a module of one's own the tower may be met first: it encodes what the decoder reads."""
+    model: Any = torch.nn.Module()
+    model.tower, model.text = FAMILIES["vit"].build(), tiny_text.build("gpt2")
+    found = pk.attach(model, pk.RoutingConfig(r=2)).found
+    assert {place.path.partition(".")[0] for place in found.places} == {"text"}
+
+
 def test_an_encoder_beside_a_decoder_is_left_and_said() -> None:
     model: Any = tiny_text.build("llama", torch.float32)
     model.ears = FAMILIES["vit"].build()

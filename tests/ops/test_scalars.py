@@ -12,6 +12,7 @@ import torch
 
 import petal_kernels as pk
 from petal_kernels._runtime.numerics import ACTIVATIONS
+from petal_kernels.ops.frozen_norm import arguments as norms
 from petal_kernels.ops.gated_bottleneck import arguments as gated
 from petal_kernels.ops.lowrank_linear import arguments as lowrank
 from petal_kernels.tools import parity
@@ -19,7 +20,8 @@ from tests.ops import discovery
 from tests.ops.discovery import OPERATORS
 
 # Values that no default, sign or symmetry hides.
-ODD = {"scale": -1.75, "dropout": 0.3, "norm_eps": 0.625, "keep": -0.375, "mix": 1.625}
+ODD = {"scale": -1.75, "dropout": 0.3, "norm_eps": 0.625, "keep": -0.375, "mix": 1.625,
+       "eps": 0.625}  # fmt: skip
 CHOICES = {
     "activation": ACTIVATIONS,
     "route": gated.ROUTES,
@@ -29,6 +31,7 @@ CHOICES = {
         if (arguments := op.module("arguments")) and hasattr(arguments, "GATES")
     },
     "variant": gated.VARIANTS,
+    "kind": norms.KINDS,
     "dropout_at": lowrank.DROPOUT_SITES,
     "router_input": ("token", "pooled"),
     "renormalize": (True, False),
@@ -47,7 +50,7 @@ ELSEWHERE = {
 INTERPRETED = (
     "cp-matrices", "tucker-matrices", "cp", "tucker", "qkv-odd", "lora", "lora-own-odd",
     "middleX-odd", "large-odd", "mean-odd", "indices", "shared-down-topk",
-    "llama-dropout",
+    "llama-dropout", "layer-odd",
 )  # fmt: skip
 
 

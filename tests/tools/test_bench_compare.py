@@ -218,7 +218,7 @@ def test_words_and_options_in_any_order(tmp_path: Path, capsys: pytest.CaptureFi
     assert "compare: want it first" in capsys.readouterr().err
 
 
-OTHERS = ("-demo", "-fuzz")  # of other commands
+OTHERS = ("-demo", "-fuzz", "-memory")  # of other commands
 FILES = sorted(p for p in tables.RESULTS.glob("*.json") if not any(o in p.name for o in OTHERS))
 
 

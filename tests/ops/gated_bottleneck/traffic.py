@@ -37,7 +37,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is function.update_op and self.kernels:
             with self:
-                return function._update(*args)
+                return function._update(*args)(*args)
         out = func(*args, **(kwargs or {}))
         if func is not function.update_op:
             operands = self.operands(func._schema, args, tree_leaves((args, kwargs)), out)
