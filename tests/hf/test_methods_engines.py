@@ -211,7 +211,7 @@ def parallel(
     names = [
         item.callspec.params["row"].name  # type: ignore[attr-defined]
         for item in request.session.items
-        if "parallel" in getattr(item, "fixturenames", ())
+        if item.path == request.path and "parallel" in getattr(item, "fixturenames", ())
     ]
     return methods_parallel.run(tmp_path_factory.mktemp("parallel"), names)
 
