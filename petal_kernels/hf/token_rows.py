@@ -80,6 +80,8 @@ class _TokenPart:
 class EmbeddingRows(_TokenPart, FrozenVectors):
     """An embedding whose rows of some tokens are trained."""
 
+    needed = True  # what is trained would stay without effect
+
     def forward(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
         y = run(*args, **kwargs)
         if not self.changes(module):
