@@ -17,6 +17,7 @@ from petal_kernels._runtime.backends import BackendUnavailable
 from petal_kernels.hf.context import THREAD
 from petal_kernels.hf.report import SHARED_FACTORS, Report
 from petal_kernels.hf.report import Row as ReportRow
+from petal_kernels.nn.lora_init import is_taken
 from tests.hf import methods, tiny, tiny_text
 from tests.hf.method_families import FAMILIES
 from tests.hf.methods import ROWS, Row, around, attached, every, first, own, read
@@ -64,9 +65,12 @@ def setting(model: nn.Module, training: bool, backend: str, autocast: bool) -> I
 
 
 def built(row: Row, r: int, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """As a user has it: the model in its dtype, the adapter in its own."""
-    model = methods.fresh(row).to(dtype)
-    return model, pk.attach(model, dataclasses.replace(row.config(), r=r))
+    """As a user has it: the model in its dtype, the adapter in its own. What is taken out of a
+    weight has that weight's rank at most."""
+    model, config = methods.fresh(row).to(dtype), row.config()
+    if is_taken(getattr(config, "init_lora_weights", True)):
+        r = min(r, *(size for p in model.parameters() if p.dim() == 2 for size in p.shape))
+    return model, pk.attach(model, dataclasses.replace(config, r=r))
 
 
 def _places(report: Any) -> dict[str, ReportRow]:
