@@ -17,8 +17,16 @@ MUTANTS = [
     # What is written.
     (
         _PEFT,
-        '"lora_A.weight": "down", "lora_B.weight": "up"',
-        '"lora_A.weight": "up", "lora_B.weight": "down"',
+        '"lora_A.weight": "down",\n    "lora_B.weight": "up",',
+        '"lora_A.weight": "up",\n    "lora_B.weight": "down",',
+    ),
+    (_PEFT, '"lora_magnitude_vector": "magnitude"', '"lora_magnitude": "magnitude"'),
+    (_PEFT, "        check_filed(config.init", "        print(config.init"),
+    (_CONFIG, "    check_filed(values.get(", "    print(values.get("),
+    (
+        _CONFIG,
+        '    if rows:\n        raise ValueError(f"trainable',
+        '    if False:\n        raise ValueError(f"trainable',
     ),
     (_PEFT, "            last = _BIAS\n", '            last = "bias"\n'),
     (_PEFT, "fan_in_fan_out=conv1d == {True},", "fan_in_fan_out=False,"),
