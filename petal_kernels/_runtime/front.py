@@ -44,12 +44,11 @@ def signature(values: tuple[Any, ...]) -> bytes | None:
 class Known(dict[bytes, T]):
     """What was found for calls, by their signatures: shared by threads, never changed in place."""
 
-    def keep(self, key: bytes | None, value: T) -> T:
-        """Remember it, if the call has a signature."""
-        if key is not None:
-            if len(self) >= _MOST:
-                self.clear()
-            self[key] = value
+    def keep(self, key: bytes, value: T) -> T:
+        """Remember it."""
+        if len(self) >= _MOST:
+            self.clear()
+        self[key] = value
         return value
 
 

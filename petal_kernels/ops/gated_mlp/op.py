@@ -106,7 +106,8 @@ def _checked(given: Given) -> tuple[Tensors, Settings, _Apply | None]:
     check_transforms(NAME, given)
     t, s = check(given)
     trains = _trains(t)
-    _KNOWN.keep(key, (s, GatedMlpFunction.apply_plain if trains else None))
+    if key is not None:  # a graph that sees the dict is bound to its length
+        _KNOWN.keep(key, (s, GatedMlpFunction.apply_plain if trains else None))
     return t, s, GatedMlpFunction.apply if trains else None
 
 

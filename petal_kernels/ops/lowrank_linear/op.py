@@ -113,7 +113,8 @@ def _checked(given: Given) -> tuple[Tensors, Settings, _Apply | None]:
     check_transforms(NAME, given)
     t, settings = check(given)
     trains = torch.is_grad_enabled() and _any_trained(flatten(t))
-    _KNOWN.keep(key, (settings, LowRankLinearFunction.apply_plain if trains else None))
+    if key is not None:  # a graph that sees the dict is bound to its length
+        _KNOWN.keep(key, (settings, LowRankLinearFunction.apply_plain if trains else None))
     return t, settings, LowRankLinearFunction.apply if trains else None
 
 
