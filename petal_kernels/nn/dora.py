@@ -34,6 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from petal_kernels._runtime.autocast import autocast_off
 from petal_kernels._runtime.first_order import FirstOrderFunction
@@ -100,7 +101,9 @@ class DoRALinear(LoRALinear):
             return _row_squares(weight, dtype)
         if self.__dict__["_known"]() is not own:
             return _row_squares(weight, dtype)
-        state = (own.data_ptr(), own._version, own.dtype, own.device, dtype)
+        # An address alone may be another memory's by now; the reference keeps no memory.
+        memory = (StorageWeakRef(own.untyped_storage()), own.data_ptr(), own.stride())
+        state = (memory, own._version, own.dtype, own.device, dtype)
         held = self.__dict__.get("_held")
         if held is not None and held[0] == state:
             kept: Tensor = held[1]

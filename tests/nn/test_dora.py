@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from petal_kernels.nn import DoRALinear, base_weight, dora
@@ -264,6 +265,38 @@ def test_the_weights_own_norms_are_kept_until_it_changes(monkeypatch: pytest.Mon
     assert calls() == first + 5
     base.weight.data.mul_(2.0)
     assert calls() == first + 6
+
+
+def test_norms_are_not_those_of_another_memory_at_the_same_address() -> None:
+    """An allocator gives an address again at once: nothing but the values tells the two apart."""
+    lora, x = built(), rows()
+    base: Any = lora.base
+    addresses = []
+    for _ in range(5):
+        torch.testing.assert_close(lora(x), formula(lora, x))
+        addresses.append(base.weight.data_ptr())
+        values = (base.weight.data * 1.5).tolist()
+        base.weight.data = torch.empty(0, dtype=torch.float64)
+        base.weight.data = torch.tensor(values, dtype=torch.float64)
+    assert len(set(addresses)) < len(addresses), "no address came back: this tests nothing"
+
+
+def test_norms_are_of_the_weight_as_it_lies_now() -> None:
+    """The same memory, read by other strides."""
+    lora, x = built(), rows()
+    base: Any = lora.base
+    lora(x)
+    base.weight.data = base.weight.data.as_strided((O, D), (1, O))
+    torch.testing.assert_close(lora(x), formula(lora, x))
+
+
+def test_the_memory_that_was_there_is_not_held() -> None:
+    lora = built()
+    lora(rows())
+    base: Any = lora.base
+    gone = StorageWeakRef(base.weight.untyped_storage())
+    base.weight.data = base.weight.data * 2.0
+    assert gone.expired()
 
 
 def test_the_weight_that_was_there_is_not_held() -> None:
