@@ -151,7 +151,6 @@ class Stored:
         """Uploads what `save` writes, with a model card, to `repo` ("user/name"), which is made
         where there is none; the address of the commit. `attach(model, "user/name")` loads it.
         """
-        check_choice("format", format, FORMATS)
         options = {
             "private": private,
             "token": token,

@@ -62,6 +62,11 @@ MUTANTS = [
     (_FIELDS, "-largest <= value <= largest", "abs(value) < float('inf')"),
     (_FIELDS, "re.compile(value)", "pass"),
     (_STORED, "        if not isinstance(state, Mapping):", "        if False:"),
-    (_FILES, "    if not isinstance(directory, (str, os.PathLike)):", "    if False:"),
+    (_FILES, "    if not isinstance(given, (str, os.PathLike)):", "    if False:"),
+    (_STORED, '        files.path_of(path, "path")\n', ""),
+    ("petal_kernels/hf/attach.py", '        path_of(checkpoint, "checkpoint")', "        pass"),
+    ("petal_kernels/hf/unloading.py", "        path_of(directory)\n", ""),
+    ("petal_kernels/hf/hub.py", "    if not isinstance(value, kinds):", "    if False:"),
+    ("petal_kernels/hf/blocks.py", '        self._check_values("input_ids", input_ids)\n', ""),
     ("petal_kernels/memory/arguments.py", '    check_bool("backward", backward)\n', ""),
 ]

@@ -13,7 +13,7 @@ MUTANTS = [
     (_HUB, "attachment.save(folder, format=format)", "attachment.save(folder)"),
     (_HUB, "private=private, exist_ok=True", "exist_ok=True"),
     (_HUB, "api = HfApi(token=token)", "api = HfApi()"),
-    (_HUB, 'create_pr=bool(options.get("create_pr"))', "create_pr=False"),
+    (_HUB, 'create_pr=options.get("create_pr", False)', "create_pr=False"),
     (_HUB, "isinstance(base, str) and is_repo(base)", "isinstance(base, str)"),
     (_HUB, 'front += [f"base_model: {base}"] if known else []', "pass"),
     (
