@@ -30,8 +30,10 @@ MUTANTS = [
     (_DORA, "if held is not None and held[0] == state:", "if held is not None:"),
     (_DORA, 'if self.__dict__["_known"]() is not own:', "if False:"),
     (_DORA, "weakref.ref(own)", "(lambda: own)"),
-    (_DORA, "(own.data_ptr(), own._version,", "(own.data_ptr(),"),
-    (_DORA, "(own.data_ptr(), own._version,", "(own._version,"),
+    (_DORA, "state = (memory, own._version,", "state = (memory,"),
+    (_DORA, "state = (memory, own._version,", "state = (own._version,"),
+    (_DORA, "(StorageWeakRef(own.untyped_storage()), own.data_ptr()", "(own.data_ptr()"),
+    (_DORA, "own.data_ptr(), own.stride())", "own.data_ptr())"),
     (_DORA, 'self.__dict__["_held"] = (state, found)', "pass"),
     (_DORA, " or own.is_inference():", ":"),
     (
