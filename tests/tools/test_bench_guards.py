@@ -105,7 +105,7 @@ def test_overhead_of_lora(name: str, forward: float, trained: float) -> None:
 
 @pytest.mark.parametrize(
     ("config", "limit"),
-    [(pk.VLPetConfig(r=8, value_r=8), 0.85), (pk.RoutingConfig(r=8), 0.85)],
+    [(pk.VLPetConfig(r=8, value_r=8), 0.95), (pk.RoutingConfig(r=8), 0.95)],
     ids=lambda value: getattr(value, "method", None),
 )
 def test_attach_time(
