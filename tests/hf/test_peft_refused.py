@@ -114,7 +114,7 @@ def _wide(tensors: dict[str, Tensor]) -> None:
     ("change", "says"),
     [
         (_without_one, "missing keys ['model.layers.0.self_attn.q_proj.up']"),
-        (_with_one_more, "q_proj.lora_magnitude_vector"),
+        (_with_one_more, "unexpected keys ['model.layers.0.self_attn.q_proj.magnitude']"),
         (_with_a_base_weight, "unexpected keys ['modules_to_save.model.embed_tokens.weight']"),
         (_of_another_rank, "want shape [3, 32], got [4, 32]"),
         (_wide, "want torch.float32"),

@@ -64,8 +64,10 @@ def test_the_stride_of_a_dimension_of_one_says_nothing(name: str, case: Any, bac
 
 
 def activations(op: discovery.Operator) -> set[str]:
-    """The inputs that have rows; all others are parameters."""
-    return set(getattr(op.workload, "ACTIVATIONS", ("x", "hidden", "base", "weights", "biases")))
+    """The inputs that have rows, and what is frozen, which has their dtype; all others are
+    parameters."""
+    frozen = ("weights", "biases", "weight", "bias")
+    return set(getattr(op.workload, "ACTIVATIONS", ("x", "hidden", "base", *frozen)))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,6 @@ from torch import Tensor
 from petal_kernels.ops.frozen_norm.baselines import BASELINES as BASELINES
 
 DIFFERENTIABLE = ("x",)
-# Of one dtype: weight and bias, which are frozen, with them.
-ACTIVATIONS = ("x", "weight", "bias")
 
 
 @dataclass(frozen=True)
