@@ -12,6 +12,7 @@ from torch import Tensor
 from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime.first_order import FirstOrderFunction, check_transforms
 from petal_kernels._runtime.library import define
+from petal_kernels._runtime.rows import result_of
 from petal_kernels.ops.mode_contract.arguments import Call, Given, Gradients, check
 
 _NAME = "mode_contract"
@@ -68,7 +69,7 @@ def _fwd(*args: Any) -> Callable[..., Tensor]:
 
     def run(*args: Any) -> Tensor:
         out: Tensor = impl.forward(Call(*args[:-1]))
-        return out.contiguous()
+        return result_of(out, out.shape)
 
     return run
 
