@@ -188,12 +188,12 @@ void reduce_of(void* dst, int64_t sr, int64_t sc, const float* partials, int64_t
     } break;                      \
   }
 
-void pack(float* dst, const void* src, DType type, int64_t sk, int64_t sc, int64_t K, int64_t cols,
-          int64_t j0, int64_t j1) {
+[[maybe_unused]] void pack(float* dst, const void* src, DType type, int64_t sk, int64_t sc,
+                           int64_t K, int64_t cols, int64_t j0, int64_t j1) {
   PETAL_BY_TYPE(type, pack_of<T>(dst, src, sk, sc, K, cols, j0, j1));
 }
-void reduce(void* dst, DType type, int64_t sr, int64_t sc, const float* partials, int64_t splits,
-            int64_t stride, int64_t R, int64_t cols) {
+[[maybe_unused]] void reduce(void* dst, DType type, int64_t sr, int64_t sc, const float* partials,
+                             int64_t splits, int64_t stride, int64_t R, int64_t cols) {
   PETAL_BY_TYPE(type, reduce_of<T>(dst, sr, sc, partials, splits, stride, R, cols));
 }
 
