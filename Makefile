@@ -29,7 +29,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -m "timing and not slow"
-	$(PARALLEL) -m "not slow and not cross_compile and not gpu and not timing"
+	$(PARALLEL) -m "not slow and not spare and not cross_compile and not gpu and not timing"
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -q -m "timing"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,17 +70,26 @@ def _included(source: Path, found: set[Path]) -> set[Path]:
     return found
 
 
+@contextlib.contextmanager
+def _to_make(target: Path) -> Iterator[bool]:
+    """Whether it is still to be made; processes that want the same one wait for the first."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not target.exists()
+
+
 def _object(source: Path, flags: list[str]) -> Path:
     content = hashlib.sha256(" ".join(flags).replace(str(ROOT), "").encode())
     for path in sorted(_included(source, set())):
         content.update(path.read_bytes())
     target = CACHE / f"{source.name}-{content.hexdigest()[:16]}.o"
-    if not target.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".{os.getpid()}")
-        command = [str(compiler()), *flags, "-x", "c++", "-c", str(source), "-o", str(part)]
-        subprocess.run(command, check=True)
-        part.replace(target)
+    with _to_make(target) as missing:
+        if missing:
+            part = target.with_suffix(f".{os.getpid()}")
+            command = [str(compiler()), *flags, "-x", "c++", "-c", str(source), "-o", str(part)]
+            subprocess.run(command, check=True)
+            part.replace(target)
     return target
 
 
@@ -92,11 +104,12 @@ def _link(name: str, sources: list[Path], flags: tuple[str, ...], link: list[str
         objects = list(pool.map(build, sources))
     key = hashlib.sha256(" ".join([*map(str, objects), *link]).encode()).hexdigest()[:16]
     target = CACHE / f"{key}-{name}"
-    if not target.exists():
-        part = target.with_suffix(f".{os.getpid()}")
-        command = [str(compiler()), *flags, *map(str, objects), "-o", str(part), *link]
-        subprocess.run(command, check=True)
-        part.replace(target)
+    with _to_make(target) as missing:
+        if missing:
+            part = target.with_suffix(f".{os.getpid()}")
+            command = [str(compiler()), *flags, *map(str, objects), "-o", str(part), *link]
+            subprocess.run(command, check=True)
+            part.replace(target)
     return target
 
 

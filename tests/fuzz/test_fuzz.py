@@ -56,6 +56,7 @@ def test_every_operator_is_drawn_and_has_a_formula() -> None:
     assert list(OPERATORS) == list(formulas.FORMULAS) == folders.names()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_torch_and_native(operator: str, half: int, one_thread: None) -> None:

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,29 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import petal_kernels as pk
 from petal_kernels.hf.peft_layers import FusedLora
-from tests.hf import fused
-
-ROOT = Path(__file__).resolve().parents[2]
-RANKS, LIMIT = 2, 120.0  # seconds
-
-
-def run(folder: Path, kinds: list[str]) -> dict[str, list[str]]:
-    """What each process says of a kind of engine."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, "-m", "tests.hf.fused_parallel", str(folder)]
-    processes = [
-        subprocess.Popen([*command, str(rank), *kinds], cwd=ROOT, env=environment)
-        for rank in range(RANKS)
-    ]
-    try:
-        codes = [process.wait(LIMIT) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * RANKS, codes
-    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
-    return {kind: [each[kind] for each in found] for kind in kinds}
+from tests.hf import fused, ranks
 
 
 def _replicated(model: Any) -> Any:
@@ -61,7 +32,7 @@ def _replicated_first(model: Any) -> Any:
 def _layers(model: Any) -> Any:
     """Every decoder layer a unit: within its forward the weights are whole."""
     pk.fuse(model)
-    mesh = init_device_mesh("cpu", (RANKS,))
+    mesh = init_device_mesh("cpu", (ranks.RANKS,))
     for layer in model.base_model.model.model.layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -70,7 +41,7 @@ def _layers(model: Any) -> Any:
 def _bases(model: Any) -> Any:
     """Every base a unit of its own, whose weight is whole within its own forward alone."""
     pk.fuse(model)
-    mesh = init_device_mesh("cpu", (RANKS,))
+    mesh = init_device_mesh("cpu", (ranks.RANKS,))
     for module in model.modules():
         if isinstance(module, FusedLora):
             fully_shard(_base(module), mesh=mesh)
@@ -80,7 +51,7 @@ def _bases(model: Any) -> Any:
 def _factors(model: Any) -> Any:
     """And every factor: nothing of it can be read from outside."""
     pk.fuse(model)
-    mesh = init_device_mesh("cpu", (RANKS,))
+    mesh = init_device_mesh("cpu", (ranks.RANKS,))
     for module in model.modules():
         if isinstance(module, FusedLora):
             for factor in (*_held(module, "lora_A"), *_held(module, "lora_B")):
@@ -108,7 +79,7 @@ KINDS: dict[str, tuple[Callable[[Any], Any], int]] = {
 }
 
 
-def _check(kind: str, rank: int) -> None:
+def _faults(kind: str, rank: int) -> list[str]:
     """This process's gradients are the mean of both batches', computed alone."""
     given = fused.batch("llama")
     given["inputs_embeds"] = given["inputs_embeds"] + rank
@@ -116,7 +87,7 @@ def _check(kind: str, rank: int) -> None:
     want = {name: value for name, value in alone.items() if name != "loss"}
     for value in want.values():
         dist.all_reduce(value)
-        value /= RANKS
+        value /= ranks.RANKS
     wrap, count = KINDS[kind]
     whole = wrap(fused.family("llama"))
     with fused.operators() as calls:
@@ -128,25 +99,8 @@ def _check(kind: str, rank: int) -> None:
     }
     fused.same(got, want, 1e-10)
     assert fused.forwards(calls).get("lowrank_linear", 0) == count, calls
-
-
-def main(folder: Path, rank: int, kinds: list[str]) -> None:
-    """One of the processes."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), RANKS)  # type: ignore[attr-defined]
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=LIMIT / 2)
-    )
-    found = {}
-    for kind in kinds:
-        try:
-            _check(kind, rank)
-            found[kind] = "the same"
-        except Exception:
-            found[kind] = traceback.format_exc(limit=-3)
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    return []
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    ranks.main(_faults)

@@ -71,6 +71,7 @@ SOME = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("family", "config"), EVERY)
 def test_fused_equals_published(family: str, config: AdapterConfig) -> None:
     fused, published = (attached(family, config, form) for form in ("fused", "published"))
@@ -97,6 +98,7 @@ def test_fused_equals_published(family: str, config: AdapterConfig) -> None:
     assert not torch.allclose(got[0], read(family, build(family))[0], atol=1e-3)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("family", "config"), EVERY)
 def test_life(family: str, config: AdapterConfig, tmp_path: Path) -> None:
     """attach, train, save, load, disable, merge, detach."""

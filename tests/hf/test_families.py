@@ -155,6 +155,7 @@ def test_roles_of_a_layer_and_which_layers(family: str) -> None:
     assert places(model, pk.LoraConfig(r=2)).keys() == want.keys()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.filterwarnings("ignore:attach. left as they are")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_linear_and_the_part_that_each_is_in(family: str) -> None:
@@ -242,6 +243,7 @@ def test_lora_on_every_linear_is_peft_s(family: str) -> None:
     same(step(family, model, attachment), {"out": out.detach(), **gradients(theirs.items())})
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("family", _some(FAMILIES, *QUICK))
 def test_fused_and_published_agree(family: str, config: str) -> None:

@@ -18,6 +18,7 @@ from tests.hf.method_families import FAMILIES
 P = 0.25
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [

@@ -99,6 +99,7 @@ def close(got: tuple[Tensor, dict[str, Tensor]], want: tuple[Tensor, dict[str, T
         assert error <= SAME * max(float(gradient.norm()), 1.0), name
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("family", "config"), EVERY)
 def test_fused_equals_published(family: str, config: AdapterConfig) -> None:
     fused = step(*attached(family, config), family, config)
@@ -151,6 +152,7 @@ def test_a_part_of_a_model_can_be_adapted() -> None:
     assert own == {id(p) for p in both.parameters() if p.requires_grad}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("family", "config"), EVERY)
 def test_life(family: str, config: AdapterConfig, tmp_path: Path) -> None:
     """attach, train, save, load, disable, merge, detach."""

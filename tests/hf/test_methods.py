@@ -41,6 +41,7 @@ def test_names_are_one_rows() -> None:
 # -- values ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @every("published")
 def test_values_and_gradients_are_the_published_forms(row: Row) -> None:
     got, want = (
@@ -71,6 +72,7 @@ def _mask(like: Tensor, rows: int, columns: int, period: int) -> Tensor:
     return (((row * 31 + column * 17) % 10) >= 10 * P).to(like.dtype) / (1 - P)
 
 
+@pytest.mark.one_in(3)
 @every("dropout")
 def test_dropout_stands_where_the_published_form_has_it(
     row: Row, monkeypatch: pytest.MonkeyPatch
@@ -169,6 +171,7 @@ def _first(out: Any) -> Tensor:
     return out
 
 
+@pytest.mark.one_in(3)
 @every("report")
 def test_the_report_names_every_place_and_counts_every_parameter(row: Row) -> None:
     model, attachment = attached(row)
@@ -194,6 +197,7 @@ def test_the_report_names_every_place_and_counts_every_parameter(row: Row) -> No
 # -- files ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @every("files")
 def test_a_saved_adapter_gives_the_same_bits(row: Row, tmp_path: Path) -> None:
     model, attachment = attached(row)
@@ -212,6 +216,7 @@ def test_a_saved_adapter_gives_the_same_bits(row: Row, tmp_path: Path) -> None:
     assert torch.equal(output(row, other.double()), plain(row))
 
 
+@pytest.mark.one_in(3)
 @every("files")
 def test_another_family_refuses_the_file(row: Row, tmp_path: Path) -> None:
     _, attachment = attached(row)
@@ -236,6 +241,7 @@ def _of_another_family(row: Row) -> Row:
 # -- merge ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @every("merge")
 def test_merge_changes_no_output_and_unmerge_no_bit(row: Row) -> None:
     model, attachment = attached(row)
@@ -264,6 +270,7 @@ def test_merge_changes_no_output_and_unmerge_no_bit(row: Row) -> None:
     assert step(row, model, attachment, row.given())["loss"] is not None
 
 
+@pytest.mark.one_in(3)
 @every("merge")
 def test_detach_of_a_merged_model_gives_the_base(row: Row) -> None:
     model, attachment = attached(row)
@@ -292,6 +299,7 @@ def _snapshot(model: nn.Module) -> dict[str, Any]:
     }
 
 
+@pytest.mark.one_in(3)
 @every("detach")
 def test_detach_gives_back_the_very_model(row: Row) -> None:
     model = fresh(row)
@@ -319,6 +327,7 @@ def test_detach_gives_back_the_very_model(row: Row) -> None:
     assert not frozen.requires_grad
 
 
+@pytest.mark.one_in(3)
 @every("detach")
 def test_layers_keep_the_names_of_their_classes(row: Row) -> None:
     """Trainers, sharding and quantisation find layers by them."""
@@ -329,6 +338,7 @@ def test_layers_keep_the_names_of_their_classes(row: Row) -> None:
         assert isinstance(model.get_submodule(path), type(base.get_submodule(path)))
 
 
+@pytest.mark.one_in(3)
 @every("copy")
 def test_a_copy_is_its_own_model(row: Row) -> None:
     model, attachment = attached(row)
@@ -360,6 +370,7 @@ def _handle(row: Row, twin: nn.Module) -> Any:
     return None
 
 
+@pytest.mark.one_in(3)
 @every("copy")
 def test_a_copy_has_its_handle(row: Row) -> None:
     model, attachment = attached(row)

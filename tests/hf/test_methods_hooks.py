@@ -96,6 +96,7 @@ def _unhooked(row: Row) -> Values:
     return step(row, *attached(row), row.given(leaves="all"))
 
 
+@pytest.mark.one_in(4)
 @every("hooks", quick=own)
 @pytest.mark.parametrize("first", [True, False], ids=["before_attach", "after_attach"])
 @pytest.mark.parametrize("kind", ["places", "layers", "norms"])

@@ -40,6 +40,7 @@ THREADS, CALLS, REQUESTS = 4, 96, 8
 # -- disabled() -----------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @every("disabled")
 def test_disabled_is_the_base_bit_for_bit(row: Row) -> None:
     model, attachment = attached(row)
@@ -58,6 +59,7 @@ def test_disabled_is_the_base_bit_for_bit(row: Row) -> None:
     assert torch.equal(output(row, model, attachment), want)
 
 
+@pytest.mark.one_in(3)
 @every("disabled")
 def test_disabled_writes_nothing(row: Row) -> None:
     """Neither values nor versions: another graph may hold them."""
@@ -76,6 +78,7 @@ def test_disabled_writes_nothing(row: Row) -> None:
     assert now() == before
 
 
+@pytest.mark.one_in(3)
 @every("disabled")
 def test_blocks_that_interleave(row: Row) -> None:
     """As two generators' do: the first that ends does not end the second."""
@@ -91,6 +94,7 @@ def test_blocks_that_interleave(row: Row) -> None:
     assert torch.equal(output(row, model, attachment), want)
 
 
+@pytest.mark.one_in(3)
 @every("around")
 def test_what_stands_around_a_call_nests_and_interleaves(row: Row) -> None:
     if not row.around:
@@ -245,6 +249,7 @@ def test_a_block_lets_go_of_what_it_was_given() -> None:
 # -- a reference between a forward and its backward -----------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @every("reference")
 def test_a_reference_forward_between_forward_and_backward(row: Row) -> None:
     """DPO, KL: the base's answer is wanted before the policy's backward."""

@@ -124,6 +124,7 @@ def joined(*names: str) -> str:
     return " + ".join(dict.fromkeys(part for name in names for part in name.split(" + ")))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("row", "kind"), _grid())
 def test_every_place_runs_on_the_backend_that_its_row_names(row: Row, kind: str) -> None:
     dtype, autocast = KINDS[kind]

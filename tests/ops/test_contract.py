@@ -44,6 +44,7 @@ def test_gradcheck(name: str, case: Any) -> None:
         )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("name", "case"), SMALL)
 def test_backward_twice_gives_equal_bits(name: str, case: Any) -> None:
     """A backward that wrote into what forward saved would differ the second time."""
@@ -61,6 +62,7 @@ def test_backward_twice_gives_equal_bits(name: str, case: Any) -> None:
             assert torch.equal(a, b), backend
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("name", "case"), SMALL)
 def test_opcheck(name: str, case: Any) -> None:
     """Schema, fake and dispatch of the raw operators, on the arguments a real call gives them."""
@@ -96,6 +98,7 @@ def test_opcheck(name: str, case: Any) -> None:
         )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mode", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", list(OPERATORS))
 def test_compile_fullgraph(name: str, mode: str) -> None:
@@ -162,6 +165,7 @@ def test_saved_bytes(name: str, case: Any) -> None:
     assert sum(seen.values()) == op.workload.saved_bytes(case, torch.float32)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("name", "case"), SMALL)
 def test_autocast_does_not_reach_inside(name: str, case: Any) -> None:
     """The dtypes of the arguments decide: under autocast a call gives the very bits it gives
@@ -179,6 +183,7 @@ def test_autocast_does_not_reach_inside(name: str, case: Any) -> None:
             assert torch.equal(a, b), f"{backend} {label}"
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("name", "case"), SMALL)
 def test_no_host_synchronisation(name: str, case: Any) -> None:
     """No value of a tensor is read on the host: nothing that would stall a GPU or break a CUDA

@@ -42,6 +42,7 @@ SHAPES += [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("name", "shape"), SHAPES)
 def test_real_widths(name: str, shape: Any) -> None:
     found = parity.verify(OPERATORS[name], shape, "native", torch.float32)

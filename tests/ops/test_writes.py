@@ -12,6 +12,7 @@ from tests.ops import discovery
 from tests.ops.discovery import OPERATORS, SMALL, runnable
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("name", "case"), SMALL)
 def test_a_result_may_be_written_in_place(name: str, case: Any) -> None:
     """As models do with what a linear gives (`q *= scale`): autograd refuses it for views that a
@@ -31,6 +32,7 @@ def test_a_result_may_be_written_in_place(name: str, case: Any) -> None:
             assert torch.equal(a, b), backend
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("name", "case"), SMALL)
 def test_inputs_are_not_written(name: str, case: Any) -> None:
     op = OPERATORS[name]

@@ -157,6 +157,7 @@ def setting(backend: str, amp: bool, grad: bool) -> Iterator[None]:
         yield
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PLACES)
 def test_a_dry_run_says_what_a_real_call_does(name: str, dtype: torch.dtype) -> None:
