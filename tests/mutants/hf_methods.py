@@ -9,6 +9,7 @@ TESTS = [
     "tests/hf/test_expert_routing.py",
     "tests/hf/test_experts.py",
     "tests/hf/test_insertion.py",
+    "tests/hf/test_insertion_places.py",
     "tests/hf/test_lifecycle.py",
     "tests/hf/test_merged.py",
     "tests/hf/test_methods.py",

@@ -6,6 +6,7 @@ TESTS = [
     "tests/hf/test_expert_routing.py",
     "tests/hf/test_experts.py",
     "tests/hf/test_insertion.py",
+    "tests/hf/test_insertion_places.py",
     "tests/hf/test_packed.py",
     "tests/hf/test_tokens.py",
     "tests/hf/test_walk.py",
