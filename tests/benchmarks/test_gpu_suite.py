@@ -51,6 +51,7 @@ def until(condition: Any, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_rehearsal_survives_a_kill(tmp_path: Path) -> None:
     """Killed in the middle, the suite loses the running case alone; the rest of it passes, in
     another folder that got the results so far."""

@@ -186,6 +186,7 @@ def test_a_saved_adapter_is_attached_from_its_directory(tmp_path: Path) -> None:
         pk.attach(build("retrieval"), tmp_path / "a")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True], ids=["nonreentrant", "reentrant"])
 @pytest.mark.parametrize(
@@ -302,6 +303,7 @@ def test_image_features_are_projected_once_in_a_generation(
     assert len(calls) == 1
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_stacks_compile_without_a_graph_break(dropout: float) -> None:
     _, attachment = attached("retrieval", config_of(variant="release", dropout=dropout))

@@ -19,6 +19,7 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("variant", ["paper", "release"])
 def test_the_whole_stack_compiles_without_a_graph_break(variant: str) -> None:
     model = tiny.instructblip(layers=2)
@@ -110,6 +111,7 @@ def test_a_layer_of_every_method_is_one_graph(row: methods.Row) -> None:
     assert len(found[0]) > 1
 
 
+@pytest.mark.slow
 def test_a_hook_on_the_embeddings_runs_in_a_compiled_model() -> None:
     """The kind: a graph that leaves out the hook of checkpointing, and somebody else's with it."""
     model: Any = tiny_text.build("llama").eval()

@@ -37,6 +37,7 @@ def replaced(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return emulated
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("case", "dtype"), with_dtypes(workload.CASES))
 def test_cases(case: Case, dtype: torch.dtype) -> None:
     compare(case, dtype)
