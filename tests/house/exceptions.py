@@ -8,7 +8,6 @@ from __future__ import annotations
 EXCEPTIONS: dict[str, dict[str, tuple[int, str]]] = {
     "file": {
         "tests/tools/test_memory_allocator.py": (467, "not split yet"),
-        "tests/tools/test_bench_arithmetic.py": (434, "not split yet"),
         "tests/tools/test_memory_step.py": (432, "not split yet"),
         "tests/tools/test_memory.py": (423, "not split yet"),
         "tests/tools/test_memory_script.py": (411, "not split yet"),

@@ -3,6 +3,7 @@ that counts less than it says, a bound that checks nothing."""
 
 TESTS = [
     "tests/tools/test_bench_arithmetic.py",
+    "tests/tools/test_bench_judged.py",
     "tests/tools/test_bench_ends.py",
     "tests/tools/test_bench_compare.py",
     "tests/tools/test_bench_fresh.py",
