@@ -6,12 +6,6 @@ The table shrinks: what is mended is taken out, and nothing in it may grow.
 from __future__ import annotations
 
 EXCEPTIONS: dict[str, dict[str, tuple[int, str]]] = {
-    "file": {
-        "tests/tools/test_memory_allocator.py": (467, "not split yet"),
-        "tests/tools/test_memory_step.py": (432, "not split yet"),
-        "tests/tools/test_memory.py": (423, "not split yet"),
-        "tests/tools/test_memory_script.py": (411, "not split yet"),
-    },
     "function": {
         (
             "petal_kernels/ops/gated_bottleneck/triton_kernels_bwd.py:"

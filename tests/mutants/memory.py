@@ -7,6 +7,7 @@ TESTS = [
     "tests/tools/test_memory_rules.py",
     "tests/tools/test_memory_untouched.py",
     "tests/tools/test_memory.py",
+    "tests/tools/test_memory_advice.py",
 ]
 
 _PROFILER = "petal_kernels/memory/profiler.py"

@@ -5,6 +5,7 @@ TESTS = [
     "tests/tools/test_memory_script.py",
     "tests/tools/test_memory_lora.py::test_a_title_says_only_what_decides",
     "tests/tools/test_memory_step.py",
+    "tests/tools/test_memory_optimizer.py",
     "tests/tools/test_memory_command.py::test_exit_codes",
     "tests/tools/test_memory_command.py::test_a_scripts_own_loss_is_taken",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -260,101 +259,6 @@ def test_cuda_rules_keep_what_cuda_keeps() -> None:
     dropped = memory.profile(nn.Dropout(0.3).train(), x, cuda_rules=True)
     assert [(r.argument, r.bytes) for r in dropped.saved] == [("result1", 50 * 20)]
     assert F.dropout.__module__ == "torch.nn.functional"
-
-
-# Advice --------------------------------------------------------------------------------------
-
-
-class Tower(nn.Module):
-    """A frozen tower, a trained bridge, a frozen language model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        frozen = [nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh()]
-        self.vision = nn.Sequential(*frozen).requires_grad_(False)
-        self.bridge = nn.Linear(16, 16)
-        self.language = nn.Sequential(nn.Linear(16, 16), nn.Tanh()).requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.language(self.bridge(self.vision(x)))
-
-
-def test_advice_tells_a_wasted_tower_from_one_that_a_gradient_passes_through() -> None:
-    x = torch.randn(8, 16)
-    found = memory.profile(Tower(), x)
-    assert "wasted" not in names(found)
-    (frozen,) = [a for a in advise(found) if a.cause == "frozen"]
-    assert frozen.bytes == x.nbytes  # tanh's result
-    assert "language" in frozen.text
-    # As after enable_input_require_grads(): the tower keeps both results of its tanh for nothing,
-    # but the second is what the bridge needs, too.
-    wasted = memory.profile(Tower(), x.clone().requires_grad_())
-    (advice,) = [a for a in advise(wasted) if a.cause == "wasted"]
-    assert advice.bytes == x.nbytes
-    assert "vision" in advice.text
-    assert "detach" in advice.remedy
-
-
-@pytest.mark.parametrize("trained", [False, True], ids=["input", "after-a-trained-layer"])
-def test_advice_on_a_checkpointed_tower(trained: bool) -> None:
-    """As after enable_input_require_grads() with checkpointing: a frozen tower's regions keep their
-    inputs, for nothing unless something trained lies before it."""
-
-    class Region(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(
-                lambda t: torch.tanh(F.linear(t, self.weight)), x, use_reentrant=False
-            )
-
-    first = nn.Linear(16, 16).requires_grad_(trained)
-    vision = nn.Sequential(*(Region(16, 16) for _ in range(3))).requires_grad_(False)
-    x = torch.randn(8, 16, requires_grad=True)
-    found = memory.profile(nn.Sequential(first, vision, nn.Linear(16, 16)), x)
-    inputs = [r for r in found.saved if r.operation == "checkpoint"]
-    assert [r.useful for r in inputs] == 3 * [trained]
-    assert ("wasted" in names(found)) != trained
-
-
-def test_advice_on_eager_attention_dropout_and_evaluation_mode() -> None:
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.drop = nn.Dropout(0.1)
-
-        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            p = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
-            return self.drop(p) @ v
-
-    q, k, v = (torch.randn(2, 4, 33, 8, requires_grad=True) for _ in range(3))
-    found = memory.profile(Attention(), (q, k, v), cuda_rules=True)
-    by_cause = {a.cause: a for a in advise(found)}
-    scores = 2 * 4 * 33 * 33
-    assert by_cause["dropout"].bytes == scores
-    # Probabilities, and dropped-out ones: a factor of the product with v.
-    assert by_cause["attention"].bytes == scores * (4 + 4)
-    assert "33 x 33" in by_cause["attention"].text
-    assert "mode" in names(memory.profile(Attention().eval(), (q, k, v)))
-
-
-def test_advice_on_copies_of_parameters_under_autocast() -> None:
-    base = nn.Linear(32, 32).requires_grad_(False)
-    x = torch.randn(4, 32, requires_grad=True)
-
-    def forward(t: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return base(t)
-
-    found = memory.profile(forward, x, module=base)
-    (record,) = [r for r in found.saved if r.source]
-    assert (record.source, record.bytes) == ("weight", 32 * 32 * 2)
-    (frozen,) = [a for a in advise(found) if a.cause == "parameters"]
-    assert frozen.remedy.startswith("load the frozen model in the dtype")
-    base.requires_grad_(True)
-    (trained,) = [
-        a for a in advise(memory.profile(forward, x, module=base)) if a.cause == "parameters"
-    ]
-    assert "1 trained parameter" in trained.text
-    assert "adapter_dtype" in trained.remedy
 
 
 # Budgets -------------------------------------------------------------------------------------

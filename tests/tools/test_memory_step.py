@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from petal_kernels import memory
-from petal_kernels.memory.optimizer import TAKES, Settings, settings_of
 
 _CLOSE = 0.05  # what a CPU's matrix product of bfloat16 takes as workspace is not seen
 _STEP = 0.001  # no operation of an optimizer has one
@@ -125,7 +124,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "sgd-momentum-fused": ("sgd", {"fused": True, "momentum": 0.9}),
 }
-_CLASSES = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+CLASSES = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 
 def measured(
@@ -169,7 +168,7 @@ def check(
     torch.manual_seed(0)
     model, x = build(dtype)
     x = x.to(dtype) if x.is_floating_point() else x
-    optimizer = _CLASSES[name](model.parameters(), lr=1e-4, **settings)
+    optimizer = CLASSES[name](model.parameters(), lr=1e-4, **settings)
 
     def loss(y: Tensor) -> Tensor:
         return y.float().square().mean()
@@ -209,6 +208,9 @@ def test_peaks_of_a_vision_language_model_are_the_allocators(method: str) -> Non
 
     model, batch = tiny.instructblip().train(), tiny.batch("instructblip")
     keep = presets.adapt(model, options.Options(rank=4, method=method))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):  # its gradient's workspace differs by processor
+            module.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, foreach=True)
     peak, in_step = measured(
@@ -319,114 +321,3 @@ def test_gradients_of_the_users_own_are_counted_and_given_back() -> None:
     assert found.sizes.gradients == without.sizes.gradients
     with pytest.raises(TypeError, match="accumulate: want a bool, got str"):
         memory.profile(model, x, accumulate="yes")  # type: ignore[arg-type]
-
-
-def test_an_instance_is_read_by_group() -> None:
-    """Kind: one group's settings taken for all; torch's choice by device; parameters left out."""
-    model, x = linears(torch.float32)
-    found = memory.profile(model, x)
-    size = model[0].weight.nbytes + model[0].bias.nbytes
-    groups = [
-        {"params": list(model[0].parameters()), "amsgrad": True},
-        {"params": list(model[1].parameters()), "foreach": True},
-    ]
-    step = found.with_optimizer(torch.optim.AdamW(groups))
-    assert step.sizes.states == (3 + 2) * size
-    assert step.optimizer == "AdamW (loop, amsgrad) and AdamW (foreach)"
-    fake = memory.profile(*memory.fake_tensors(model, x))
-    own = torch.optim.SGD(model.parameters(), momentum=0.5)
-    assert fake.with_optimizer(own).optimizer == "SGD with momentum (foreach)"
-    with pytest.raises(ValueError, match=r"with 2 others, the first of shape \[3, 2\]"):
-        found.with_optimizer(torch.optim.SGD(nn.Linear(2, 3).parameters()))
-
-
-def test_eight_bit_states() -> None:
-    """Kind: bytes of a layout that cannot be measured here: numbers, a maximum per 256 of them, two
-    maps for all; small parameters in float32."""
-    model = nn.Sequential(nn.Linear(100, 50), nn.Linear(50, 7)).bfloat16()
-    found = memory.profile(model, torch.randn(3, 100, dtype=torch.bfloat16))
-    step = found.with_optimizer("adamw8bit")
-    large = 2 * (5000 + 4 * 20) + 2 * 256 * 4  # 19 whole blocks and a part of one
-    small = 2 * 4 * (50 + 7 * 50 + 7)
-    assert step.sizes.states == large + small
-    begin = step.phases["optimizer"]  # the loss, in bfloat16, is there still
-    assert max(step.live[begin:]) == step.resident_bytes + step.sizes.gradients + 2
-    none = found.with_optimizer("adam8bit", min_8bit_size=5001)
-    assert none.sizes.states == 2 * 4 * (5000 + 50 + 7 * 50 + 7)
-    assert step.optimizer == "AdamW in 8 bits (bitsandbytes)"
-
-
-@pytest.mark.parametrize("paged", [True, False])
-def test_eight_bit_instances(paged: bool) -> None:
-    """The package cannot be imported here: by the names and attributes that are read of it."""
-
-    class AdamW8bit(torch.optim.Optimizer):
-        args = type("MockArgs", (), {"min_8bit_size": 16384})
-        is_paged = paged
-
-    AdamW8bit.__module__ = "bitsandbytes.optim.adamw"
-    model = nn.Linear(128, 128)
-    found = memory.profile(model, torch.randn(3, 128))
-    optimizer = AdamW8bit(model.parameters(), {})
-    if paged:
-        with pytest.raises(ValueError, match="paged"):
-            found.with_optimizer(optimizer)
-        return
-    states = found.with_optimizer(optimizer).sizes.states
-    assert states == 2 * (16384 + 4 * 64) + 2048 + 2 * 4 * 128
-
-
-class Mine(torch.optim.SGD):
-    """A class of a user's own may keep anything."""
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "settings", "kind", "said"),
-    [
-        ("lion", {}, ValueError, "want one of adamw, adam, sgd, adamw8bit, adam8bit, got 'lion'"),
-        (3, {}, TypeError, "optimizer: want a name"),
-        ("adamw", {"momentum": 0.9}, TypeError, "momentum: want settings of adamw"),
-        ("adamw", {"foreach": True, "fused": True}, ValueError, "got both"),
-        ("adamw", {"foreach": 1}, TypeError, "foreach: want True, False or None, got 1"),
-        ("sgd", {"momentum": True}, TypeError, "momentum: want a number >= 0, got True"),
-        ("sgd", {"momentum": -1.0}, ValueError, "momentum: want a number >= 0, got -1.0"),
-        ("sgd", {"nesterov": True}, ValueError, "nesterov: want momentum with it"),
-        (Mine, {}, ValueError, "got a .*Mine"),
-        (torch.optim.Adagrad, {}, ValueError, "got a torch.optim.adagrad.Adagrad"),
-        (torch.optim.SGD, {"momentum": 0.9}, TypeError, "momentum: an instance has its own"),
-    ],
-)
-def test_optimizers_that_are_not_known_are_refused(
-    optimizer: Any, settings: dict[str, Any], kind: type[Exception], said: str
-) -> None:
-    """Kind: an optimizer or a setting that would be taken for another."""
-    model = nn.Linear(4, 4)
-    found = memory.profile(model, torch.randn(2, 4))
-    if isinstance(optimizer, type):
-        optimizer = optimizer(model.parameters(), lr=0.1)
-    with pytest.raises(kind, match=said):
-        found.with_optimizer(optimizer, **settings)
-
-
-def test_a_forward_alone_has_no_step() -> None:
-    """Kind: a peak of half a step printed as a whole one's."""
-    found = memory.profile(nn.Linear(4, 4), torch.randn(2, 4), backward=False)
-    with pytest.raises(ValueError, match="want a profile with its backward"):
-        found.with_adam()
-    assert found.to_dict()["peak_with_adam_bytes"] is None
-    assert "with AdamW" not in found.table()
-    assert "the backward was not run" in found.table()
-
-
-def test_every_setting_is_one_of_torchs() -> None:
-    """Kind: a default of ours in the place of torch's."""
-    import inspect
-
-    for name, cls in _CLASSES.items():
-        parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
-        assert set(TAKES[name]) <= set(parameters)
-        ours = settings_of(name)
-        for setting in TAKES[name]:
-            if setting != "weight_decay" or name != "adamw":  # AdamW's changes no memory
-                assert getattr(ours, setting) == parameters[setting].default, setting
-    assert Settings("adamw").form == "foreach"
