@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -65,4 +66,4 @@ def count(trained: Mapping[str, Tensor], there: Earlier, sizes: Sizes) -> None:
 def as_moved(name: str, t: Tensor) -> Trained:
     """A parameter as an optimizer finds it after the backward."""
     numbers = sum(part.numel() for part in plain_tensors(t))
-    return Trained(name, numbers, t.dtype, t.device.type, t.grad is not None, id(t))
+    return Trained(name, numbers, t.dtype, t.device.type, t.grad is not None, weakref.ref(t))

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,8 @@ class Trained:
     dtype: torch.dtype
     device: str
     has_gradient: bool
-    identity: int = field(default=0, repr=False, compare=False)
+    # Weak: a parameter that is gone leaves its identity to another.
+    itself: weakref.ref[torch.Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
     def bytes(self) -> int:
@@ -178,7 +180,8 @@ def read(optimizer: Any, trained: Sequence[Trained], fake: bool, **settings: Any
     if settings:
         raise TypeError(f"{next(iter(settings))}: an instance has its own settings, got it again")
     kind = _kind(optimizer)
-    known = {p.identity: p for p in trained}
+    alive = [(None if p.itself is None else p.itself(), p) for p in trained]
+    known = {id(t): p for t, p in alive if t is not None}
     groups: Groups = []
     for group in optimizer.param_groups:
         missing = [t for t in group["params"] if id(t) not in known and t.requires_grad]

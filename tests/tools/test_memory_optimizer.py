@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -30,6 +31,20 @@ def test_an_instance_is_read_by_group() -> None:
     assert fake.with_optimizer(own).optimizer == "SGD with momentum (foreach)"
     with pytest.raises(ValueError, match=r"with 2 others, the first of shape \[3, 2\]"):
         found.with_optimizer(torch.optim.SGD(nn.Linear(2, 3).parameters()))
+
+
+def test_a_parameter_at_the_place_of_one_that_is_gone_is_another() -> None:
+    """Kind: what was profiled known by an address that somebody else has now."""
+    model, x = linears(torch.float32)
+    found = memory.profile(model, x)
+    gone = {id(p) for p in model.parameters()}
+    del model
+    gc.collect()
+    made = [nn.Parameter(torch.zeros(3)) for _ in range(1000)]
+    there = [p for p in made if id(p) in gone]
+    assert there, "no address was used again"
+    with pytest.raises(ValueError, match=r"others, the first of shape \[3\]"):
+        found.with_optimizer(torch.optim.SGD(there))
 
 
 def test_eight_bit_states() -> None:
