@@ -53,14 +53,14 @@ class Attachment(Blocks, Routed, Stored, Unloading):
         self.config: AdapterConfig = method.config
         self.adapter = method.adapter
         self._wrapped: list[tuple[Place, nn.Module, str, AdaptedLinear]] = []
-        self._again: list[tuple[nn.Module, str, AdaptedLinear]] = []  # other uses of these
-        self._taken: list[tuple[nn.Module, type, Any]] = []  # with its class and own `forward`
-        self._guards: set[int] = set()  # of those, modules that may be replaced: nothing is lost
+        self._other_uses: list[tuple[nn.Module, str, AdaptedLinear]] = []  # where these stand, too
+        self._taken: list[tuple[nn.Module, type, Any]] = []  # its class, `forward` of its own
+        self._replaceable: set[int] = set()  # ids of those taken that may be lost
         self._saves: list[GuardedSave] = []
         self._merged: Merged | None = None
         adapted = [place.module for place in method.found.places]
-        self._named = extra_modules(model, self.config.modules_to_save, adapted)
-        self._required = {
+        self._modules_to_save = extra_modules(model, self.config.modules_to_save, adapted)
+        self._requires_grad = {
             name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)
         }
         self.shapes: dict[str, torch.Size] = {}  # of all that is stored, once it is all there
@@ -77,7 +77,7 @@ class Attachment(Blocks, Routed, Stored, Unloading):
         self.adapter._register_state_dict_hook(leave_merged_out)
         self.adapter.register_load_state_dict_pre_hook(need_no_merged)
         model.add_module(NAME, self.adapter)
-        self._saves = guard_saves(model, self.adapter, self._places())
+        self._saves = guard_saves(model, self.adapter, self._changed())
 
     @property
     def found(self) -> Found:
@@ -88,7 +88,7 @@ class Attachment(Blocks, Routed, Stored, Unloading):
         """What stands in the linears' places, by path."""
         return [(place.path, wrapper) for place, _, _, wrapper in self._wrapped]
 
-    def _places(self) -> list[nn.Module]:
+    def _changed(self) -> list[nn.Module]:
         """All modules that compute something else than they did."""
         taken = [m for m, _, _ in self._taken if type(m.__dict__["_petal"]) is not FrozenVectors]
         return [*(wrapper for _, _, _, wrapper in self._wrapped), *taken]
@@ -110,7 +110,7 @@ class Attachment(Blocks, Routed, Stored, Unloading):
             return
         forward = module.__dict__.get("forward")
         self._taken.append((module, type(module), forward))
-        self._guards |= set() if part.needed else {id(module)}
+        self._replaceable |= set() if part.needed else {id(module)}
         module.__dict__["_petal"] = part
         module.__class__ = adapted_class(type(module), mixin)
         if forward is not None:
@@ -130,13 +130,13 @@ class Attachment(Blocks, Routed, Stored, Unloading):
         for other, name in self._uses[id(place.module)]:
             if (other, name) != (parent, child):
                 setattr(other, name, wrapper)
-                self._again.append((other, name, wrapper))
+                self._other_uses.append((other, name, wrapper))
 
     def _train_whole(self) -> None:
         """Copies of everything that is trained whole, wherever its parameters are used."""
         copies = Copies()
         wanted: dict[int, tuple[str, nn.Module]] = {}
-        for path, root in (self.method.trained() | self._named).items():
+        for path, root in (self.method.trained() | self._modules_to_save).items():
             for name, module in root.named_modules(prefix=path):
                 wanted.setdefault(id(module), (name, module))
         trained = {id(p) for _, m in wanted.values() for p in m._parameters.values()}
@@ -146,7 +146,7 @@ class Attachment(Blocks, Routed, Stored, Unloading):
         for path, module in wanted.values():
             names = [n for n, p in module._parameters.items() if p is not None and id(p) in trained]
             if names or module._buffers:
-                self._read(module, copies.hold(path, module, names))
+                self._run_with_copies(module, copies.hold(path, module, names))
         self._train_biases(copies)
         if copies.paths:
             self.adapter.add_module(tensors.EXTRA, copies)
@@ -161,9 +161,9 @@ class Attachment(Blocks, Routed, Stored, Unloading):
                 continue
             parameters = module._parameters.items()
             names = [n for n, p in parameters if p is not None and "bias" in joined(path, n)]
-            self._read(module, copies.hold(path, module, names, buffers=False))
+            self._run_with_copies(module, copies.hold(path, module, names, buffers=False))
 
-    def _read(self, module: nn.Module, part: CopyPart) -> None:
+    def _run_with_copies(self, module: nn.Module, part: CopyPart) -> None:
         """Lets a module run with its copies."""
         part.method = self.method
         module.__dict__["_petal_copy"] = part
@@ -210,17 +210,19 @@ class Attachment(Blocks, Routed, Stored, Unloading):
     def named_whole(self) -> list[str]:
         """The paths of what `modules_to_save` means, without what lies in another of them."""
         return [
-            path for path in self._named if not any(path.startswith(f"{p}.") for p in self._named)
+            path
+            for path in self._modules_to_save
+            if not any(path.startswith(f"{p}.") for p in self._modules_to_save)
         ]
 
     def used_again(self) -> list[str]:
         """The paths of adapted linears that the model uses in several places."""
-        again = {id(wrapper) for _, _, wrapper in self._again}
+        again = {id(wrapper) for _, _, wrapper in self._other_uses}
         return [place.path for place, _, _, wrapper in self._wrapped if id(wrapper) in again]
 
     def whole(self) -> list[str]:
         """The paths of what is trained whole, as it was named or as the method chose it."""
-        return list(self.method.trained() | self.method.trained_biases() | self._named)
+        return list(self.method.trained() | self.method.trained_biases() | self._modules_to_save)
 
     def detach(self) -> nn.Module:
         """Gives back the model as it came in: modules, classes, weights and requires_grad.
@@ -244,7 +246,7 @@ class Attachment(Blocks, Routed, Stored, Unloading):
             if forward is not None and isinstance(module.__dict__["forward"], PatchedForward):
                 module.__dict__["forward"] = forward
         places = [(parent, child, wrapper) for _, parent, child, wrapper in self._wrapped]
-        for parent, child, wrapper in (*places, *self._again):
+        for parent, child, wrapper in (*places, *self._other_uses):
             if parent._modules.get(child) is wrapper:  # else somebody put another one there
                 setattr(parent, child, wrapper.base)
         for save in self._saves:
@@ -252,8 +254,8 @@ class Attachment(Blocks, Routed, Stored, Unloading):
         if NAME in self.model._modules:
             delattr(self.model, NAME)
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if name in self._required:
-                parameter.requires_grad_(self._required[name])
+            if name in self._requires_grad:
+                parameter.requires_grad_(self._requires_grad[name])
         self.adapter.__dict__.pop(HANDLE, None)
         self.method.routings.clear()
         self._attached = False
@@ -270,7 +272,7 @@ class Attachment(Blocks, Routed, Stored, Unloading):
         gone += [
             own.__name__
             for module, own, _ in self._taken
-            if id(module) not in there and id(module) not in self._guards
+            if id(module) not in there and id(module) not in self._replaceable
         ]
         if gone:
             raise RuntimeError(

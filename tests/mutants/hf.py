@@ -149,7 +149,7 @@ MUTANTS = [
     ),
     (
         _ATTACHMENT,
-        "parameter.requires_grad_(self._required[name])",
+        "parameter.requires_grad_(self._requires_grad[name])",
         "parameter.requires_grad_(True)",
     ),
     (_ATTACHMENT, "        model.requires_grad_(False)\n", ""),
@@ -158,7 +158,7 @@ MUTANTS = [
     (_ATTACHMENT, "        if gone:\n", "        if False:\n"),
     (
         _ATTACHMENT,
-        "            if id(module) not in there and id(module) not in self._guards",
+        "            if id(module) not in there and id(module) not in self._replaceable",
         "            if id(module) not in there",
     ),
     (

@@ -72,10 +72,10 @@ MUTANTS = [
     (_ATTACH, "    twin = skeleton(model)\n", "    twin = model\n"),
     (_ATTACH, "with FakeTensorMode(allow_non_fake_inputs=True):", "if True:"),
     (_ATTACHMENT, "                setattr(other, name, wrapper)\n", ""),
-    (_ATTACHMENT, "(*places, *self._again)", "places"),
+    (_ATTACHMENT, "(*places, *self._other_uses)", "places"),
     (
         _ATTACHMENT,
-        "            self._read(module, copies.hold(path, module, names, buffers",
+        "            self._run_with_copies(module, copies.hold(path, module, names, buffers",
         "            (None, copies.hold(path, module, names, buffers",
     ),
     (_FILES, "        if mirrors:\n", "        if False:\n"),

@@ -91,7 +91,7 @@ MUTANTS = [
     (_ATTACHMENT, "        for save in self._saves:\n            save.take_back()\n", ""),
     (
         _ATTACHMENT,
-        "self._saves = guard_saves(model, self.adapter, self._places())",
+        "self._saves = guard_saves(model, self.adapter, self._changed())",
         "self._saves = []",
     ),
     (_WHOLE, 'if name == "bias" and module.__dict__.get("bias_of") is not None:', "if False:"),
