@@ -199,8 +199,7 @@ void backward_of(const LowrankArgs& a, int64_t split, int64_t row0, int64_t row1
       if (a.need_dh) add_dh(a, b, k, at, s);
     }
     if (a.dh) {
-      from_rows(static_cast<T*>(a.dh) + row * a.middle, a.middle, b.dh, h_ld(a), s.rows,
-                a.middle);
+      from_rows(static_cast<T*>(a.dh) + row * a.middle, a.middle, b.dh, h_ld(a), s.rows, a.middle);
     }
     const bool masked = masks_x(a) && (a.ddown || (a.dx && a.down));
     if (masked) draw_masks(a, b, s);

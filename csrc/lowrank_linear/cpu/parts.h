@@ -54,8 +54,8 @@ struct Mask {
 
 template <typename T>
 void hidden_rows(const LowrankArgs& a, Span s, float* h) {
-  to_rows(h, h_ld(a), static_cast<const T*>(a.hidden) + s.row0 * a.hidden_row, a.hidden_row,
-          s.rows, a.middle);
+  to_rows(h, h_ld(a), static_cast<const T*>(a.hidden) + s.row0 * a.hidden_row, a.hidden_row, s.rows,
+          a.middle);
 }
 
 // m_k, what output k reads of h: scale_k * mask_k * (h | h_k | h core_k). Whether it is m_(k-1).
@@ -73,8 +73,7 @@ PETAL_INLINE CpuDropout m_dropout(const LowrankArgs& a) {
 // m from h, rows of padded(R_k); `between` holds h core_k, rounded to storage as the reference
 // does.
 template <typename T>
-void form_m(float* m, float* between, const LowrankArgs& a, int64_t k, const float* h,
-                   Span s) {
+void form_m(float* m, float* between, const LowrankArgs& a, int64_t k, const float* h, Span s) {
   const LowrankOutput& o = a.outs[k];
   const int64_t width = padded(o.R), cols = round_up(o.R, kVL);
   MaskedRows rows = {m, width, h + o.at, h_ld(a), cols};

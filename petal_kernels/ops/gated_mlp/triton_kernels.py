@@ -92,7 +92,8 @@ def _gated_mlp_act_bwd_kernel(  # type: ignore[no-untyped-def]
             u = load_tile(u_ptr, stride_um, offs_m, offs_f, mask_m, F).to(tl.float32)  # [M, F]
             p = a * u
         if dp_ptr is not None:
-            dp = load_tile(dp_ptr, stride_dpm, offs_m, offs_f, mask_first, F).to(tl.float32)  # [M, F]
+            dp = load_tile(dp_ptr, stride_dpm, offs_m, offs_f, mask_first, F)  # [M, F]
+            dp = dp.to(tl.float32)
             d = dp
             if u_ptr is not None:
                 store_tile(du_ptr, stride_dum, offs_m, offs_f, mask_first, F, a * dp)
