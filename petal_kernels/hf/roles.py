@@ -29,13 +29,13 @@ _FEED_FORWARD = ("mlp", "ffn", "ff", "feed_forward")
 @dataclass(frozen=True)
 class Attention:
     """An attention by the names of its linears: of three, or of one whose output is in three parts
-    of `widths` columns; `crosses` where key and value read another sequence than the query, and
-    `may` names the arguments with which they do."""
+    of `widths` columns. `crosses`: key and value always read another sequence than the query;
+    `crosses_with`: arguments of the forward that make them do so where they are given."""
 
     linears: tuple[str, ...]
     widths: tuple[int, ...] = ()
     crosses: bool = False
-    may: frozenset[str] = frozenset()
+    crosses_with: frozenset[str] = frozenset()
 
 
 def attention_of(module: nn.Module) -> Attention | str:
@@ -77,7 +77,7 @@ def _with_reads(names: tuple[str, ...], flow: Flow) -> Attention:
     query, key, value = (flow.reads[name] for name in names)
     if key == value and key and not key & query:
         return Attention(names, crosses=True)
-    return Attention(names, may=frozenset(source.name for source in (key | value) - query))
+    return Attention(names, crosses_with=frozenset(source.name for source in (key | value) - query))
 
 
 def _by_names(linears: dict[str, nn.Module], flow: Flow | None) -> Attention | str:
@@ -119,7 +119,7 @@ def row_of(layer: nn.Module) -> Stack | str:
     ((path, attention),) = attentions.items()
     if isinstance(attention, str):
         return f"{path}: {attention}"
-    if attention.may & _given(layer, path):
+    if attention.crosses_with & _given(layer, path):
         return f"{path}: its key and value may read another sequence than its query"
     kind = "cross" if attention.crosses else "self"
     block = "cross" if attention.crosses else "attention"

@@ -103,7 +103,7 @@ class Twice(Three):
         (Told, Attention(("c", "b", "a"))),
         (Torchs, Attention(("c", "a", "b"))),
         (Across, Attention(("a", "b", "c"), crosses=True)),
-        (MayCross, Attention(("a", "b", "c"), may=frozenset({"other"}))),
+        (MayCross, Attention(("a", "b", "c"), crosses_with=frozenset({"other"}))),
         (Listed, Attention(("c", "a", "b"))),
         (Optional, Attention(("a", "b", "c"))),
         (KeysAreValues, "its query, key and value are not each of one linear"),

@@ -270,8 +270,8 @@ MUTANTS = [
     (_GATED, "rows(Work(dz=work.dz, dx=work.dx), False, False, True)", "pass"),
     # gated_mlp: factors, tiles, ranks written twice, another split's mask, rows and sums
     (_MLP_FWD, "activate(known, g[i][j]) * u[i][j];", "activate(known, g[i][j]);"),
-    (_MLP_BLOCK, "d[j] = slope * (factor * up);", "d[j] = slope * up;"),
-    (_MLP_BLOCK, "u[j] = value * up;", "u[j] = factor * up;"),
+    (_MLP_BLOCK, "d[j] = slope * (factor * dp);", "d[j] = slope * dp;"),
+    (_MLP_BLOCK, "u[j] = a * dp;", "u[j] = factor * dp;"),
     (_MLP_BLOCK, "row < p.rows ?", "row <= p.rows ?"),
     (_MLP_BLOCK, "blockIdx.x / across * kTileRows", "blockIdx.x / across * (kTileRows - 1)"),
     (

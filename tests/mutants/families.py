@@ -59,8 +59,8 @@ MUTANTS = [
         "    return Attention(names)",
     ),
     (_ROLES, "return (query, rest // 2, rest // 2)", "return (total // 3,) * 3"),
-    (_ROLES, "if attention.may & _given(layer, path):", "if attention.may:"),
-    (_ROLES, "if attention.may & _given(layer, path):", "if False:"),
+    (_ROLES, "if attention.crosses_with & _given(layer, path):", "if attention.crosses_with:"),
+    (_ROLES, "if attention.crosses_with & _given(layer, path):", "if False:"),
     (
         _ROLES,
         "    return given.union(*(names[: len(call.args)] for call in calls))",

@@ -87,8 +87,8 @@ MUTANTS = [
     # Backward draws every output's mask from stream 0.
     (
         LOWRANK_BACKWARD,
-        "o.scale, middle_dropout(a), static_cast<uint32_t>(k), s.row0)",
-        "o.scale, middle_dropout(a), 0u, s.row0)",
+        "o.scale, m_dropout(a), static_cast<uint32_t>(k), s.row0)",
+        "o.scale, m_dropout(a), 0u, s.row0)",
     ),
     # g accumulates over the chunks of the outputs before.
     (
@@ -109,8 +109,8 @@ MUTANTS = [
         "draw_bits(bits, kBytes, a.dropout, 0u",
     ),
     # Every output reads the first one's part of h; dx takes dh_0 for all of them.
-    (LOWRANK_PARTS, "{m, width, h + o.at, h_width(a), cols}", "{m, width, h, h_width(a), cols}"),
-    (LOWRANK_BACKWARD, "row_major(b.dh + first, h_width(a))", "row_major(b.dh, h_width(a))"),
+    (LOWRANK_PARTS, "{m, width, h + o.at, h_ld(a), cols}", "{m, width, h, h_ld(a), cols}"),
+    (LOWRANK_BACKWARD, "row_major(b.dh + first, h_ld(a))", "row_major(b.dh, h_ld(a))"),
     # All outputs have the first one's scale.
     (HOST, "static_cast<float>(numbers.scales[k])", "static_cast<float>(numbers.scales[0])"),
     (LOWRANK_PARTS, " && a.outs[k].scale == a.outs[k - 1].scale", ""),

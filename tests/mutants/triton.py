@@ -197,7 +197,7 @@ MUTANTS = [
         "triton.cdiv(self.slots, block) + self.experts,",
         "triton.cdiv(self.slots, block),",
     ),
-    (_DISPATCH_TILES, "inverse_ptr + e * N + offs_m", "inverse_ptr + offs_m"),
+    (_DISPATCH_TILES, "slot_of_ptr + e * N + offs_m", "slot_of_ptr + offs_m"),
     (_DISPATCH_FWD, "e, column(g, e), mask_e", "e, column(g, 0), mask_e"),
     # an expert passed by that some row chose
     (_DISPATCH_FWD, "if SHARED or not CHOICE or tl.max(", "if SHARED or not CHOICE or tl.min("),

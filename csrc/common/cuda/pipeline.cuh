@@ -18,11 +18,11 @@ struct Ring {
   __device__ __forceinline__ T* b(int64_t tile) const { return a(tile) + A_ELEMENTS; }
 };
 
-// load(tile) starts the copies of a tile into its stage, mask(tile) says whether it changed the
-// stage in place, use(tile) multiplies. Every thread of the block takes part; on return no copy is
+// load(tile) starts the copies of a tile into its stage; prepare(tile) may write over the stage
+// (masks, an activation) and says whether it did; use(tile) multiplies. Every thread of the block takes part; on return no copy is
 // in flight, but other threads may still be reading the last stage.
-template <class Load, class Mask, class Use>
-__device__ __forceinline__ void run_pipeline(int64_t tiles, Load load, Mask mask, Use use) {
+template <class Load, class Prepare, class Use>
+__device__ __forceinline__ void run_pipeline(int64_t tiles, Load load, Prepare prepare, Use use) {
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
     if (s < tiles) load(static_cast<int64_t>(s));
@@ -34,7 +34,7 @@ __device__ __forceinline__ void run_pipeline(int64_t tiles, Load load, Mask mask
                       // load overwrites
     if (tile + kStages - 1 < tiles) load(tile + kStages - 1);
     cp_async_commit();
-    if (mask(tile)) __syncthreads();
+    if (prepare(tile)) __syncthreads();
     use(tile);
   }
   cp_async_wait<0>();

@@ -8,7 +8,7 @@
 //          stride; dA [R, F] by partials.
 // Grid     forward: a task owns rows. Backward: a split of the rows for a strip of columns; it goes
 //          through its rows in blocks, whose p waits in cache for the product with dh.
-// Traffic  forward 3 N F, backward 5 N F: each operand once, dg over dp; eager code moves 5 N F forward, and
+// Traffic  forward 3 N F, backward 5 N F: each operand once, dg in dp's place; eager code moves 5 N F forward, and
 //          backward 9 N F, with masks 12 N F and more. dh is read once per strip.
 // Numerics fp32 within about two units in the last place; p of backward is not rounded; results
 //          rounded once. A block of rows is a run of dA's sums.

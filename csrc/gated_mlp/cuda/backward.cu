@@ -1,15 +1,16 @@
 // gated_mlp, what lies between the linears, backward. Legend: N rows, F columns, R rank of the last
-// linear's update; T = fp32, fp16, bf16.
+// linear's update; A [R, F] its down-projection, of which h = (mask * p) A^T; mask that of dropout,
+// with its factor; T = fp32, fp16, bf16.
 //
 //   du = act(g) * dp,  dg = act'(g) * u * dp,  dA = dh^T (mask * p),  p = act(g) * u formed again
 //   (without u, the plain MLP: p = act(g), dg = act'(g) * dp)
 //
 // Shapes   g, u and their gradients [N, F], dh [N, R] in T, unit column stride, any row stride; dA
-//          [R, F] contiguous, in T or fp32.
-// Grid     down: (64 columns, 64 ranks (fp32 32), splits of the rows): a ring of stages of 64 bytes
-//          of rows; the tile of g becomes p in place, and is multiplied. The blocks of the first
-//          ranks write dg and du. rows, where dA is not wanted: a block per 16 x 128 tile. reduce:
-//          32 x 32 tiles of dA.
+//          (`ddown`) [R, F] contiguous, in T or fp32.
+// Grid     Where dA is not wanted, rows: a block per 16 x 128 tile. Where it is, down: (64 columns,
+//          64 ranks (fp32 32), splits of the rows), 32 rows at a time (fp32 16) through the ring;
+//          the tile of g becomes p in place, and is multiplied. The blocks of the first ranks
+//          write dg and du. Then reduce: 32 x 32 tiles of dA.
 // Traffic  5 N F: g, u and dp read, dg and du written, each once; g and u again for each further 64
 //          ranks, dh once per 64 columns from L2, fp32 partials [splits, F, R] written and read.
 //          dg overwrites dp.
@@ -55,10 +56,11 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 struct DownShape {
+  // kD rows of one stage: half the usual depth, since a stage holds three tiles of them.
   static constexpr int kF = 64, kR = sizeof(T) == 2 ? 64 : 32, kD = kDepth<T> / 2;
   using Product = TileProduct<T, kF, kR, kD, false, false, 2, 2, 1>;  // p^T dh
   static constexpr int kTile = kTileElements<T, kD, kF>;
-  using Tiles = Ring<T, 3 * kTile, kTileElements<T, kD, kR>>;  // g, u, dp; dh
+  using Tiles = Ring<T, 3 * kTile, kTileElements<T, kD, kR>>;  // A: g, u, dp; B: dh
   static constexpr size_t kStageBytes = sizeof(float) * Stage<kF, kR>::kFloats;
   static constexpr size_t kShared = Tiles::kBytes > kStageBytes ? Tiles::kBytes : kStageBytes;
 };
@@ -123,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
         return true;
       },
       [&](int64_t tile) { product.step(ring.a(tile), ring.b(tile)); });
-  __syncthreads();  // the stage lies over the ring
+  __syncthreads();  // the staged product takes the ring's memory
   product.store(stage);
   __syncthreads();
   float* const partial = p.partial + blockIdx.z * p.width * p.rank;

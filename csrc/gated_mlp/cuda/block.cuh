@@ -44,17 +44,17 @@ __device__ __forceinline__ void ones(float (&v)[8]) {
   for (int j = 0; j < 8; ++j) v[j] = 1.0f;
 }
 
-// g, u and dp become p, du and dg.
-__device__ __forceinline__ void differentiate(Activation name, float (&g)[8], float (&u)[8],
+// In place: g becomes p = act(g) u, u becomes du, d goes from dp to dg.
+__device__ __forceinline__ void differentiate(Activation activation, float (&g)[8], float (&u)[8],
                                               float (&d)[8]) {
-  by_activation(name, [&](Activation known) {
+  by_activation(activation, [&](Activation known) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float value = activate(known, g[j]), slope = derivative(known, g[j]);
-      const float factor = u[j], up = d[j];
-      g[j] = value * factor;
-      u[j] = value * up;
-      d[j] = slope * (factor * up);
+      const float a = activate(known, g[j]), slope = derivative(known, g[j]);
+      const float factor = u[j], dp = d[j];
+      g[j] = a * factor;
+      u[j] = a * dp;
+      d[j] = slope * (factor * dp);
     }
   });
 }

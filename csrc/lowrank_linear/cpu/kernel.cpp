@@ -3,7 +3,7 @@
 //
 // Forward, per block of rows (x packed in fp32, a piece that the nearest cache holds at a time):
 //   h   = x U^T, all down-projections side by side, or h_k = drop_k(x) A_k^T; rounded, kept
-//   m_k = scale_k * mask_k * (h | h_k | h core_k)  r wide
+//   m_k = scale_k * mask_k * (h | h_k | h core_k)  R wide
 //   y_k = base_k + m_k P_k^T               base_k: x W_k^T + b_k in the same accumulators, or given
 // Backward: backward.h.
 //
@@ -23,12 +23,12 @@ namespace petal {
 namespace PETAL_ISA {
 namespace {
 
-constexpr int64_t kDepth =
-    1024;  // contraction length of the base product before it spills to memory
+// Columns of x that the base's product contracts before its accumulators spill to memory.
+constexpr int64_t kDepth = 1024;
 constexpr int64_t kNearRows = 24;  // of x: with kChunk columns they fit L1
 
 struct ForwardBlock {
-  float* h;            // [block, h_width]
+  float* h;            // [block, h_ld]
   float *m, *between;  // [block, padded(R)]
   float* parts;        // h_k [block, padded(R_k)] one after the other, where x is masked
   float* near;         // [kChunk / kNR][kNearRows][kNR]: columns of x, masked or not
@@ -40,9 +40,9 @@ template <typename A>
 ForwardBlock carve_forward(const LowrankArgs& a, A& arena) {
   ForwardBlock b = {};
   const int64_t size = a.block * padded(highest_rank(a));
-  b.h = arena.take(a.block * h_width(a));
+  b.h = arena.take(a.block * h_ld(a));
   b.m = arena.take(size), b.between = arena.take(size);
-  if (masks_x(a)) b.parts = arena.take(a.block * (a.middle + streams(a) * kNR));
+  if (masks_x(a)) b.parts = arena.take(a.block * (a.middle + n_downs(a) * kNR));
   b.near = arena.take(kNearRows * kChunk);
   if (a.outs[0].weight) b.x = arena.take(a.block * padded(a.D));
   if (a.D > kDepth && a.outs[0].weight) b.spill = arena.take(a.block * padded(widest(a)));
@@ -64,7 +64,7 @@ PETAL_INLINE void for_pieces(const LowrankArgs& a, int64_t rows, const Body& bod
 // h = x U^T.
 template <typename T>
 void shrink(const LowrankArgs& a, const ForwardBlock& b, Span s) {
-  const int64_t width = h_width(a);
+  const int64_t width = h_ld(a);
   const T* x = static_cast<const T*>(a.x) + s.row0 * a.x_row;
   for_pieces(a, s.rows, [&](int64_t i, int64_t rows, int64_t c, int64_t n) {
     to_panels(b.near, x + i * a.x_row + c, a.x_row, rows, n, kNearRows);
@@ -81,7 +81,7 @@ void shrink_masked(const LowrankArgs& a, const ForwardBlock& b, Span s) {
   const T* x = static_cast<const T*>(a.x) + s.row0 * a.x_row;
   for_pieces(a, s.rows, [&](int64_t i, int64_t rows, int64_t c, int64_t n) {
     float* part = b.parts;
-    for (int64_t k = 0; k < streams(a); ++k) {
+    for (int64_t k = 0; k < n_downs(a); ++k) {
       const int64_t R = a.own ? a.outs[k].R : a.middle, width = padded(R);
       draw_bits(bits, kBytes, a.dropout, static_cast<uint32_t>(k), s.row0 + i, rows, c / 8,
                 (n + 7) / 8);
@@ -93,16 +93,16 @@ void shrink_masked(const LowrankArgs& a, const ForwardBlock& b, Span s) {
     }
   });
   const float* part = b.parts;
-  for (int64_t k = 0; k < streams(a); ++k) {
+  for (int64_t k = 0; k < n_downs(a); ++k) {
     const int64_t R = a.own ? a.outs[k].R : a.middle, width = padded(R);
-    copy_rows(b.h + a.outs[k].at, h_width(a), part, width, s.rows, round_up(R, kVL));
+    copy_rows(b.h + a.outs[k].at, h_ld(a), part, width, s.rows, round_up(R, kVL));
     part += a.block * width;
   }
 }
 
 template <typename T>
 void make_hidden(const LowrankArgs& a, const ForwardBlock& b, Span s) {
-  const int64_t width = h_width(a);
+  const int64_t width = h_ld(a);
   if (masks_x(a)) {
     shrink_masked<T>(a, b, s);
   } else if (b.x) {
@@ -128,7 +128,7 @@ void expand(const LowrankArgs& a, const LowrankOutput& o, const ForwardBlock& b,
                          o.bias,
                          o.width,
                          may_stream(static_cast<T*>(o.y), o.width, a.N * o.width)};
-  const Rows middle = row_major(b.m, padded(o.R));
+  const Rows m = row_major(b.m, padded(o.R));
   const Block partial = {b.spill, kNR, a.block * kNR};
   Rows x = panels(b.x, a.block);
   int64_t first = 0;  // columns of x already contracted into `partial`
@@ -148,7 +148,7 @@ void expand(const LowrankArgs& a, const LowrankOutput& o, const ForwardBlock& b,
         Tile<M> t;
         first > 0 ? read(t, partial, i, j) : clear(t);
         if (o.weight) mac_rows(t, x, i, o.weight + (j * a.D + first) * kNR, a.D - first);
-        mac_rows(t, middle, i, o.up + j * o.R * kNR, o.R);
+        mac_rows(t, m, i, o.up + j * o.R * kNR, o.R);
         emit(t, out, i, j);
       }
     });
@@ -168,7 +168,7 @@ void forward_of(const LowrankArgs& a, Span s, float* scratch) {
     make_hidden<T>(a, b, s);
   }
   for (int64_t k = 0; k < a.K; ++k) {
-    if (!same_middle(a, k)) masked_middle<T>(b.m, b.between, a, k, b.h, s);
+    if (!same_m(a, k)) form_m<T>(b.m, b.between, a, k, b.h, s);
     expand<T>(a, a.outs[k], b, s);
   }
   stream_fence();

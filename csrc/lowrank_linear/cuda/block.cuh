@@ -1,7 +1,7 @@
 // What the kernels of lowrank_linear share: shapes of a shrink, and products of one operand with
 // several items side by side, each with a mask of its own on that operand.
 //
-// Items (outputs with a down-projection of their own) lie in the columns of C in slots of 16, what
+// Items (outputs with a down-projection of their own; in weights.cu the jobs of a group) lie in the columns of C in slots of 16, what
 // one pair of tensor-core products covers; every item begins a slot. The operand that they share is
 // staged once; of each mask only the bits are kept, one plane per item of the tile, and the product
 // reads the operand through the plane of the slot it is at. A dropped element is an exact zero.

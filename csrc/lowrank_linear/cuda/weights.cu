@@ -1,5 +1,6 @@
-// lowrank_linear, the reductions over rows. Legend: N rows, C_j columns of the wide operand of job j,
-// R_j rank of its narrow one; T = fp32, fp16, bf16.
+// lowrank_linear, the reductions over rows: kernels `param_grad` and `param_reduce`. Legend: N rows;
+// of job j C_j columns of big_j (`width`), R_j columns of small_j (`rank`), s_j its scale; slots:
+// block.cuh; T = fp32, fp16, bf16.
 //
 //   out_j[C_j, R_j] = s_j drop(big_j)^T drop(small_j)
 //   dP_k: big = dy_k, small = m_k;   dU^T: big = x, small = dh;   dA_k^T: big = x, small = dh_k;
@@ -25,7 +26,7 @@
 namespace petal {
 namespace {
 
-constexpr int kColumns = 64;  // of the wide operand per block
+constexpr int kColumns = 64;  // of big per block
 
 template <typename T>
 struct ParamGradShape {
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const int64_t col0 = (static_cast<int64_t>(blockIdx.x) - p.first_tile[group]) * kColumns,
                 rank0 = static_cast<int64_t>(blockIdx.y) * kBN;
   const Slots slots{p.first_slot, first, end_job, static_cast<int>(blockIdx.y) * Shape::kSlots};
-  // Another group has more ranks.
+  // The grid has the rank tiles of the group with most ranks; this group ends before.
   if (slots.col(0, end_job - 1) >= p.job[end_job - 1].rank) return;
   const uint32_t planes = GROUPS ? slots.template planes<Shape::kSlots>() : 0;
   const int64_t row0 = blockIdx.z * p.rows_per_split;
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
           product.step(ring.a(tile), ring.b(tile));
         }
       });
-  __syncthreads();  // the stage lies over the ring
+  __syncthreads();  // the staged product takes the ring's memory
   product.store(stage);
   __syncthreads();
   float* const partial = p.partial + blockIdx.z * p.partial_stride;
@@ -150,13 +151,14 @@ bool joins(const ReduceJob& job, const ReduceJob& before) {
          !before.mask_small;
 }
 
-int64_t columns_of(const ParamGradParams& p, int group) {
+// Columns of a group's smalls side by side: the last one needs no whole slot.
+int64_t ranks_of(const ParamGradParams& p, int group) {
   const int last = p.first_job[group + 1] - 1;
   return last == p.first_job[group] ? p.job[last].rank
                                     : p.first_slot[last] * kSlot + p.job[last].rank;
 }
 
-// Tiles of `tile` columns of every group, or of every job.
+// Where tiles of `tile` columns of big begin: of every group, or of every job.
 void fill_tiles(ParamGradParams& p, int64_t tile, bool jobs) {
   p.first_tile[0] = 0;
   for (int i = 0; i < (jobs ? p.jobs : p.groups); ++i)
@@ -180,7 +182,7 @@ void plan_param_grad(ParamGradParams& p) {
   if (p.splits > 0) return;
   int64_t tiles = 0;
   for (int g = 0; g < p.groups; ++g)
-    tiles += ceil_div(p.job[p.first_job[g]].width, kColumns) * ceil_div(columns_of(p, g), kColumns);
+    tiles += ceil_div(p.job[p.first_job[g]].width, kColumns) * ceil_div(ranks_of(p, g), kColumns);
   const int64_t wanted = ceil_div(2 * multiprocessors(), tiles > 0 ? tiles : 1),
                 most = ceil_div(p.rows, 256);
   p.splits = wanted < most ? wanted : (most > 0 ? most : 1);
@@ -191,16 +193,16 @@ const char* launch_lowrank_param_grad(ParamGradParams params, void* stream) {
     using T = typename decltype(tag)::type;
     using Shape = ParamGradShape<T>;
     fill_tiles(params, kColumns, false);
-    int64_t columns = 0;
+    int64_t ranks = 0;
     for (int g = 0; g < params.groups; ++g)
-      columns = columns > columns_of(params, g) ? columns : columns_of(params, g);
+      ranks = ranks > ranks_of(params, g) ? ranks : ranks_of(params, g);
     for (int j = 0; j < params.jobs; ++j) {
       if (params.dropout.rng != nullptr && (params.job[j].mask_big || params.job[j].mask_small))
         params.job[j].scale *= params.dropout.scale;
     }
     params.rows_per_split = ceil_div(ceil_div(params.rows, params.splits), Shape::kD) * Shape::kD;
     const dim3 grid(static_cast<unsigned>(params.first_tile[params.groups]),
-                    static_cast<unsigned>(ceil_div(columns, Shape::kBN)),
+                    static_cast<unsigned>(ceil_div(ranks, Shape::kBN)),
                     static_cast<unsigned>(params.splits));
     if (params.groups == params.jobs)
       return launch(&lowrank_param_grad_kernel<T, false>, grid, Shape::kShared, stream, params);

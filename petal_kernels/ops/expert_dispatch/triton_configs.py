@@ -143,14 +143,14 @@ _TYPES = {
     **dict.fromkeys(("logits", "dl", "dlogits", "dg", "dgates"), "*fp32"),
     **dict.fromkeys(("down", "down_bias", "up", "up_bias", "router", "router_bias"), "*fp32"),
     "chosen": "*i8",
-    "inverse": "*i32",
+    "slot_of": "*i32",
     "order": "*i32",
     "offsets": "*i32",
     "keep": "fp32",
     "mix": "fp32",
 }
 # What each compiled form lacks, and its switches.
-_SORT = ("inverse", "order", "offsets")
+_SORT = ("slot_of", "order", "offsets")
 _ROUTER = ("router", "router_bias", "noise", "logits", "dl", "dlogits")
 _FORMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "softmax": (("chosen", "gates", "dgates", *_SORT), {"GATE": "softmax"}),

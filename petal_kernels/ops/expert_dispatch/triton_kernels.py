@@ -121,7 +121,7 @@ def _expert_dispatch_shrink_kernel(  # type: ignore[no-untyped-def]
 def _add_expert(  # type: ignore[no-untyped-def]
     acc,
     z_ptr,
-    inverse_ptr,
+    slot_of_ptr,
     up_ptr,
     e,
     g,
@@ -138,7 +138,7 @@ def _add_expert(  # type: ignore[no-untyped-def]
 ):
     """acc + ga_e up_e^T, ga = g act(z)."""
     offs_r = tl.arange(0, BLOCK_R)
-    rows = z_rows(inverse_ptr, offs_m, mask_e, e, N, A)
+    rows = z_rows(slot_of_ptr, offs_m, mask_e, e, N, A)
     z = load_tile(z_ptr, R, rows, offs_r, mask_e, R)  # [M, R]
     ga = (activate(z.to(tl.float32), ACT) * g[:, None]).to(z.dtype)
     up = load_tile(up_ptr + e * O * R, R, offs_o, offs_r, offs_o < O, R).to(z.dtype)  # [O, R]
@@ -161,7 +161,7 @@ def _expert_dispatch_fwd_kernel(  # type: ignore[no-untyped-def]
     router_bias_ptr,
     noise_ptr,
     gates_ptr,
-    inverse_ptr,
+    slot_of_ptr,
     N,
     L,
     D,
@@ -196,7 +196,7 @@ def _expert_dispatch_fwd_kernel(  # type: ignore[no-untyped-def]
     offs_r = tl.arange(0, BLOCK_R)
     offs_e = tl.arange(0, BLOCK_E)
     CHOICE: tl.constexpr = chosen_ptr is not None
-    if router_ptr is not None and inverse_ptr is None:
+    if router_ptr is not None and slot_of_ptr is None:
         logits, chosen = _store_routing(
             logits_ptr, chosen_ptr, x_ptr, router_ptr, router_bias_ptr, noise_ptr, offs_m, mask_m,
             D, E, K, stride_xm, GATE, PRECISION, BLOCK_K, BLOCK_E,
@@ -208,7 +208,7 @@ def _expert_dispatch_fwd_kernel(  # type: ignore[no-untyped-def]
             GATE, RENORM and CHOICE, BLOCK_E,
         )  # fmt: skip
     chosen = chosen.to(tl.int32)
-    if inverse_ptr is None:
+    if slot_of_ptr is None:
         for i in range(A):
             e = tl.cast(i, tl.int64)
             mask_e = mask_m if SHARED else column(chosen, e) > 0
@@ -234,7 +234,7 @@ def _expert_dispatch_fwd_kernel(  # type: ignore[no-untyped-def]
             mask_e = column(chosen, e) > 0
             if not CHOICE or tl.max(mask_e.to(tl.int32), 0) > 0:
                 acc = _add_expert(
-                    acc, z_ptr, inverse_ptr, up_ptr, e, column(g, e), mask_e, offs_m, offs_o,
+                    acc, z_ptr, slot_of_ptr, up_ptr, e, column(g, e), mask_e, offs_m, offs_o,
                     N, A, R, O, ACT, PRECISION, BLOCK_R,
                 )  # fmt: skip
         acc *= mix

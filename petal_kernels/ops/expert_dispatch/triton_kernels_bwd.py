@@ -98,7 +98,7 @@ def _expert_dispatch_bwd_rows_kernel(  # type: ignore[no-untyped-def]
     gates_ptr,
     chosen_ptr,
     dlogits_ptr,
-    inverse_ptr,
+    slot_of_ptr,
     down_ptr,
     up_ptr,
     up_bias_ptr,
@@ -133,7 +133,7 @@ def _expert_dispatch_bwd_rows_kernel(  # type: ignore[no-untyped-def]
     mask_m = offs_m < N
     offs_r = tl.arange(0, BLOCK_R)
     offs_e = tl.arange(0, BLOCK_E)
-    SORTED: tl.constexpr = inverse_ptr is not None
+    SORTED: tl.constexpr = slot_of_ptr is not None
     CHOICE: tl.constexpr = chosen_ptr is not None
     DG: tl.constexpr = dl_ptr is not None or dgates_ptr is not None
     g, p, chosen = gates_tile(
@@ -152,7 +152,7 @@ def _expert_dispatch_bwd_rows_kernel(  # type: ignore[no-untyped-def]
             e = tl.cast(i, tl.int64)
             mask_e = column(used, e) > 0
             if not CHOICE or tl.max(mask_e.to(tl.int32), 0) > 0:
-                rows = z_rows(inverse_ptr, offs_m, mask_e, e, N, A)
+                rows = z_rows(slot_of_ptr, offs_m, mask_e, e, N, A)
                 z = load_tile(z_ptr, R, rows, offs_r, mask_e, R)  # [M, R]
                 dge, dz = expert_gradient(
                     dout_ptr, stride_dm, up_ptr + e * O * R, z, column(g, e), offs_m, mask_m, R, O,
@@ -192,7 +192,7 @@ def _expert_dispatch_bwd_rows_kernel(  # type: ignore[no-untyped-def]
                 e = tl.cast(i, tl.int64)
                 mask_e = mask_m if SHARED and not SORTED else column(used, e) > 0
                 if not CHOICE or tl.max(mask_e.to(tl.int32), 0) > 0:
-                    rows = z_rows(inverse_ptr, offs_m, mask_e, e, N, A)
+                    rows = z_rows(slot_of_ptr, offs_m, mask_e, e, N, A)
                     dz = load_tile(dz_ptr, R, rows, offs_r, mask_e, R)  # [M, R]
                     # [R, O]
                     down = load_tile(down_ptr + e % A * R * D, D, offs_r, offs_d, offs_r < R, D)

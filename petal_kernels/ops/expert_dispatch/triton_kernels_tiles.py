@@ -2,9 +2,9 @@
 
 What those compute, their traffic, numerics and limits are in ``triton_impl.py``. Common to all: N
 tokens, E experts (padded to BLOCK_E) of rank R, A down-projections (E, or 1 for all); L tokens
-share a row of given gates. Where ``inverse_ptr`` is given the plan is sorted: row n of z is slot n,
-and ``inverse`` [E, N] (the CUDA sources' is [N, E]) holds the slot of an expert's token; else row
-n A + e is expert e's of token n. In the kernels of sums over rows W is the width of what is being
+share a row of given gates. Where ``slot_of_ptr`` is given the plan is sorted: row n of z is slot n,
+and ``slot_of`` [E, N] holds the slot of an expert's token; else row n A + e is expert e's of token
+n. In the kernels of sums over rows W is the width of what is being
 reduced, O or D. Expert numbers are made int64 before they multiply.
 """
 
@@ -127,12 +127,12 @@ def gates_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def z_rows(inverse_ptr, offs_m, mask, e, N, A):  # type: ignore[no-untyped-def]
+def z_rows(slot_of_ptr, offs_m, mask, e, N, A):  # type: ignore[no-untyped-def]
     """Where expert e's bottleneck of each token lies in z."""
-    if inverse_ptr is None:
+    if slot_of_ptr is None:
         rows = offs_m * A + e % A
     else:
-        rows = tl.load(inverse_ptr + e * N + offs_m, mask=mask, other=0).to(tl.int64)
+        rows = tl.load(slot_of_ptr + e * N + offs_m, mask=mask, other=0).to(tl.int64)
     return rows
 
 

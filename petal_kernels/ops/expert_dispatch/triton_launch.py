@@ -112,7 +112,7 @@ class Problem:
         """Programs that own rows."""
         return (triton.cdiv(self.rows, block),)
 
-    def inverse(self, chosen: Tensor | None) -> Tensor | None:
+    def slot_of(self, chosen: Tensor | None) -> Tensor | None:
         """Sorted: the slot of an expert's token [E, N], of those that are chosen; else None."""
         if not self.sorted:
             return None
@@ -145,12 +145,12 @@ def forward(p: Problem, save: bool) -> tuple[Tensor, Saved]:
     logits = None if t.router is None else first.new_empty(pairs, dtype=torch.float32)
     ours = first.new_empty(pairs, dtype=torch.bool) if s.gate == "topk" else None
     chosen = t.chosen if ours is None else ours
-    order = offsets = inverse = None
+    order = offsets = slot_of = None
     if p.sorted:
         if logits is not None:
             _route(p, logits, ours)
         order, offsets = routing.sort_by_expert(p.per_token(chosen), p.slots)
-        inverse = p.inverse(chosen)
+        slot_of = p.slot_of(chosen)
         config = p.config("shrink")
         tk._expert_dispatch_shrink_kernel[p.slot_tiles(config["BLOCK_M"])](
             z, t.x, t.down, t.down_bias, order, offsets,
@@ -160,7 +160,7 @@ def forward(p: Problem, save: bool) -> tuple[Tensor, Saved]:
     config = p.config("fwd")
     tk._expert_dispatch_fwd_kernel[p.row_tiles(config["BLOCK_M"])](
         out, z, logits, _bytes(chosen), None if p.sorted else t.x, t.down, t.down_bias, h,
-        t.up, t.up_bias, t.router, t.router_bias, t.noise, t.gates, inverse,
+        t.up, t.up_bias, t.router, t.router_bias, t.noise, t.gates, slot_of,
         p.rows, s.tokens_per_gate, p.width, p.rank, p.out, p.experts, p.downs, s.top_k,
         _stride(t.x), _stride(h), out.stride(0), s.keep, s.mix,
         ACT=s.activation, SHARED=p.shared, **p.gating(), **config,
@@ -199,7 +199,7 @@ def rows_backward(
     if not (wants_z or given or routed):
         return d
     chosen = t.chosen if saved.chosen is None else saved.chosen
-    inverse, dg = p.inverse(chosen), None
+    slot_of, dg = p.slot_of(chosen), None
     if p.sorted:
         dg = pairs.new_empty(p.rows, p.experts) if given or routed else None
         config = p.config("slots")
@@ -214,7 +214,7 @@ def rows_backward(
     config = p.config("rows")
     tb._expert_dispatch_bwd_rows_kernel[p.row_tiles(config["BLOCK_M"])](
         d.x, d.z, d.gates, d.logits, dout, saved.z, dg, saved.logits, t.gates, _bytes(chosen),
-        None if dlogits is None else dlogits.contiguous(), inverse,
+        None if dlogits is None else dlogits.contiguous(), slot_of,
         t.down, t.up, t.up_bias, t.router,
         p.rows, s.tokens_per_gate, p.width, p.rank, p.out, p.experts, p.downs,
         dout.stride(0), s.keep, s.mix,

@@ -59,8 +59,8 @@ class Call(NamedTuple):
         return 1.0 if self.kind == "rms_plus_one" else 0.0
 
 
-def numbers(kind: str) -> int:
-    """Of a row's moments: 1 / deviation, behind the mean where that is taken off."""
+def moments_per_row(kind: str) -> int:
+    """How many numbers are kept of a row: rho, behind the mean where that is taken off."""
     return 2 if kind == "layer" else 1
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from petal_kernels.ops.frozen_norm.arguments import KINDS, Call, numbers
+from petal_kernels.ops.frozen_norm.arguments import KINDS, Call, moments_per_row
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -42,7 +42,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """y [N, D], and the moments."""
     x, weight, bias, kind, eps = call
     y = x.new_empty(x.shape)
-    moments = x.new_empty((x.shape[0], numbers(kind)), dtype=torch.float32)
+    moments = x.new_empty((x.shape[0], moments_per_row(kind)), dtype=torch.float32)
     _ops().frozen_norm_fwd(x, weight, bias, KINDS.index(kind), eps, y, moments)
     return y, moments
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from petal_kernels._runtime import device
 from petal_kernels._runtime.rows import fresh_rows
-from petal_kernels.ops.frozen_norm.arguments import KINDS, Call, numbers
+from petal_kernels.ops.frozen_norm.arguments import KINDS, Call, moments_per_row
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -37,7 +37,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     device.load_cpu_library()
     x, weight, bias, kind, eps = call
     y = fresh_rows(x, *x.shape)
-    moments = x.new_empty((x.shape[0], numbers(kind)), dtype=torch.float32)
+    moments = x.new_empty((x.shape[0], moments_per_row(kind)), dtype=torch.float32)
     torch.ops.petal_native.frozen_norm_fwd(x, weight, bias, KINDS.index(kind), eps, y, moments)
     return y, moments
 

@@ -15,7 +15,7 @@ from petal_kernels._runtime.first_order import FirstOrderFunction, check_transfo
 from petal_kernels._runtime.library import define
 from petal_kernels._runtime.numerics import wide_dtype
 from petal_kernels._runtime.rows import flat_rows, result_of
-from petal_kernels.ops.frozen_norm.arguments import Call, Given, check, numbers
+from petal_kernels.ops.frozen_norm.arguments import Call, Given, check, moments_per_row
 
 _NAME = "frozen_norm"
 
@@ -57,7 +57,7 @@ def _fwd_fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1]).shape[0]
-    moments = x.new_empty((rows, numbers(kind)), dtype=wide_dtype(x.dtype))
+    moments = x.new_empty((rows, moments_per_row(kind)), dtype=wide_dtype(x.dtype))
     return x.new_empty(x.shape), moments
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from petal_kernels._runtime import triton_lib as lib
 from petal_kernels.ops.frozen_norm import triton_kernels as tk
-from petal_kernels.ops.frozen_norm.arguments import Call, numbers
+from petal_kernels.ops.frozen_norm.arguments import Call, moments_per_row
 from petal_kernels.ops.frozen_norm.triton_configs import choose
 
 
@@ -47,7 +47,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     x, weight, bias, kind, eps = call
     rows, width = x.shape
     y = x.new_empty(x.shape)
-    moments = x.new_empty((rows, numbers(kind)), dtype=torch.float32)
+    moments = x.new_empty((rows, moments_per_row(kind)), dtype=torch.float32)
     config = choose("fwd", lib.machine(x))
     with lib.on_device(x):
         tk._frozen_norm_fwd_kernel[(triton.cdiv(rows, config["BLOCK_M"]),)](

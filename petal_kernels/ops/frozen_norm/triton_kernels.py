@@ -1,5 +1,9 @@
 """Triton kernels of ``frozen_norm``; what they compute and move is documented in
-``triton_impl.py``."""
+``triton_impl.py``.
+
+Of the kinds they know what `arguments.Call` says: CENTERED, the mean is taken off and stored before
+rho; ROUNDED, the normalised row is rounded to x's dtype; OFFSET, 0 or 1, is added to the weight.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +90,7 @@ def _frozen_norm_bwd_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dx of BLOCK_M rows; the first walk forms the two means."""
+    """dx of BLOCK_M rows. The first walk over the columns forms mean(g) and mean(g xhat)."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < N
     mean = tl.zeros((BLOCK_M,), tl.float32)
@@ -102,7 +106,7 @@ def _frozen_norm_bwd_kernel(  # type: ignore[no-untyped-def]
         x = load_tile(x_ptr, stride_xm, offs_m, offs_k, mask_m, D).to(tl.float32)  # [M, K]
         dy = load_tile(dy_ptr, stride_dym, offs_m, offs_k, mask_m, D).to(tl.float32)  # [M, K]
         g = dy * _factor(weight_ptr, offs_k, D, OFFSET)[None, :]
-        # Behind the last column a large mean may overflow: zero times that is no zero.
+        # Behind the last column g is 0, but (0 - mean) rho may overflow, and 0 * inf is NaN.
         xhat = tl.where((offs_k < D)[None, :], (x - mean[:, None]) * rho[:, None], 0.0)
         sum_gx += g * xhat
         if CENTERED:

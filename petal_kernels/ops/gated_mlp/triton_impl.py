@@ -1,6 +1,8 @@
 """What lies between the linears of ``gated_mlp``, in Triton.
 
-Maths. Kernel "rows" is backward where no dA is wanted, "down" where it is; of the plain MLP u is 1:
+Maths. A [R, F] is the last linear's down-projection, ``down``, and h = (mask * p) A^T. Backward is
+one kernel, launched as "rows" where no dA is wanted and as "down" where it is. Without a gate u is
+1:
 
     fwd           p = act(g) * u                                          [N, F]
     rows, down    du = act(g) * dp,  dg = act'(g) * (u * dp)              [N, F]
@@ -76,8 +78,8 @@ def backward(call: Call, dp: Tensor | None, product: Product | None) -> Gradient
     g, u, name = call
     (rows, width), where = g.shape, lib.machine(g)
     du = None if dp is None or u is None else g.new_empty(g.shape)
-    dh, down, rng, p = (None, None, None, 0.0) if product is None else product
-    threshold = 0 if rng is None else philox.threshold(p)
+    dh, down, rng, dropout = (None, None, None, 0.0) if product is None else product
+    threshold = 0 if rng is None else philox.threshold(dropout)
     drops = threshold > 0
     rank = 0 if dh is None else dh.shape[1]
     config = choose("rows" if dh is None else "down", where, g.element_size(), rank)
@@ -94,7 +96,7 @@ def backward(call: Call, dp: Tensor | None, product: Product | None) -> Gradient
         tk._gated_mlp_act_bwd_kernel[(tiles * splits, slices)](
             g, u, dp, du, dh, part, rng if drops else None, rows, width, rank,
             *(_row_stride(t) for t in (g, u, dp, du, dh)), per_split, threshold,
-            philox.keep_scale(p) if drops else 1.0,
+            philox.keep_scale(dropout) if drops else 1.0,
             ACT=name, PRECISION=lib.precision(), **config,
         )  # fmt: skip
         return Gradients(du, None if down is None else _reduced(part, down))

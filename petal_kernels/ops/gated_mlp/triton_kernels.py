@@ -68,8 +68,10 @@ def _gated_mlp_act_bwd_kernel(  # type: ignore[no-untyped-def]
     BLOCK_F: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """dg over dp, du, and part[split] = dh^T (mask * p) of the split's rows; a program owns BLOCK_F
-    columns of one split and BLOCK_R ranks. Those of the first ranks have dp and du."""
+    """dg into dp's memory, du, and part[split] = dh^T (mask * p) of the split's rows.
+
+    A program owns BLOCK_F columns of one split and BLOCK_R ranks; those of the first ranks alone
+    read dp and write dg and du."""
     tiles = tl.cdiv(F, BLOCK_F)
     col0 = (tl.program_id(0) % tiles) * BLOCK_F
     split = (tl.program_id(0) // tiles).to(tl.int64)
@@ -82,7 +84,7 @@ def _gated_mlp_act_bwd_kernel(  # type: ignore[no-untyped-def]
     for step in range(tl.cdiv(rows_per_split, BLOCK_M)):
         offs_m = split * rows_per_split + step * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < N
-        first = mask_m & (tl.program_id(1) == 0)
+        mask_first = mask_m & (tl.program_id(1) == 0)
         g = load_tile(g_ptr, stride_gm, offs_m, offs_f, mask_m, F).to(tl.float32)  # [M, F]
         a = activate(g, ACT)
         p = a
@@ -90,13 +92,14 @@ def _gated_mlp_act_bwd_kernel(  # type: ignore[no-untyped-def]
             u = load_tile(u_ptr, stride_um, offs_m, offs_f, mask_m, F).to(tl.float32)  # [M, F]
             p = a * u
         if dp_ptr is not None:
-            dp = load_tile(dp_ptr, stride_dpm, offs_m, offs_f, first, F).to(tl.float32)  # [M, F]
+            dp = load_tile(dp_ptr, stride_dpm, offs_m, offs_f, mask_first, F)  # [M, F]
+            dp = dp.to(tl.float32)
             d = dp
             if u_ptr is not None:
-                store_tile(du_ptr, stride_dum, offs_m, offs_f, first, F, a * dp)
+                store_tile(du_ptr, stride_dum, offs_m, offs_f, mask_first, F, a * dp)
                 d = u * dp
             dg = activate_backward(g, d, ACT)
-            store_tile(dp_ptr, stride_dpm, offs_m, offs_f, first, F, dg)
+            store_tile(dp_ptr, stride_dpm, offs_m, offs_f, mask_first, F, dg)
         if dh_ptr is not None:
             dh = load_tile(dh_ptr, stride_dhm, offs_m, offs_r, mask_m, R)  # [M, R]
             p = p.to(dh.dtype)
@@ -113,5 +116,5 @@ def _gated_mlp_act_bwd_kernel(  # type: ignore[no-untyped-def]
 def _gated_mlp_act_bwd_reduce_kernel(  # type: ignore[no-untyped-def]
     part_ptr, ddown_ptr, size, stride_part, splits, BLOCK: tl.constexpr
 ):
-    """dA = the partials' sum in the order of the splits."""
+    """ddown = the partials' sum in the order of the splits."""
     sum_section(ddown_ptr, 0, size, 0, part_ptr, stride_part, splits, BLOCK)

@@ -145,13 +145,13 @@ def test_traffic_sorted() -> None:
     call = prepare(SORTED)
     audit = audited(call)
     wide, slots, pairs, matrix = 4 * N * D, 2 * N, N * E, 4 * E * R * D
-    middle, biases, router, inverse = 4 * slots * R, 4 * E * D, 4 * E * (D + 1), 4 * 2 * N
+    middle, biases, router, slot_of = 4 * slots * R, 4 * E * D, 4 * E * (D + 1), 4 * 2 * N
     expect(audit, "route", (wide + router + 9 * pairs, 0))
     expect(audit, "shrink", (wide + matrix + 4 * E * R + middle + 4 * slots, 0))
-    expect(audit, "_fwd", (2 * wide + middle + matrix + biases + inverse + 5 * pairs, 0))
+    expect(audit, "_fwd", (2 * wide + middle + matrix + biases + slot_of + 5 * pairs, 0))
     rest = 4 * slots + 5 * pairs + 4 * slots  # order, logits and choice, dg
     expect(audit, "bwd_slots", (wide + 2 * middle + matrix + biases + rest, 0))
-    rows = 2 * wide + middle + matrix + router + inverse + 9 * pairs + 4 * slots
+    rows = 2 * wide + middle + matrix + router + slot_of + 9 * pairs + 4 * slots
     expect(audit, "bwd_rows", (rows, 0))
     part = 4 * splits(audit) * E
     expect(
@@ -269,11 +269,11 @@ def test_the_sort_is_the_definitions() -> None:
     order, offsets = routing.sort_by_expert(saved.chosen, call.slots)
     assert torch.equal(saved.order, order)
     assert torch.equal(saved.offsets, offsets)
-    inverse = launch.Problem.of(call).inverse(saved.chosen)
-    assert inverse is not None
+    slot_of = launch.Problem.of(call).slot_of(saved.chosen)
+    assert slot_of is not None
     for slot, token in enumerate(order.tolist()):
         e = int((offsets[1:] <= slot).sum())
-        assert int(inverse[e * N + token]) == slot
+        assert int(slot_of[e * N + token]) == slot
 
 
 def test_fewer_slots_than_the_bound() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from petal_kernels.ops.frozen_norm import cuda_impl, torch_impl, workload
-from petal_kernels.ops.frozen_norm.arguments import KINDS, Call, numbers
+from petal_kernels.ops.frozen_norm.arguments import KINDS, Call, moments_per_row
 from tests.emulation.guarded import Guarded
 from tests.emulation.operator import Emulated, bad, with_dtypes
 from tests.emulation.support import DTYPES, needs_compiler, pad_rows
@@ -72,7 +72,7 @@ def test_guard_zones(width: int, pad: int, dtype: torch.dtype, emulated: Any) ->
     for kind in KINDS:
         x, weight, bias, _, _ = call(kind, dtype, 6, width, pad)
         y, dx = (guard.matrix(6, width, dtype, pad) for _ in range(2))
-        moments = guard.flat(6, numbers(kind), dtype=torch.float32)
+        moments = guard.flat(6, moments_per_row(kind), dtype=torch.float32)
         number = KINDS.index(kind)
         emulated.frozen_norm_fwd(x, weight, bias, number, 1e-5, y, moments)
         emulated.frozen_norm_bwd(x, x, moments, weight, number, dx)

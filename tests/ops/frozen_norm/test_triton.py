@@ -17,7 +17,7 @@ if device.triton_reason() is not None or torch.cuda.is_available():
     pytest.skip("needs Triton's interpreter", allow_module_level=True)
 
 from petal_kernels.ops.frozen_norm import torch_impl, triton_configs, triton_impl
-from petal_kernels.ops.frozen_norm.arguments import KINDS, Call, numbers
+from petal_kernels.ops.frozen_norm.arguments import KINDS, Call, moments_per_row
 from tests.ops.interpreted import clean, expect, normal
 
 triton_audit.hasten_interpreter()
@@ -39,7 +39,7 @@ def test_traffic(kind: str) -> None:
         y, moments = triton_impl.forward(call(kind))
         triton_impl.backward(call(kind), moments, y)
     clean(audit)
-    rows, few = N * D * 4, N * numbers(kind) * 4
+    rows, few = N * D * 4, N * moments_per_row(kind) * 4
     vectors = (2 if kind == "layer" else 1) * D * 4
     expect(audit, "_fwd", 2 * rows + few + vectors)
     expect(audit, "_bwd", 3 * rows + few + D * 4)
