@@ -56,7 +56,7 @@ def test_what_a_function_says(code: str, said: list[tuple[str, str]], tmp_path: 
 
 
 def test_reasons_are_messages(tmp_path: Path) -> None:
-    text = '''
+    text = """
         def unsupported(call):
             reasons = ["needs a device"]
             reasons.append(f"rank at most 4, got {call.rank}")
@@ -64,22 +64,22 @@ def test_reasons_are_messages(tmp_path: Path) -> None:
 
         def other(call):
             return ["is no reason at all"]
-    '''
+    """
     want = [("reason", "needs a device"), ("reason", "rank at most 4, got …")]
     assert read(tmp_path, a=text)["p.a"] == want
 
 
 def test_words_that_a_caller_gives_are_his(tmp_path: Path) -> None:
     """Through two functions, an import by another name and a default."""
-    checks = '''
+    checks = """
         def want(ok, name, what="a number"):
             if not ok:
                 raise ValueError(f"{name}: want {what}, got {ok!r}")
 
         def one_of(name, value, choices):
             want(value in choices, name, f"one of {choices}")
-    '''
-    user = '''
+    """
+    user = """
         from p.checks import one_of, want as _want
         from p import checks
 
@@ -88,7 +88,7 @@ def test_words_that_a_caller_gives_are_his(tmp_path: Path) -> None:
             one_of("gate", gate, ("a", "b"))
             checks.want(what="a bool", ok=r, name="flag")
             want(r, "not this one")
-    '''
+    """
     said = [text for _, text in read(tmp_path, checks=checks, user=user)["p.user"]]
     assert said == [
         "r: want a number, got …",
