@@ -10,17 +10,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import petal_kernels as pk
 
 
-def profile(form: str, config: LlamaConfig, batch: int, length: int) -> pk.memory.Profile:
+def profile(form: str, sizes: LlamaConfig, batch: int, length: int) -> pk.memory.Profile:
     """One step of the model in that form, in bfloat16, dropout on."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
-    lora = {"r": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
+        model = LlamaForCausalLM(sizes).to(torch.bfloat16).requires_grad_(False)
     if form.startswith("peft"):
-        model = peft.get_peft_model(model, peft.LoraConfig(**lora), autocast_adapter_dtype=False)
-    elif form != "one norm trained":
-        pk.attach(model, pk.LoraConfig(**lora, recompute_mlp="recomputed" in form))
-    else:
+        config = peft.LoraConfig(r=16, lora_dropout=0.05, target_modules="all-linear")
+        model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    elif form == "one norm trained":
         model.model.layers[0].input_layernorm.requires_grad_(True)
+    else:
+        again = "recomputed" in form
+        lora = pk.LoraConfig(
+            r=16, lora_dropout=0.05, target_modules="all-linear", recompute_mlp=again
+        )
+        pk.attach(model, lora)
     if form == "peft, fused":
         pk.fuse(model)
     ids = torch.zeros(batch, length, dtype=torch.int64)

@@ -4,9 +4,9 @@ teaches it a new question about them. The pictures come inside scikit-image; a m
 from pathlib import Path
 
 import numpy as np
+import skimage
 import torch
 from PIL import Image
-from skimage import data_dir
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
@@ -27,7 +27,8 @@ Batch = dict[str, Tensor]
 
 def photographs() -> list[Tensor]:
     """[3, height, width] from 0 to 1."""
-    found = [Image.open(next(Path(data_dir).glob(f"{name}.*"))) for name in THINGS]
+    folder = Path(skimage.__file__).with_name("data")
+    found = [Image.open(next(folder.glob(f"{name}.*"))) for name in THINGS]
     return [torch.tensor(np.array(p.convert("RGB"))).permute(2, 0, 1) / 255 for p in found]
 
 
@@ -60,7 +61,7 @@ def train(model: nn.Module, photos: list[Tensor], question: int, steps: int, lr:
 def accuracy(model: nn.Module, photos: list[Tensor], question: int) -> float:
     batch = draw(photos, 400, question, seed=10**6, held_out=1)
     said = model.eval()(**batch).logits[:, -2].argmax(-1)
-    return (said == batch["input_ids"][:, -1]).float().mean().item()
+    return float((said == batch["input_ids"][:, -1]).float().mean())
 
 
 def main(steps: int = 400) -> dict[str, float]:
@@ -77,7 +78,7 @@ def main(steps: int = 400) -> dict[str, float]:
     found = {"what ?": accuracy(model, photos, 0)}
     att = pk.attach(model, pk.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     found["what kind ?, before"] = accuracy(model, photos, 1)
-    train(model, photos, 1, steps // 4, 1e-2)
+    train(model, photos, 1, steps // 2, 1e-2)
     found["what kind ?, after"] = accuracy(model, photos, 1)
     with att.disabled():
         found["what ?, adapter off"] = accuracy(model, photos, 0)

@@ -65,11 +65,13 @@ def test_the_benchmark_times_what_it_compared(
         bench.main(**sizes)
 
 
-def test_memory_orders_the_forms(capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_orders_the_forms(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     memory = load("memory")
-    memory.FORMS = ("peft", "peft, fused", "attach, MLP recomputed")
+    monkeypatch.setattr(memory, "FORMS", ("peft", "peft, fused", "attach, MLP recomputed"))
     kept = memory.main(layers=1, width=128, batch=1, length=64)
     assert kept["peft"] > kept["peft, fused"] > kept["attach, MLP recomputed"]
     assert f"{kept['peft'] / 2**20:9.1f} MiB kept" in capsys.readouterr().out
