@@ -176,12 +176,12 @@ class _Reader:
         if name in self.parameters and not values:
             return [(Parameter(name),)]
         strings = [v for v in values if isinstance(v, (ast.Constant, ast.JoinedStr, ast.IfExp))]
-        if not strings or len(strings) < len(values) or name in self.open:
+        if not strings or name in self.open:
             return [(GAP,)]
         self.open.add(name)
         found = [parts for value in strings for parts in self.read(value)][:ALTERNATIVES]
         self.open.discard(name)
-        return found
+        return found if len(strings) == len(values) else [*found, (GAP,)]
 
 
 class _Module:

@@ -48,6 +48,7 @@ def read(tmp_path: Path, **files: str) -> dict[str, list[tuple[str, str]]]:
         ('warnings.warn(f"{r} is old", stacklevel=2)', [("warning", "… is old")]),
         ('why = "two\\n  lines"\n    raise ValueError(why)', [("ValueError", "two lines")]),
         ('why = r()\n    raise ValueError(f"a {why}")', [("ValueError", "a …")]),
+        ('w = "b"\n    w = r()\n    raise E.Error("a" + w)', [("Error", "ab"), ("Error", "a…")]),
         ('def inner():\n        raise ValueError("inside")', [("ValueError", "inside")]),
     ],
 )  # fmt: skip
@@ -163,9 +164,11 @@ def test_no_advice_is_about_what_is_gone() -> None:
 
 def test_the_page_has_each_message_once_and_its_hint() -> None:
     text = refusals.page(FOUND)
+    sections = dict(part.split("\n", 1) for part in f"\n{text}".split("\n### ")[1:])
+    assert list(sections) == [area.title for area in refusals.AREAS]
     for message in refusals.shown(FOUND):
-        cell = refusals._cell(message.text)
-        assert f"| `` {cell} ``" in text, message
+        section = sections[refusals.area_of(message.module).title]
+        assert f"| `` {refusals._cell(message.text)} ``" in section, message
     hint = refusals.HINTS["already attached? detach it first"]
     (line,) = [line for line in text.splitlines() if "already attached? detach it first" in line]
     assert hint in line
@@ -174,7 +177,8 @@ def test_the_page_has_each_message_once_and_its_hint() -> None:
     assert len(rows) == len(set(rows))
 
 
-def test_the_hook_fills_what_a_page_marks() -> None:
+def test_the_hook_fills_what_a_page_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "messages", lambda: FOUND)
     text = hooks.on_page_markdown(f"before\n{refusals.MARK}\n{hooks.SCRIPTS}\nafter")
     assert refusals.page(FOUND) in text
     assert refusals.MARK not in text

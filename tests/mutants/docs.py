@@ -25,7 +25,7 @@ MUTANTS = [
     (_MESSAGES, "{a.asname or a.name: f", "{a.name: f"),
     (_MESSAGES, "            owners.append((node, node))\n", ""),
     (_MESSAGES, '"unsupported" in name', "False"),
-    (_MESSAGES, "or len(strings) < len(values)", ""),
+    (_MESSAGES, "if len(strings) == len(values) else [*found, (GAP,)]", ""),
     (_REFUSALS, "return max(found, key=lambda each: each[0])[1] if found else None", "return None"),
     (_REFUSALS, 'if part in message.text)', "if part == message.text)"),
     (_REFUSALS, "        if area_of(message.module) is area:\n", "        if area is AREAS[0]:\n"),
