@@ -43,10 +43,7 @@ AREAS = (
     ),
     Area(
         "Attaching, and finding the layers",
-        (
-            "hf.attach", "hf.found", "hf.linears", "hf.method", "hf.models", "hf.structure",
-            "hf.walk", "hf.pair", "hf.parts", "hf.norms", "hf.whole", "hf.token_rows", "hf.report",
-        ),
+        ("hf.",),
         "The model is as it was. `pk.plan(model, config)` shows what would be adapted without "
         "touching it; what cannot be told from a model's code is better named in `target_modules`.",
     ),

@@ -300,6 +300,9 @@ def test_a_block_that_no_page_has_is_missed(
         tables.main([])
     assert stopped.value.code == 2
     assert "got none of ['whole_step']" in capsys.readouterr().err
+    page.write_text("<!-- figures: nothing -->\n<!-- end -->")
+    with pytest.raises(ValueError, match=r"want some of \[.*got \['nothing'\]"):
+        tables.render(page.read_text())
 
 
 def test_the_demos_picture_says_what_its_report_says(copied: Path) -> None:
