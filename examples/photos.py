@@ -67,12 +67,11 @@ def accuracy(model: nn.Module, photos: list[Tensor], question: int) -> float:
 def main(steps: int = 400) -> dict[str, float]:
     torch.manual_seed(0)
     size = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4}
-    tower = {**size, "num_hidden_layers": 2, "image_size": SIZE, "patch_size": 8}
-    text = {**size, "num_hidden_layers": 2, "model_type": "llama", "vocab_size": len(WORDS)}
-    config = LlavaConfig(
-        vision_config={**tower, "model_type": "clip_vision_model"}, text_config=text,
-        image_token_index=1, vision_feature_layer=-1,
-    )  # fmt: skip
+    size["num_hidden_layers"] = 2
+    tower = {**size, "model_type": "clip_vision_model", "image_size": SIZE, "patch_size": 8}
+    text = {**size, "model_type": "llama", "vocab_size": len(WORDS)}
+    parts = {"vision_config": tower, "text_config": text}
+    config = LlavaConfig(**parts, image_token_index=1, vision_feature_layer=-1)
     photos, model = photographs(), LlavaForConditionalGeneration(config)
     train(model, photos, 0, steps, 2e-3)
     found = {"what ?": accuracy(model, photos, 0)}
