@@ -22,7 +22,7 @@ INSTALL = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --pro
 WHEEL_CUDA ?= 1
 NOT_OURS = $(foreach lib,libtorch_cpu.so libtorch_cuda.so libc10.so,--exclude $(lib))
 
-.PHONY: demo test test-all lint fuzz bench readme-tables gpu mutants peft-suite cross-compile wheel clean
+.PHONY: demo docs test test-all lint fuzz bench readme-tables gpu mutants peft-suite cross-compile wheel clean
 
 demo: $(READY)
 	$(BIN)/petal-kernels demo
@@ -45,9 +45,18 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.run layer --no-gate
 	$(BIN)/python -m benchmarks.run model --no-gate
 
-# The figures of README.md from the result files that it names.
+# The figures of README.md and docs/ from the result files that they name.
 readme-tables: $(READY)
 	$(BIN)/python -m benchmarks.tables --write
+
+# The site, in build/site; needs nothing of the package but its source.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+$(VENV)/.docs: .ci/docs.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(INSTALL) -r .ci/docs.txt
+	@touch $@
 
 # On a machine with a CUDA device, with the environment's own python; the same command again resumes.
 gpu:

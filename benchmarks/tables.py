@@ -1,10 +1,11 @@
-"""``python -m benchmarks.tables``: the figures of README.md, from the committed result files.
+"""``python -m benchmarks.tables``: the figures of README.md and docs/, from committed result files.
 
-Each block of the README between ``<!-- figures: NAME -->`` and ``<!-- end -->`` is written from the
-spec below; ``--check`` (the default) tells whether they agree, ``--write`` makes them agree. A row
-is bold where the package is faster than every baseline by more than the run's drift; a ratio that
-is closer to 1 than the drift is "within noise". Exit code: 1 where they differ; 2 where a result
-file cannot stand behind a row, or README.md lacks a block.
+Each block of a page between ``<!-- figures: NAME -->`` and ``<!-- end -->`` is written from the
+spec below, in whichever page it stands, and so is the demo's picture; ``--check`` (the default)
+tells whether they agree, ``--write`` makes them agree. A row is bold where the package is faster
+than every baseline by more than the run's drift; a ratio that is closer to 1 than the drift is
+"within noise". Exit code: 1 where they differ; 2 where a result file cannot stand behind a row, a
+block is in no page, or a page has one that is not known.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from petal_kernels.tools.memory.compare import Kept
 from petal_kernels.tools.memory.compare_layer import table
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 COLUMNS = {"published": "published", "eager": "well-written eager", "compile": "torch.compile"}
 WITH_PEFT = COLUMNS | {"peft": "PEFT"}
 MISSING = "not run"
+PICTURE = "docs/pictures/demo.svg"
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -64,7 +65,7 @@ _DEMO = "epyc-avx512-2core-c6147b0082d7-demo"
 _DEMO_METHODS = "epyc-avx512-2core-c6147b0082d7-demo-methods"
 _QFORMER = "epyc-avx512-2core-6d30940e4164-qformer"
 _OVERHEAD = "epyc-avx512-2core-6d30940e4164-overhead"
-# Of LoRA's times, layers by dtype and a whole step: README.md has the blocks whose files are named.
+# Of LoRA's times, layers by dtype and a whole step: pages have the blocks whose files are named.
 _LORA: dict[str, str] = {}
 _LLAMA = ""
 _LORA_MEMORY = "xeon-avx512-2core-37ba7058a017-memory-lora-layer"
@@ -331,13 +332,49 @@ if _LLAMA:
     BLOCKS["lora_step"] = _lora_step
 
 
+def pages(root: Path = ROOT) -> list[Path]:
+    """README.md and every page of docs/."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+def blocks_of(text: str) -> list[str]:
+    """The names of a page's blocks."""
+    return [match[2] for match in _BLOCK.finditer(text)]
+
+
 def render(text: str) -> str:
-    """`text` with every block written anew. ValueError where a block is missing or unknown."""
-    found = [match[2] for match in _BLOCK.finditer(text)]
-    if sorted(found) != sorted(BLOCKS):
-        raise ValueError(f"README.md: want the blocks {sorted(BLOCKS)}, got {sorted(found)}")
+    """`text` with every block written anew. ValueError where one is unknown."""
+    unknown = sorted(set(blocks_of(text)) - BLOCKS.keys())
+    if unknown:
+        raise ValueError(f"blocks: want some of {sorted(BLOCKS)}, got {unknown}")
     # A blank line on both sides: without it markdown takes a table for text.
     return _BLOCK.sub(lambda m: f"{m[1]}\n{BLOCKS[m[2]]()}\n\n{m[3]}", text)
+
+
+def rendered(root: Path = ROOT) -> dict[Path, tuple[str, str]]:
+    """Of every page what stands there and what should. ValueError where a block is in none."""
+    old = {path: path.read_text(encoding="utf-8") for path in pages(root)}
+    missing = sorted(BLOCKS.keys() - {name for text in old.values() for name in blocks_of(text)})
+    if missing:
+        raise ValueError(f"pages: want the blocks {sorted(BLOCKS)}, got none of {missing}")
+    found = {path: (text, render(text)) for path, text in old.items()}
+    picture = root / PICTURE
+    drawn = picture.read_text(encoding="utf-8") if picture.exists() else ""
+    made = demo_picture()
+    # Another matplotlib draws the same figures with other curves: what the picture says counts.
+    found[picture] = (drawn, drawn if _texts(drawn) == _texts(made) else made)
+    return found
+
+
+def demo_picture() -> str:
+    """The demo's chart of its committed report."""
+    from petal_kernels.tools.demo.chart import chart
+
+    return chart(json.loads((RESULTS / f"{_DEMO}.json").read_text()))
+
+
+def _texts(picture: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", picture)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -345,18 +382,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.tables", description=__doc__)
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--check", action="store_true", help="compare only (the default)")
-    group.add_argument("--write", action="store_true", help="write README.md")
+    group.add_argument("--write", action="store_true", help="write the pages and the picture")
     args = parser.parse_args(arguments)
     with exits.refusing(parser, ValueError, KeyError, OSError):
-        old = README.read_text()
-        new = render(old)
-    if args.write:
-        README.write_text(new)
-        return 0
-    sys.stdout.writelines(
-        difflib.unified_diff(old.splitlines(True), new.splitlines(True), "README.md", "results")
-    )
-    return exits.FINE if old == new else exits.BROKEN_BOUND
+        found = {path: texts for path, texts in rendered(ROOT).items() if texts[0] != texts[1]}
+    for path, (old, new) in found.items():
+        if args.write:
+            path.write_text(new, encoding="utf-8")
+            continue
+        name = path.relative_to(ROOT).as_posix()
+        lines = difflib.unified_diff(old.splitlines(True), new.splitlines(True), name, "results")
+        sys.stdout.writelines(lines)
+    return exits.BROKEN_BOUND if found and not args.write else exits.FINE
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""README's tables, cell by cell from a result file whose figures are known.
+"""The pages' tables, cell by cell from a result file whose figures are known.
 
 Kind: a headline that can be inverted with every test green.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -261,18 +262,61 @@ def test_a_rows_size_is_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         tables._entry("sized", "b", "full")
 
 
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """README.md and docs/ as they are, for a test to change."""
+    shutil.copy(tables.ROOT / "README.md", tmp_path)
+    shutil.copytree(tables.ROOT / "docs", tmp_path / "docs")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmark.md"])
 def test_the_command_ends_by_the_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str, copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(tables.README.read_text())
-    monkeypatch.setattr(tables, "README", readme)
+    """In whichever page the table stands."""
     assert tables.main([]) == 0
-    readme.write_text(re.sub(r"\(2\.33x\)", "(3.33x)", readme.read_text()))
+    changed = copied / page
+    text = changed.read_text()
+    changed.write_text(re.sub(r"\(2\.33x\)", "(3.33x)", text))
     assert tables.main([]) == 1
-    assert "-| adapter part" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "-| adapter part" in out
+    assert f"--- {page}" in out
+    assert tables.main(["--write"]) == 0
+    assert changed.read_text() == text
+
+
+def test_a_block_that_no_page_has_is_missed(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kind: a table that is written nowhere any more; of two pages with it one may drop it."""
+    readme, page = copied / "README.md", copied / "docs" / "benchmark.md"
     readme.write_text("no blocks")
+    assert tables.main([]) == 0
+    page.write_text(page.read_text().replace("figures: whole_step", "figures: demo"))
     with pytest.raises(SystemExit) as stopped:
         tables.main([])
     assert stopped.value.code == 2
-    assert "want the blocks" in capsys.readouterr().err
+    assert "got none of ['whole_step']" in capsys.readouterr().err
+    page.write_text("<!-- figures: nothing -->\n<!-- end -->")
+    with pytest.raises(ValueError, match=r"want some of \[.*got \['nothing'\]"):
+        tables.render(page.read_text())
+
+
+def test_the_demos_picture_says_what_its_report_says(copied: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = copied / tables.PICTURE
+    text = picture.read_text()
+    report = json.loads((tables.RESULTS / f"{tables._DEMO}.json").read_text())
+    for form in ("published", "fused"):
+        for values, unit in (("milliseconds", 1.0), ("saved_bytes", 1e-6)):
+            found = report["comparison"][values]
+            assert f"{found[form] * unit:.1f}<" in text
+            assert f"adapter {(found[form] - found['frozen']) * unit:+.1f}<" in text
+    assert report["question"] in text
+    picture.write_text(text.replace("eager published<", "eager<"))
+    assert tables.main([]) == 1
+    assert tables.main(["--write"]) == 0
+    assert "eager published<" in picture.read_text()

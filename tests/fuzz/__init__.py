@@ -6,8 +6,9 @@ runs a share of it. One integer and an index fix a case, so a failure prints its
 
 * ``case.py``: how a case is drawn and laid out in memory; ``draw_*.py``: one generator for each
   operator, from its public signature.
-* ``formulas.py``, ``masks.py``: what the operators compute, written from README's table and the
-  docstrings, apart from every ``reference.py`` and from ``_runtime``: an error there is found too.
+* ``formulas.py``, ``masks.py``: what the operators compute, written from the table of
+  docs/kernels.md and the docstrings, apart from every ``reference.py`` and from ``_runtime``: an
+  error there is found too.
 * ``judge.py``: the rule, vectorised; ``check.py``: one case on some backends, with every check.
 * ``worker.py``, ``__main__.py``: processes, crashes, hangs, the report.
 

@@ -1,4 +1,4 @@
-"""What the operators compute, from README's table and the public docstrings, in plain torch.
+"""What the operators compute, from docs/kernels.md and the public docstrings, in plain torch.
 
 Run in fp64 these are what every backend is measured against; in a case's own dtype, with autograd,
 they are the plain torch of the rule. Masked products (dropout, padding, experts that were not

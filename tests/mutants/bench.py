@@ -227,7 +227,7 @@ MUTANTS = [
     (_TABLES, "f\"{100 * e['drift']:.1f}\"", "f\"{e['drift']:.1f}\""),
     (_TABLES, "saved_bytes'] / 1e6", "saved_bytes'] / 2**20"),
     (_TABLES, '100 * (rows[k]["median"] / floor - 1)', '100 * (floor / rows[k]["median"] - 1)'),
-    (_TABLES, "else exits.BROKEN_BOUND", "else exits.FINE"),
+    (_TABLES, "return exits.BROKEN_BOUND if found and", "return exits.FINE if found and"),
     (_LOWRANK, "fwd = reads_x + base + biases", "fwd = reads_x + biases"),
     (_LOWRANK, "n * d + base\n", "n * d\n"),
     # plans: an operator with a planner left out, a mode timed as the other, one backend alone

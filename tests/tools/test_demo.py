@@ -303,6 +303,10 @@ def test_report_holds_what_was_shown(whole: Run) -> None:
     assert figures["seconds"] > 0
     for name in ("curves.png", "answers.png"):
         assert (whole.out / name).read_bytes().startswith(b"\x89PNG"), name
+    chart = (whole.out / "chart.svg").read_text()
+    for values, unit in (("milliseconds", 1.0), ("saved_bytes", 1e-6)):
+        for value in figures["comparison"][values].values():
+            assert f"{value * unit:.1f}<" in chart, values
     for word in ("larger digit ?", "always the left digit", "coincide", "s left", "trained"):
         assert word in whole.printed, word
     attachment = pk.attach(small.load(), str(whole.out / "adapter"))

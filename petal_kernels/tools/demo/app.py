@@ -20,6 +20,7 @@ from petal_kernels.tools import exits
 from petal_kernels.tools.argument_types import seed
 from petal_kernels.tools.demo import methods_run, report, tasks
 from petal_kernels.tools.demo import model as small
+from petal_kernels.tools.demo.chart import chart
 from petal_kernels.tools.demo.compare import Comparison, compare
 from petal_kernels.tools.demo.methods import METHODS
 from petal_kernels.tools.demo.terminal import Interrupt, Progress, heading, table, ticker
@@ -43,7 +44,7 @@ from petal_kernels.tools.demo.train import (
 
 _SHOWN = 6
 _SAVE_EVERY = 100
-_FILES = ("answers.png", "curves.png", "report.json", "layers.txt", "adapter")
+_FILES = ("answers.png", "chart.svg", "curves.png", "report.json", "layers.txt", "adapter")
 
 
 @dataclass(frozen=True)
@@ -313,6 +314,7 @@ def _finish(
         "detached_answers_as_before": restored,
     }
     report.write_curves(options.out / "curves.png", figures)
+    (options.out / "chart.svg").write_text(chart(figures), encoding="utf-8")
     return figures
 
 

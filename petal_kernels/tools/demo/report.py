@@ -1,4 +1,5 @@
-"""What the demo leaves in its output folder: report.json, curves.png, answers.png."""
+"""What the demo leaves in its output folder: report.json, curves.png, answers.png; its one small
+picture is `chart.py`'s."""
 
 from __future__ import annotations
 
@@ -45,13 +46,13 @@ def write_curves(path: Path, figures: dict[str, Any]) -> None:
     _draw_both(axes[0][0], comparison)
     _draw_distance(axes[0][1], comparison)
     percent = comparison["trainable_percent"]
-    _draw_bars(axes[0][2], comparison["milliseconds"], "ms per step, forward + backward", 1.0)
-    _draw_bars(axes[1][2], comparison["saved_bytes"], "MB kept for backward", 1e-6)
+    draw_bars(axes[0][2], comparison["milliseconds"], "ms per step, forward + backward", 1.0)
+    draw_bars(axes[1][2], comparison["saved_bytes"], "MB kept for backward", 1e-6)
     losses = training["losses"]
     axes[1][0].plot(range(1, len(losses) + 1), losses, color=_FUSED, lw=0.8)
     title = f"Training the adapter (fused): {percent:.2f} % of the parameters"
     axes[1][0].set(title=title, xlabel="step", ylabel="loss")
-    _draw_accuracy(axes[1][1], figures)
+    draw_accuracy(axes[1][1], figures)
     if training["expert_usage"]:
         _draw_usage(axes[0][3], training["expert_usage"][-1])
         _draw_balance(axes[1][3], training)
@@ -80,7 +81,8 @@ def _draw_distance(axes: Axes, comparison: dict[str, Any]) -> None:
     axes.legend(loc="lower right")
 
 
-def _draw_bars(axes: Axes, values: dict[str, float], title: str, unit: float) -> None:
+def draw_bars(axes: Axes, values: dict[str, float], title: str, unit: float) -> None:
+    """The step of each form, with what the adapter adds to the frozen one."""
     names = {"frozen": "no adapter", "published": "eager published", "fused": "fused"}
     heights = [values[key] * unit for key in names]
     bars = axes.bar(list(names.values()), heights, color=[_GREY, _PUBLISHED, _FUSED])
@@ -90,7 +92,8 @@ def _draw_bars(axes: Axes, values: dict[str, float], title: str, unit: float) ->
     axes.set(title=title, ylim=(0, 1.25 * max(heights)))
 
 
-def _draw_accuracy(axes: Axes, figures: dict[str, Any]) -> None:
+def draw_accuracy(axes: Axes, figures: dict[str, Any]) -> None:
+    """The new question's accuracy on held-out pictures over the steps, beside the baselines."""
     training, question = figures["training"], figures["question"]
     steps = [0, *training["accuracy_steps"]]
     shares = [figures["before"][question], *training["accuracies"]]
