@@ -111,9 +111,12 @@ def in_backward() -> bool:
 def given(owner: Owner) -> Given:
     """What the blocks of `owner` say here and now: off where any does, else what the last one of a
     kind says."""
-    if owner.switched and in_backward():
-        raise RuntimeError(SWITCHED)
-    blocks = THREAD.blocks if torch.compiler.is_compiling() else _BLOCKS.get()
+    if torch.compiler.is_compiling():  # a graph that looks at nothing that switching changes
+        blocks = THREAD.blocks
+    else:
+        if owner.switched and in_backward():
+            raise RuntimeError(SWITCHED)
+        blocks = _BLOCKS.get()
     if not blocks:
         return _NOTHING
     own = [b for b in blocks if b.owner is owner and b.open]

@@ -51,7 +51,7 @@ class Installed:
         self.shapes: dict[str, torch.Size] = {}  # of all that is stored, once it is all there
         adapted = [place.module for place in method.found.places]
         self.named = extra_modules(model, self.config.modules_to_save, adapted)
-        # Of `taken`, while it is out: the classes, and what the modules' dictionaries held.
+        # Of `taken`, while it is out: the mixins, and what the modules' dictionaries held.
         self._out: list[tuple[type, dict[str, Any]]] | None = None
         self._device = device_of(model)
 
@@ -190,17 +190,28 @@ class Installed:
                 f"{type(changed[0]).__name__}); undo that first"
             )
 
+    def check_forwards(self, what: str) -> None:
+        """RuntimeError where somebody put a forward on a module that takes part: it calls what was
+        there, the adapter's."""
+        for module, own, forward in self.taken:
+            now = module.__dict__.get("forward")
+            if now is not None and not (forward is not None and isinstance(now, PatchedForward)):
+                raise RuntimeError(
+                    f"{what}: the forward of a {own.__name__} was replaced since the adapter became "
+                    "active; undo that first, and replace it before attach"
+                )
+
     def take_out(self) -> None:
         """Leaves every module as it was. It may be called on what is installed in part."""
         out = []
         for module, own, forward in self.taken:
-            kind, module.__class__ = type(module), own
+            mixin, module.__class__ = type(module).__mro__[1], own
             held = {k: v for k, v in module.__dict__.items() if k.startswith("_petal")}
             for name in held:
                 del module.__dict__[name]
             if forward is not None and isinstance(module.__dict__["forward"], PatchedForward):
                 module.__dict__["forward"] = forward
-            out.append((kind, held))
+            out.append((mixin, held))
         places = [(parent, child, wrapper) for _, parent, child, wrapper in self.wrapped]
         for parent, child, wrapper in (*places, *self.again):
             if parent._modules.get(child) is wrapper:  # else somebody put another one there
@@ -217,11 +228,11 @@ class Installed:
         assert self._out is not None
         self._check_free()
         taken = []
-        for (module, own, _), (kind, held) in zip(self.taken, self._out, strict=True):
+        for (module, own, _), (mixin, held) in zip(self.taken, self._out, strict=True):
             forward = module.__dict__.get("forward")
             taken.append((module, own, forward))
             module.__dict__.update(held)
-            module.__class__ = kind
+            module.__class__ = adapted_class(own, mixin)
             if forward is not None:
                 module.__dict__["forward"] = PatchedForward(module, forward)
         self.taken, self._out = taken, None

@@ -175,6 +175,7 @@ class Several(Stored):
         if self._merged is not None:
             raise RuntimeError(f"{what}: the adapter is merged; call unmerge() first")
         self.installed.check_taken(what)
+        self.installed.check_forwards(what)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             check_holders(self.model)
 
