@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from petal_kernels.hf.context import SWITCHED, THREAD, Call, Frame, Running, in_backward
+from petal_kernels.hf.context import (
+    SWITCHED,
+    THREAD,
+    Call,
+    Frame,
+    Given,
+    Running,
+    in_backward,
+)
 
 if TYPE_CHECKING:
     from petal_kernels.hf.found import Layer, Site
@@ -110,12 +118,20 @@ class FrozenVectors(Part):
 
 class Gone(Part):
     """A layer that the active adapter leaves alone and another one had adapted: a recompute of that
-    one's call cannot run here."""
+    one's call cannot run here, one of its own can."""
 
     needed = False
 
+    def call(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not _is_checkpointed(module):
+            return run(*args, **kwargs)
+        source = Source(None, args, kwargs, self)
+        return run(*args, **kwargs, petal_call=Call(Given()), petal_source=source)
+
     def forward(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
-        if "petal_call" in kwargs or in_backward():
+        bound = kwargs.pop("petal_source", None)
+        kwargs.pop("petal_call", None)
+        if in_backward() if bound is None else bound.method is not self:
             raise RuntimeError(SWITCHED)
         return run(*args, **kwargs)
 
@@ -302,7 +318,7 @@ class Source:
     the layer ran."""
 
     def __init__(
-        self, shared: Any, args: tuple[Any, ...], kwargs: dict[str, Any], method: Method
+        self, shared: Any, args: tuple[Any, ...], kwargs: dict[str, Any], method: Method | Gone
     ) -> None:
         self.method = method
         self.key: int | str | None = None
