@@ -197,7 +197,7 @@ class Installed:
             now = module.__dict__.get("forward")
             if now is not None and not (forward is not None and isinstance(now, PatchedForward)):
                 raise RuntimeError(
-                    f"{what}: the forward of a {own.__name__} was replaced since the adapter became "
+                    f"{what}: the forward of a {own.__name__} was replaced since the adapter is "
                     "active; undo that first, and replace it before attach"
                 )
 

@@ -86,7 +86,7 @@ def test_of_fused_projections_too(tmp_path: Any) -> None:
         "x": pk.LoraConfig(r=2, target_modules=["c_attn"]),
         "y": pk.LoraConfig(r=3, target_modules=["c_fc", "c_attn"]),
     }
-    model, attachment = _built("gpt2", members)
+    _, attachment = _built("gpt2", members)
     weights = {"x": 2.0, "y": -0.5}
     want = _sum(attachment, weights)
     attachment.combine("both", weights)

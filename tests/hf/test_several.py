@@ -15,7 +15,7 @@ import petal_kernels as pk
 from tests.hf import methods, tiny_text
 from tests.hf.methods import ROWS, Row, attached, differences, every, fresh, output, own, step
 
-_LORA = {"r": 4, "target_modules": "all-linear"}
+_LORA: dict[str, Any] = {"r": 4, "target_modules": "all-linear"}
 
 
 def _beside(row: Row) -> Row:

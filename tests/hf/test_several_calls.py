@@ -15,7 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import petal_kernels as pk
 from tests.hf import methods, tiny_text
 
-_LORA = {"r": 4, "target_modules": "all-linear"}
+_LORA: dict[str, Any] = {"r": 4, "target_modules": "all-linear"}
 _BATCH = tiny_text.batch("llama")
 _SWITCHED = "another adapter is active than in the forward"
 _CONFIGS = {
