@@ -108,13 +108,13 @@ def in_backward() -> bool:
     return int(torch._C._current_graph_task_id()) != -1
 
 
-def given(owner: Owner) -> Given:
+def given(owner: Owner | None) -> Given:
     """What the blocks of `owner` say here and now: off where any does, else what the last one of a
-    kind says."""
+    kind says; `pk.fuse` has none."""
     if torch.compiler.is_compiling():  # a graph that looks at nothing that switching changes
         blocks = THREAD.blocks
     else:
-        if owner.switched and in_backward():
+        if owner is not None and owner.switched and in_backward():
             raise RuntimeError(SWITCHED)
         blocks = _BLOCKS.get()
     if not blocks:
@@ -126,7 +126,7 @@ def given(owner: Owner) -> Given:
     return Given(on=all(b.kind != OFF for b in own), **values)
 
 
-def now(owner: Owner) -> Given:
+def now(owner: Owner | None) -> Given:
     """The same for what runs now: inside a layer's run what its call has bound."""
     frame = THREAD.frame
     while frame is not None:

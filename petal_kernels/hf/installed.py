@@ -227,15 +227,12 @@ class Installed:
         one that it was taken out of."""
         assert self._out is not None
         self._check_free()
-        taken = []
-        for (module, own, _), (mixin, held) in zip(self.taken, self._out, strict=True):
-            forward = module.__dict__.get("forward")
-            taken.append((module, own, forward))
+        for (module, own, forward), (mixin, held) in zip(self.taken, self._out, strict=True):
             module.__dict__.update(held)
             module.__class__ = adapted_class(own, mixin)
             if forward is not None:
                 module.__dict__["forward"] = PatchedForward(module, forward)
-        self.taken, self._out = taken, None
+        self._out = None
         places = [(parent, child, wrapper) for _, parent, child, wrapper in self.wrapped]
         for parent, child, wrapper in (*places, *self.again):
             setattr(parent, child, wrapper)
@@ -254,8 +251,10 @@ class Installed:
         ]
         gone += [
             own.__name__
-            for module, own, _ in self.taken
-            if type(module) is not own or id(module) not in there | self.guards
+            for module, own, forward in self.taken
+            if type(module) is not own
+            or module.__dict__.get("forward") is not forward
+            or id(module) not in there | self.guards
         ]
         if gone:
             raise RuntimeError(

@@ -335,3 +335,23 @@ def test_a_detached_one_is_done() -> None:
     for call in (lambda: attachment.switch("b"), lambda: attachment.remove("b")):
         with pytest.raises(RuntimeError, match="detached"):
             call()
+
+
+def test_a_forward_that_came_under_another_adapter_is_refused() -> None:
+    """The kind: a forward that a joined call leaves out, since it was read before."""
+    model = _llama()
+    attachment = pk.attach(model, pk.LoraConfig(**_LORA), name="a")
+    attachment.add("head", pk.LoraConfig(r=2, target_modules=["lm_head"]))
+    for name in ("a", "head"):
+        attachment.switch(name)
+        methods.train(attachment)
+    mlp = model.model.layers[0].mlp
+    mlp.forward = own = lambda x: 2 * x
+    plain = _logits(model)
+    with pytest.raises(RuntimeError, match=r"switch: 1 modules .*first: a LlamaMLP"):
+        attachment.switch("a")
+    assert attachment.active == "head"
+    assert mlp.__dict__["forward"] is own
+    assert torch.equal(_logits(model), plain)
+    del mlp.forward
+    attachment.switch("a")
