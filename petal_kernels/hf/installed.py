@@ -30,7 +30,7 @@ from petal_kernels.hf.parts import (
     own_class,
 )
 from petal_kernels.hf.unloading import GuardedSave, guard_saves
-from petal_kernels.hf.walk import device_of, is_a, joined, parent_of, uses_of
+from petal_kernels.hf.walk import is_a, joined, parent_of, uses_of
 from petal_kernels.hf.whole import Copies, CopyPart, extra_modules
 from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.frozen_linear import FrozenLinear
@@ -53,7 +53,7 @@ class Installed:
         self.named = extra_modules(model, self.config.modules_to_save, adapted)
         # Of `taken`, while it is out: the mixins, and what the modules' dictionaries held.
         self._out: list[tuple[type, dict[str, Any]]] | None = None
-        self._device = device_of(model)
+        self._device: torch.device | None = None  # of the model's first parameter, then
 
     def install(self, handle: object) -> None:
         """Puts everything in for the first time; the model is frozen already."""
@@ -220,7 +220,7 @@ class Installed:
             save.take_back()
         if NAME in self.model._modules:
             delattr(self.model, NAME)
-        self._out, self._device = out, device_of(self.model)
+        self._out, self._device = out, self._first_device()
 
     def put_back(self, handle: object) -> None:
         """Undoes `take_out`; RuntimeError, and nothing changed, where the model is no longer the
@@ -237,9 +237,13 @@ class Installed:
         for parent, child, wrapper in (*places, *self.again):
             setattr(parent, child, wrapper)
             wrapper.train(wrapper.base.training)
-        if device_of(self.model) != self._device:
-            self.adapter.to(device_of(self.model))  # where `.to` brought the model meanwhile
+        device = self._first_device()
+        if device is not None and device != self._device:
+            self.adapter.to(device)  # where `.to` brought the model meanwhile
         self._register(handle)
+
+    def _first_device(self) -> torch.device | None:
+        return next((parameter.device for parameter in self.model.parameters()), None)
 
     def _check_free(self) -> None:
         places = [(parent, child, wrapper) for _, parent, child, wrapper in self.wrapped]

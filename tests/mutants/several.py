@@ -45,6 +45,6 @@ MUTANTS = [
     (_SEVERAL, "        self.installed.check_forwards(what)\n", ""),
     (_INSTALLED, "        self._check_free()\n", ""),
     (_INSTALLED, "            wrapper.train(wrapper.base.training)\n", ""),
-    (_INSTALLED, "            self.adapter.to(device_of(self.model))", "            pass"),
+    (_INSTALLED, "            self.adapter.to(device)", "            pass"),
     (_INSTALLED, '            or module.__dict__.get("forward") is not forward\n', ""),
 ]
