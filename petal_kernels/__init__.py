@@ -21,6 +21,7 @@ from petal_kernels.ops.mode_contract import mode_contract
 if TYPE_CHECKING:
     from petal_kernels import memory as memory
     from petal_kernels import nn as nn
+    from petal_kernels import peft as peft
     from petal_kernels.hf import Attachment as Attachment
     from petal_kernels.hf import AuroraConfig as AuroraConfig
     from petal_kernels.hf import ExpertConfig as ExpertConfig
@@ -69,6 +70,7 @@ __all__ = [
     "memory",
     "mode_contract",
     "nn",
+    "peft",
     "plan",
     "unfuse",
     "use_backend",
@@ -78,7 +80,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     import importlib
 
-    if name in ("nn", "hf", "memory", "tools"):
+    if name in ("nn", "hf", "memory", "peft", "tools"):
         return importlib.import_module(f"{__name__}.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

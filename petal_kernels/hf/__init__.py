@@ -1,5 +1,9 @@
 """Attaching the modules to Hugging Face models; works on objects and imports no model library."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from petal_kernels.hf.attach import attach, attachment, plan
 from petal_kernels.hf.attachment import Attachment
 from petal_kernels.hf.config import (
@@ -15,7 +19,11 @@ from petal_kernels.hf.fuse import fuse, unfuse
 from petal_kernels.hf.merging import MergeReport
 from petal_kernels.hf.report import Report
 
+if TYPE_CHECKING:
+    from petal_kernels.hf.trainer import AdapterCheckpoint as AdapterCheckpoint
+
 __all__ = [
+    "AdapterCheckpoint",
     "Attachment",
     "AuroraConfig",
     "ExpertConfig",
@@ -32,3 +40,11 @@ __all__ = [
     "plan",
     "unfuse",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AdapterCheckpoint":  # it imports transformers
+        from petal_kernels.hf.trainer import AdapterCheckpoint
+
+        return AdapterCheckpoint
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

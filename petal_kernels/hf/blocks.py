@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from petal_kernels.hf.walk import device_of
 from petal_kernels.nn.arguments import check_range, check_values
 
 if TYPE_CHECKING:
+    from petal_kernels.hf.installed import Installed
     from petal_kernels.hf.method import Method
 
 
@@ -27,6 +29,7 @@ class Blocks:
     """
 
     method: Method
+    _adapters: dict[str, Installed]
 
     def _need_attached(self, what: str) -> None:
         raise NotImplementedError
@@ -34,7 +37,15 @@ class Blocks:
     def disabled(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model computes what it did before `attach`."""
         self._need_attached("disabled")
-        return inside(self.method, OFF)
+        return self._all_off()
+
+    @contextlib.contextmanager
+    def _all_off(self) -> Iterator[None]:
+        """Off, whichever adapter becomes active inside."""
+        with contextlib.ExitStack() as stack:
+            for each in self._adapters.values():
+                stack.enter_context(inside(each.method, OFF))
+            yield
 
     def vision(self, features: Tensor) -> contextlib.AbstractContextManager[None]:
         """Inside, routes read `features`: [B, V, d], or [B, d] for one token per sample.

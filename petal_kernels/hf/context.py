@@ -32,6 +32,18 @@ if TYPE_CHECKING:
     from petal_kernels.hf.parts import StackPart
 
 OFF = "off"
+SWITCHED = (
+    "switch: another adapter is active than in the forward that checkpointing runs again; call "
+    "backward before switch. Checkpointing that is not transformers' own "
+    "(gradient_checkpointing_enable) runs again without saying which adapter ran, and is refused "
+    "once a model has been switched"
+)
+
+
+class Owner(Protocol):
+    """Whose a block is: a method."""
+
+    switched: bool  # whether another adapter of the model was active before, or is now
 
 
 @dataclass(frozen=True)
@@ -89,10 +101,22 @@ def inside(owner: object, kind: str, value: Any = None) -> Iterator[None]:
         THREAD.blocks = tuple(b for b in THREAD.blocks if b is not block)
 
 
-def given(owner: object) -> Given:
+def in_backward() -> bool:
+    """Whether this thread is inside a backward, and what runs is run again."""
+    if torch.compiler.is_compiling():
+        return False
+    return int(torch._C._current_graph_task_id()) != -1
+
+
+def given(owner: Owner | None) -> Given:
     """What the blocks of `owner` say here and now: off where any does, else what the last one of a
-    kind says."""
-    blocks = THREAD.blocks if torch.compiler.is_compiling() else _BLOCKS.get()
+    kind says; `pk.fuse` has none."""
+    if torch.compiler.is_compiling():  # a graph that looks at nothing that switching changes
+        blocks = THREAD.blocks
+    else:
+        if owner is not None and owner.switched and in_backward():
+            raise RuntimeError(SWITCHED)
+        blocks = _BLOCKS.get()
     if not blocks:
         return _NOTHING
     own = [b for b in blocks if b.owner is owner and b.open]
@@ -102,7 +126,7 @@ def given(owner: object) -> Given:
     return Given(on=all(b.kind != OFF for b in own), **values)
 
 
-def now(owner: object) -> Given:
+def now(owner: Owner | None) -> Given:
     """The same for what runs now: inside a layer's run what its call has bound."""
     frame = THREAD.frame
     while frame is not None:

@@ -58,6 +58,7 @@ class Method(ABC):
     ) -> None:
         """`loads`: a file brings all values, none need be computed first."""
         self.config, self.published, self.loads = config, published, loads
+        self.switched = False  # whether another adapter of the model was active before, or is now
         self.found: Found = self.find(model)
         for layer in self.found.layers:
             layer.places = [place for place in layer.places if self.keeps(place)]

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from petal_kernels.hf.context import THREAD, Call, Frame, Running
+from petal_kernels.hf.context import (
+    SWITCHED,
+    THREAD,
+    Call,
+    Frame,
+    Given,
+    Running,
+    in_backward,
+)
 
 if TYPE_CHECKING:
     from petal_kernels.hf.found import Layer, Site
@@ -108,6 +116,26 @@ class FrozenVectors(Part):
         return run(*args, **kwargs)
 
 
+class Gone(Part):
+    """A layer that the active adapter leaves alone and another one had adapted: a recompute of that
+    one's call cannot run here, one of its own can."""
+
+    needed = False
+
+    def call(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not _is_checkpointed(module):
+            return run(*args, **kwargs)
+        source = Source(None, args, kwargs, self)
+        return run(*args, **kwargs, petal_call=Call(Given()), petal_source=source)
+
+    def forward(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
+        bound = kwargs.pop("petal_source", None)
+        kwargs.pop("petal_call", None)
+        if in_backward() if bound is None else bound.method is not self:
+            raise RuntimeError(SWITCHED)
+        return run(*args, **kwargs)
+
+
 class PatchedForward:
     """Stands for a `forward` that somebody put on the instance: runs it inside the part."""
 
@@ -159,7 +187,8 @@ class LayerPart(Part):
             return run(*args, **kwargs)
         # Before the checkpoint wrapper binds the keywords: its recompute sees this call.
         call = self.method.call_of(self)
-        kwargs = {**kwargs, "petal_call": call, "petal_source": Source(call.shared, args, kwargs)}
+        source = Source(call.shared, args, kwargs, self.method)
+        kwargs = {**kwargs, "petal_call": call, "petal_source": source}
         if args and call.given.on and _needs_grad_input(module, args[0]):
             args = (args[0].detach().requires_grad_(), *args[1:])
         return run(*args, **kwargs)
@@ -175,7 +204,11 @@ class LayerPart(Part):
         # Who calls `forward` by itself binds nothing: then it is a call of its own.
         call: Call = kwargs.pop("petal_call", None) or self.method.call_of(self)
         shared = call.shared
-        bound: Source = kwargs.pop("petal_source", None) or Source(shared, args, kwargs)
+        bound: Source = kwargs.pop("petal_source", None) or Source(
+            shared, args, kwargs, self.method
+        )
+        if bound.method is not self.method:
+            raise RuntimeError(SWITCHED)
         source = bound.given(shared, args, kwargs)
         if call.grad and not torch.is_grad_enabled():
             why = self.method.why_not_reentrant(call)
@@ -281,9 +314,13 @@ def runs_twice(layer: Any) -> bool:
 
 
 class Source:
-    """Which argument of one layer call the shared products were computed from."""
+    """Which argument of one layer call the shared products were computed from, and by which method
+    the layer ran."""
 
-    def __init__(self, shared: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, shared: Any, args: tuple[Any, ...], kwargs: dict[str, Any], method: Method | Gone
+    ) -> None:
+        self.method = method
         self.key: int | str | None = None
         self.kept: bool | None = None  # whether the layer's hooks left it as it was
         source = getattr(shared, "source", None)

@@ -219,7 +219,7 @@ def _config(
     base = attachment.model
     return to_json(
         config,
-        _targets(adapted, paths),
+        targets(adapted, paths),
         _saved(attachment.named_whole(), paths),
         fan_in_fan_out=conv1d == {True},
         base_model_name_or_path=getattr(base, "name_or_path", None) or None,
@@ -230,7 +230,7 @@ def _config(
     )
 
 
-def _targets(adapted: Sequence[str], paths: Collection[str]) -> list[str] | str:
+def targets(adapted: Sequence[str], paths: Collection[str]) -> list[str] | str:
     """Names by which PEFT adapts just these: the last words of their paths, else the paths, else
     one expression."""
     for names in (sorted({path.rpartition(".")[2] for path in adapted}), sorted(adapted)):

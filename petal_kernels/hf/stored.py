@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from petal_kernels.hf import files, formats, hub, peft_files, tensors
 from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.formats import FORMATS
-from petal_kernels.hf.merging import ALL, Merged
+from petal_kernels.hf.merging import ALL, NAME, Merged
 from petal_kernels.hf.names import prefixes_of
 from petal_kernels.hf.released import load as released
+from petal_kernels.hf.tensors import gathered
 from petal_kernels.hf.walk import parent_of
 from petal_kernels.hf.whole import Copies, offloaded
 from petal_kernels.nn.arguments import check_choice
@@ -33,6 +34,7 @@ class Stored:
     adapter: nn.Module
     shapes: dict[str, torch.Size]
     _merged: Merged | None
+    only_adapter: bool = False  # a Trainer's checkpoints leave the base out (trainer.py)
 
     @abstractmethod
     def named_whole(self) -> list[str]:
@@ -137,6 +139,26 @@ class Stored:
             peft_files.write(directory, self)
             return
         files.write(directory, self.config, self.signature(), self.state_dict(), self.shapes)
+
+    def writes_alone(self, module: nn.Module) -> bool:
+        """Whether a save of that module, with its state given, is one of the adapter alone."""
+        return self.only_adapter and module is self.model
+
+    def _write_checkpoint(
+        self, directory: str | os.PathLike[str], state: Mapping[str, Tensor] | None
+    ) -> None:
+        """What Trainer resumes from, with the adapter alone, and what `save` writes. `state`: the
+        model's, whole, where an engine has gathered it."""
+        from safetensors.torch import save_file
+
+        front = f"{NAME}."
+        if state is None:
+            state = gathered("save", self.adapter.state_dict(prefix=front))
+        own = {name: value for name, value in state.items() if name.startswith(front)}
+        named = {self._stored(name.removeprefix(front)): value for name, value in own.items()}
+        files.write(directory, self.config, self.signature(), named, self.shapes)
+        whole = {name: value.detach().cpu().contiguous() for name, value in own.items()}
+        save_file(whole, os.path.join(directory, "model.safetensors"), metadata={"format": "pt"})
 
     def push_to_hub(
         self,

@@ -200,6 +200,11 @@ class GuardedSave:
                 "updates in its weights, or give state_dict=model.state_dict() for a checkpoint "
                 "that an adapted model loads (att = pk.attachment(model))"
             )
+        if handle is not None and not merged and handle.writes_alone(self.module):
+            if options.get("is_main_process", True):
+                state = args[_BEFORE_STATE] if len(args) > _BEFORE_STATE else options["state_dict"]
+                handle._write_checkpoint(args[0] if args else options["save_directory"], state)
+            return None
         own = self.own or getattr(type(self.module), _SAVE).__get__(self.module)
         return own(*args, **options)
 

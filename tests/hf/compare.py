@@ -118,7 +118,7 @@ class MaskRecorder:
 
     def give_to(self, attachment: Attachment, p: float) -> None:
         streams: dict[tuple[int, str], int] = {}
-        for place, _, _, wrapper in attachment._wrapped:
+        for place, _, _, wrapper in attachment.installed.wrapped:
             assert isinstance(wrapper, ModeLinear)
             key = (place.layer.index, group_of(place.row))
             stream = streams.setdefault(key, 0)

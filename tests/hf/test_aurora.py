@@ -98,14 +98,14 @@ def test_fused_equals_published_with_dropout(
     got = step(model.train(), attachment, task)
     groups = {
         id(member.base): (states[id(wrapper.unit().members[0].base)], member.position)
-        for _, _, _, wrapper in attachment._wrapped
+        for _, _, _, wrapper in attachment.installed.wrapped
         if not isinstance(wrapper, BlockLinear)
         for member in wrapper.unit().members
     }
-    keys = [id(wrapper.base) for _, _, _, wrapper in attachment._wrapped]
+    keys = [id(wrapper.base) for _, _, _, wrapper in attachment.installed.wrapped]
 
     model, attachment = attached(task, config, "published")
-    for key, (_, _, _, wrapper) in zip(keys, attachment._wrapped, strict=True):
+    for key, (_, _, _, wrapper) in zip(keys, attachment.installed.wrapped, strict=True):
         if isinstance(wrapper, BlockLinear):
             count = len(wrapper.blocks.modes) if wrapper.blocks.form == "outputs" else 1
             mask = FixedMask(states[key], 0, count, p)
@@ -276,7 +276,7 @@ def test_linears_may_be_in_another_mode_than_their_stack() -> None:
 
     def run(stack: bool, linears: bool) -> Tensor:
         vision.encoder.training = stack  # type: ignore[union-attr]
-        for _, _, _, wrapper in attachment._wrapped:
+        for _, _, _, wrapper in attachment.installed.wrapped:
             wrapper.train(linears)
         torch.manual_seed(0)
         return vision(pixels).last_hidden_state.detach()  # type: ignore[operator]

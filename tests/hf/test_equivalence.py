@@ -127,7 +127,7 @@ def test_a_special_base_is_called_in_its_own_turn() -> None:
     logits = []
     for partitioned in (False, True):
         model, found = compare.build("instructblip", _config("paper"), "fused", torch.float64)
-        for _, _, _, wrapper in found._wrapped if partitioned else []:
+        for _, _, _, wrapper in found.installed.wrapped if partitioned else []:
             weight = wrapper.base.weight
             weight.ds_id = 1  # type: ignore[union-attr]
             whole, empty = weight.data, torch.empty(0, dtype=torch.float64)

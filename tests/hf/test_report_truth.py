@@ -141,7 +141,7 @@ def _row(name: str) -> Row:
 
 
 def _bases(attachment: Any) -> dict[str, nn.Module]:
-    return {place.path: wrapper.base for place, _, _, wrapper in attachment._wrapped}
+    return {place.path: wrapper.base for place, _, _, wrapper in attachment.installed.wrapped}
 
 
 SPECIAL = ("petal-paper-blip2", "aurora-vqa", "lora-gpt2", "vlpet-t5", "experts-lora-llama")
@@ -309,7 +309,7 @@ def test_every_merged_place_says_what_rounding_cost(row: Row) -> None:
     methods.train(attachment)
     before = {path: base.weight.double() for path, base in _bases(attachment).items()}
     exact: dict[str, Any] = {
-        place.path: wrapper.delta(torch.float64) for place, _, _, wrapper in attachment._wrapped
+        path: wrapper.delta(torch.float64) for path, wrapper in attachment.wrappers()
     }
     report = attachment.merge()
     assert report.rounding.keys() == set(report.folded)

@@ -31,7 +31,7 @@ class Place:
 def used_by_place(attachment: Any) -> Iterator[dict[str, Place]]:
     """Grows by what every place's own call computes in this block. Of a group the member that is
     called first computes all."""
-    names = {id(wrapper): place.path for place, _, _, wrapper in attachment._wrapped}
+    names = {id(wrapper): place.path for place, _, _, wrapper in attachment.installed.wrapped}
     names |= {id(part): path for path, part in getattr(attachment.method, "parts", {}).items()}
     found: dict[str, Place] = {}
     running = [ELSEWHERE]

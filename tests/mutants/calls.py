@@ -20,6 +20,7 @@ _FIELDS = "petal_kernels/hf/fields.py"
 _STORED = "petal_kernels/hf/stored.py"
 _FILES = "petal_kernels/hf/files.py"
 _PROFILER = "petal_kernels/memory/profiler.py"
+_ASKED = "petal_kernels/hf/asked.py"
 
 MUTANTS = [
     (_CHECKS, "if value.layout is not torch.strided or value.is_nested:", "if False:"),
@@ -64,7 +65,7 @@ MUTANTS = [
     (_STORED, "        if not isinstance(state, Mapping):", "        if False:"),
     (_FILES, "    if not isinstance(given, (str, os.PathLike)):", "    if False:"),
     (_STORED, '        files.path_of(path, "path")\n', ""),
-    ("petal_kernels/hf/attach.py", '        path_of(checkpoint, "checkpoint")', "        pass"),
+    (_ASKED, '        path_of(checkpoint, "checkpoint")', "        pass"),
     ("petal_kernels/hf/unloading.py", "        path_of(directory)\n", ""),
     ("petal_kernels/hf/hub.py", "    if not isinstance(value, kinds):", "    if False:"),
     ("petal_kernels/hf/blocks.py", '        self._check_values("input_ids", input_ids)\n', ""),

@@ -80,7 +80,7 @@ MUTANTS = [
     (_NAMES, "if part not in WRAPPERS]", "]"),
     (_NAMES, "sorted(prefixes, key=len, reverse=True)", "prefixes"),
     (_NAMES, "if len(olds) == 1 and", "if"),
-    (_ATTACH, "        made.shapes = tensors.shapes_of(made.state_dict())\n", ""),
+    (_ATTACH, "        made.installed.shapes.update(tensors.shapes_of(made.state_dict()))\n", ""),
     # A model that is left as it was.
     (_ATTACH, "BaseException:\n        made.detach()\n", "BaseException:\n"),
     (_ATTACH, "        saved.check_base(made.signature())\n", ""),

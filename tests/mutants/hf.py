@@ -35,6 +35,9 @@ _WRAPPERS = "petal_kernels/hf/wrappers.py"
 _MERGING = "petal_kernels/hf/merging.py"
 _REPORT = "petal_kernels/hf/report.py"
 _FIELDS = "petal_kernels/hf/fields.py"
+_HOLDERS = "petal_kernels/hf/holders.py"
+_ASKED = "petal_kernels/hf/asked.py"
+_INSTALLED = "petal_kernels/hf/installed.py"
 
 MUTANTS = [
     (
@@ -52,16 +55,8 @@ MUTANTS = [
         "        block.open = False  # for whoever copied the context meanwhile",
         "        pass",
     ),
-    (
-        _CONTEXT,
-        "    blocks = THREAD.blocks if torch.compiler.is_compiling() else _BLOCKS.get()",
-        "    blocks = THREAD.blocks",
-    ),
-    (
-        _CONTEXT,
-        "    blocks = THREAD.blocks if torch.compiler.is_compiling() else _BLOCKS.get()",
-        "    blocks = _BLOCKS.get()",
-    ),
+    (_CONTEXT, "        blocks = _BLOCKS.get()\n", "        blocks = THREAD.blocks\n"),
+    (_CONTEXT, "        blocks = THREAD.blocks\n", "        blocks = _BLOCKS.get()\n"),
     (_CONTEXT, "class _Thread(threading.local):", "class _Thread:"),
     (_CONTEXT, "if b.owner is owner and b.open]", "if b.open]"),
     (_CONTEXT, "on=all(b.kind != OFF for b in own)", "on=own[-1].kind != OFF"),
@@ -138,12 +133,16 @@ MUTANTS = [
         "        return torch.float32, device_of(like)",
     ),
     (_FOUND, "    found.notes += _left(model, config, found, candidates, families)\n", ""),
-    (_ATTACHMENT, "            module.__class__ = own\n", "            pass\n"),
-    (_ATTACHMENT, 'if name.startswith("_petal")]', 'if name == "_petal"]'),
-    (_ATTACHMENT, "                del module.__dict__[name]", "                pass"),
-    (_ATTACHMENT, '                module.__dict__["forward"] = forward', "                pass"),
     (
-        _ATTACHMENT,
+        _INSTALLED,
+        "            mixin, module.__class__ = type(module).__mro__[1], own\n",
+        "            mixin = type(module).__mro__[1]\n",
+    ),
+    (_INSTALLED, 'if k.startswith("_petal")}', 'if k == "_petal"}'),
+    (_INSTALLED, "                del module.__dict__[name]", "                pass"),
+    (_INSTALLED, '                module.__dict__["forward"] = forward', "                pass"),
+    (
+        _INSTALLED,
         '            module.__dict__["forward"] = PatchedForward(module, forward)',
         "            pass",
     ),
@@ -153,12 +152,12 @@ MUTANTS = [
         "parameter.requires_grad_(True)",
     ),
     (_ATTACHMENT, "        model.requires_grad_(False)\n", ""),
-    (_ATTACHMENT, "        self.adapter.train(model.training)\n", ""),
-    (_ATTACHMENT, "            if parent._modules.get(child) is wrapper:", "            if True:"),
+    (_INSTALLED, "        self.adapter.train(self.model.training)\n", ""),
+    (_INSTALLED, "            if parent._modules.get(child) is wrapper:", "            if True:"),
     (_ATTACHMENT, "        if gone:\n", "        if False:\n"),
     (
         _ATTACHMENT,
-        "            if id(module) not in there and id(module) not in self._guards",
+        "            if id(module) not in there and id(module) not in self.installed.guards",
         "            if id(module) not in there",
     ),
     (
@@ -172,16 +171,16 @@ MUTANTS = [
         "    return merged is not None",
     ),
     (_ATTACHMENT, "        if self._merged is not None:\n            self.unmerge()\n", ""),
-    (_ATTACHMENT, "        self._bind_copies()\n", ""),
+    (_INSTALLED, "        self._bind_copies()\n", ""),
     (
-        _ATTACHMENT,
+        _INSTALLED,
         "any(id(p) in trained for p in module._parameters.values() if p is not None)",
         "False",
     ),
-    (_ATTACH, "    return dataclasses.replace(config)\n", "    return config\n"),
-    (_ATTACH, "    _check_holders(model)\n", ""),
-    (_ATTACH, "(*model.modules(), *holders)", "model.modules()"),
-    (_ATTACH, "    if loose:\n", "    if False:\n"),
+    (_ASKED, "    return dataclasses.replace(config)\n", "    return config\n"),
+    (_ATTACH, "    check_holders(model)\n", ""),
+    (_HOLDERS, "(*model.modules(), *holders)", "model.modules()"),
+    (_HOLDERS, "    if loose:\n", "    if False:\n"),
     (_ATTACH, '        if made.__dict__.get("_attached"):\n            made.detach()\n', ""),
     (_ATTACH, "    for note in made.method.found.notes:", "    for note in []:"),
     (_WHOLE, "            if id(parameter) in self._known:", "            if False:"),

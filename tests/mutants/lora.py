@@ -26,6 +26,7 @@ _ATTACHMENT = "petal_kernels/hf/attachment.py"
 _FILES = "petal_kernels/hf/files.py"
 _REPORT = "petal_kernels/hf/report.py"
 _OPERATOR = "petal_kernels/ops/lowrank_linear/function.py"
+_INSTALLED = "petal_kernels/hf/installed.py"
 
 MUTANTS = [
     (_LORA, "alpha / (math.sqrt(r) if rslora else r)", "alpha / r"),
@@ -71,10 +72,10 @@ MUTANTS = [
     ),
     (_ATTACH, "    twin = skeleton(model)\n", "    twin = model\n"),
     (_ATTACH, "with FakeTensorMode(allow_non_fake_inputs=True):", "if True:"),
-    (_ATTACHMENT, "                setattr(other, name, wrapper)\n", ""),
-    (_ATTACHMENT, "(*places, *self._again)", "places"),
+    (_INSTALLED, "                setattr(other, name, wrapper)\n", ""),
+    (_INSTALLED, "in (*places, *self.again):\n            if", "in places:\n            if"),
     (
-        _ATTACHMENT,
+        _INSTALLED,
         "            self._read(module, copies.hold(path, module, names, buffers",
         "            (None, copies.hold(path, module, names, buffers",
     ),

@@ -53,7 +53,7 @@ MUTANTS = [
     (_PEFT, "        if name.startswith(whole):\n", "        if False:\n"),
     (_PEFT, "or files.is_ours(folder / OLD_CONFIG):\n        raise", ":\n        raise"),
     (_PEFT, "    if (folder / CONFIG).exists() or files", "    if files"),
-    (_ATTACHMENT, 'if not any(path.startswith(f"{p}.") for p in self._named)', ""),
+    (_ATTACHMENT, 'if not any(path.startswith(f"{p}.") for p in named)', ""),
     # The order of a save.
     (_PAIR, "            _remove(path)\n            _sync", "            _sync"),
     (_PAIR, "if path.is_file() and path.read_bytes() != text:", "if path.is_file():"),

@@ -8,6 +8,7 @@ _ROUTING = "petal_kernels/hf/released/routing.py"
 _LOAD = "petal_kernels/hf/released/load.py"
 _STORED = "petal_kernels/hf/stored.py"
 _ATTACH = "petal_kernels/hf/attach.py"
+_ASKED = "petal_kernels/hf/asked.py"
 
 MUTANTS = [
     # Which of theirs is which of ours.
@@ -102,7 +103,7 @@ MUTANTS = [
         "    except BaseException:\n        raise\n\n\ndef _attach_saved",
     ),
     (
-        _ATTACH,
+        _ASKED,
         "    if checkpoint is not None and isinstance(config, (str, os.PathLike)):",
         "    if False:",
     ),

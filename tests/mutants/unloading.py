@@ -5,6 +5,7 @@ TESTS = ["tests/hf/test_unloading.py", "tests/hf/test_merged.py"]
 _UNLOADING = "petal_kernels/hf/unloading.py"
 _WHOLE = "petal_kernels/hf/whole.py"
 _ATTACHMENT = "petal_kernels/hf/attachment.py"
+_INSTALLED = "petal_kernels/hf/installed.py"
 
 MUTANTS = [
     (
@@ -88,11 +89,11 @@ MUTANTS = [
         "and (module is model or any(id(part) in known for part in module.modules()))",
         "",
     ),
-    (_ATTACHMENT, "        for save in self._saves:\n            save.take_back()\n", ""),
+    (_INSTALLED, "        for save in self.saves:\n            save.take_back()\n", ""),
     (
-        _ATTACHMENT,
-        "self._saves = guard_saves(model, self.adapter, self._places())",
-        "self._saves = []",
+        _INSTALLED,
+        "self.saves = guard_saves(self.model, self.adapter, self.places())",
+        "self.saves = []",
     ),
     (_WHOLE, 'if name == "bias" and module.__dict__.get("bias_of") is not None:', "if False:"),
     (

@@ -115,7 +115,7 @@ def test_attach_time(
     the collector, once per attach: that takes what the process's objects take, not the model's."""
     model = bart()
     module = importlib.import_module("petal_kernels.hf.attach")
-    monkeypatch.setattr(module, "_check_holders", lambda model: None)
+    monkeypatch.setattr(module, "check_holders", lambda model: None)
 
     def run() -> None:
         attach(model, config).detach()
