@@ -48,7 +48,10 @@ MUTANTS = [
     # Two columns
     (_COMPARE, "lora_dropout=dropout, target", "lora_dropout=0.0, target"),
     (_FORMS, "nn.Dropout(dropout) if dropout", "nn.Identity() if dropout"),
-    (_LAYER, "sizes.config(targets, recompute)", "sizes.config(targets)"),
+    (_LAYER, "sizes.config(targets, **chosen)", "sizes.config(targets)"),
+    (_LAYER, '{"frozen_norms": "folded"},', '{"frozen_norms": "fused"},'),
+    (_LAYER, '"recompute_mlp": True, "frozen_norms": "folded"', '"frozen_norms": "folded"'),
+    (_LAYER, "            **chosen,\n", "            recompute_mlp=bool(chosen),\n"),
     (_LAYER, "(theirs, dtype=sizes.dtype)", "(theirs, dtype=torch.float32)"),
     (_LAYER, "lora_dropout=self.dropout", "lora_dropout=0.0"),
     (_LAYER, "kept / (x.numel() * x.itemsize)", "kept / x.numel()"),
