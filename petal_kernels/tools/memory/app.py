@@ -109,12 +109,14 @@ def _refusals(every: bool) -> Iterator[None]:
         raise Refusal(f"{error}") from error
 
 
-def _measure(args: argparse.Namespace, subject: Subject) -> whatif.Measure:
-    """How to run the step with other options."""
+def _measure(args: argparse.Namespace, subject: Subject, said: list[str]) -> whatif.Measure:
+    """How to run the step with other options; `said` gets what the first one's batch is."""
 
     def measure(options: Options) -> memory.Profile:
         with _refusals(every=not args.script), aside(args):
             step = subject.build(options)
+        if not said:
+            said.extend(step.said)
         with _refusals(every=False), aside(args):
             return whatif.run(step, args.accumulate)
 
@@ -130,12 +132,14 @@ def _profile(args: argparse.Namespace, command: str) -> int:
     began = time.perf_counter()
     _wait(f"{subject.title} ...", quiet)
 
-    measure = _measure(args, subject)
+    said: list[str] = []
+    measure = _measure(args, subject, said)
     plain = measure(subject.options)
     profile = plain.with_optimizer(optimizer) if args.optimizer else plain
     spent = time.perf_counter() - began
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    say(f"{subject.title}\n")
+    title = "\n".join([subject.title, *said])
+    say(f"{title}\n")
     say(report(profile, args.rows or _ROWS, width))
     _calibrate(None if args.script else subject.options, plain, measure, say)
     answers = [whatif.answer("as it is", plain, optimizer, spent)]
@@ -147,7 +151,7 @@ def _profile(args: argparse.Namespace, command: str) -> int:
         say(columns(whatif.headers(optimizer), whatif.rows(answers), right=(1, 2, 3, 4, 5)))
     for name, reason in left.items():
         say(f"  not asked: {name}: {reason}")
-    _write(args, command, subject.title, profile, answers, left, optimizer)
+    _write(args, command, title, profile, answers, left, optimizer)
     say(f"\n{spent:.1f} s, this process at most {mib(environment.most_resident())}")
     if args.fail_above is not None and profile.saved_bytes > args.fail_above * 2**20:
         print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from dataclasses import dataclass
@@ -60,8 +61,9 @@ def build(source: Source, options: Options) -> nn.Module:
     """The model that the config names, or that its type is for, on the device in force."""
     import transformers
 
-    config = source.config
-    config._attn_implementation = options.attention
+    config = copy.deepcopy(source.config)
+    if options.attention != "sdpa":  # transformers' own choice, where a model has it
+        config._attn_implementation = options.attention
     names = getattr(config, "architectures", None) or ()
     kinds: list[Any] = [getattr(transformers, name, None) for name in names]
     for mapping in (
@@ -78,6 +80,18 @@ def build(source: Source, options: Options) -> nn.Module:
         f"--config: want a model that is trained on text, got {config.model_type}, architectures "
         f"{getattr(config, 'architectures', None)}"
     )
+
+
+def attention(model: nn.Module, options: Options) -> list[str]:
+    """Where a model's attention is not what was asked for, in words."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        kind = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        above = path.rpartition(".")[0]
+        if kind not in (None, options.attention, found.get(above)):
+            found.setdefault(path, str(kind))
+    tops = [p for p in found if not any(p.startswith(f"{q}.") or not q for q in found if q != p)]
+    return [f"attention of {p or 'the model'}: {found[p]}, it has no other" for p in tops]
 
 
 def picture_size(source: Source, options: Options) -> tuple[int, int]:
@@ -137,8 +151,13 @@ def _text(source: Source, model: nn.Module, options: Options, visual: int) -> di
     config = source.config
     image = getattr(config, "image_token_id", None)
     image = config.image_token_index if image is None else image
-    seen = torch.full((options.batch, visual), image)
-    ids = torch.cat([seen, models.words(1000, options.batch, options.length)], 1)
+    said = models.words(1000, options.batch, options.length)
+    if options.length < options.images:
+        raise ValueError(f"--length: want a word for each picture, got {options.length}")
+    pieces = []  # of each picture, and a word between it and the next
+    for i in range(options.images):
+        pieces += [torch.full((options.batch, visual // options.images), image), said[:, i : i + 1]]
+    ids = torch.cat([*pieces, said[:, options.images :]], 1)
     of_image = ids == image
     given = {"input_ids": ids, "labels": torch.where(of_image, -100, ids)}
     taken = inspect.signature(type(model).forward).parameters

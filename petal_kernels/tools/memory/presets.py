@@ -112,9 +112,10 @@ def prepare_config(source: configs.Source, options: Options) -> Step:
     """The model of a config file with its adapter and a batch, on fake tensors."""
     with torch.device("meta"), models.default_dtype(DTYPES[options.dtype]):
         model = configs.build(source, options)
+    unlike = configs.attention(model, options)
     keep = ready(model, options)
     model, batch, said = configs.batch(source, model, options)
-    return Step(model, batch, keep=keep, said=said)
+    return Step(model, batch, keep=keep, said=said + unlike)
 
 
 def ready(model: nn.Module, options: Options) -> list[Any]:
