@@ -33,10 +33,10 @@ MUTANTS = [
     (_PRESETS, "        parts=options.parts,\n", ""),
     (_PRESETS, "        recompute_mlp=options.recompute_mlp,\n", ""),
     (_PRESETS, "list(wanted) if isinstance(wanted, tuple) else wanted", "wanted and str(wanted)"),
-    (_PRESETS, '_ADAPTER | {"dropout", "parts", "recompute_mlp"}', '_ADAPTER | {"dropout"}'),
+    (_PRESETS, '_ADAPTER | {"dropout", "parts", "recompute_mlp", "frozen_norms"}', '_ADAPTER'),
     (_PRESETS, "paths, config.r, config", "paths, 8, config"),
-    (_PRESETS, "config.lora_dropout, torch.float32", "0.0, torch.float32"),
-    (_PRESETS, "config.lora_dropout, torch.float32", "config.lora_dropout, torch.bfloat16"),
+    (_PRESETS, "config.lora_dropout, DTYPES[", "0.0, DTYPES["),
+    (_PRESETS, "DTYPES[options.adapter_dtype]", "torch.bfloat16"),
     (_PRESETS, "    if not installed():\n", "    if False:\n"),
     (_OPTIONS, 'self.parts != ("language",)', "True"),
     (_OPTIONS, '"targets" in heeded and', ""),
@@ -60,7 +60,7 @@ MUTANTS = [
     (_LAYER, "{frozen.times_x:.2f}", "{adapted[0].times_x:.2f}"),
     (_MODELS, "intermediate_size=11008", "intermediate_size=11000"),
     (_APP, "if args.targets is None else (args.targets,)", ""),
-    (_APP, '{"targets"} if args.compare == "lora-layer" else set()', '{"targets"}'),
+    (_APP, '{"targets"} if layer_alone else set()', '{"targets"}'),
     # The figures of README.md
     (
         _TABLES,

@@ -100,7 +100,7 @@ def test_a_published_model_takes_half_a_minute_and_two_gibibytes(name: str, tmp_
 
 def tiny_config(name: str, folder: Path) -> tuple[configs.Source, Any]:
     """A tiny model's own config in a file."""
-    built = tiny_vlms.VLMS[name].build()
+    built: Any = tiny_vlms.VLMS[name].build()
     values = built.config.to_dict() | {"architectures": [type(built).__name__]}
     (folder / "config.json").write_text(json.dumps(values))
     return configs.read(folder), built
@@ -124,13 +124,18 @@ def test_fake_weights_with_real_ids_keep_what_real_ones_do(name: str, tmp_path: 
 
 
 def test_real_masks_on_fake_tensors_pick_as_many_as_they_have() -> None:
-    class Picks(torch.nn.Linear):
-        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            y = super().forward(x)
-            y[mask] = y[mask] * 2.0
-            return y[mask][:, None].sum()
+    class Picks(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 3)
 
-    model, x = memory.fake_tensors(Picks(4, 3), torch.empty(5, 4))
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.linear(x)
+            y[mask] = y[mask] * 2.0
+            picked: torch.Tensor = y[mask]
+            return picked.sum()
+
+    model, x = memory.fake_tensors(Picks(), torch.empty(5, 4))
     mask = torch.tensor([True, False, True, True, False])
     shapes = [b.shape for b in memory.profile(model, (x, mask)).blocks]
     assert (3, 3) in shapes

@@ -50,7 +50,10 @@ def main(words: Sequence[str] | None = None) -> int:
     command = shlex.join(["petal-kernels", "memory", *words])
     with exits.refusing(parser, Refusal):
         _check_files(args)
-        if args.compare and args.compare[0] in arguments.LAYERS:
+        alone = bool(args.compare) and args.compare[0] in arguments.LAYERS
+        if args.reserve is not None and (alone or not (args.compare or args.gpu)):
+            raise Refusal("--reserve: want it with --gpu or --compare METHODS")
+        if alone:
             return _compare(args, command)
         if args.compare or args.gpu:
             return planner.main(args, command, _save)

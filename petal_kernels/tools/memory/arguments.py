@@ -63,50 +63,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="a model of transformers by its config.json, or the folder of it: no weights are read",
     )
-    made.add_argument(
-        "--compare",
-        type=compared,
-        metavar="WHAT",
-        help="methods side by side (full,peft-lora,lora,petal), or LoRA on one layer, PEFT's and "
-        "ours: lora-qkv, lora-layer",
-    )
-    made.add_argument(
-        "--gpu",
-        type=gpus.gpu,
-        metavar="NAME",
-        help="does it fit, what is the largest batch, what to change: "
-        f"{', '.join(gpus.TOTALS)}, or a number of GiB",
-    )
-    made.add_argument(
-        "--reserve",
-        type=gpus.gibibytes,
-        default=gpus.RESERVE,
-        metavar="GIB",
-        help="of the GPU, for the CUDA context and workspaces (an assumption: %(default)s)",
-    )
+    _add_fit(made)
     made.add_argument("--method", choices=METHODS, metavar="NAME", help=", ".join(METHODS))
-    for name, text in (
-        ("batch", "samples"),
-        ("length", "words of text per sample"),
-    ):
-        made.add_argument(f"--{name}", type=positive, metavar="N", help=text)
-    made.add_argument("-r", "--rank", type=positive, metavar="N", help="of the adapter")
-    made.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the base")
-    made.add_argument("--attention", choices=["sdpa", "eager"])
-    made.add_argument("--checkpointing", action="store_const", const=True)
-    made.add_argument(
-        "--input-grads",
-        action="store_const",
-        const=True,
-        help="enable_input_require_grads(), as PEFT calls it of a model that is checkpointed",
-    )
-    made.add_argument("--images", type=count, metavar="N", help="pictures per sample of a config")
-    made.add_argument(
-        "--image-size",
-        type=image_size,
-        metavar="WxH",
-        help="of each picture, in pixels (default: the tower's own size)",
-    )
+    _add_batch(made)
     made.add_argument("--implementation", choices=["fused", "published"], help="of the adapter")
     _add_adapter(made)
     made.add_argument(
@@ -133,6 +92,55 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_outputs(made)
     return made
+
+
+def _add_fit(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--compare",
+        type=compared,
+        metavar="WHAT",
+        help="methods side by side (full,peft-lora,lora,petal), or LoRA on one layer, PEFT's and "
+        "ours: lora-qkv, lora-layer",
+    )
+    made.add_argument(
+        "--gpu",
+        type=gpus.gpu,
+        metavar="NAME",
+        help="does it fit, what is the largest batch, what to change: "
+        f"{', '.join(gpus.TOTALS)}, or a number of GiB",
+    )
+    made.add_argument(
+        "--reserve",
+        type=gpus.gibibytes,
+        metavar="GIB",
+        help="of the GPU, for the CUDA context and workspaces "
+        f"(default: {gpus.RESERVE}, an assumption)",
+    )
+
+
+def _add_batch(made: argparse.ArgumentParser) -> None:
+    for name, text in (
+        ("batch", "samples"),
+        ("length", "words of text per sample"),
+    ):
+        made.add_argument(f"--{name}", type=positive, metavar="N", help=text)
+    made.add_argument("-r", "--rank", type=positive, metavar="N", help="of the adapter")
+    made.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the base")
+    made.add_argument("--attention", choices=["sdpa", "eager"])
+    made.add_argument("--checkpointing", action="store_const", const=True)
+    made.add_argument(
+        "--input-grads",
+        action="store_const",
+        const=True,
+        help="enable_input_require_grads(), as PEFT calls it of a model that is checkpointed",
+    )
+    made.add_argument("--images", type=count, metavar="N", help="pictures per sample of a config")
+    made.add_argument(
+        "--image-size",
+        type=image_size,
+        metavar="WxH",
+        help="of each picture, in pixels (default: the tower's own size)",
+    )
 
 
 def _add_adapter(made: argparse.ArgumentParser) -> None:

@@ -107,7 +107,7 @@ def batch(
     """
     if not source.sees or not options.images:
         model, _ = memory.fake_tensors(model, ())
-        ids = models.words(1000, options.batch, options.length)
+        ids = models.words(_words(source.config), options.batch, options.length)
         return model, {"input_ids": ids, "labels": ids}, [f"{options.length} tokens a sample"]
     if hasattr(source.config, "num_query_tokens"):
         model, given = memory.fake_tensors(model, models.image_text_batch(model, options))
@@ -136,6 +136,11 @@ def batch(
     return model, given, _said(source, options, visual, given["input_ids"].shape[1])
 
 
+def _words(config: Any) -> int:
+    """Of the vocabulary, the first thousand: what stands for pictures lies above, as a rule."""
+    return min(1000, int(config.get_text_config().vocab_size))
+
+
 def _said(source: Source, options: Options, visual: int, length: int) -> list[str]:
     width, height = picture_size(source, options)
     count = options.images
@@ -151,7 +156,8 @@ def _text(source: Source, model: nn.Module, options: Options, visual: int) -> di
     config = source.config
     image = getattr(config, "image_token_id", None)
     image = config.image_token_index if image is None else image
-    said = models.words(1000, options.batch, options.length)
+    said = models.words(_words(config), options.batch, options.length)
+    said[said == image] = 5
     if options.length < options.images:
         raise ValueError(f"--length: want a word for each picture, got {options.length}")
     pieces = []  # of each picture, and a word between it and the next

@@ -35,15 +35,12 @@ class Tower:
 
 
 def tower(profile: memory.Profile, model: nn.Module | None) -> Tower | None:
-    """The first frozen part of a model that its config calls the vision's."""
-    if model is None:
-        return None
-    for seen in walk(model):
-        module = seen.module
-        if seen.part != "vision" or any(p.requires_grad for p in module.parameters()):
-            continue
-        weights = sum(p.numel() * p.itemsize for p in module.parameters())
-        if weights:
+    """The part of a model that its config calls the vision's, where nothing of it is trained."""
+    for seen in walk(model) if model is not None else ():
+        weights = sum(p.numel() * p.itemsize for p in seen.module.parameters())
+        if seen.part == "vision" and weights:
+            if not any(inside(seen.path, each) for each in profile.frozen):
+                return None
             kept = [r.bytes for r in profile.saved if inside(r.module, seen.path)]
             return Tower(seen.path, weights, sum(kept))
     return None
