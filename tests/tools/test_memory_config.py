@@ -72,7 +72,8 @@ def test_a_picture_has_as_many_tokens_as_its_processor_makes(name: str, tmp_path
     image = getattr(source.config, "image_token_id", None) or source.config.image_token_index
     assert [int(row.sum()) for row in batch["input_ids"] == image] == [TOKENS[name]] * 2
     assert batch["input_ids"].shape == (2, TOKENS[name] + 5)
-    assert f"640 x 480 a sample: {TOKENS[name]:,} visual tokens" in said[0]
+    seen = "seen by" if name.startswith("Llama") else f"{TOKENS[name]:,} visual tokens"
+    assert f"640 x 480 a sample: {seen}" in said[0]
 
 
 @pytest.mark.slow
@@ -121,6 +122,18 @@ def test_fake_weights_with_real_ids_keep_what_real_ones_do(name: str, tmp_path: 
     more = 2 * 8 * 2 * 8 if name == "qwen3-vl" else 0
     assert fake.saved_bytes == real.saved_bytes + more > more
     assert fake.peak_bytes == real.peak_bytes or more
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiny_vlms.VLMS)
+def test_every_family_runs_with_every_choice(name: str, tmp_path: Path) -> None:
+    """A picture by the family's processor; a base in 4 bits, checkpoints, inputs with gradients."""
+    source, _ = tiny_config(name, tmp_path)
+    chosen = {"base": "nf4", "checkpointing": True, "input_grads": True, "image_size": (56, 56)}
+    step = presets.prepare_config(source, Options(**vars(LORA) | chosen))
+    found = whatif.run(step)
+    assert found.saved_bytes > 0
+    assert found.sizes.gradients == found.sizes.trainable > 0
 
 
 def test_real_masks_on_fake_tensors_pick_as_many_as_they_have() -> None:

@@ -240,9 +240,36 @@ def test_a_verdict_is_a_sentence() -> None:
     assert verdict_of(40, 24, tried).endswith("The cheapest way: more (20.00 GiB).")
 
 
+SCRIPT = """
+import torch
+from torch import nn
+
+def build(width=64):
+    return nn.Sequential(nn.Linear(width, width), nn.Linear(width, 1)), torch.zeros(3, width)
+
+def broken():
+    return int("seven")
+"""
+
+
+def test_a_script_without_a_batch_is_asked_for_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    words = ["--script", f"{tmp_path}/mine.py", "--gpu", "1", "--json", "-"]
+    assert app.main(words) == 0
+    (found,) = json.loads(capsys.readouterr().out)["methods"]
+    assert found["fits"]
+    assert found["largest_batch"] is None
+    assert "largest batch" not in found["verdict"]
+    with pytest.raises(ValueError, match="seven"):
+        app.main(["--script", f"{tmp_path}/mine.py:broken", "--gpu", "1"])
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--reserve", "1"], "--reserve: want it with --gpu"),
         (["--compare", "full,lora"], "want --config or a --model that has several methods"),
         (["--compare", "full,nothing"], "want some of petal"),
         (["--compare", "lora-layer", "--gpu", "24"], "has a model of its own and no --gpu"),

@@ -145,9 +145,12 @@ def _said(source: Source, options: Options, visual: int, length: int) -> list[st
     width, height = picture_size(source, options)
     count = options.images
     noun = "picture" if count == 1 else "pictures"
+    seen = f"{visual:,} visual tokens"
+    if visual == count:
+        seen = "seen by cross-attention" if visual == 1 else "each seen by cross-attention"
     return [
-        f"{count} {noun} of {width} x {height} a sample: {visual:,} visual tokens, "
-        f"{length:,} tokens with the text's {options.length}"
+        f"{count} {noun} of {width} x {height} a sample: {seen}, {length:,} tokens with the "
+        f"text's {options.length}"
     ]
 
 

@@ -56,7 +56,7 @@ CHANGES = (
     Change("bfloat16 adapters", "none; they round", {"adapter_dtype": "bfloat16"}),
     Change("AdamW in 8 bits", "none to speak of; states round", optimizer="adamw8bit"),
     Change("norms folded", "each norm once more", {"frozen_norms": "folded"}, methods=("lora",)),
-    Change("MLPs recomputed", "2 of an MLP's 6 products once more", {"recompute_mlp": True}),
+    Change("MLPs recomputed", "an MLP's gate and up once more", {"recompute_mlp": True}),
     Change(
         "gradient checkpointing",
         "each layer's forward once more: + 50 % of its products",
@@ -79,14 +79,15 @@ class Tried:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether it fits, by how much, the largest batch (0: not one sample), and the changes tried.
+    """Whether it fits, by how much, the largest batch (0: not one sample; None: the step has no
+    batch to choose), and the changes tried.
 
     answer  the first in the order of cost that makes it fit, alone or with those before it
     """
 
     gpu: Gpu
     budget: Budget
-    largest_batch: int
+    largest_batch: int | None
     changes: list[Tried]
     answer: Tried | None
 
@@ -134,7 +135,7 @@ class Planner:
     def verdict(self, options: Options) -> Verdict:
         """All of it. Where the step fits no change is tried."""
         whole = self.budget(options)
-        largest = self.largest_batch(options)
+        largest = self.largest_batch(options) if "batch" in self.heeded else None
         if self.fits(whole):
             return Verdict(self.gpu, whole, largest, [], None)
         tried, answer = self.changes(options)

@@ -40,20 +40,22 @@ def rows(found: Sequence[Column]) -> list[list[str]]:
     return cells
 
 
-def _batch(count: int) -> str:
+def _batch(count: int | None) -> str:
+    if count is None:
+        return "not asked"
     return f"{count} or more" if count >= MOST_SAMPLES else str(count)
 
 
 def verdict(found: Verdict, batch: int) -> str:
     """Whether it fits, in a sentence."""
-    most = (
-        f"the largest batch is {_batch(found.largest_batch)}"
-        if found.largest_batch
-        else "not one sample does"
-    )
+    most = ""
+    if found.largest_batch is not None:
+        most = f"; the largest batch is {_batch(found.largest_batch)}"
+    if found.largest_batch == 0:
+        most = "; not one sample does"
     if found.fits:
-        return f"Batch {batch} fits {found.gpu} with {mib(found.spare)} to spare; {most}."
-    text = f"Batch {batch} does not fit {found.gpu}: {mib(-found.spare)} too much; {most}."
+        return f"Batch {batch} fits {found.gpu} with {mib(found.spare)} to spare{most}."
+    text = f"Batch {batch} does not fit {found.gpu}: {mib(-found.spare)} too much{most}."
     if found.answer is None:
         return f"{text} None of the changes is enough."
     need = mib(found.answer.budget.need)

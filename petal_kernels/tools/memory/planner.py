@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from petal_kernels import memory
@@ -22,7 +23,7 @@ from petal_kernels.tools.memory.budget import Budget, budget
 from petal_kernels.tools.memory.fit import Planner, Verdict
 from petal_kernels.tools.memory.options import Options
 from petal_kernels.tools.memory.presets import HEEDED, Step
-from petal_kernels.tools.memory.subjects import Subject, given_options, refuse, subject
+from petal_kernels.tools.memory.subjects import Subject, aside, given_options, refuse, subject
 
 _NOT_ASKED = ("accumulate", "what_if", "rows", "png", "fail_above", "device")
 
@@ -83,7 +84,8 @@ def main(args: argparse.Namespace, command: str, save: Callable[[Path, str], Non
         refuse(args, f"--compare {','.join(args.compare)}", sorted(unheeded - _OF_CONFIG))
     optimizer = args.optimizer or settings_of("adamw")
     began = time.perf_counter()
-    columns = [_column(args, optimizer, each) for each in methods]
+    with aside(args):
+        columns = [_column(args, optimizer, each) for each in methods]
     if all(c.budget is None for c in columns):
         raise Refusal("; ".join(f"{c.method}: {c.why_not}" for c in columns))
     quiet = str(args.json) == "-"
@@ -92,7 +94,7 @@ def main(args: argparse.Namespace, command: str, save: Callable[[Path, str], Non
         print(text)
         spent = time.perf_counter() - began
         print(f"\n{spent:.1f} s, this process at most {mib(environment.most_resident())}")
-    where = environment.describe(1)
+    where = environment.describe(torch.get_num_threads())
     if args.json is not None:
         document = fit_text.document(columns, optimizer, command, where)
         save(args.json, json.dumps(document, indent=1))
@@ -116,6 +118,8 @@ def _column(args: argparse.Namespace, optimizer: Settings, method: str | None) -
     try:
         column.budget = needs(found.options, optimizer)
     except (ValueError, TypeError) as error:
+        if args.script:  # a fault of its own is found by its traceback
+            raise
         if method is None:
             raise Refusal(str(error)) from error
         column.why_not = str(error)
