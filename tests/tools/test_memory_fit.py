@@ -261,7 +261,9 @@ def test_a_script_without_a_batch_is_asked_for_none(
     (found,) = json.loads(capsys.readouterr().out)["methods"]
     assert found["fits"]
     assert found["largest_batch"] is None
+    assert found["verdict"].startswith("The step fits a GPU (1.0 GiB)")
     assert "largest batch" not in found["verdict"]
+    assert found["method"] == "the step"
     with pytest.raises(ValueError, match="seven"):
         app.main(["--script", f"{tmp_path}/mine.py:broken", "--gpu", "1"])
 

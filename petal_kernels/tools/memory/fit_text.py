@@ -46,16 +46,17 @@ def _batch(count: int | None) -> str:
     return f"{count} or more" if count >= MOST_SAMPLES else str(count)
 
 
-def verdict(found: Verdict, batch: int) -> str:
+def verdict(found: Verdict, batch: int | None) -> str:
     """Whether it fits, in a sentence."""
+    what = f"Batch {batch}" if batch else "The step"
     most = ""
     if found.largest_batch is not None:
         most = f"; the largest batch is {_batch(found.largest_batch)}"
     if found.largest_batch == 0:
         most = "; not one sample does"
     if found.fits:
-        return f"Batch {batch} fits {found.gpu} with {mib(found.spare)} to spare{most}."
-    text = f"Batch {batch} does not fit {found.gpu}: {mib(-found.spare)} too much{most}."
+        return f"{what} fits {found.gpu} with {mib(found.spare)} to spare{most}."
+    text = f"{what} does not fit {found.gpu}: {mib(-found.spare)} too much{most}."
     if found.answer is None:
         return f"{text} None of the changes is enough."
     need = mib(found.answer.budget.need)

@@ -110,7 +110,7 @@ _OF_CONFIG = {"images", "image_size"}
 
 def _column(args: argparse.Namespace, optimizer: Settings, method: str | None) -> Column:
     found = subject(args, method)
-    column = Column(found.options.method, found.title, found.options)
+    column = Column(found.options.method or "the step", found.title, found.options)
     reserve = gpus.RESERVE if args.reserve is None else args.reserve
     needs = Needs(found, int(reserve * gpus.GIB))
     say = _progress(args, column.method)
