@@ -74,6 +74,17 @@ def test_the_smallest_piece_that_holds_a_block_is_taken() -> None:
     assert b[1] == 3 * MIB
 
 
+def test_a_rest_of_a_large_piece_stays_with_its_block() -> None:
+    """Half a MiB behind a block is not joined to what becomes free behind it."""
+    allocator = Allocator()
+    _, b, c = (allocator.take(size * MIB) for size in (5, 5, 10))
+    allocator.drop(b)
+    assert allocator.take(9 * MIB // 2)[1:] == (5 * MIB, 5 * MIB)
+    allocator.drop(c)
+    assert allocator.take(21 * MIB // 2)[0] == 1
+    assert allocator.needed == 20 * MIB + 12 * MIB
+
+
 def test_a_segment_that_nothing_is_in_is_not_needed() -> None:
     first, then = block(30 * MIB, 0, 1), block(64 * MIB, 1)
     assert needed_bytes([first, then]) == 64 * MIB
