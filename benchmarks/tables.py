@@ -68,7 +68,7 @@ _OVERHEAD = "epyc-avx512-2core-6d30940e4164-overhead"
 # Of LoRA's times, layers by dtype and a whole step: pages have the blocks whose files are named.
 _LORA: dict[str, str] = {}
 _LLAMA = ""
-_LORA_MEMORY = "xeon-avx512-2core-37ba7058a017-memory-lora-layer"
+_LORA_MEMORY = "epyc-avx2-2core-f98b9351d3d7-memory-lora-layer"
 _QKV = "petal qkv layer, N=4096 d=768 R=64 "
 _QKV_GIVEN = "petal qkv adapter part, base outputs given, N=4096 d=768 R=64 float32"
 

@@ -89,8 +89,8 @@ def _wasted(profile: Profile) -> Iterator[Advice]:
             "wasted",
             _total(records),
             f"the frozen {path or MODEL} keeps what no gradient of a trained parameter needs",
-            "compute its output under torch.no_grad() or detach() it (often the cause is "
-            "enable_input_require_grads(), or an input that requires grad)",
+            "compute its output under torch.no_grad() or detach() it, or once for all epochs "
+            "(often the cause is enable_input_require_grads(), or an input that requires grad)",
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
@@ -92,6 +93,35 @@ def mode_of(model: nn.Module | None, batch: Any) -> FakeTensorMode | None:
     return None
 
 
+def running(mode: FakeTensorMode, batch: Any) -> contextlib.AbstractContextManager[Any]:
+    """What a step on fake tensors runs in: their mode, so that all that it makes is fake; but where
+    the batch has real tensors, what is made of these alone stays real and can be asked for values.
+    """
+    real = any(not isinstance(t, FakeTensor) for t in tensors_in(batch))
+    return _RealMasks() if real else mode
+
+
+class _RealMasks(TorchFunctionMode):
+    """While entered, a real mask that picks elements of a fake tensor is the list of their places,
+    which has a shape.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], FakeTensor):
+            args = (args[0], _places(args[1]), *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def _places(index: Any) -> Any:
+    """An index with the places of a real mask instead of the mask."""
+    found: list[Any] = []
+    for each in index if isinstance(index, tuple) else (index,):
+        mask = isinstance(each, Tensor) and each.dtype == torch.bool and each.dim() > 0
+        real = mask and not isinstance(each, FakeTensor)
+        found += each.nonzero(as_tuple=True) if real else [each]
+    return tuple(found)
+
+
 @contextlib.contextmanager
 def named_failures(stack: ModuleStack, mode: FakeTensorMode | None) -> Iterator[None]:
     """What torch raises where shapes are not enough says which module asked, and the way out."""
@@ -106,7 +136,8 @@ def named_failures(stack: ModuleStack, mode: FakeTensorMode | None) -> Iterator[
         raise ValueError(
             f"model: {place or 'the model itself'}{f' ({kind})' if kind else ''} does not run on "
             f"fake tensors, which have shapes and no values ({type(error).__name__}: {first}). "
-            "Profile it on real tensors, if need be with fewer layers: each keeps the same"
+            "Give those of the batch that it asks for values (ids, sizes of images) as real ones, "
+            "or profile it on real tensors, if need be with fewer layers: each keeps the same"
         ) from error
 
 

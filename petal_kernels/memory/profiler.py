@@ -53,7 +53,8 @@ def profile(
                 function.
     batch       a mapping is given as keyword arguments, a tuple or a list as positional ones,
                 anything else as the only argument. Real tensors, on CPU or CUDA, or fake ones, like
-                the model (`fake_tensors`).
+                the model (`fake_tensors`); beside a fake model real ones keep their values, which
+                its shapes may depend on (ids among which are those of images, sizes of images).
     loss        of the model's output; default: its `loss`, or the sum of the tensors that it
                 returns, which keeps nothing.
     backward    also run the backward, for the timeline; gradients that were there are put back.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from petal_kernels.memory import gradients
 from petal_kernels.memory.compiled import refused
 from petal_kernels.memory.cuda_rules import cuda_rules as as_on_cuda
-from petal_kernels.memory.fake import mode_of, named_failures
+from petal_kernels.memory.fake import mode_of, named_failures, running
 from petal_kernels.memory.leaves import Leaves, buffers_put_back, versions
 from petal_kernels.memory.modules import ModuleStack
 from petal_kernels.memory.records import (
@@ -113,7 +113,7 @@ def recording(
         changed = contexts.enter_context(buffers_put_back(module, LARGEST_BUFFER))
         written = versions(own)
         if mode is not None:
-            contexts.enter_context(mode)
+            contexts.enter_context(running(mode, batch))
         contexts.enter_context(named_failures(stack, mode))
         if rules:
             contexts.enter_context(refused())

@@ -18,6 +18,7 @@ _TIMELINE = "petal_kernels/memory/timeline.py"
 _RECORDS = "petal_kernels/memory/records.py"
 _ADVICE = "petal_kernels/memory/advice.py"
 _TEXT = "petal_kernels/memory/text.py"
+_SUBJECTS = "petal_kernels/tools/memory/subjects.py"
 _APP = "petal_kernels/tools/memory/app.py"
 _ARGUMENTS = "petal_kernels/tools/memory/arguments.py"
 _PLOT = "petal_kernels/tools/memory/plot.py"
@@ -92,10 +93,10 @@ MUTANTS = [
         "Step(model, batch)",
     ),
     (_APP, "return exits.BROKEN_BOUND", "return exits.REFUSED"),
-    (_APP, "contextlib.redirect_stdout(sys.stderr) if quiet else", ""),
+    (_SUBJECTS, "contextlib.redirect_stdout(sys.stderr) if quiet else", ""),
     (_APP, "        _check_files(args)\n", ""),
     (_APP, 'where.startswith("petal_kernels.memory.")', "False"),
-    (_APP, "[name for name in given if name not in heeded]", "[]"),
+    (_SUBJECTS, "[name for name in given if name not in found.heeded]", "[]"),
     (_APP, "return whatif.run(step, args.accumulate)", "return whatif.run(step)"),
     (_ARGUMENTS, "0.0 <= _number(text) < math.inf", "_number(text) >= 0.0"),
     (_PRESETS, '("petal", "routing"), _ADAPTER | {"dropout"}', '("petal",), _ADAPTER'),

@@ -25,9 +25,9 @@ STATE = 16  # of a generator
 ALL = "all-linear"
 
 
-def norm(n: int) -> int:
-    """A float32 copy of its input, and 1 / rms."""
-    return 4 * n * D + 4 * n
+def norm(n: int, own: bool = True) -> int:
+    """A float32 copy of its input, of the operator's the input itself, and 1 / rms."""
+    return (4 if own else 2) * n * D + 4 * n
 
 
 def attention(n: int) -> int:
@@ -76,7 +76,6 @@ def layer_by_hand(sizes: compare_layer.Sizes) -> dict[tuple[str, str], int]:
     frozen = 2 * norm(n) + attention(n) + cos_and_sin(sizes.length) + 3 * 2 * n * FF
     lora = 2 * norm(n) + cos_and_sin(sizes.length)
     # What the first projections add keeps x once more than nothing; v has as many heads as q.
-    two, three = (frozen + 2 * n * D + 2 * n * k * R + STATE for k in (2, 3))
     found = {("nothing", "frozen"): frozen}
     names = {"q_proj, v_proj": (2, 0), "q_proj, k_proj, v_proj": (3, 0), ALL: (6, 1)}
     for targets, (of_d, of_ff) in names.items():
@@ -85,9 +84,14 @@ def layer_by_hand(sizes: compare_layer.Sizes) -> dict[tuple[str, str], int]:
             copies = (size + 1) * n * (of_d * D + of_ff * FF)
             middles = (of_d + of_ff) * size * n * R
             found[targets, f"peft-lora, {label}"] = frozen + copies + middles
-        for label, recompute in (("lora", False), ("lora, MLP recomputed", True)):
-            whole = lora + lora_layer(n, recompute)
-            found[targets, label] = {2: two, 3: three, 6: whole}[of_d]
+        for label, chosen in compare_layer.OURS.items():
+            norms = chosen.get("frozen_norms", "module")
+            # An operator's norm keeps its input as it is; folded, what reads it keeps no x.
+            less = 0 if norms == "module" else 2 * (norm(n) - norm(n, own=False))
+            less += {6: 2, 2: 1, 3: 1}[of_d] * 2 * n * D if norms == "folded" else 0
+            of_qkv = frozen + 2 * n * D + 2 * n * of_d * R + STATE
+            whole = lora + lora_layer(n, "recompute_mlp" in chosen)
+            found[targets, label] = (whole if of_d == 6 else of_qkv) - less
     return found
 
 
@@ -105,8 +109,11 @@ def test_a_layer_keeps_these_times_x() -> None:
     assert times["nothing", "frozen"] == 16.09
     assert times["q_proj, v_proj", "peft-lora, float32"] == 21.11
     assert times[ALL, "peft-lora, float32"] == 37.87
-    assert times[ALL, "lora"] == 15.43
-    assert times[ALL, "lora, MLP recomputed"] == 10.06
+    ours = [label for targets, label in times if targets == ALL and label.startswith("lora")]
+    assert ours == list(compare_layer.OURS)
+    assert [times[ALL, label] for label in ours] == [15.43, 13.43, 11.43, 10.06, 8.06, 6.06]
+    of_two = [times["q_proj, v_proj", label] for label in ours]
+    assert of_two == 2 * [17.10, 15.10, 14.10]
 
 
 def test_the_restatement_of_a_layer_is_peft() -> None:
@@ -116,15 +123,15 @@ def test_the_restatement_of_a_layer_is_peft() -> None:
     assert [(k.name, k.bytes) for k in real] == [(k.name, k.bytes) for k in restated]
 
 
-def test_a_table_has_a_line_for_what_is_adapted_and_a_column_for_each_form() -> None:
+def test_a_table_has_a_line_for_each_form_and_a_column_for_what_is_adapted() -> None:
     kept = [Kept("frozen", 3, 1.5, targets="nothing")]
     for targets, factor in (("a", 1), ("b", 10)):
         kept += [Kept(label, 0, factor * times, targets=targets) for label, times in
                  (("one", 2.004), ("two", 3.0))]  # fmt: skip
     head, first, second, *_, said = compare_layer.table(kept).splitlines()
-    assert head.split() == ["adapted", "one", "two"]
-    assert first.split() == ["a", "2.00", "3.00"]
-    assert second.split() == ["b", "20.04", "30.00"]
+    assert head.split() == ["form", "a", "b"]
+    assert first.split() == ["one", "2.00", "20.04"]
+    assert second.split() == ["two", "3.00", "30.00"]
     assert "the frozen layer keeps 1.50" in said
 
 
@@ -138,7 +145,7 @@ def test_the_command_compares_a_layer(capsys: pytest.CaptureFixture[str]) -> Non
     assert "o_proj, down_proj" in shown
     assert app.main([*words, "--json", "-"]) == 0
     found = json.loads(capsys.readouterr().out)["forms"]
-    assert [f["targets"] for f in found] == ["nothing", *["o_proj, down_proj"] * 4]
+    assert [f["targets"] for f in found] == ["nothing", *["o_proj, down_proj"] * 8]
     x = 8 * 4096 * 2
     assert all(f["times_x"] == f["bytes"] / x for f in found)
 

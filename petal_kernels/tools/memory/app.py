@@ -10,7 +10,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +29,13 @@ from petal_kernels.tools.memory import (
     compare,
     compare_layer,
     html,
+    planner,
     plot,
-    script,
     whatif,
 )
 from petal_kernels.tools.memory.options import Options
-from petal_kernels.tools.memory.presets import (
-    DEMO,
-    DEMO_HEEDS,
-    HEEDED,
-    PRESETS,
-    Step,
-    prepare,
-)
+from petal_kernels.tools.memory.subjects import Subject, aside, given_options, refuse
+from petal_kernels.tools.memory.subjects import subject as subject_of
 
 _ROWS = 16
 
@@ -56,7 +50,14 @@ def main(words: Sequence[str] | None = None) -> int:
     command = shlex.join(["petal-kernels", "memory", *words])
     with exits.refusing(parser, Refusal):
         _check_files(args)
-        return _compare(args, command) if args.compare else _profile(args, command)
+        alone = bool(args.compare) and args.compare[0] in arguments.LAYERS
+        if args.reserve is not None and (alone or not (args.compare or args.gpu)):
+            raise Refusal("--reserve: want it with --gpu or --compare METHODS")
+        if alone:
+            return _compare(args, command)
+        if args.compare or args.gpu:
+            return planner.main(args, command, _save)
+        return _profile(args, command)
 
 
 def _check_files(args: argparse.Namespace) -> None:
@@ -73,59 +74,7 @@ def _check_files(args: argparse.Namespace) -> None:
     exits.writable(*files)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Subject:
-    """What is profiled: how it is called, its options, and which of them it heeds."""
-
-    title: str
-    who: str  # for a sentence on what it has not
-    options: Options
-    heeded: Collection[str]
-    build: Callable[[Options], Step]
-
-
-def _given(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that were given."""
-    names = [f.name for f in dataclasses.fields(Options)]
-    return {name: v for name in names if (v := getattr(args, name)) is not None}
-
-
-def _subject(args: argparse.Namespace) -> _Subject:
-    given = _given(args)
-    if args.script:
-        with _aside(args):
-            own = script.load(args.script, given)
-        said = "".join(f", {name} {value}" for name, value in given.items())
-        who = f"{args.script}'s function"
-        return _Subject(args.script + said, who, own.options, own.known, own.build)
-    if args.model == "demo":
-        options = Options(**{**DEMO, **given})
-        if options.method != "petal" or options.device != "cpu" or options.dtype != "float32":
-            raise Refusal("--model demo: want method petal and float32 on the CPU")
-        who, heeded = "--model demo", DEMO_HEEDS
-    else:
-        preset = PRESETS[args.model]
-        options = Options(**{"method": preset.methods[0], **preset.defaults, **given})
-        if options.method not in preset.methods:
-            raise Refusal(
-                f"--method: want one of {', '.join(preset.methods)} for {args.model}, "
-                f"got {options.method}"
-            )
-        who, heeded = f"method {options.method}", HEEDED[options.method]
-    _refuse(args, who, [name for name in given if name not in heeded])
-    kind = f"real tensors on {options.device}" if options.device else "fake tensors"
-    title = f"{args.model}: {options.describe(heeded)}, {options.dtype}, {kind}"
-    return _Subject(title, who, options, heeded, lambda o: prepare(args.model, o))
-
-
-def _refuse(args: argparse.Namespace, what: str, names: Sequence[str]) -> None:
-    """Options that would go unheeded."""
-    given = [name for name in names if getattr(args, name) not in (None, ())]
-    if given:
-        raise Refusal(f"{what}: has no --{given[0].replace('_', '-')}")
-
-
-def _questions(args: argparse.Namespace, subject: _Subject) -> tuple[list[str], dict[str, str]]:
+def _questions(args: argparse.Namespace, subject: Subject) -> tuple[list[str], dict[str, str]]:
     """The questions to ask and, of "all", those that cannot be asked with the reason. Raises
     Refusal for one that was asked by name.
     """
@@ -163,26 +112,22 @@ def _refusals(every: bool) -> Iterator[None]:
         raise Refusal(f"{error}") from error
 
 
-def _aside(args: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
-    """Where a script prints: not into JSON that goes to the terminal."""
-    quiet = str(args.json) == "-"
-    return contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext()
-
-
-def _measure(args: argparse.Namespace, subject: _Subject) -> whatif.Measure:
-    """How to run the step with other options."""
+def _measure(args: argparse.Namespace, subject: Subject, said: list[str]) -> whatif.Measure:
+    """How to run the step with other options; `said` gets what the first one's batch is."""
 
     def measure(options: Options) -> memory.Profile:
-        with _refusals(every=not args.script), _aside(args):
+        with _refusals(every=not args.script), aside(args):
             step = subject.build(options)
-        with _refusals(every=False), _aside(args):
+        if not said:
+            said.extend(step.said)
+        with _refusals(every=False), aside(args):
             return whatif.run(step, args.accumulate)
 
     return measure
 
 
 def _profile(args: argparse.Namespace, command: str) -> int:
-    subject = _subject(args)
+    subject = subject_of(args)
     questions, left = _questions(args, subject)
     optimizer = args.optimizer or settings_of("adamw")
     quiet = str(args.json) == "-"
@@ -190,12 +135,14 @@ def _profile(args: argparse.Namespace, command: str) -> int:
     began = time.perf_counter()
     _wait(f"{subject.title} ...", quiet)
 
-    measure = _measure(args, subject)
+    said: list[str] = []
+    measure = _measure(args, subject, said)
     plain = measure(subject.options)
     profile = plain.with_optimizer(optimizer) if args.optimizer else plain
     spent = time.perf_counter() - began
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    say(f"{subject.title}\n")
+    title = "\n".join([subject.title, *said])
+    say(f"{title}\n")
     say(report(profile, args.rows or _ROWS, width))
     _calibrate(None if args.script else subject.options, plain, measure, say)
     answers = [whatif.answer("as it is", plain, optimizer, spent)]
@@ -207,7 +154,7 @@ def _profile(args: argparse.Namespace, command: str) -> int:
         say(columns(whatif.headers(optimizer), whatif.rows(answers), right=(1, 2, 3, 4, 5)))
     for name, reason in left.items():
         say(f"  not asked: {name}: {reason}")
-    _write(args, command, subject.title, profile, answers, left, optimizer)
+    _write(args, command, title, profile, answers, left, optimizer)
     say(f"\n{spent:.1f} s, this process at most {mib(environment.most_resident())}")
     if args.fail_above is not None and profile.saved_bytes > args.fail_above * 2**20:
         print(
@@ -282,14 +229,19 @@ def _save(path: Path, text: str) -> None:
 
 
 def _compare(args: argparse.Namespace, command: str) -> int:
+    if args.script or args.config or args.model != "demo" or args.gpu:
+        raise Refusal(f"--compare {args.compare[0]}: has a model of its own and no --gpu")
+    layer_alone = args.compare[0] == "lora-layer"
     heeded = {"batch", "length", "rank", "dropout", "dtype"}
-    heeded |= {"targets"} if args.compare == "lora-layer" else set()
+    heeded |= {"targets"} if layer_alone else set()
     others = [f.name for f in dataclasses.fields(Options) if f.name not in heeded]
     more = ("optimizer", "accumulate", "what_if", "rows", "png", "fail_above")
-    _refuse(args, "--compare", [*others, *more])
-    sizes: dict[str, Any] = {k: v for k, v in _given(args).items() if k not in ("targets", "dtype")}
+    refuse(args, "--compare", [*others, *more])
+    sizes: dict[str, Any] = {
+        k: v for k, v in given_options(args).items() if k not in ("targets", "dtype")
+    }
     sizes |= {} if args.dtype is None else {"dtype": getattr(torch, args.dtype)}
-    if args.compare == "lora-layer":
+    if layer_alone:
         layer = compare_layer.Sizes(**sizes)
         targets = compare_layer.TARGETS if args.targets is None else (args.targets,)
         with _refusals(every=True):

@@ -7,11 +7,13 @@ import math
 import re
 from pathlib import Path
 
-from petal_kernels.hf.lora_config import ALL_LINEAR, PARTS
+from petal_kernels.hf.lora_config import ALL_LINEAR, NORMS, PARTS
 from petal_kernels.memory.optimizer import Settings, settings_of
 from petal_kernels.tools.argument_types import device, listed, positive
-from petal_kernels.tools.memory import whatif
+from petal_kernels.tools.memory import gpus, quantised, whatif
 from petal_kernels.tools.memory.presets import METHODS, NAMES, PRESETS
+
+LAYERS = ("lora-qkv", "lora-layer")  # comparisons on one layer
 
 _EPILOG = """examples:
   petal-kernels memory                                           the demo's model, a real batch
@@ -20,6 +22,9 @@ _EPILOG = """examples:
   petal-kernels memory --model llama-7b --what-if peft,recompute-mlp   LoRA on all linears
   petal-kernels memory --model instructblip-vicuna-7b --method lora --targets q_proj,v_proj -r 16
   petal-kernels memory --compare lora-layer                      PEFT's LoRA and ours, by targets
+  petal-kernels memory --config Qwen2.5-VL-7B/ --image-size 1024x768 --gpu 4090
+                                      does it fit, the largest batch, the cheapest change
+  petal-kernels memory --config config.json --compare full,peft-lora,lora --gpu a100-80 --batch 4
   petal-kernels memory --script train.py:build --fail-above 4096 your own model, a budget
 
 A script has a function (default: build) that returns (model, batch), (model, batch, loss) or
@@ -32,8 +37,8 @@ optimizers: adamw, adam, sgd, adamw8bit, adam8bit (bitsandbytes), with settings 
 adamw:fused, adamw:foreach=no, sgd:momentum=0.9,nesterov. Without foreach or fused: foreach, torch's
 choice on CUDA.
 
-exit codes: 0; 1 over the budget of --fail-above; 2 wrong usage, or it cannot run; 130 interrupted;
-141 whoever read the output has gone"""
+exit codes: 0; 1 over the budget of --fail-above, or nothing that was asked fits --gpu; 2 wrong
+usage, or it cannot run; 130 interrupted; 141 whoever read the output has gone"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,18 +58,14 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--model", choices=NAMES, default="demo", metavar="NAME", help="see below")
     what.add_argument("--script", metavar="FILE[:FUNCTION]", help="your own model; see below")
     what.add_argument(
-        "--compare", choices=["lora-qkv", "lora-layer"], help="LoRA on one layer, PEFT's and ours"
+        "--config",
+        type=Path,
+        metavar="PATH",
+        help="a model of transformers by its config.json, or the folder of it: no weights are read",
     )
+    _add_fit(made)
     made.add_argument("--method", choices=METHODS, metavar="NAME", help=", ".join(METHODS))
-    for name, text in (
-        ("batch", "samples"),
-        ("length", "words of text per sample"),
-    ):
-        made.add_argument(f"--{name}", type=positive, metavar="N", help=text)
-    made.add_argument("-r", "--rank", type=positive, metavar="N", help="of the adapter")
-    made.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the base")
-    made.add_argument("--attention", choices=["sdpa", "eager"])
-    made.add_argument("--checkpointing", action="store_const", const=True)
+    _add_batch(made)
     made.add_argument("--implementation", choices=["fused", "published"], help="of the adapter")
     _add_adapter(made)
     made.add_argument(
@@ -93,6 +94,55 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _add_fit(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--compare",
+        type=compared,
+        metavar="WHAT",
+        help="methods side by side (full,peft-lora,lora,petal), or LoRA on one layer, PEFT's and "
+        "ours: lora-qkv, lora-layer",
+    )
+    made.add_argument(
+        "--gpu",
+        type=gpus.gpu,
+        metavar="NAME",
+        help="does it fit, what is the largest batch, what to change: "
+        f"{', '.join(gpus.TOTALS)}, or a number of GiB",
+    )
+    made.add_argument(
+        "--reserve",
+        type=gpus.gibibytes,
+        metavar="GIB",
+        help="of the GPU, for the CUDA context and workspaces "
+        f"(default: {gpus.RESERVE}, an assumption)",
+    )
+
+
+def _add_batch(made: argparse.ArgumentParser) -> None:
+    for name, text in (
+        ("batch", "samples"),
+        ("length", "words of text per sample"),
+    ):
+        made.add_argument(f"--{name}", type=positive, metavar="N", help=text)
+    made.add_argument("-r", "--rank", type=positive, metavar="N", help="of the adapter")
+    made.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the base")
+    made.add_argument("--attention", choices=["sdpa", "eager"])
+    made.add_argument("--checkpointing", action="store_const", const=True)
+    made.add_argument(
+        "--input-grads",
+        action="store_const",
+        const=True,
+        help="enable_input_require_grads(), as PEFT calls it of a model that is checkpointed",
+    )
+    made.add_argument("--images", type=count, metavar="N", help="pictures per sample of a config")
+    made.add_argument(
+        "--image-size",
+        type=image_size,
+        metavar="WxH",
+        help="of each picture, in pixels (default: the tower's own size)",
+    )
+
+
 def _add_adapter(made: argparse.ArgumentParser) -> None:
     made.add_argument("--part", metavar="PATH", help="put the adapter on this submodule")
     made.add_argument(
@@ -115,6 +165,15 @@ def _add_adapter(made: argparse.ArgumentParser) -> None:
         const=True,
         help="of lora: an MLP keeps its input alone",
     )
+    made.add_argument(
+        "--frozen-norms", choices=NORMS, help="of lora: how frozen norms before its linears run"
+    )
+    made.add_argument("--adapter-dtype", choices=["float32", "bfloat16"])
+    made.add_argument(
+        "--base",
+        choices=quantised.KINDS,
+        help="the frozen linears' weights, as of bitsandbytes",
+    )
 
 
 def _add_outputs(made: argparse.ArgumentParser) -> None:
@@ -128,6 +187,27 @@ def _add_outputs(made: argparse.ArgumentParser) -> None:
         metavar="MIB",
         help="exit code 1 if more MiB (2^20 bytes) are saved for backward",
     )
+
+
+def compared(text: str) -> tuple[str, ...]:
+    """One of the comparisons on a layer, or methods."""
+    return (text,) if text in LAYERS else listed(METHODS)(text)
+
+
+def count(text: str) -> int:
+    """A whole number, none included."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"want a number >= 0, got {text}")
+    return int(text)
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """`WxH`, or one number for both."""
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    sides = [int(side) for side in (found.groups() if found else ()) if side]
+    if not sides or min(sides) < 1 or max(sides) > 65535:
+        raise argparse.ArgumentTypeError(f"want WIDTHxHEIGHT in pixels, got {text}")
+    return sides[0], sides[-1]
 
 
 def targets(text: str) -> str | tuple[str, ...]:

@@ -25,6 +25,15 @@ from petal_kernels.tools.memory.lora_forms import (
 
 Targets = str | tuple[str, ...]
 TARGETS: tuple[Targets, ...] = (("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj"), "all-linear")
+# Forms of ours by label: fields of LoraConfig.
+OURS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "lora, frozen norms fused": {"frozen_norms": "fused"},
+    "lora, frozen norms folded": {"frozen_norms": "folded"},
+    "lora, MLP recomputed": {"recompute_mlp": True},
+    "lora, MLP recomputed, frozen norms fused": {"recompute_mlp": True, "frozen_norms": "fused"},
+    "lora, MLP recomputed, frozen norms folded": {"recompute_mlp": True, "frozen_norms": "folded"},
+}
 
 
 @dataclass(frozen=True)
@@ -42,14 +51,14 @@ class Sizes:
         size = f"{self.batch} x {self.length} x 4096 {dtype}"
         return f"{size}, r={self.rank}, dropout {self.dropout:g}"
 
-    def config(self, targets: Targets, recompute: bool = False) -> pk.LoraConfig:
-        """Of ours; its targets are PEFT's too."""
+    def config(self, targets: Targets, **chosen: Any) -> pk.LoraConfig:
+        """Of ours, with fields of it as `chosen`; its targets are PEFT's too."""
         return pk.LoraConfig(
             r=self.rank,
             lora_alpha=self.rank,
             lora_dropout=self.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
-            recompute_mlp=recompute,
+            **chosen,
         )
 
 
@@ -77,15 +86,14 @@ def forms(sizes: Sizes, peft: bool) -> dict[str, Callable[..., object]]:
         paths = adapted_paths(model, sizes.config(targets))
         return inject(model, paths, sizes.rank, sizes.dropout, dtype)
 
-    def ours(model: nn.Module, targets: Targets, recompute: bool = False) -> object:
-        return pk.attach(model, sizes.config(targets, recompute))
+    def ours(model: nn.Module, targets: Targets, **chosen: Any) -> object:
+        return pk.attach(model, sizes.config(targets, **chosen))
 
     half = str(sizes.dtype).removeprefix("torch.")
     return {
         "peft-lora, float32": functools.partial(theirs, dtype=torch.float32),
         f"peft-lora, {half}": functools.partial(theirs, dtype=sizes.dtype),
-        "lora": ours,
-        "lora, MLP recomputed": functools.partial(ours, recompute=True),
+        **{label: functools.partial(ours, **chosen) for label, chosen in OURS.items()},
     }
 
 
@@ -122,14 +130,14 @@ def title(sizes: Sizes) -> str:
 
 
 def table(kept: Sequence[Kept]) -> str:
-    """Kept for backward in units of x's bytes: lines by what is adapted, columns by form."""
+    """Kept for backward in units of x's bytes: lines by form, columns by what is adapted."""
     frozen, *adapted = kept
-    labels = list(dict.fromkeys(k.label for k in adapted))
+    targets = list(dict.fromkeys(k.targets for k in adapted))
     found: dict[str, dict[str, str]] = {}
     for k in adapted:
-        found.setdefault(k.targets, {})[k.label] = f"{k.times_x:.2f}"
-    rows = [[targets, *(cells[label] for label in labels)] for targets, cells in found.items()]
-    shown = columns(("adapted", *labels), rows, right=tuple(range(1, len(labels) + 1)))
+        found.setdefault(k.label, {})[k.targets] = f"{k.times_x:.2f}"
+    rows = [[label, *(cells[each] for each in targets)] for label, cells in found.items()]
+    shown = columns(("form", *targets), rows, right=tuple(range(1, len(targets) + 1)))
     return (
         f"{shown}\n\nKept for backward, in units of x's bytes, as on CUDA; the frozen layer keeps "
         f"{frozen.times_x:.2f}. Parameters are not counted."

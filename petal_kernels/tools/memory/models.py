@@ -35,7 +35,19 @@ def checkpoint(model: nn.Module) -> None:
     enable()
 
 
-def _words(count: int, *shape: int) -> Tensor:
+def require_input_grads(model: nn.Module) -> None:
+    """What embeddings give requires a gradient, a tower's too, as PEFT asks of a model that is
+    checkpointed."""
+    enable: Any = getattr(model, "enable_input_require_grads", None)
+    if enable is None:
+        raise ValueError(
+            f"--input-grads: want a model of transformers, got a {type(model).__name__}"
+        )
+    enable()
+
+
+def words(count: int, *shape: int) -> Tensor:
+    """Ids below `count`, the same ones every time."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(5, count, shape, generator=generator)
 
@@ -76,8 +88,8 @@ def llama_layer() -> nn.Module:
 
 def text_batch(model: nn.Module, options: Options) -> dict[str, Tensor]:
     """Words that are their own labels."""
-    words = _words(1000, options.batch, options.length)
-    return {"input_ids": words, "labels": words}
+    ids = words(1000, options.batch, options.length)
+    return {"input_ids": ids, "labels": ids}
 
 
 def instructblip(options: Options) -> nn.Module:
@@ -115,14 +127,14 @@ def image_text_batch(model: nn.Module, options: Options) -> dict[str, Tensor]:
     config: Any = model.config
     size, queries = config.vision_config.image_size, config.num_query_tokens
     image = torch.full((options.batch, queries), config.image_token_index)
-    ids = torch.cat([image, _words(1000, options.batch, options.length)], dim=1)
+    ids = torch.cat([image, words(1000, options.batch, options.length)], dim=1)
     values = {
         "pixel_values": torch.zeros(options.batch, 3, size, size, dtype=DTYPES[options.dtype]),
         "input_ids": ids,
         "labels": torch.where(ids == config.image_token_index, -100, ids),
     }
     if config.model_type == "instructblip":
-        values["qformer_input_ids"] = _words(1000, options.batch, 32)
+        values["qformer_input_ids"] = words(1000, options.batch, 32)
     return values
 
 
@@ -147,8 +159,8 @@ def bart(options: Options) -> nn.Module:
 def bart_batch(model: nn.Module, options: Options) -> dict[str, Tensor]:
     """A text, and a quarter of its length to say."""
     return {
-        "input_ids": _words(1000, options.batch, options.length),
-        "labels": _words(1000, options.batch, max(1, options.length // 4)),
+        "input_ids": words(1000, options.batch, options.length),
+        "labels": words(1000, options.batch, max(1, options.length // 4)),
     }
 
 
@@ -188,5 +200,5 @@ def gpt2_batch(model: nn.Module, options: Options) -> dict[str, Tensor]:
     """Pixels and words."""
     return {
         "pixel_values": torch.zeros(options.batch, 3, 224, 224, dtype=DTYPES[options.dtype]),
-        "input_ids": _words(1000, options.batch, options.length),
+        "input_ids": words(1000, options.batch, options.length),
     }

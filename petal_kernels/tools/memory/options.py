@@ -26,6 +26,12 @@ class Options:
     targets: str | tuple[str, ...] | None = None
     parts: tuple[str, ...] = ("language",)
     recompute_mlp: bool = False
+    frozen_norms: str = "module"
+    adapter_dtype: str = "float32"
+    base: str = "full"  # its linears' weights: full, int8 or nf4
+    input_grads: bool = False  # enable_input_require_grads(), as PEFT's recipes call it
+    images: int = 1  # per sample, of a config
+    image_size: tuple[int, int] | None = None  # width, height
     dropout: float | None = None
     device: str = ""  # empty: fake tensors
 
@@ -44,5 +50,9 @@ class Options:
         if "parts" in heeded and self.parts != ("language",):
             parts += [f"parts {', '.join(self.parts)}"]
         parts += ["MLPs recomputed"] if self.recompute_mlp else []
+        parts += [f"frozen norms {self.frozen_norms}"] if self.frozen_norms != "module" else []
+        parts += [f"{self.adapter_dtype} adapters"] if self.adapter_dtype != "float32" else []
+        parts += [f"base in {self.base}"] if self.base != "full" else []
+        parts += ["inputs that require grad"] if self.input_grads else []
         parts += [f"on {self.part}"] if self.part else []
         return ", ".join(parts)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import petal_kernels as pk
 from petal_kernels import memory
-from petal_kernels.tools.memory import models
+from petal_kernels.tools.memory import configs, models, quantised
 from petal_kernels.tools.memory.lora_forms import adapted_paths, installed, peft_lora
 from petal_kernels.tools.memory.options import DTYPES, Options
 
@@ -28,6 +28,7 @@ class Step:
     loss: Callable[[Any], Tensor] | None = None
     module: nn.Module | None = None
     keep: list[Any] = field(default_factory=list)  # what hooks and adapters belong to
+    said: list[str] = field(default_factory=list)  # what the batch is, in words
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,15 @@ CONFIGS: dict[str, Callable[[Options], Any]] = {
     "experts": lambda o: pk.ExpertConfig(r=o.rank, **_targets(o)),
 }
 METHODS = (*CONFIGS, "peft-lora", "full")
-_ANY = frozenset({"method", "batch", "length", "dtype", "attention", "checkpointing", "device"})
-_ADAPTER = _ANY | {"rank", "targets", "part", "implementation"}
+_ANY = frozenset(
+    {"method", "batch", "length", "dtype", "attention", "checkpointing", "device", "input_grads"}
+)
+_ADAPTER = _ANY | {"rank", "targets", "part", "implementation", "adapter_dtype", "base"}
 # Options that a method heeds; any other would be taken for one that decided something.
 HEEDED: dict[str, frozenset[str]] = {
     **dict.fromkeys(CONFIGS, _ADAPTER),
     **dict.fromkeys(("petal", "routing"), _ADAPTER | {"dropout"}),
-    "lora": _ADAPTER | {"dropout", "parts", "recompute_mlp"},
+    "lora": _ADAPTER | {"dropout", "parts", "recompute_mlp", "frozen_norms"},
     "peft-lora": (_ADAPTER | {"dropout", "parts"}) - {"implementation"},
     "full": _ANY,
 }
@@ -67,7 +70,8 @@ HEEDED: dict[str, frozenset[str]] = {
 
 def _targets(options: Options) -> dict[str, Any]:
     wanted = options.targets
-    return {"target_modules": list(wanted) if isinstance(wanted, tuple) else wanted}
+    chosen = list(wanted) if isinstance(wanted, tuple) else wanted
+    return {"target_modules": chosen, "adapter_dtype": options.adapter_dtype}
 
 
 def _dropout(options: Options) -> dict[str, Any]:
@@ -82,6 +86,7 @@ def lora_config(options: Options) -> pk.LoraConfig:
         lora_dropout=options.dropout or 0.0,
         parts=options.parts,
         recompute_mlp=options.recompute_mlp,
+        frozen_norms=options.frozen_norms,
         **_targets(options),
     )
 
@@ -95,15 +100,35 @@ def prepare(name: str, options: Options) -> Step:
     with device, models.default_dtype(DTYPES[options.dtype]):
         model = preset.build(options)
     batch: Any = preset.batch(model, options)
-    keep = adapt(model, options)
-    model.train()
-    if options.checkpointing:
-        models.checkpoint(model)
+    keep = ready(model, options)
     if device.type == "meta":
         model, batch = memory.fake_tensors(model, batch)
     else:
         batch = {name: t.to(device) for name, t in batch.items()}
     return Step(model, batch, keep=keep)
+
+
+def prepare_config(source: configs.Source, options: Options) -> Step:
+    """The model of a config file with its adapter and a batch, on fake tensors."""
+    with torch.device("meta"), models.default_dtype(DTYPES[options.dtype]):
+        model = configs.build(source, options)
+    unlike = configs.attention(model, options)
+    keep = ready(model, options)
+    model, batch, said = configs.batch(source, model, options)
+    return Step(model, batch, keep=keep, said=said + unlike)
+
+
+def ready(model: nn.Module, options: Options) -> list[Any]:
+    """The method on a model that is ready to be trained as asked."""
+    if options.base != "full":
+        quantised.quantise(model, options.base)
+    keep = adapt(model, options)
+    model.train()
+    if options.checkpointing:
+        models.checkpoint(model)
+    if options.input_grads:
+        models.require_input_grads(model)
+    return keep
 
 
 def adapt(model: nn.Module, options: Options) -> list[Any]:
@@ -133,7 +158,7 @@ def _peft_lora(target: nn.Module, options: Options) -> nn.Module:
         raise ValueError("--method peft-lora: want PEFT, which is missing: pip install peft")
     config = lora_config(options)
     paths = adapted_paths(target, config)
-    return peft_lora(target, paths, config.r, config.lora_dropout, torch.float32)
+    return peft_lora(target, paths, config.r, config.lora_dropout, DTYPES[options.adapter_dtype])
 
 
 _TEXT = ("lora", "adapter", "experts", "peft-lora", "full")
