@@ -119,7 +119,7 @@ def test_scalars_of_a_known_call_are_its_own() -> None:
         got = [call(scale=scale, dropout=p) for _ in range(3)]
         want = call(scale=scale, dropout=p, backend="torch")
         assert torch.equal(got[0], got[2])
-        torch.testing.assert_close(got[1], want)
+        torch.testing.assert_close(got[1], want, rtol=1e-4, atol=1e-4)  # values up to 10
         assert (scale == 1.0 and p == 0.0) == torch.equal(got[0], plain)
 
 

@@ -1,6 +1,6 @@
-"""Public configs of vision-language models, by the repository on huggingface.co whose config.json
-they are; what decides about sizes alone. With the number of parameters that a model's page shows,
-and the same summed up by hand from the config."""
+"""Configs of vision-language models, written by hand after the repository on huggingface.co that
+each names: what decides about sizes alone. With billions of parameters as a model's page rounds
+them, and the exact number summed up by hand from the config."""
 
 from __future__ import annotations
 
