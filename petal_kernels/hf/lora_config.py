@@ -53,7 +53,8 @@ class LoraConfig(AdapterConfig):
                          "folded": the linears that read a norm's output keep its input too, in
                          place of the output, which backward forms again.
     parts                of a vision-language model, which are searched: "language" (its decoder),
-                         "vision" (its tower) and "projector", all that is in neither.
+                         "vision" (its tower) and "projector", all that is in neither. Without it
+                         the decoder alone; all three where PEFT's own config is given.
     adapter_dtype        as in PetalConfig.
     """
 

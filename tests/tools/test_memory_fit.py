@@ -281,6 +281,7 @@ def test_a_script_without_a_batch_is_asked_for_none(
          "--compare full,experts: has no --parts"),
         (["--gpu", "gtx"], "want one of h200"),
         (["--gpu", "24", "--reserve", "-1"], "want a number of GiB >= 0"),
+        (["--gpu", "4091"], "or a number of GiB, at most 1024, got 4091"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused(
@@ -290,6 +291,18 @@ def test_what_cannot_be_asked_is_refused(
         app.main(words)
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_what_takes_long_says_what_it_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kind: minutes of silence where there is no terminal."""
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    words = ["--script", f"{tmp_path}/mine.py", "--gpu", "1"]
+    assert app.main(words) == 0
+    assert "the step: as it is ..." in capsys.readouterr().err.splitlines()
+    assert app.main([*words, "--json", "-"]) == 0
+    assert "as it is" not in capsys.readouterr().err
 
 
 # Towers -----------------------------------------------------------------------------------------

@@ -44,9 +44,9 @@ def gpu(text: str) -> Gpu:
         size = float(name.removesuffix("gib"))
     except ValueError:
         size = math.nan
-    if not 0.0 < size < 1e6:
+    if not 0.0 < size <= 1024.0:
         raise argparse.ArgumentTypeError(
-            f"want one of {', '.join(TOTALS)} or a number of GiB, got {text}"
+            f"want one of {', '.join(TOTALS)} or a number of GiB, at most 1024, got {text}"
         )
     return Gpu("a GPU", int(size * GIB))
 

@@ -136,11 +136,15 @@ def _column(args: argparse.Namespace, optimizer: Settings, method: str | None) -
 
 
 def _progress(args: argparse.Namespace, method: str) -> Callable[[str], None]:
-    """A line that a terminal shows while runs take their seconds."""
+    """What is said on stderr while runs take their seconds: one line on a terminal."""
 
     def say(text: str) -> None:
-        if sys.stderr.isatty() and str(args.json) != "-":
+        if str(args.json) == "-":
+            return
+        if sys.stderr.isatty():
             end = f"{method}: {text}\r" if text else ""
             print(f"\r\x1b[K{end}", end="", file=sys.stderr, flush=True)
+        elif text:
+            print(f"{method}: {text}", file=sys.stderr, flush=True)
 
     return say
