@@ -20,6 +20,7 @@ from petal_kernels.hf import tensors
 from petal_kernels.hf.asked import asked, in_file
 from petal_kernels.hf.combining import combined
 from petal_kernels.hf.config import AdapterConfig
+from petal_kernels.hf.files import path_of
 from petal_kernels.hf.holders import check_holders
 from petal_kernels.hf.installed import Installed
 from petal_kernels.hf.methods import method_of
@@ -132,7 +133,7 @@ class Several(Stored):
         ok = isinstance(weights, Mapping) and len(weights) > 0
         if not ok:
             raise TypeError(f"weights: want a dict of names and weights, got {weights!r}")
-        members = {each: self._known(each) for each in weights}
+        members = {each: self._known(each, "weights") for each in weights}
         config, state = combined(self.model, members, weights)
         self.add(name, config)
         with self._as(name):
@@ -145,6 +146,8 @@ class Several(Stored):
         format: str = "petal",
         name: str | None = None,
     ) -> None:
+        if name is not None:
+            check_name(name)
         if name is None or name == self.active:
             super().save(directory, format=format)
             return
@@ -158,15 +161,16 @@ class Several(Stored):
         """Saves every adapter into a folder of its name in `directory`: `add(name, folder)` or
         `attach` load it."""
         self._check_changeable("save_all")
+        folder = path_of(directory)
         for name in self.names:
             with self._as(name):
-                self.save(os.path.join(directory, name), format=format)
+                self.save(folder / name, format=format)
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _known(self, name: str) -> Installed:
+    def _known(self, name: str, argument: str = "name") -> Installed:
         if not isinstance(name, str) or name not in self._adapters:
-            raise ValueError(f"name: want one of {self.names}, got {name!r}")
+            raise ValueError(f"{argument}: want one of {self.names}, got {name!r}")
         return self._adapters[name]
 
     def _check_changeable(self, what: str) -> None:

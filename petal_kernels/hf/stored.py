@@ -140,7 +140,7 @@ class Stored:
             return
         files.write(directory, self.config, self.signature(), self.state_dict(), self.shapes)
 
-    def writes_alone(self, module: nn.Module) -> bool:
+    def _writes_alone(self, module: nn.Module) -> bool:
         """Whether a save of that module, with its state given, is one of the adapter alone."""
         return self.only_adapter and module is self.model
 

@@ -200,7 +200,7 @@ class GuardedSave:
                 "updates in its weights, or give state_dict=model.state_dict() for a checkpoint "
                 "that an adapted model loads (att = pk.attachment(model))"
             )
-        if handle is not None and not merged and handle.writes_alone(self.module):
+        if handle is not None and not merged and handle._writes_alone(self.module):
             if options.get("is_main_process", True):
                 state = args[_BEFORE_STATE] if len(args) > _BEFORE_STATE else options["state_dict"]
                 handle._write_checkpoint(args[0] if args else options["save_directory"], state)

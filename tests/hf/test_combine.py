@@ -121,7 +121,7 @@ def test_what_is_no_sum_of_updates_is_refused(config: Any, why: str) -> None:
     ("name", "weights", "error", "match"),
     [
         ("one", {"one": 1.0}, ValueError, "name: want a new one"),
-        ("x", {"three": 1.0}, ValueError, "name: want one of"),
+        ("x", {"three": 1.0}, ValueError, "weights: want one of"),
         ("x", {}, TypeError, "weights: want a dict"),
         ("x", ["one"], TypeError, "weights: want a dict"),
         ("x", {"one": "1"}, TypeError, r"weights\['one'\]: want a float"),

@@ -31,6 +31,7 @@ ELSEWHERE = {
     "load": ("directory: string",),
     "load_checkpoint": ("path: string",),
     "attach": ("config: string", "checkpoint: string"),
+    "add": ("config: string", "checkpoint: string"),
     "memory": ("batch: *",),
 }
 _CONFIG = ("*: one", "scale: negative", "alpha: *", "target_modules: string", "keep: *")
@@ -41,6 +42,9 @@ LEGAL: dict[str, tuple[str, ...]] = {
     "VLPetConfig": ("value_r: zero",),
     "LoraConfig": ("lora_alpha: *", "exclude_modules: string", "*_pattern: dict"),
     "save": ("directory: string",),
+    "save_all": ("directory: string",),
+    "add": ("name: string",),
+    "combine": ("name: string",),
     "vision": _ROWS,
     "context": _ROWS,
     "domains": ("domain: rank-1", "domain: size*", "generated: zero", "image: zero"),
@@ -91,6 +95,33 @@ def entered(manager: Callable[..., Any]) -> Callable[..., None]:
             pass
 
     return enter
+
+
+def undone(make: Callable[..., None]) -> Callable[..., None]:
+    """An adapter beside the others, made and forgotten."""
+
+    @functools.wraps(make)
+    def made(**arguments: Any) -> None:
+        make(**arguments)
+        make.__self__.remove(arguments["name"])  # type: ignore[attr-defined]
+
+    return made
+
+
+def removing(attachment: Any) -> Callable[..., None]:
+    """The removal of an adapter that is there."""
+
+    @functools.wraps(attachment.remove)
+    def remove(**arguments: Any) -> None:
+        with torch.random.fork_rng():
+            attachment.add("b", pk.LoraConfig(r=2))
+        try:
+            attachment.remove(**arguments)
+        finally:
+            if "b" in attachment.names:
+                attachment.remove("b")
+
+    return remove
 
 
 def pushed(push: Callable[..., str]) -> Callable[..., None]:
@@ -191,6 +222,19 @@ def _configs() -> list[Case]:
     return found
 
 
+def _several(attachment: Any) -> list[tuple[str, Callable[..., Any], Callable[[], Any], str]]:
+    """Calls of adapters by name."""
+    second = {"name": "b", "config": pk.LoraConfig(r=2)}
+    half = {"name": "b", "weights": {"default": 0.5}}
+    return [
+        ("add", undone(attachment.add), lambda: dict(second), "lora"),
+        ("switch", attachment.switch, lambda: {"name": "default"}, "lora"),
+        ("remove", removing(attachment), lambda: {"name": "b"}, "lora"),
+        ("combine", undone(attachment.combine), lambda: dict(half), "lora"),
+        ("save_all", attachment.save_all, lambda: {"directory": folder()}, "lora"),
+    ]
+
+
 def _attachments() -> list[Case]:
     methods = ("routing", "aurora", "experts", "image", "lora", "released")
     of = {name: attached(name) for name in methods}
@@ -234,6 +278,7 @@ def _attachments() -> list[Case]:
             lambda: {"directory": folder().with_name("merged")},
             "lora",
         ),
+        *_several(of["lora"]),
     ]
     found = []
     for name, call, valid, method in calls:
@@ -310,6 +355,7 @@ def cases() -> list[Case]:
             "attach",
             attach,
             lambda: {"model": built, "config": pk.VLAdapterConfig(r=2)},
+            legal=("name: string",),
             elsewhere=ELSEWHERE["attach"],
             watched=lambda: built,
             signature_of=pk.attach,
@@ -318,6 +364,7 @@ def cases() -> list[Case]:
             "attach-checkpoint",
             attach,
             lambda: {**released_on(), "checkpoint": checkpoint()},
+            legal=("name: string",),
             elsewhere=ELSEWHERE["attach"],
             watched=lambda: released_on()["model"],
             signature_of=pk.attach,

@@ -24,5 +24,5 @@ MUTANTS = [
     (_TRAINER, "    if got and got != want:\n", "    if False:\n"),
     (_TRAINER, "        if handle.model is not model:\n", "        if False:\n"),
     (_STORED, "if name.startswith(front)}", "}"),
-    (_UNLOADING, "not merged and handle.writes_alone(self.module):", "False:"),
+    (_UNLOADING, "not merged and handle._writes_alone(self.module):", "False:"),
 ]

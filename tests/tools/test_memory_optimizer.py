@@ -40,7 +40,9 @@ def test_a_parameter_at_the_place_of_one_that_is_gone_is_another() -> None:
     gone = {id(p) for p in model.parameters()}
     del model
     gc.collect()
-    made = [nn.Parameter(torch.zeros(3)) for _ in range(1000)]
+    made: list[nn.Parameter] = []
+    while not any(id(p) in gone for p in made[-1000:]) and len(made) < 300_000:
+        made += [nn.Parameter(torch.zeros(3)) for _ in range(1000)]
     there = [p for p in made if id(p) in gone]
     assert there, "no address was used again"
     with pytest.raises(ValueError, match=r"others, the first of shape \[3\]"):
