@@ -138,7 +138,16 @@ def _run(damaged: Damaged, flips: int, seed: int, edits: int | None = None) -> d
     return outcomes
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+QUICK = ("lora", "petal")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name in sorted(METHODS)
+    ],
+)
 def test_a_damaged_file_is_refused_or_loads_exactly(
     method: str, damaged: Callable[[str], Damaged]
 ) -> None:

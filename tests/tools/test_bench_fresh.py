@@ -199,7 +199,7 @@ def test_an_answer_is_looked_at_twice() -> None:
     [
         lambda r: op.scenarios(op.names(), r),
         lambda r: layer.scenarios(layer.names(), r),
-        lambda r: model.scenarios(model.names(), r),
+        pytest.param(lambda r: model.scenarios(model.names(), r), marks=pytest.mark.slow),
     ],
     ids=["op", "layer", "model"],
 )
