@@ -2,14 +2,14 @@
 
 The way of a call:
 
-1. here: a config is read (`formats`, `peft_config`), copied and checked; what is already adapted or
-   wrapped is refused, before anything is changed;
+1. here: what is already adapted or wrapped is refused (`holders.py`), and a config is read, copied
+   and checked (`asked.py`), before anything is changed;
 2. `method_of(config)` (`methods/`) makes the `Method`: its `find` gives the places to adapt
    (`found.py` by the table of models and `roles.py`, or `linears.py` by names), its `build` the
    trainable `adapter`;
-3. `Attachment` (`attachment.py`) freezes the model, and the method's `install` calls it: `wrap`
-   puts a wrapper where a linear stands, `take` puts a part (`parts.py`) on a layer, stack or block
-   by a class of its own; the adapter becomes `model.petal`;
+3. `Attachment` (`attachment.py`) freezes the model, and the method's `install` calls `Installed`
+   (`installed.py`): `wrap` puts a wrapper where a linear stands, `take` puts a part (`parts.py`) on
+   a layer, stack or block by a class of its own; the adapter becomes `model.petal`;
 4. where a file gives values they are loaded, else the adapter keeps those it began with.
 
 From then on the model runs itself: parts and wrappers call the method, which calls `nn` and `ops`.

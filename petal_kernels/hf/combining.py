@@ -88,7 +88,7 @@ def _config(model: nn.Module, members: Sequence[Any], ranks: Mapping[str, int]) 
         target_modules=targets(list(ranks), base),
         rank_pattern=other,
         alpha_pattern=dict(other),
-        parts=tuple({part for config in members for part in config.parts}),
+        parts=tuple(sorted({part for config in members for part in config.parts})),
         lora_dropout=common("lora_dropout", 0.0),
         recompute_mlp=common("recompute_mlp", False),
         frozen_norms=common("frozen_norms", "module"),

@@ -14,7 +14,7 @@ from torch import nn
 from petal_kernels.hf import tensors
 from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.found import Place
-from petal_kernels.hf.merging import HANDLE, NAME, leave_merged_out, need_no_merged
+from petal_kernels.hf.merging import HANDLE, NAME, leave_merged_out, need_all, need_no_merged
 from petal_kernels.hf.method import Method
 from petal_kernels.hf.parts import (
     Adapted,
@@ -64,7 +64,8 @@ class Installed:
         self._bind_copies()
         self._guard_embeddings()
         self.adapter._register_state_dict_hook(leave_merged_out)
-        self.adapter.register_load_state_dict_pre_hook(need_no_merged)
+        for hook in (need_no_merged, need_all):
+            self.adapter.register_load_state_dict_pre_hook(hook)
         self._register(handle)
 
     def places(self) -> list[nn.Module]:

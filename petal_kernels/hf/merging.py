@@ -202,6 +202,23 @@ def need_no_merged(adapter: nn.Module, state: dict[str, Any], prefix: str, *args
         state.update((prefix + name.removeprefix(ALL), value) for name, value in own.items())
 
 
+def need_all(adapter: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """A Trainer whose checkpoints are the adapter's loads whatever fits; what does not is an error
+    all the same."""
+    handle = adapter.__dict__.get(HANDLE)
+    if handle is None or not handle.only_adapter:
+        return
+    errors: list[str] = rest[-1]
+    got = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+    want = {name.removeprefix(ALL) for name in adapter.state_dict(prefix=ALL)}
+    if got and got != want:
+        differ = sorted(got ^ want)
+        errors.append(
+            f"{NAME}: want the tensors of the adapter that is active, got others: {differ[0]} and "
+            f"{len(differ) - 1} more differ"
+        )
+
+
 def _is_merged(adapter: nn.Module) -> bool:
     handle = adapter.__dict__.get(HANDLE)
     merged = None if handle is None else handle._merged

@@ -27,6 +27,7 @@ except ImportError:  # Windows
 TENSORS = "adapter.safetensors"
 CONFIG = "petal_config.json"
 OLD_CONFIG = "adapter_config.json"
+CHECKPOINT = "model.safetensors"  # what Trainer reads, beside the two
 
 _PATIENCE = 60.0  # seconds to wait for another save into the same folder
 _STALE = 3600.0  # seconds after which what an interrupted save left behind is removed
@@ -80,6 +81,17 @@ def replace(folder: Path, data: bytes, digest: str, text: bytes, obsolete: Path 
         config_file.unlink(missing_ok=True)
         if not _is_named(folder, digest):
             waiting.unlink(missing_ok=True)
+
+
+def replace_one(folder: Path, name: str, data: bytes) -> None:
+    """Makes `data` the folder's file of that name."""
+    temporary = folder / f".{name}.{uuid.uuid4().hex}.tmp"
+    try:
+        _write_synced(temporary, data)
+        os.replace(temporary, folder / name)
+        _sync_directory(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def replace_two(folder: Path, tensors: tuple[str, bytes], config: tuple[str, bytes]) -> None:
@@ -146,7 +158,8 @@ def _locked(descriptor: int) -> bool:
 
 def remove_stale(folder: Path) -> None:
     """Removes what interrupted saves left behind, once no save can still be at it."""
-    for pattern in (".adapter*.tmp", f".{CONFIG}.*.tmp", ".adapter-*.safetensors"):
+    temporary = [f".{name}.*.tmp" for name in (CONFIG, CHECKPOINT)]
+    for pattern in (".adapter*.tmp", *temporary, ".adapter-*.safetensors"):
         for path in folder.glob(pattern):
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > _STALE:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from petal_kernels.hf import files, formats, hub, peft_files, tensors
+from petal_kernels.hf import files, formats, hub, pair, peft_files, tensors
 from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.formats import FORMATS
 from petal_kernels.hf.merging import ALL, NAME, Merged
@@ -149,7 +150,7 @@ class Stored:
     ) -> None:
         """What Trainer resumes from, with the adapter alone, and what `save` writes. `state`: the
         model's, whole, where an engine has gathered it."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         front = f"{NAME}."
         if state is None:
@@ -158,7 +159,7 @@ class Stored:
         named = {self._stored(name.removeprefix(front)): value for name, value in own.items()}
         files.write(directory, self.config, self.signature(), named, self.shapes)
         whole = {name: value.detach().cpu().contiguous() for name, value in own.items()}
-        save_file(whole, os.path.join(directory, "model.safetensors"), metadata={"format": "pt"})
+        pair.replace_one(Path(directory), pair.CHECKPOINT, save(whole, metadata={"format": "pt"}))
 
     def push_to_hub(
         self,

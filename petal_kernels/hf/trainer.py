@@ -8,7 +8,6 @@ from torch import nn
 from transformers import TrainerCallback
 
 from petal_kernels.hf.attach import attachment
-from petal_kernels.hf.merging import ALL, NAME
 
 
 class AdapterCheckpoint(TrainerCallback):
@@ -32,17 +31,3 @@ class AdapterCheckpoint(TrainerCallback):
                 "attach to the whole model"
             )
         handle.only_adapter = True
-        handle.adapter.register_load_state_dict_pre_hook(_all_of_it)
-
-
-def _all_of_it(adapter: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Trainer loads whatever fits; an adapter that does not is an error all the same."""
-    errors: list[str] = rest[-1]
-    got = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
-    want = {name.removeprefix(ALL) for name in adapter.state_dict(prefix=ALL)}
-    if got and got != want:
-        differ = sorted(got ^ want)
-        errors.append(
-            f"{NAME}: want the tensors of the adapter that is active, got others: {differ[0]} and "
-            f"{len(differ) - 1} more differ"
-        )

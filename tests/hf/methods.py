@@ -11,7 +11,7 @@ import contextlib
 import copy
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -264,6 +264,21 @@ def train(attachment: Any, seed: int = 1) -> None:
     for parameter in attachment.parameters():
         moved = torch.randn(parameter.shape, generator=generator) * 0.3 + parameter.float()
         parameter.copy_(moved)
+
+
+def several(model: nn.Module, configs: Mapping[str, Any]) -> Any:
+    """An adapter of each name, all of whose parameters matter; the first is active."""
+    attachment: Any = None
+    for seed, (name, config) in enumerate(configs.items()):
+        torch.manual_seed(seed)
+        if attachment is None:
+            attachment = pk.attach(model, config, name=name)
+        else:
+            attachment.add(name, config)
+        attachment.switch(name)
+        train(attachment, seed)
+    attachment.switch(next(iter(configs)))
+    return attachment
 
 
 def read(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -25,16 +25,7 @@ _MEMBERS = {
 
 def _built(family: str = "llama", members: Any = _MEMBERS) -> tuple[Any, Any]:
     model: Any = tiny_text.build(family, torch.float32).eval()
-    attachment: Any = None
-    for seed, (name, config) in enumerate(members.items()):
-        torch.manual_seed(seed)
-        if attachment is None:
-            attachment = pk.attach(model, config, name=name)
-        else:
-            attachment.add(name, config)
-        attachment.switch(name)
-        methods.train(attachment, seed)
-    return model, attachment
+    return model, methods.several(model, members)
 
 
 def _deltas(attachment: Any, name: str) -> dict[str, Tensor]:

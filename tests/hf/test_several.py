@@ -87,14 +87,12 @@ def _llama(dtype: torch.dtype = torch.float32) -> Any:
 
 def _three() -> tuple[Any, Any]:
     model = _llama()
-    attachment = pk.attach(model, pk.LoraConfig(**_LORA), name="a")
-    attachment.add("b", pk.LoraConfig(r=3, target_modules=["q_proj"]))
-    attachment.add("c", pk.RoutingConfig(r=2, kind="adapter"))
-    for seed, name in enumerate(attachment.names):
-        attachment.switch(name)
-        methods.train(attachment, seed)
-    attachment.switch("a")
-    return model, attachment
+    configs = {
+        "a": pk.LoraConfig(**_LORA),
+        "b": pk.LoraConfig(r=3, target_modules=["q_proj"]),
+        "c": pk.RoutingConfig(r=2, kind="adapter"),
+    }
+    return model, methods.several(model, configs)
 
 
 @torch.no_grad()

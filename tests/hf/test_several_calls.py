@@ -29,17 +29,7 @@ _CONFIGS = {
 def _built(dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
     """A llama with every config, "a" active."""
     model: Any = tiny_text.build("llama", dtype)
-    attachment: Any = None
-    for seed, (name, config) in enumerate(_CONFIGS.items()):
-        torch.manual_seed(seed)
-        if attachment is None:
-            attachment = pk.attach(model, config, name=name)
-        else:
-            attachment.add(name, config)
-        attachment.switch(name)
-        methods.train(attachment, seed)
-    attachment.switch("a")
-    return model, attachment
+    return model, methods.several(model, _CONFIGS)
 
 
 def _loss(model: Any) -> Tensor:

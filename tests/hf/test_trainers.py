@@ -19,6 +19,7 @@ import peft
 import transformers
 
 import petal_kernels as pk
+from petal_kernels.hf import pair
 from tests.examples import support
 from tests.hf import methods, tiny_text
 
@@ -114,6 +115,44 @@ def test_a_checkpoint_of_another_adapter_is_an_error(tmp_path: Path) -> None:
     again = _trainer(_adapted("attach"), tmp_path, _callbacks("attach"))
     with pytest.raises(RuntimeError, match="petal: want the tensors of the adapter"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_checkpoint_of_another_adapter_is_an_error_after_a_switch_too(tmp_path: Path) -> None:
+    """The kind: what is set up on the adapter that was active alone."""
+    model = _adapted("attach")
+    trainer = _trainer(model, tmp_path, _callbacks("attach"))
+    trainer.save_model()
+    attachment = pk.attachment(model)
+    attachment.add("b", pk.LoraConfig(r=2))
+    attachment.switch("b")
+    with pytest.raises(RuntimeError, match="petal: want the tensors of the adapter"):
+        model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+
+
+def test_a_save_that_dies_leaves_the_checkpoint_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kind: a file that is cut where it stood."""
+    model = _adapted("attach")
+    trainer = _trainer(model, tmp_path, _callbacks("attach"))
+    trainer.save_model()
+    file = tmp_path / "model.safetensors"
+    before, write = file.read_bytes(), pair._write_synced
+
+    def cut(path: Path, data: bytes) -> None:
+        write(path, data[: len(data) // 2] if pair.CHECKPOINT in path.name else data)
+        if pair.CHECKPOINT in path.name:
+            raise OSError("no space left")
+
+    methods.train(pk.attachment(model), 9)
+    monkeypatch.setattr(pair, "_write_synced", cut)
+    with pytest.raises(OSError, match="no space left"):
+        trainer.save_model()
+    assert file.read_bytes() == before
+    monkeypatch.undo()
+    trainer.save_model()
+    assert file.read_bytes() != before
+    assert sorted(path.name for path in tmp_path.glob(".*.tmp")) == []
 
 
 def test_the_callback_follows_a_switch(tmp_path: Path) -> None:

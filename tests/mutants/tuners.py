@@ -4,6 +4,9 @@ TESTS = ["tests/hf/test_tuners.py", "tests/hf/test_trainers.py", "-m", "not slow
 
 _TUNERS = "petal_kernels/hf/tuners.py"
 _TRAINER = "petal_kernels/hf/trainer.py"
+_MERGING = "petal_kernels/hf/merging.py"
+_INSTALLED = "petal_kernels/hf/installed.py"
+_PAIR = "petal_kernels/hf/pair.py"
 _STORED = "petal_kernels/hf/stored.py"
 _UNLOADING = "petal_kernels/hf/unloading.py"
 
@@ -21,7 +24,10 @@ MUTANTS = [
     (_TUNERS, "                    if given is not None:\n", "                    if False:\n"),
     (_TUNERS, "            off.__exit__(None, None, None)\n", "            pass\n"),
     (_TUNERS, "return key  # it is in none", 'return key.replace(f".{adapter_name}.", ".")'),
-    (_TRAINER, "    if got and got != want:\n", "    if False:\n"),
+    (_MERGING, "    if got and got != want:\n", "    if False:\n"),
+    (_MERGING, "if handle is None or not handle.only_adapter:", "if True:"),
+    (_INSTALLED, "(need_no_merged, need_all)", "(need_no_merged,)"),
+    (_PAIR, "temporary = folder / f\".{name}.{uuid.uuid4().hex}.tmp\"", "temporary = folder / name"),
     (_TRAINER, "        if handle.model is not model:\n", "        if False:\n"),
     (_STORED, "if name.startswith(front)}", "}"),
     (_UNLOADING, "not merged and handle._writes_alone(self.module):", "False:"),

@@ -191,8 +191,7 @@ def test_an_update_in_place_copies_no_gradient(bias: bool) -> None:
 
 
 def test_every_function_is_of_the_one_kind() -> None:
-    """Whatever walks past the base class has neither its refusals nor these tests. One in
-    `tools/memory` stands for a library's product: it allocates and keeps, and computes nothing."""
+    """Whatever walks past the base class has neither its refusals nor these tests."""
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in ROOT.rglob("*.py")
@@ -200,7 +199,4 @@ def test_every_function_is_of_the_one_kind() -> None:
         if isinstance(node, ast.ClassDef)
         and any(ast.unparse(base).endswith("autograd.Function") for base in node.bases)
     ]
-    assert {place.split(":")[0] for place in found} == {
-        "_runtime/first_order.py",
-        "tools/memory/quantised.py",
-    }, found
+    assert {place.split(":")[0] for place in found} == {"_runtime/first_order.py"}, found

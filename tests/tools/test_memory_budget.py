@@ -182,7 +182,7 @@ def test_a_unit_is_two_layers_and_what_is_in_none() -> None:
     [
         ("int8", 300 * 100 + 4 * 300),
         ("nf4", 15000 + 4 * 469 + 64),
-        ("nf4-double", 15000 + 469 + 4 * 2 + 4 + 64),
+        ("nf4-double", 15000 + 469 + 4 * 2 + 4 + 1024 + 64),
     ],
 )
 def test_a_weight_has_the_bytes_of_its_blocks(kind: str, size: int) -> None:

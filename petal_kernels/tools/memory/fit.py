@@ -180,13 +180,13 @@ class Planner:
         answer = next((t for t in tried if t.fits), None)
         if answer is not None:
             return tried, answer
-        for end in range(2, len(asked) + 1):
+        if not asked:
+            return tried, None
+        last = self._try(asked, options)  # where all together are too few, no part is enough
+        for end in range(2, len(asked) + 1 if last.fits else 0):
             several = self._try(asked[:end], options)
             if several.fits:
                 return tried, several
-        if not asked:
-            return tried, None
-        last = self._try(asked, options)
         engines = self._engines(last.budget, f"{last.label}, ")
         return tried, next((t for t in engines if t.fits), None)
 

@@ -8,11 +8,12 @@ int8        O D, and 4 O: a float32 scale for each row            keeps its inpu
 nf4         O D / 2; 4 for each block of 64 numbers (absmax); a   decodes the weight, in forward
             table of 16 float32 (Params4bit, QuantState)          and in backward
 nf4-double  the same with 1 for each block of 64; 4 for each 256  the same
-            of these, and 4 (compress_statistics=True)
+            of these, 4, and 1024 (compress_statistics=True: its
+            own copy of a table of 256 float32)
 ==========  ====================================================  ===============================
 
 As transformers does it, every linear but output heads; embeddings, norms and convolutions stay as
-they are. One weight at a time is decoded, in the input's dtype. Sources: bitsandbytes 0.45.5,
+they are. One weight at a time is decoded, in the input's dtype. Sources: bitsandbytes 0.50.2,
 MatMul8bitLt and MatMul4Bit in autograd/_functions.py, quantize_4bit in functional.py.
 """
 
@@ -23,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petal_kernels._runtime.first_order import FirstOrderFunction
 from petal_kernels.hf.linears import output_heads
 
 KINDS = ("full", "int8", "nf4", "nf4-double")
 _BLOCK, _BLOCKS = 64, 256  # numbers that share a scale, and scales that do
-_CODES = 16
+_CODES, _SCALES = 16, 256  # entries of the tables of numbers and of scales
 
 
 def weight_bytes(outs: int, width: int, kind: str) -> int:
@@ -36,12 +38,16 @@ def weight_bytes(outs: int, width: int, kind: str) -> int:
     if kind == "int8":
         return numbers + 4 * outs
     blocks = -(-numbers // _BLOCK)
-    scales = 4 * blocks if kind == "nf4" else blocks + 4 * -(-blocks // _BLOCKS) + 4
+    scales = 4 * blocks
+    if kind == "nf4-double":
+        scales = blocks + 4 * -(-blocks // _BLOCKS) + 4 + 4 * _SCALES
     return -(-numbers // 2) + scales + 4 * _CODES
 
 
-class _Call(torch.autograd.Function):
+class _Call(FirstOrderFunction):
     """What a product with a quantised weight allocates and keeps; no value is computed."""
+
+    operator = "petal-kernels memory --base"
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, outs: int, keeps_input: bool) -> Tensor:
@@ -80,7 +86,7 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., O]."""
-        y: Tensor = _Call.apply(x, self.weight, self.out_features, self.kind == "int8")  # type: ignore[no-untyped-call]
+        y: Tensor = _Call.apply(x, self.weight, self.out_features, self.kind == "int8")
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
