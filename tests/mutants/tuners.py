@@ -27,7 +27,7 @@ MUTANTS = [
     (_MERGING, "    if got and got != want:\n", "    if False:\n"),
     (_MERGING, "if handle is None or not handle.only_adapter:", "if True:"),
     (_INSTALLED, "(need_no_merged, need_all)", "(need_no_merged,)"),
-    (_PAIR, "temporary = folder / f\".{name}.{uuid.uuid4().hex}.tmp\"", "temporary = folder / name"),
+    (_PAIR, "folder / f\".{name}.{uuid.uuid4().hex}.tmp\"", "folder / name"),
     (_TRAINER, "        if handle.model is not model:\n", "        if False:\n"),
     (_STORED, "if name.startswith(front)}", "}"),
     (_UNLOADING, "not merged and handle._writes_alone(self.module):", "False:"),
