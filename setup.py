@@ -272,7 +272,7 @@ def add_front(n: NinjaFile, tools: Tools) -> None:
     python = sysconfig.get_paths()["include"]
     command = (
         f"{tools.cxx} -O2 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -isystem {include} "
-        f"-isystem {api} -isystem {python} $flags -MMD -MF $out.d -c $in -o $out"
+        f"-isystem {api} -isystem {python} -I{SOURCES} $flags -MMD -MF $out.d -c $in -o $out"
     )
     n.rule("front", command, tool=_made_with(tools, f"{tools.cxx}") + sys.version)
     n.rule(

@@ -31,6 +31,12 @@ def result_of(rows: Tensor, shape: Sequence[int]) -> Tensor:
     return out
 
 
+def is_large(x: Tensor, width: int) -> bool:
+    """Whether a result [..., width] of x's rows is large enough for `fresh_rows` to ask for its
+    memory in another way."""
+    return x.shape[:-1].numel() * max(width, x.shape[-1]) * x.element_size() >= _LARGE
+
+
 def fresh_rows(like: Tensor, rows: int, cols: int) -> Tensor:
     """A result [rows, cols] that C++ kernels write whole; the hint spares large ones most of their
     page faults. The library is loaded."""

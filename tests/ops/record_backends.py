@@ -1,4 +1,5 @@
-"""What real calls of the operators run on: every backend's own `forward`, watched."""
+"""What real calls of the operators run on: every backend's own `forward`, watched, and every call
+that was prepared for compiled code."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+from petal_kernels._runtime import front
 from tests.ops.discovery import Operator, operators
 
 
@@ -31,7 +33,32 @@ def record_backends() -> Iterator[list[Used]]:
                 if backend.missing() is None:
                     watch = _watched(op, backend.name, backend.load().forward, used)
                     stack.enter_context(mock.patch.object(backend.load(), "forward", watch))
+            calls = op.module("op")
+            if hasattr(calls, "prepared"):
+                stack.enter_context(mock.patch.object(calls, "_KNOWN", front.Known()))
+                watch = _watched_calls(op, calls.prepared, used)
+                stack.enter_context(mock.patch.object(calls, "prepared", watch))
         yield used
+
+
+def _watched_calls(op: Operator, prepared: Callable[..., Any], used: list[Used]) -> Any:
+    choose = op.module("function").choose  # type: ignore[union-attr]
+
+    def watch(call: Any, trains: bool, plan: str, backend: str) -> Any:
+        run = prepared(call, trains, plan, backend)
+        if run is None:
+            return None
+        chosen, concrete = choose(call, not trains, plan, backend)
+
+        def watched(*tensors: Any) -> Any:
+            ys = run(*tensors)
+            if ys is not None:
+                used.append(Used(op.name, chosen.name, concrete))
+            return ys
+
+        return watched
+
+    return watch
 
 
 def _watched(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import backends as rt
-from petal_kernels._runtime import device, formed
+from petal_kernels._runtime import device, formed, front, rows
 from petal_kernels._runtime.first_order import FirstOrderFunction, own
 from petal_kernels._runtime.library import define
 from petal_kernels._runtime.rows import flat_rows, result_of
@@ -128,8 +128,8 @@ def _fwd(*args: Any) -> Callable[..., tuple[list[Tensor], Tensor]]:
         save: bool,
         *_: Any,
     ) -> tuple[list[Tensor], Tensor]:
-        rows = [flat_rows(b) for b in base]
-        t = Tensors(flat_rows(x), downs, flat_rows(hidden), ups, weights, biases, rows, core)
+        bases = [flat_rows(b) for b in base]
+        t = Tensors(flat_rows(x), downs, flat_rows(hidden), ups, weights, biases, bases, core)
         ys, saved = impl.forward(Call(t, Settings(scales, dropout, dropout_at)), rng, concrete)
         first: Tensor = x if x is not None else hidden  # type: ignore[assignment]
         if first.dim() == 2:
@@ -355,6 +355,78 @@ class LowRankLinearFunction(FirstOrderFunction):
                 for k, (dy, want) in enumerate(zip(dys, wants.base, strict=False))
             ],
         )
+
+
+class _Kept(NamedTuple):
+    """What `LowRankLinearFunction.backward` reads of its context, of a node that is compiled."""
+
+    next_functions: Any
+    saved_tensors: tuple[Any, ...]
+    needs_input_grad: tuple[bool, ...]
+    x_shape: torch.Size
+    settings: Settings
+    backend: str
+    counts: Counts
+    form_x: None = None
+
+
+def prepared(call: Call, trains: bool, plan: str, backend: str) -> Callable[..., Any] | None:
+    """What runs every small call of one signature in compiled code, gradients included: of (x, down,
+    ups, weights, biases, rng), the outputs, or None for one that must go the whole way.
+
+    None where there is none: elsewhere than on the C++ kernels, and with arguments that it does not
+    know.
+    """
+    short = front.load()
+    t, settings = call
+    if short is None or t.x is None or t.core is not None or t.base or t.x.numel() == 0:
+        return None
+    if rows.is_large(t.x, max(up.shape[0] for up in t.ups)):
+        return None
+    chosen, concrete = choose(call, not trains, plan, backend)
+    if chosen.name != "native":
+        return None
+    impl = chosen.load()
+    counts = Counts(len(t.downs), len(t.ups), len(t.weights))
+    made: Callable[..., Any] = short.lowrank_linear(
+        *impl.prepared(call, concrete),
+        [bias is not None for bias in t.biases],
+        _whole_backward(settings, backend, counts, [bias is not None for bias in t.biases]),
+    )
+    return made
+
+
+def _whole_backward(
+    settings: Settings, backend: str, counts: Counts, biased: list[bool]
+) -> Callable[..., list[Any]]:
+    def run(node: Any, dys: list[Tensor], saved: list[Any], needs: list[bool]) -> list[Any]:
+        h, rng, *rest = saved
+        ups = 1 + counts.downs
+        biases = ups + counts.ups
+        of_bias = iter(needs[biases:])
+        flags = (
+            *(False,) * _FIXED,
+            *(needs[0], False, False),
+            *needs[1:biases],
+            *(False,) * counts.weights,
+            *(each and next(of_bias) for each in biased),
+        )
+        x_shape = (*dys[0].shape[:-1], rest[0].shape[1])
+        ctx = _Kept(
+            node.next_functions,
+            (h, None, rng, *rest),
+            flags,
+            torch.Size(x_shape),
+            settings,
+            backend,
+            counts,
+        )
+        dx, _, _, *grads = LowRankLinearFunction.backward(ctx, *dys)[_FIXED:]
+        given = counts.downs + counts.ups
+        of_biases = compress(grads[given + counts.weights :], biased)
+        return [dx, *grads[:given], *of_biases]
+
+    return run
 
 
 _SINGLE = 3  # tensors before the sequences, as `flatten` gives them

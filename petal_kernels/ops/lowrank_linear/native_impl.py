@@ -81,6 +81,19 @@ def _downs(call: Call, rng: Tensor | None) -> Sequence[Tensor]:
     return [torch.cat(downs)]  # type: ignore[arg-type]
 
 
+def prepared(call: Call, plan: str) -> tuple[Any, ...]:
+    """What the compiled call (``csrc/lowrank_linear/front/call.h``) does as the two below do: scales,
+    dropout, its site, whether the base goes to the library in forward and in backward, and whether
+    x is contracted with one down-projection after the other."""
+    t, s = call
+    masked = s.dropout > 0.0 and s.dropout_at == "input"
+    by_library = bool(t.weights) and plan == "update"
+    return (
+        *(list(s.scales), s.dropout, _SITES[s.dropout_at]),
+        *(by_library, _library_multiplies(call.first.dtype), masked),
+    )
+
+
 def forward(call: Call, rng: Tensor | None, plan: str) -> tuple[list[Tensor], Saved]:
     """Outputs [N, O_k] and h [N, R]."""
     kernel = front.native("lowrank_linear_fwd")

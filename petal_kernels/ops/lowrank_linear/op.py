@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from petal_kernels.ops.lowrank_linear.function import (
     explanation,
     flatten,
     forward_op,
+    prepared,
 )
 
 
@@ -88,8 +90,20 @@ def lowrank_linear(
     values (N x R_k for each down), the state of the generator and the parameters. Deterministic.
     Source: see ``reference.py``.
     """
-    t, settings, apply = _checked(Given(**locals()))
     name = rt.name_of(backend)
+    given = Given(
+        *(x, down, ups, weights, biases, base, hidden, core, scale),
+        *(dropout, dropout_at, training, rng, plan, backend),
+    )
+    key = front.signature((given, name))
+    known = None if key is None else _KNOWN.get(key)
+    if known is None:
+        known = _found(given, name, key)
+    elif known.short is not None:
+        ys: tuple[Tensor, ...] | None = known.short(x, down, ups, weights, biases, rng)
+        if ys is not None:
+            return ys
+    t, settings, apply = listed(given), known.settings, known.apply
     state = None
     if settings.dropout > 0.0:
         state = philox.draw(t.ups[0].device) if rng is None else rng.contiguous()
@@ -99,23 +113,27 @@ def lowrank_linear(
     return apply(state, plan, name, counts, *settings, *flatten(t))
 
 
-_Apply = Callable[..., tuple[Tensor, ...]]  # None where nothing is trained
+class _Found(NamedTuple):
+    """Of a call that was checked."""
 
-# Of calls that were checked.
-_KNOWN: front.Known[tuple[Settings, _Apply | None]] = front.Known()
+    settings: Settings
+    apply: Callable[..., tuple[Tensor, ...]] | None  # none where nothing is trained
+    short: Callable[..., tuple[Tensor, ...] | None] | None = None  # see `function.prepared`
 
 
-def _checked(given: Given) -> tuple[Tensors, Settings, _Apply | None]:
-    key = front.signature(given)
-    known = None if key is None else _KNOWN.get(key)
-    if known is not None:
-        return listed(given), *known
+_KNOWN: front.Known[_Found] = front.Known()
+
+
+def _found(given: Given, name: str, key: bytes | None) -> _Found:
     check_transforms(NAME, given)
-    t, settings = check(given)
-    trains = torch.is_grad_enabled() and _any_trained(flatten(t))
-    if key is not None:  # a graph that sees the dict is bound to its length
-        _KNOWN.keep(key, (settings, LowRankLinearFunction.apply_plain if trains else None))
-    return t, settings, LowRankLinearFunction.apply if trains else None
+    call = check(given)
+    trains = torch.is_grad_enabled() and _any_trained(flatten(call.tensors))
+    if key is None:  # a graph that sees the dict is bound to its length
+        return _Found(call.settings, LowRankLinearFunction.apply if trains else None)
+    plain = LowRankLinearFunction.apply_plain if trains else None
+    lists = not isinstance(given.ups, Tensor)
+    short = prepared(call, trains, given.plan, name) if lists else None
+    return _KNOWN.keep(key, _Found(call.settings, plain, short))
 
 
 def _any_trained(tensors: Sequence[Tensor | None]) -> bool:
