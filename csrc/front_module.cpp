@@ -6,8 +6,8 @@
 //                                       arguments in the schema's order
 //   linears(x, weights) -> ys | None    the library's products x w^T, and
 //   sums(dys, weights) -> dx | None     the sum of dy w, in fresh memory; None where it is large
-//   lowrank_linear(...) -> Prepared     the operator's calls of one signature, with their gradients:
-//                                       (x, down, ups, weights, biases, rng) -> ys | None
+//   lowrank_linear(...) -> Prepared     an operator's calls of one signature, with their gradients:
+//   gated_mlp(...) -> Prepared          called with the tensors alone; None: go the whole way
 //   draw() -> rng                       torch.randint(0, 1 << 62, (2,)) of the CPU's generator
 //
 // Without this module the same calls run the long way, to the same bits.
@@ -24,6 +24,7 @@
 #include "common/front/op.h"
 #include "common/front/prepared.h"
 #include "common/front/signature.h"
+#include "gated_mlp/front/call.h"
 #include "lowrank_linear/front/call.h"
 
 namespace petal {
@@ -103,6 +104,7 @@ PyMethodDef functions[] = {
     {"linears", fast(linears), METH_FASTCALL, "x w^T for every weight."},
     {"sums", fast(sums), METH_FASTCALL, "The sum of dy w."},
     {"lowrank_linear", fast(lowrank_linear), METH_FASTCALL, "Its calls of one signature."},
+    {"gated_mlp", fast(gated_mlp), METH_FASTCALL, "Its calls of one signature."},
     {"draw", drawn, METH_NOARGS, "A state of the dropout generator, as torch.randint draws it."},
     {nullptr, nullptr, 0, nullptr},
 };

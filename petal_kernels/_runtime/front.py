@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -62,3 +62,14 @@ def native(name: str) -> Callable[..., Any]:
         return found
     made: Callable[..., Any] = front.Op(f"petal_native::{name}")
     return made
+
+
+def context(node: Any, saved: tuple[Any, ...], needs: tuple[bool, ...], **more: Any) -> Any:
+    """What a Function's own ``backward`` reads of its ``ctx``, for a node of compiled code."""
+    return SimpleNamespace(
+        next_functions=node.next_functions,
+        saved_tensors=saved,
+        needs_input_grad=needs,
+        form_x=None,
+        **more,
+    )

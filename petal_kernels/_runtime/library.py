@@ -26,6 +26,9 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 # By overload: what calls it, see `define`.
 calls: dict[Any, Callable[..., Any]] = {}
 
+# By overload: what compiled calls of other operators need to run it too, see `define`.
+compiled: dict[Any, Callable[..., Any]] = {}
+
 # By overload: which backend would run it on these very arguments, see `define`.
 explainers: dict[Any, Callable[..., Explanation | None]] = {}
 
@@ -35,6 +38,7 @@ def define(
     prepare: Callable[..., Callable[..., Any]],
     fake: Callable[..., Any],
     explain: Callable[..., Explanation | None] | None = None,
+    settings: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Register ``petal::<schema>`` and return what calls it, with every argument by position.
 
@@ -42,7 +46,8 @@ def define(
     function of them that also serves every other call of the same signature, and remembers none of
     their tensors. ``fake`` says shapes, dtypes and devices only and serves meta tensors, fake
     tensors and ``torch.compile``; ``explain`` takes the same arguments, fake or real, and says
-    which backend would run, or None where none would.
+    which backend would run, or None where none would; ``settings`` what a compiled call
+    (``front.py``) must know to run the same kernels on them, or None where it could not.
     """
     name = schema.split("(", 1)[0].strip()
 
@@ -58,6 +63,8 @@ def define(
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     if explain is not None:
         explainers[overload] = explain
+    if settings is not None:
+        compiled[overload] = settings
     if "!" in schema:  # the dispatcher tells autograd what is written to
         return overload  # type: ignore[no-any-return]
     known: front.Known[Callable[..., Any]] = front.Known()

@@ -31,10 +31,11 @@ def result_of(rows: Tensor, shape: Sequence[int]) -> Tensor:
     return out
 
 
-def is_large(x: Tensor, width: int) -> bool:
-    """Whether a result [..., width] of x's rows is large enough for `fresh_rows` to ask for its
-    memory in another way."""
-    return x.shape[:-1].numel() * max(width, x.shape[-1]) * x.element_size() >= _LARGE
+def is_large(x: Tensor, *matrices: Tensor) -> bool:
+    """Whether one of the results [..., width] of x's rows, as wide as x or as a matrix is high, is
+    so large that `fresh_rows` asks for its memory in another way."""
+    width = max(x.shape[-1], *(matrix.shape[0] for matrix in matrices))
+    return x.shape[:-1].numel() * width * x.element_size() >= _LARGE
 
 
 def fresh_rows(like: Tensor, rows: int, cols: int) -> Tensor:

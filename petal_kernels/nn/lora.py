@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from petal_kernels._runtime import checks, philox
-from petal_kernels._runtime.autocast import autocast_off
+from petal_kernels._runtime.autocast import autocast_off, autocast_on
 from petal_kernels.nn.arguments import (
     check_module,
     check_rows,
@@ -144,9 +144,10 @@ class LoRALinear(nn.Module):
     def _factors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """A and B as a call in `dtype` reads them, or [A; A0] and [B, -B0]."""
         down, up = near(self.down, dtype, device), near(self.up, dtype, device)
-        if self.first_down is None or self.first_up is None:
+        first_down, first_up = self._buffers["first_down"], self._buffers["first_up"]
+        if first_down is None or first_up is None:
             return down, up
-        first = (near(p, dtype, device) for p in (self.first_down, self.first_up))
+        first = (near(p, dtype, device) for p in (first_down, first_up))
         return torch.cat((down, next(first))), torch.cat((up, -next(first)), dim=1)
 
     def delta(self, dtype: torch.dtype) -> Tensor:
@@ -180,10 +181,7 @@ class LoRALinear(nn.Module):
         found = self.operands(dtype, x.device, bias)
         rows = x if x.dtype == dtype else x.to(dtype)
         if isinstance(found, Operands):
-            assert found.down is not None
-            assert found.up is not None
-            base = {"weights": [found.weight], "biases": [found.bias]}
-            return self._update(rows, found.down, found.up, **base)
+            return _fused(rows, found)
         down, up = self._factors(dtype, x.device)
         if self.dropout and self.training and self.first_down is not None:
             down, up = (near(p, dtype, x.device) for p in (self.down, self.up))
@@ -223,6 +221,24 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scale={self.scale}, dropout={self.dropout}"
+
+
+def _fused(x: Tensor, o: Operands) -> Tensor:
+    """The one call with the base's weight in it, in the dtypes that are settled."""
+    assert o.down is not None
+    assert o.up is not None
+    if autocast_on(x.device.type):
+        with autocast_off(x):
+            return _fused(x, o)
+    (y,) = lowrank_linear(
+        *(x, o.down, (o.up,)),
+        weights=(o.weight,),
+        biases=(o.bias,),
+        scale=o.scale,
+        dropout=o.dropout,
+        dropout_at="input",
+    )
+    return y
 
 
 def frozen_operands(

@@ -68,6 +68,13 @@ inline at::Tensor draw() {
   return rng;
 }
 
+// What a call reads of the generator: nothing, what it was given, or a state drawn now.
+inline std::optional<at::Tensor> mask_state(const std::optional<at::Tensor>& given,
+                                            double dropout) {
+  if (dropout == 0.0) return std::nullopt;
+  return given ? given->contiguous() : draw();
+}
+
 // [N, width] with unit stride in the last dim; a copy only where no view has it.
 inline at::Tensor flat_rows(const at::Tensor& t) {
   const at::Tensor flat = t.dim() == 2 ? t : t.reshape({-1, t.size(-1)});

@@ -24,6 +24,9 @@ from petal_kernels._runtime.numerics import ACTIVATIONS
 from petal_kernels._runtime.rows import fresh_rows
 from petal_kernels.ops.gated_mlp.arguments import Call, Gradients, Product
 
+# As the kernels count them, for compiled calls (``csrc/gated_mlp/front``) too.
+ACTIVATION_OF = {name: number for number, name in enumerate(ACTIVATIONS)}
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -41,7 +44,7 @@ def forward(call: Call) -> Tensor:
     """p [N, F]."""
     kernel = front.native("gated_mlp_act_fwd")
     p = fresh_rows(call.g, *call.g.shape)
-    kernel(call.g, call.u, ACTIVATIONS.index(call.activation), p)
+    kernel(call.g, call.u, ACTIVATION_OF[call.activation], p)
     return p
 
 
@@ -52,5 +55,5 @@ def backward(call: Call, dp: Tensor | None, product: Product | None) -> Gradient
     du = None if dp is None or u is None else fresh_rows(g, *g.shape)
     dh, down, rng, dropout = (None, None, None, 0.0) if product is None else product
     ddown = None if down is None else down.new_empty(down.shape)
-    kernel(dp, g, u, dh, rng, dropout, ACTIVATIONS.index(name), du, ddown)
+    kernel(dp, g, u, dh, rng, dropout, ACTIVATION_OF[name], du, ddown)
     return Gradients(du, ddown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from petal_kernels.ops.gated_mlp.function import (
     explanation,
     flatten,
     notes,
+    prepared,
     run,
 )
 
@@ -82,8 +84,20 @@ def gated_mlp(
     (not with ``recompute``), N x R_k values of each update, the state of the generator and the
     parameters. Deterministic. Source: see ``reference.py``.
     """
-    t, s, apply = _checked(Given(**locals()))
     name = rt.name_of(backend)
+    given = Given(
+        *(x, weights, biases, downs, ups, scale),
+        *(activation, dropout, training, recompute, rng, backend),
+    )
+    key = front.signature((given, name))
+    known = None if key is None else _KNOWN.get(key)
+    if known is None:
+        known = _found(given, name, key)
+    elif known.short is not None:
+        y: Tensor | None = known.short(x, weights, biases, downs, ups, rng)
+        if y is not None:
+            return y
+    t, s, apply = listed(given), known.settings, known.apply
     state = None
     if s.dropout > 0.0:
         state = philox.draw(x.device) if rng is None else rng.contiguous()
@@ -92,23 +106,25 @@ def gated_mlp(
     return out
 
 
-_Apply = Callable[..., Tensor]  # None where nothing is trained
+class _Found(NamedTuple):
+    """Of a call that was checked."""
 
-# Of calls that were checked.
-_KNOWN: front.Known[tuple[Settings, _Apply | None]] = front.Known()
+    settings: Settings
+    apply: Callable[..., Tensor] | None  # none where nothing is trained
+    short: Callable[..., Tensor | None] | None = None  # see `function.prepared`
 
 
-def _checked(given: Given) -> tuple[Tensors, Settings, _Apply | None]:
-    key = front.signature(given)
-    known = None if key is None else _KNOWN.get(key)
-    if known is not None:
-        return listed(given), *known
+_KNOWN: front.Known[_Found] = front.Known()
+
+
+def _found(given: Given, name: str, key: bytes | None) -> _Found:
     check_transforms(NAME, given)
     t, s = check(given)
     trains = _trains(t)
-    if key is not None:  # a graph that sees the dict is bound to its length
-        _KNOWN.keep(key, (s, GatedMlpFunction.apply_plain if trains else None))
-    return t, s, GatedMlpFunction.apply if trains else None
+    if key is None:  # a graph that sees the dict is bound to its length
+        return _Found(s, GatedMlpFunction.apply if trains else None)
+    plain = GatedMlpFunction.apply_plain if trains else None
+    return _KNOWN.keep(key, _Found(s, plain, prepared(t, s, trains, name)))
 
 
 def _trains(t: Tensors) -> bool:

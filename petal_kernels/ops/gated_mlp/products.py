@@ -167,6 +167,16 @@ def backward(
     return Found(dx, downs, dh, ups)
 
 
+def compiled(
+    x: Tensor, places: Sequence[Place], drop: Dropout, save: bool, backend: str
+) -> Any | None:
+    """What a compiled call must know to form these products, which all have an update; None where
+    it could not."""
+    if len(_updated(places)) < len(places):
+        return None
+    return library.compiled[_overload("fwd")](*_arguments(x, places, drop, save, backend))
+
+
 def explanation(
     x: Tensor, places: Sequence[Place], drop: Dropout, save: bool, backend: str
 ) -> rt.Explanation | None:

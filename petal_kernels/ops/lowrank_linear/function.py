@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import backends as rt
-from petal_kernels._runtime import device, formed, front, rows
+from petal_kernels._runtime import device, formed, front
 from petal_kernels._runtime.first_order import FirstOrderFunction, own
 from petal_kernels._runtime.library import define
-from petal_kernels._runtime.rows import flat_rows, result_of
+from petal_kernels._runtime.rows import flat_rows, is_large, result_of
 from petal_kernels.ops.lowrank_linear import planner
 from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Settings, Tensors
 
@@ -147,6 +147,18 @@ def _explain(*args: Any) -> rt.Explanation | None:
     return None if asked is None else explanation(*asked)
 
 
+def _compiled(*args: Any) -> tuple[Any, ...] | None:
+    asked = _asked(*args)
+    if asked is None:
+        return None
+    chosen, concrete = choose(*asked)
+    impl = chosen.load()
+    found: tuple[Any, ...] | None = (
+        impl.compiled(asked[0], concrete) if hasattr(impl, "compiled") else None
+    )
+    return found
+
+
 def _fwd_fake(*args: Any) -> tuple[list[Tensor], Tensor]:
     *tensors, _, scales, dropout, dropout_at, save, _, _ = args
     call = Call(Tensors(*tensors), Settings(scales, dropout, dropout_at))
@@ -254,6 +266,7 @@ forward_op = define(
     _fwd,
     _fwd_fake,
     _explain,
+    _compiled,
 )
 _backward_op = define(
     f"{NAME}_bwd(Tensor[] dys, Tensor? x, Tensor h, Tensor[] downs, Tensor[] ups, "
@@ -357,21 +370,8 @@ class LowRankLinearFunction(FirstOrderFunction):
         )
 
 
-class _Kept(NamedTuple):
-    """What `LowRankLinearFunction.backward` reads of its context, of a node that is compiled."""
-
-    next_functions: Any
-    saved_tensors: tuple[Any, ...]
-    needs_input_grad: tuple[bool, ...]
-    x_shape: torch.Size
-    settings: Settings
-    backend: str
-    counts: Counts
-    form_x: None = None
-
-
 def prepared(call: Call, trains: bool, plan: str, backend: str) -> Callable[..., Any] | None:
-    """What runs every small call of one signature in compiled code, gradients included: of (x, down,
+    """What runs the small calls of one signature in compiled code, gradients included: of (x, down,
     ups, weights, biases, rng), the outputs, or None for one that must go the whole way.
 
     None where there is none: elsewhere than on the C++ kernels, and with arguments that it does not
@@ -381,18 +381,15 @@ def prepared(call: Call, trains: bool, plan: str, backend: str) -> Callable[...,
     t, settings = call
     if short is None or t.x is None or t.core is not None or t.base or t.x.numel() == 0:
         return None
-    if rows.is_large(t.x, max(up.shape[0] for up in t.ups)):
+    if is_large(t.x, *t.ups):
         return None
-    chosen, concrete = choose(call, not trains, plan, backend)
-    if chosen.name != "native":
+    wanted = _compiled(*t, None, *settings, trains, plan, backend)
+    if wanted is None:
         return None
-    impl = chosen.load()
     counts = Counts(len(t.downs), len(t.ups), len(t.weights))
-    made: Callable[..., Any] = short.lowrank_linear(
-        *impl.prepared(call, concrete),
-        [bias is not None for bias in t.biases],
-        _whole_backward(settings, backend, counts, [bias is not None for bias in t.biases]),
-    )
+    biased = [bias is not None for bias in t.biases]
+    whole = _whole_backward(settings, backend, counts, biased)
+    made: Callable[..., Any] = short.lowrank_linear(wanted, *counts, biased, whole)
     return made
 
 
@@ -401,30 +398,25 @@ def _whole_backward(
 ) -> Callable[..., list[Any]]:
     def run(node: Any, dys: list[Tensor], saved: list[Any], needs: list[bool]) -> list[Any]:
         h, rng, *rest = saved
-        ups = 1 + counts.downs
-        biases = ups + counts.ups
-        of_bias = iter(needs[biases:])
+        of_x, of_factors = needs[0], needs[1 : 1 + counts.downs + counts.ups]
+        of_biases = iter(needs[1 + len(of_factors) :])
         flags = (
             *(False,) * _FIXED,
-            *(needs[0], False, False),
-            *needs[1:biases],
+            *(of_x, False, False),
+            *of_factors,
             *(False,) * counts.weights,
-            *(each and next(of_bias) for each in biased),
+            *(each and next(of_biases) for each in biased),
         )
-        x_shape = (*dys[0].shape[:-1], rest[0].shape[1])
-        ctx = _Kept(
-            node.next_functions,
-            (h, None, rng, *rest),
-            flags,
-            torch.Size(x_shape),
-            settings,
-            backend,
-            counts,
+        ctx = front.context(
+            *(node, (h, None, rng, *rest), flags),
+            x_shape=torch.Size((*dys[0].shape[:-1], rest[0].shape[1])),
+            settings=settings,
+            backend=backend,
+            counts=counts,
         )
         dx, _, _, *grads = LowRankLinearFunction.backward(ctx, *dys)[_FIXED:]
-        given = counts.downs + counts.ups
-        of_biases = compress(grads[given + counts.weights :], biased)
-        return [dx, *grads[:given], *of_biases]
+        frozen = len(of_factors) + counts.weights
+        return [dx, *grads[: len(of_factors)], *compress(grads[frozen:], biased)]
 
     return run
 

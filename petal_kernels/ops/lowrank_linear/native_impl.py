@@ -81,8 +81,8 @@ def _downs(call: Call, rng: Tensor | None) -> Sequence[Tensor]:
     return [torch.cat(downs)]  # type: ignore[arg-type]
 
 
-def prepared(call: Call, plan: str) -> tuple[Any, ...]:
-    """What the compiled call (``csrc/lowrank_linear/front/call.h``) does as the two below do: scales,
+def compiled(call: Call, plan: str) -> tuple[Any, ...]:
+    """What compiled calls (``csrc/lowrank_linear/front``) need to do as the two below do: scales,
     dropout, its site, whether the base goes to the library in forward and in backward, and whether
     x is contracted with one down-projection after the other."""
     t, s = call

@@ -11,7 +11,7 @@ from torch import Tensor
 from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime import front, philox
 from petal_kernels._runtime.first_order import check_transforms
-from petal_kernels.ops.lowrank_linear.arguments import Given, Settings, Tensors, check, listed
+from petal_kernels.ops.lowrank_linear.arguments import Given, Settings, check, listed
 from petal_kernels.ops.lowrank_linear.function import BACKENDS as BACKENDS
 from petal_kernels.ops.lowrank_linear.function import (
     NAME,
