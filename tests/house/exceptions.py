@@ -45,10 +45,6 @@ EXCEPTIONS: dict[str, dict[str, tuple[int, str]]] = {
             95,
             "mostly its signature and docstring",
         ),
-        "petal_kernels/ops/gated_mlp/op.py:gated_mlp": (
-            64,
-            "mostly its signature and docstring",
-        ),
         "petal_kernels/ops/lowrank_linear/op.py:lowrank_linear": (
             91,
             "mostly its signature and docstring",

@@ -34,7 +34,7 @@ def record_backends() -> Iterator[list[Used]]:
                     watch = _watched(op, backend.name, backend.load().forward, used)
                     stack.enter_context(mock.patch.object(backend.load(), "forward", watch))
             calls = op.module("op")
-            if hasattr(calls, "prepared"):
+            if calls is not None and hasattr(calls, "prepared"):
                 stack.enter_context(mock.patch.object(calls, "_KNOWN", front.Known()))
                 watch = _watched_calls(op, calls.prepared, used)
                 stack.enter_context(mock.patch.object(calls, "prepared", watch))

@@ -154,41 +154,60 @@ struct GatedMlpKept {
   }
 };
 
-inline variable_list GatedMlpFunction::backward(AutogradContext* ctx, const variable_list& dys) {
-  const auto call = call_of<GatedMlpCall>(ctx);
-  const variable_list saved = ctx->get_saved_variables();
-  const size_t n = call->linears(), ups = 1 + n, biases = ups + n;
-  std::vector<size_t> bias_at(n, 0);  // of each linear among the trained, or 0
-  size_t count = biases;
-  for (size_t k = 0; k < n; ++k) {
-    if (call->has_bias[k]) bias_at[k] = count++;
+// Where the gradient of each trained tensor lies, and which of them are asked for.
+struct GatedMlpNeeds {
+  size_t n, ups, biases, count;
+  std::vector<size_t> bias_at;  // of each linear; 0: it has none
+  Needs needs;
+
+  GatedMlpNeeds(AutogradContext* ctx, const std::vector<bool>& has_bias)
+      : n(has_bias.size()),
+        ups(1 + n),
+        biases(ups + n),
+        count(biases),
+        bias_at(places(has_bias, count)),
+        needs(ctx, count) {}
+
+  bool bias(size_t k) const { return bias_at[k] > 0 && needs[bias_at[k]]; }
+  LowrankNeed inner() const {
+    return {needs[0], needs.any(1, ups - 1), false, needs.any(ups, biases - 1)};
   }
-  const Needs needs(ctx, count);
-  constexpr size_t kOthers = 2;
-  if (is_seen({&dys, &saved})) {
-    return results(whole_backward(call->whole, dys, saved, needs), kOthers);
+  bool last_down() const { return needs[ups - 1]; }
+  bool last_up() const { return needs[biases - 1]; }
+  // Whether a gradient has to pass p.
+  bool through() const {
+    const LowrankNeed before = inner();
+    bool any = before.x || before.downs || before.ups;
+    for (size_t k = 0; k + 1 < n; ++k) any = any || bias(k);
+    return any;
   }
 
-  const at::AutoDispatchBelowADInplaceOrView below;
-  const GatedMlpKept kept(saved, n);
-  const auto wants_bias = [&](size_t k) { return bias_at[k] > 0 && needs[bias_at[k]]; };
-  bool through = needs[0] || needs.any(1, ups - 1) || needs.any(ups, biases - 1);
-  for (size_t k = 0; k + 1 < n; ++k) through = through || wants_bias(k);
-  const bool trained = needs[ups - 1];
-  const at::Tensor dy = flat_rows(dys[0]);
-  const Optional behind = call->behind(kept.rng);
-  const LowrankNeed at_end{through, false, trained, needs[biases - 1]};
+ private:
+  static std::vector<size_t> places(const std::vector<bool>& has_bias, size_t& count) {
+    std::vector<size_t> at(has_bias.size(), 0);
+    for (size_t k = 0; k < at.size(); ++k) {
+      if (has_bias[k]) at[k] = count++;
+    }
+    return at;
+  }
+};
+
+// The last linear, which needs no p, then what lies between: dg and du, or nothing.
+inline variable_list gated_mlp_last(const GatedMlpCall& call, const GatedMlpKept& kept,
+                                    const GatedMlpNeeds& n, const at::Tensor& dy,
+                                    variable_list& out) {
+  const Optional behind = call.behind(kept.rng);
+  const bool through = n.through(), trained = n.last_down();
+  const LowrankNeed need{through, false, trained, n.last_up()};
   LowrankGradients end;
-  if (through || trained || at_end.ups) {
-    end = lowrank_backward(call->last, {dy}, at::Tensor(), kept.middle, kept.last, behind, at_end);
+  if (through || trained || need.ups) {
+    end = lowrank_backward(call.last, {dy}, at::Tensor(), kept.middle, kept.last, behind, need);
   }
-  variable_list out(count);
-  if (at_end.ups) out[biases - 1] = end.ups[0];
-  if (wants_bias(n - 1)) out[bias_at[n - 1]] = dy.sum(0);
-  if (!through && !trained) return results(std::move(out), kOthers);
-
+  if (need.ups) out[n.biases - 1] = end.ups[0];
+  if (n.bias(n.n - 1)) out[n.bias_at[n.n - 1]] = dy.sum(0);
+  if (!through && !trained) return {};
   const at::Tensor& g = kept.inner[0];
-  const Optional u = n > 2 ? Optional(kept.inner[1]) : std::nullopt;
+  const Optional u = n.n > 2 ? Optional(kept.inner[1]) : std::nullopt;
   const Optional du = through && u ? Optional(at::empty_like(g)) : std::nullopt;
   Optional ddown;
   if (trained) ddown = contiguous_like(kept.last.downs)[0];
@@ -197,17 +216,31 @@ inline variable_list GatedMlpFunction::backward(AutogradContext* ctx, const vari
                           u,
                           end.hidden,
                           trained ? behind : std::nullopt,
-                          trained ? call->last.dropout : 0.0,
-                          call->activation,
+                          trained ? call.last.dropout : 0.0,
+                          call.activation,
                           du,
                           ddown};
-  call->backward_op.callBoxed(stack);  // dp becomes dg
-  if (trained) out[ups - 1] = *ddown;
-  if (!through) return results(std::move(out), kOthers);
+  call.backward_op.callBoxed(stack);  // dp becomes dg
+  if (trained) out[n.ups - 1] = *ddown;
+  if (!through) return {};
+  return du ? variable_list{*end.x, *du} : variable_list{*end.x};
+}
 
-  variable_list inner{*end.x};
-  if (du) inner.push_back(*du);
-  const LowrankNeed need{needs[0], needs.any(1, ups - 1), false, needs.any(ups, biases - 1)};
+inline variable_list GatedMlpFunction::backward(AutogradContext* ctx, const variable_list& dys) {
+  const auto call = call_of<GatedMlpCall>(ctx);
+  const variable_list saved = ctx->get_saved_variables();
+  const GatedMlpNeeds n(ctx, call->has_bias);
+  constexpr size_t kOthers = 2;
+  if (is_seen({&dys, &saved})) {
+    return results(whole_backward(call->whole, dys, saved, n.needs), kOthers);
+  }
+
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const GatedMlpKept kept(saved, n.n);
+  variable_list out(n.count);
+  const variable_list inner = gated_mlp_last(*call, kept, n, flat_rows(dys[0]), out);
+  if (inner.empty()) return results(std::move(out), kOthers);
+  const LowrankNeed need = n.inner();
   const at::Tensor x = need.downs ? flat_rows(kept.x) : at::Tensor();
   LowrankGradients begin;
   if (need.x || need.downs || need.ups) {
@@ -218,10 +251,10 @@ inline variable_list GatedMlpFunction::backward(AutogradContext* ctx, const vari
     shape.back() = begin.x->size(1);
     out[0] = begin.x->view(shape);
   }
-  for (size_t k = 0; k + 1 < n; ++k) {
-    if (needs[1 + k]) out[1 + k] = begin.downs[k];
-    if (needs[ups + k]) out[ups + k] = begin.ups[k];
-    if (wants_bias(k)) out[bias_at[k]] = inner[k].sum(0);
+  for (size_t k = 0; k + 1 < n.n; ++k) {
+    if (n.needs[1 + k]) out[1 + k] = begin.downs[k];
+    if (n.needs[n.ups + k]) out[n.ups + k] = begin.ups[k];
+    if (n.bias(k)) out[n.bias_at[k]] = inner[k].sum(0);
   }
   return results(std::move(out), kOthers);
 }

@@ -19,6 +19,7 @@ from petal_kernels.ops.gated_mlp.arguments import (
     check,
     listed,
 )
+from petal_kernels.ops.gated_mlp.compiled import prepared
 from petal_kernels.ops.gated_mlp.function import BACKENDS as BACKENDS
 from petal_kernels.ops.gated_mlp.function import (
     NAME,
@@ -26,7 +27,6 @@ from petal_kernels.ops.gated_mlp.function import (
     explanation,
     flatten,
     notes,
-    prepared,
     run,
 )
 
@@ -84,26 +84,12 @@ def gated_mlp(
     (not with ``recompute``), N x R_k values of each update, the state of the generator and the
     parameters. Deterministic. Source: see ``reference.py``.
     """
+    given = Given(**locals())
     name = rt.name_of(backend)
-    given = Given(
-        *(x, weights, biases, downs, ups, scale),
-        *(activation, dropout, training, recompute, rng, backend),
-    )
     key = front.signature((given, name))
-    known = None if key is None else _KNOWN.get(key)
-    if known is None:
-        known = _found(given, name, key)
-    elif known.short is not None:
-        y: Tensor | None = known.short(x, weights, biases, downs, ups, rng)
-        if y is not None:
-            return y
-    t, s, apply = listed(given), known.settings, known.apply
-    state = None
-    if s.dropout > 0.0:
-        state = philox.draw(x.device) if rng is None else rng.contiguous()
-    out: Tensor
-    out = run(t, s, state, False, name)[0] if apply is None else apply(state, name, *s, *flatten(t))
-    return out
+    found = (None if key is None else _KNOWN.get(key)) or _found(given, name, key)
+    y = None if found.short is None else found.short(x, weights, biases, downs, ups, rng)
+    return _whole(listed(given), found, rng, name) if y is None else y
 
 
 class _Found(NamedTuple):
@@ -111,7 +97,16 @@ class _Found(NamedTuple):
 
     settings: Settings
     apply: Callable[..., Tensor] | None  # none where nothing is trained
-    short: Callable[..., Tensor | None] | None = None  # see `function.prepared`
+    short: Callable[..., Tensor | None] | None = None  # see `compiled.py`
+
+
+def _whole(t: Tensors, found: _Found, rng: Tensor | None, name: str) -> Tensor:
+    state, s, apply = None, found.settings, found.apply
+    if s.dropout > 0.0:
+        state = philox.draw(t.x.device) if rng is None else rng.contiguous()
+    out: Tensor
+    out = run(t, s, state, False, name)[0] if apply is None else apply(state, name, *s, *flatten(t))
+    return out
 
 
 _KNOWN: front.Known[_Found] = front.Known()

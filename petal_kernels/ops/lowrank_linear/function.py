@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from petal_kernels._runtime import backends as rt
-from petal_kernels._runtime import device, formed, front
+from petal_kernels._runtime import device, formed
 from petal_kernels._runtime.first_order import FirstOrderFunction, own
 from petal_kernels._runtime.library import define
-from petal_kernels._runtime.rows import flat_rows, is_large, result_of
+from petal_kernels._runtime.rows import flat_rows, result_of
 from petal_kernels.ops.lowrank_linear import planner
 from petal_kernels.ops.lowrank_linear.arguments import Call, Gradients, Saved, Settings, Tensors
 
@@ -147,7 +147,8 @@ def _explain(*args: Any) -> rt.Explanation | None:
     return None if asked is None else explanation(*asked)
 
 
-def _compiled(*args: Any) -> tuple[Any, ...] | None:
+def for_compiled(*args: Any) -> tuple[Any, ...] | None:
+    """What compiled code must know to run a forward of these arguments; None: it does not."""
     asked = _asked(*args)
     if asked is None:
         return None
@@ -266,7 +267,7 @@ forward_op = define(
     _fwd,
     _fwd_fake,
     _explain,
-    _compiled,
+    for_compiled,
 )
 _backward_op = define(
     f"{NAME}_bwd(Tensor[] dys, Tensor? x, Tensor h, Tensor[] downs, Tensor[] ups, "
@@ -322,7 +323,7 @@ class LowRankLinearFunction(FirstOrderFunction):
         settings = rest[:_N_SETTINGS]
         t = _unflatten(rest[_N_SETTINGS:], counts)
         ys, h = forward_op(*t, rng, *settings, True, plan, backend)
-        first = _FIXED + _SINGLE
+        first = FIXED + _SINGLE
         trains_downs = True in ctx.needs_input_grad[first : first + counts.downs]
         x_parts, ctx.form_x = formed.kept(t.x if trains_downs else None)
         ctx.save_for_backward(
@@ -343,7 +344,7 @@ class LowRankLinearFunction(FirstOrderFunction):
         h, core, rng, *rest = ctx.saved_tensors
         counts: Counts = ctx.counts
         x = formed.again(rest[sum(counts) :], ctx.form_x)
-        wants = _unflatten(ctx.needs_input_grad[_FIXED:], counts)
+        wants = _unflatten(ctx.needs_input_grad[FIXED:], counts)
         if x is None and ctx.x_shape is not None:
             # With every down-projection frozen nothing reads a value of x, only its shape: an
             # expanded scalar occupies nothing.
@@ -370,60 +371,9 @@ class LowRankLinearFunction(FirstOrderFunction):
         )
 
 
-def prepared(call: Call, trains: bool, plan: str, backend: str) -> Callable[..., Any] | None:
-    """What runs the small calls of one signature in compiled code, gradients included: of (x, down,
-    ups, weights, biases, rng), the outputs, or None for one that must go the whole way.
-
-    None where there is none: elsewhere than on the C++ kernels, and with arguments that it does not
-    know.
-    """
-    short = front.load()
-    t, settings = call
-    if short is None or t.x is None or t.core is not None or t.base or t.x.numel() == 0:
-        return None
-    if is_large(t.x, *t.ups):
-        return None
-    wanted = _compiled(*t, None, *settings, trains, plan, backend)
-    if wanted is None:
-        return None
-    counts = Counts(len(t.downs), len(t.ups), len(t.weights))
-    biased = [bias is not None for bias in t.biases]
-    whole = _whole_backward(settings, backend, counts, biased)
-    made: Callable[..., Any] = short.lowrank_linear(wanted, *counts, biased, whole)
-    return made
-
-
-def _whole_backward(
-    settings: Settings, backend: str, counts: Counts, biased: list[bool]
-) -> Callable[..., list[Any]]:
-    def run(node: Any, dys: list[Tensor], saved: list[Any], needs: list[bool]) -> list[Any]:
-        h, rng, *rest = saved
-        of_x, of_factors = needs[0], needs[1 : 1 + counts.downs + counts.ups]
-        of_biases = iter(needs[1 + len(of_factors) :])
-        flags = (
-            *(False,) * _FIXED,
-            *(of_x, False, False),
-            *of_factors,
-            *(False,) * counts.weights,
-            *(each and next(of_biases) for each in biased),
-        )
-        ctx = front.context(
-            *(node, (h, None, rng, *rest), flags),
-            x_shape=torch.Size((*dys[0].shape[:-1], rest[0].shape[1])),
-            settings=settings,
-            backend=backend,
-            counts=counts,
-        )
-        dx, _, _, *grads = LowRankLinearFunction.backward(ctx, *dys)[_FIXED:]
-        frozen = len(of_factors) + counts.weights
-        return [dx, *grads[: len(of_factors)], *compress(grads[frozen:], biased)]
-
-    return run
-
-
 _SINGLE = 3  # tensors before the sequences, as `flatten` gives them
-_FIXED = 4 + _N_SETTINGS  # arguments of LowRankLinearFunction.forward before the tensors
-_NOTHING = (None,) * _FIXED
+FIXED = 4 + _N_SETTINGS  # arguments of LowRankLinearFunction.forward before the tensors
+_NOTHING = (None,) * FIXED
 
 
 def _wanted(grads: Sequence[Tensor], wants: Sequence[Any]) -> list[Tensor | None]:

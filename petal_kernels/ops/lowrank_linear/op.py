@@ -11,7 +11,8 @@ from torch import Tensor
 from petal_kernels._runtime import backends as rt
 from petal_kernels._runtime import front, philox
 from petal_kernels._runtime.first_order import check_transforms
-from petal_kernels.ops.lowrank_linear.arguments import Given, Settings, check, listed
+from petal_kernels.ops.lowrank_linear.arguments import Given, Settings, Tensors, check, listed
+from petal_kernels.ops.lowrank_linear.compiled import prepared
 from petal_kernels.ops.lowrank_linear.function import BACKENDS as BACKENDS
 from petal_kernels.ops.lowrank_linear.function import (
     NAME,
@@ -20,7 +21,6 @@ from petal_kernels.ops.lowrank_linear.function import (
     explanation,
     flatten,
     forward_op,
-    prepared,
 )
 
 
@@ -90,27 +90,14 @@ def lowrank_linear(
     values (N x R_k for each down), the state of the generator and the parameters. Deterministic.
     Source: see ``reference.py``.
     """
+    given = Given(**locals())
     name = rt.name_of(backend)
-    given = Given(
-        *(x, down, ups, weights, biases, base, hidden, core, scale),
-        *(dropout, dropout_at, training, rng, plan, backend),
-    )
     key = front.signature((given, name))
-    known = None if key is None else _KNOWN.get(key)
-    if known is None:
-        known = _found(given, name, key)
-    elif known.short is not None:
-        ys: tuple[Tensor, ...] | None = known.short(x, down, ups, weights, biases, rng)
-        if ys is not None:
-            return ys
-    t, settings, apply = listed(given), known.settings, known.apply
-    state = None
-    if settings.dropout > 0.0:
-        state = philox.draw(t.ups[0].device) if rng is None else rng.contiguous()
-    if apply is None:
-        return tuple(forward_op(*t, state, *settings, False, plan, name)[0])
-    counts = Counts(len(t.downs), len(t.ups), len(t.weights))
-    return apply(state, plan, name, counts, *settings, *flatten(t))
+    found = (None if key is None else _KNOWN.get(key)) or _found(given, name, key)
+    ys: tuple[Tensor, ...] | None = None
+    if found.short is not None:
+        ys = found.short(x, down, ups, weights, biases, rng)
+    return _whole(listed(given), found, given, name) if ys is None else ys
 
 
 class _Found(NamedTuple):
@@ -118,7 +105,17 @@ class _Found(NamedTuple):
 
     settings: Settings
     apply: Callable[..., tuple[Tensor, ...]] | None  # none where nothing is trained
-    short: Callable[..., tuple[Tensor, ...] | None] | None = None  # see `function.prepared`
+    short: Callable[..., tuple[Tensor, ...] | None] | None = None  # see `compiled.py`
+
+
+def _whole(t: Tensors, found: _Found, given: Given, name: str) -> tuple[Tensor, ...]:
+    state, settings, rng = None, found.settings, given.rng
+    if settings.dropout > 0.0:
+        state = philox.draw(t.ups[0].device) if rng is None else rng.contiguous()
+    if found.apply is None:
+        return tuple(forward_op(*t, state, *settings, False, given.plan, name)[0])
+    counts = Counts(len(t.downs), len(t.ups), len(t.weights))
+    return found.apply(state, given.plan, name, counts, *settings, *flatten(t))
 
 
 _KNOWN: front.Known[_Found] = front.Known()
