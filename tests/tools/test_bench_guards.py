@@ -18,13 +18,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import petal_kernels as pk
 from petal_kernels import _build_info
 from petal_kernels._runtime import front
 from petal_kernels.hf import attach
+from petal_kernels.nn.lora import LoRALinear
+from petal_kernels.nn.lora_fused import lora_linears, lora_mlp
 from petal_kernels.tools.bench import overhead
 from tests.hf import tiny_text
 
@@ -89,7 +91,7 @@ def test_dispatch_overhead(what: str, limit: float, benchmark: Any) -> None:
     assert found < limit, f"{what}: {found:.2f} times twelve tiny operators, limit {limit}"
 
 
-LAYER_LIMITS = [("linear", 2.0, 2.2), ("q, k, v", 1.5, 1.4), ("MLP", 1.9, 2.3)]
+LAYER_LIMITS = [("linear", 1.0, 1.1), ("q, k, v", 0.6, 0.6), ("MLP", 0.6, 0.7)]
 
 
 @pytest.mark.parametrize(("name", "forward", "trained"), LAYER_LIMITS)
@@ -101,6 +103,62 @@ def test_overhead_of_lora(name: str, forward: float, trained: float) -> None:
     for what, limit in (("", forward), (", trained", trained)):
         found = ratio(steps[f"{name} petal{what}"], steps[f"{name} published{what}"])
         assert found < limit, f"{name}{what}: {found:.2f} times the published form, limit {limit}"
+
+
+def peft_linears(rank: int, dropout: float, sizes: list[tuple[int, int]]) -> list[nn.Module]:
+    """PEFT's LoRA layers of these (in, out) features."""
+    peft = pytest.importorskip("peft")
+    model = nn.ModuleDict({f"l{k}": nn.Linear(i, o) for k, (i, o) in enumerate(sizes)})
+    config = peft.LoraConfig(r=rank, lora_dropout=dropout, target_modules=[*model])
+    adapted = peft.get_peft_model(model, config).base_model.model
+    return [adapted[f"l{k}"] for k in range(len(sizes))]
+
+
+def our_linears(rank: int, dropout: float, sizes: list[tuple[int, int]]) -> list[LoRALinear]:
+    """Ours of the same."""
+    bases = (nn.Linear(i, o).requires_grad_(False) for i, o in sizes)
+    return [LoRALinear(base, rank, dropout=dropout) for base in bases]
+
+
+def rounds(forward: Callable[[Tensor], Any], trained: bool, calls: int = 10) -> Callable[[], None]:
+    """So many tiny calls: forward as training runs it, or forward and backward."""
+    x = torch.ones(1, 4, 64, requires_grad=True)
+
+    def run() -> None:
+        for _ in range(calls):
+            ys = forward(x)
+            if trained:
+                ys = [ys] if isinstance(ys, Tensor) else list(ys)
+                torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
+
+    return run
+
+
+BESIDE_PEFT: dict[str, tuple[float, list[tuple[int, int]], Any, Any]] = {
+    "linear": (1.0, [(64, 64)], lambda x, m: m[0](x), lambda x, m: m[0](x)),
+    "q, k, v": (
+        *(0.5, [(64, 64)] * 3, lambda x, m: [each(x) for each in m]),
+        lambda x, m: lora_linears(x, [(each, None) for each in m]),
+    ),
+    "gate, up, down": (
+        *(0.5, [(64, 128), (64, 128), (128, 64)], lambda x, m: m[2](F.silu(m[0](x)) * m[1](x))),
+        lambda x, m: lora_mlp(x, [(each, None) for each in m], "silu"),
+    ),
+}
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["forward", "forward and backward"])
+@pytest.mark.parametrize("name", BESIDE_PEFT)
+def test_lora_beside_peft(name: str, trained: bool) -> None:
+    """A tiny call with dropout takes at most what PEFT's layers take, a joined one half of it."""
+    if front.load() is None:
+        pytest.skip(f"the short ways are not built: {_build_info.reason('front')}")
+    limit, sizes, theirs, ours = BESIDE_PEFT[name]
+    peft, mine = peft_linears(8, 0.05, sizes), our_linears(8, 0.05, sizes)
+    found = ratio(
+        rounds(lambda x: ours(x, mine), trained), rounds(lambda x: theirs(x, peft), trained)
+    )
+    assert found <= limit, f"{found:.2f} times PEFT's, limit {limit}"
 
 
 @pytest.mark.parametrize(
