@@ -44,7 +44,7 @@ def test_gradcheck(name: str, case: Any) -> None:
         )
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize(("name", "case"), SMALL)
 def test_backward_twice_gives_equal_bits(name: str, case: Any) -> None:
     """A backward that wrote into what forward saved would differ the second time."""
@@ -165,7 +165,7 @@ def test_saved_bytes(name: str, case: Any) -> None:
     assert sum(seen.values()) == op.workload.saved_bytes(case, torch.float32)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize(("name", "case"), SMALL)
 def test_autocast_does_not_reach_inside(name: str, case: Any) -> None:
     """The dtypes of the arguments decide: under autocast a call gives the very bits it gives
@@ -183,7 +183,7 @@ def test_autocast_does_not_reach_inside(name: str, case: Any) -> None:
             assert torch.equal(a, b), f"{backend} {label}"
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize(("name", "case"), SMALL)
 def test_no_host_synchronisation(name: str, case: Any) -> None:
     """No value of a tensor is read on the host: nothing that would stall a GPU or break a CUDA
