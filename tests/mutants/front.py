@@ -62,8 +62,9 @@ MUTANTS = [
     ),
     (_ROWS, "dx.addmm_(dy, w)", "dx.addmm_(dys[0], w)"),
     # Of calls in compiled code: which they are, and what Python's backward is told for them.
-    (_COMPILED, "t.core is not None or t.base or", "t.base or"),
-    (_COMPILED, "t.core is not None or t.base or", "t.core is not None or"),
+    (_COMPILED, "t.hidden is not None or t.core", "t.core"),
+    (_COMPILED, "t.core is not None or t.base", "t.base"),
+    (_COMPILED, "or t.core is not None or t.base", "or t.core is not None"),
     (_COMPILED, "    if is_large(t.x, *t.ups):\n        return None\n", ""),
     (_COMPILED, "(each and next(of_biases) for each in biased)", "(False for each in biased)"),
     (_MLP_COMPILED, "s.recompute or", "False or"),

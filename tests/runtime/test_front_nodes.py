@@ -195,6 +195,9 @@ def test_calls_that_it_does_not_know_go_the_whole_way() -> None:
     based.tensors["base"] = [torch.randn(2, 3, F)]
     with_core = linear((F, F), own=False, dropout_at="mode")
     with_core.tensors["core"] = torch.randn(2, R, R)
+    hidden = linear()
+    hidden.tensors |= {"down": None, "hidden": torch.randn(2, 3, R)}
+    hidden.settings |= {"dropout_at": "bottleneck"}
     recomputed = mlp(recompute=True)
     half = mlp()
     half.tensors["downs"][1] = half.tensors["ups"][1] = None
@@ -206,7 +209,7 @@ def test_calls_that_it_does_not_know_go_the_whole_way() -> None:
             if isinstance(value, list)
             else value.double()
         )
-    for call in (large, empty, stacked, based, with_core, recomputed, half, torchs, double):
+    for call in (large, empty, stacked, based, with_core, hidden, recomputed, half, torchs, double):
         call.train(("x[0]",))
         call()[0].sum().backward()
         assert not call.short()

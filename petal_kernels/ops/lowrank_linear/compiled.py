@@ -29,7 +29,8 @@ def prepared(call: Call, trains: bool, plan: str, backend: str) -> Callable[...,
     """
     short = front.load()
     t, settings = call
-    if short is None or t.x is None or t.core is not None or t.base or t.x.numel() == 0:
+    unknown = t.hidden is not None or t.core is not None or t.base
+    if short is None or t.x is None or unknown or t.x.numel() == 0:
         return None
     if is_large(t.x, *t.ups):
         return None
