@@ -51,6 +51,7 @@ class Installed:
         self.shapes: dict[str, torch.Size] = {}  # of all that is stored, once it is all there
         adapted = [place.module for place in method.found.places]
         self.named = extra_modules(model, self.config.modules_to_save, adapted)
+        self.loaded = ""  # a digest of the file's values that it was last given
         # Of `taken`, while it is out: the mixins, and what the modules' dictionaries held.
         self._out: list[tuple[type, dict[str, Any]]] | None = None
         self._device: torch.device | None = None  # of the model's first parameter, then

@@ -1,5 +1,5 @@
 """Two processes of one group over gloo: started by a test, each saying what it found by name; or
-forked from it, which costs no imports, for what runs no operator (a fork loses OpenMP's threads)."""
+forked from it, which costs no imports, for what needs one thread alone (a fork loses OpenMP's)."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_one_dies_while_a_sharded_adapter_is_gathered(
                 die()
             return full(*args)
 
-        tensors._full = stopping
+        tensors._full = stopping  # type: ignore[assignment]
         with pytest.raises(RuntimeError, match=r"(?i)connection|reset|closed|peer"):
             attachment.save(tmp_path / "adapter")
         assert [bits(value.to_local()) for value in attachment.state_dict().values()] == local
@@ -164,7 +164,7 @@ def test_one_dies_while_a_sharded_adapter_is_gathered(
 
 
 def test_one_dies_while_both_write(sharded: Any, tmp_path: Path) -> None:
-    """FSDP2: what was gathered is the same in both, and each writes it; the other's write counts."""
+    """FSDP2: what was gathered is the same in both, and each writes it: the other's counts."""
     from tests.hf.test_sharded import shard
 
     model, attachment = sharded
