@@ -183,7 +183,8 @@ def test_trainer_asks_whether_all_ranks_hold_one_adapter(
     """Once, when training begins; what it says of others is in test_ranks.py."""
     model = _adapted("attach")
     asked: list[Any] = []
-    monkeypatch.setattr(type(pk.attachment(model)), "check_ranks", asked.append)
+    handle = type(pk.attachment(model))
+    monkeypatch.setattr(handle, "check_ranks", lambda self: asked.append(self))
     trainer = _trainer(model, tmp_path, _callbacks("attach"), max_steps=1)
     assert asked == []
     trainer.train()
