@@ -104,6 +104,12 @@ class Installed:
                 f"model: want linears without an adapter, got one at {place.path}; detach that "
                 "first"
             )
+        if any(map(tensors.is_sharded, place.module._parameters.values())):
+            raise ValueError(
+                f"model: want linears whose inputs and outputs are whole, got one at {place.path} "
+                "that tensor parallelism splits (its weight is a DTensor); adapt layers that are "
+                "not split, or let PEFT adapt the model and call pk.fuse"
+            )
         parent, child = parent_of(self.model, place.path)
         setattr(parent, child, wrapper)
         self.wrapped.append((place, parent, child, wrapper))

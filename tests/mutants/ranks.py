@@ -1,6 +1,13 @@
-"""Faults in what several processes say of one adapter, and in saves while they are there."""
+"""Faults in what several processes say of one adapter, in saves while they are there, and in what
+is refused of a model that they share."""
 
-TESTS = ["tests/hf/test_ranks.py", "tests/hf/test_ranks_die.py", "-m", "not slow"]
+TESTS = [
+    "tests/hf/test_ranks.py",
+    "tests/hf/test_ranks_die.py",
+    "tests/hf/test_tensor_parallel.py",
+    "-m",
+    "not slow",
+]
 
 _RANKS = "petal_kernels/hf/ranks.py"
 _STORED = "petal_kernels/hf/stored.py"
@@ -22,8 +29,13 @@ MUTANTS = [
     (_STORED, '                "merged": self._merged is not None,\n', ""),
     (_STORED, '                "config": self.config.to_dict(),\n', ""),
     (_STORED, 'ranks.digest(state) if from_file else ""', '""'),
-    (_STORED, 'ranks.digest(state) if from_file else ""', "ranks.digest(state)"),
+    (_STORED, 'if from_file else ""', "if from_file else self.installed.loaded"),
     ("petal_kernels/hf/trainer.py", 'attachment(given["model"]).check_ranks()', "pass"),
+    (
+        "petal_kernels/hf/installed.py",
+        "if any(map(tensors.is_sharded, place.module._parameters.values())):",
+        "if False:",
+    ),
     # A save while another process dies.
     (_TENSORS, "        return there.full_tensor()\n", "        return there.to_local()\n"),
     (
