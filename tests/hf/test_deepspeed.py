@@ -52,7 +52,9 @@ def test_zero_trains_what_one_process_trains(stage: int, tmp_path: Path) -> None
     steps = [fused.step(model, _batch(rank)) for rank in range(ranks.RANKS)]
     model.zero_grad()
     names = [name for name, _ in attachment.named_parameters()]
-    want = {name: sum(each[f"petal.{name}"] for each in steps) / len(steps) for name in names}
+    want = {
+        name: torch.stack([each[f"petal.{name}"] for each in steps]).mean(0) for name in names
+    }
     trained = {n: p.detach() - RATE * want[n] for n, p in attachment.named_parameters()}
     settings = {
         "train_micro_batch_size_per_gpu": 2,
