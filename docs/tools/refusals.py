@@ -48,6 +48,12 @@ AREAS = (
         "touching it; what cannot be told from a model's code is better named in `target_modules`.",
     ),
     Area(
+        "Several processes",
+        ("hf.ranks",),
+        "Every process gets the same message. Give all of them one config and one file, or one "
+        "seed before `pk.attach`, and call `att.check_ranks()` again.",
+    ),
+    Area(
         "What a call is given beside its input",
         ("hf.blocks", "hf.tokens", "hf.routing", "hf.dropped_mask"),
         "A block (`with att.vision(...)`, `att.domains(...)`, `att.context(...)`) belongs around "

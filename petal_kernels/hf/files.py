@@ -56,14 +56,14 @@ class Saved:
         return self.config
 
     def check_base(self, signature: dict[str, Any]) -> None:
-        for key, got in _flat(signature).items():
-            want = _flat(self.base).get(key)
+        for key, got in flat(signature).items():
+            want = flat(self.base).get(key)
             if want != got:
                 raise ValueError(
                     f"{self.path}: base.{key}: the adapter was trained on a base with {want!r}, "
                     f"this model has {got!r}"
                 )
-        extra = sorted(set(_flat(self.base)) - set(_flat(signature)))
+        extra = sorted(set(flat(self.base)) - set(flat(signature)))
         if extra:
             raise ValueError(f"{self.path}: base.{extra[0]}: this model has no such entry")
 
@@ -325,11 +325,12 @@ def parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
     return tensors
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What nested dicts hold, by the path of keys to it."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            found.update(flat(value, f"{prefix}{key}."))
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found

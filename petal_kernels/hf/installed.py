@@ -51,6 +51,7 @@ class Installed:
         self.shapes: dict[str, torch.Size] = {}  # of all that is stored, once it is all there
         adapted = [place.module for place in method.found.places]
         self.named = extra_modules(model, self.config.modules_to_save, adapted)
+        self.loaded = ""  # a digest of the file's values that it was last given
         # Of `taken`, while it is out: the mixins, and what the modules' dictionaries held.
         self._out: list[tuple[type, dict[str, Any]]] | None = None
         self._device: torch.device | None = None  # of the model's first parameter, then
@@ -102,6 +103,12 @@ class Installed:
             raise ValueError(
                 f"model: want linears without an adapter, got one at {place.path}; detach that "
                 "first"
+            )
+        if any(map(tensors.is_sharded, place.module._parameters.values())):
+            raise ValueError(
+                f"model: want linears whose inputs and outputs are whole, got one at {place.path} "
+                "that tensor parallelism splits (its weight is a DTensor); adapt layers that are "
+                "not split, or let PEFT adapt the model and call pk.fuse"
             )
         parent, child = parent_of(self.model, place.path)
         setattr(parent, child, wrapper)

@@ -55,10 +55,21 @@ class Seen:
         for reader, names in _READERS:
             if isinstance(self.parent, reader) and self.name in names:
                 return f"torch's {reader.__name__} reads its weight and does not call it"
+        if self.name == "lm_head" and _code_of(self.parent).startswith("liger_kernel."):
+            return (
+                "Liger's forward reads its weight and does not call it; apply Liger with "
+                "fused_linear_cross_entropy=False"
+            )
         return ""
 
     def __str__(self) -> str:
         return f"{self.path}, a {type(self.module).__name__}"
+
+
+def _code_of(module: nn.Module) -> str:
+    """The Python module in which the forward was written that runs it."""
+    forward = module.__dict__.get("forward", getattr(type(module), "forward", None))
+    return getattr(forward, "__module__", None) or ""
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from petal_kernels.hf import files, formats, hub, pair, peft_files, tensors
+from petal_kernels.hf import files, formats, hub, pair, peft_files, ranks, tensors
 from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.formats import FORMATS
 from petal_kernels.hf.merging import ALL, NAME, Merged
@@ -23,6 +23,9 @@ from petal_kernels.hf.whole import Copies, offloaded
 from petal_kernels.nn.arguments import check_choice
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from petal_kernels.hf.installed import Installed
     from petal_kernels.hf.method import Method
 
 
@@ -34,6 +37,8 @@ class Stored:
     config: AdapterConfig
     adapter: nn.Module
     shapes: dict[str, torch.Size]
+    implementation: str
+    installed: Installed
     _merged: Merged | None
     only_adapter: bool = False  # a Trainer's checkpoints leave the base out (trainer.py)
 
@@ -102,19 +107,22 @@ class Stored:
                 raise TypeError(f"state: want tensors with values, got {got} as {name!r}")
         own = self._loadable()
         tensors.check_tensors("state_dict", state, own)
-        self._copy_in(own, state)
+        self._copy_in(own, state, from_file=False)
 
     def _loadable(self) -> dict[str, Tensor]:
         state = self.state_dict()
         tensors.check_loadable("load", state, self.shapes)
         return state
 
-    def _copy_in(self, own: dict[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    def _copy_in(
+        self, own: dict[str, Tensor], state: Mapping[str, Tensor], *, from_file: bool = True
+    ) -> None:
         self._need_attached("load")
         self._check_places("load")
         if self._merged is not None:
             raise RuntimeError("load: the adapter is merged; call unmerge() first")
         tensors.copy_in("load", own, state)
+        self.installed.loaded = ranks.digest(state) if from_file else ""
 
     # -- files ------------------------------------------------------------------------------------
 
@@ -208,3 +216,35 @@ class Stored:
             saved = saved.once(copies.other_names(self.model))
         prefixes = prefixes_of(self.model)
         self._copy_in(own, saved.tensors_for(own, prefixes, mirrors=self.method.mirrors))
+
+    # -- processes --------------------------------------------------------------------------------
+
+    def check_ranks(self, group: ProcessGroup | None = None) -> None:
+        """RuntimeError, in every process of the group (None: of all), unless all hold one adapter.
+
+        Compared are config, base, tensors, their values where they are whole, and what was loaded
+        last; of an adapter that waits, nothing. Call it in every process before
+        DistributedDataParallel or `fully_shard`: DDP trains rank 0's values and looks at shapes
+        alone, `fully_shard` makes one adapter of every process's pieces. After sharding it still
+        sees another config or file. `AdapterCheckpoint` calls it. Without a process group, or with
+        one process, there is nothing to compare.
+        """
+        self._need_attached("check_ranks")
+        self._check_places("check_ranks")
+        ranks.check(self._held, group)
+
+    def _held(self) -> ranks.Held:
+        """What this process says of its adapter to others."""
+        return ranks.held(
+            self.state_dict(),
+            self.shapes,
+            settings={
+                "method": self.config.method,
+                "implementation": self.implementation,
+                "merged": self._merged is not None,
+                "config": self.config.to_dict(),
+                "base": self.signature(),
+            },
+            trained=[name for name, _ in self.named_parameters()],
+            loaded=self.installed.loaded,
+        )

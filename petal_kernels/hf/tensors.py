@@ -71,14 +71,15 @@ def _check_whole(
             raise ValueError(f"{what}: {name}: want {wanted}, got shape {got}; {way_out}")
 
 
-def _is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+def is_sharded(tensor: Tensor | None) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor."""
     # Where nobody imported it there is none.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _full(what: str, name: str, tensor: Tensor) -> Tensor:
-    if _is_sharded(tensor):
+    if is_sharded(tensor):
         if not torch.distributed.is_initialized():
             raise RuntimeError(
                 f"{what}: {name}: want the process group that it is sharded over, got none; call "
@@ -95,7 +96,7 @@ def copy_in(what: str, state: Mapping[str, Tensor], values: Mapping[str, Tensor]
     """Copies `values` into the tensors of `state`, into each its own part where it is sharded."""
     whole = {name: _full(what, name, values[name]) for name in state}
     for name, tensor in state.items():
-        tensor.copy_(_part_of(whole[name], tensor) if _is_sharded(tensor) else whole[name])
+        tensor.copy_(_part_of(whole[name], tensor) if is_sharded(tensor) else whole[name])
 
 
 def _part_of(value: Tensor, like: DTensor) -> Any:

@@ -17,7 +17,8 @@ class AdapterCheckpoint(TrainerCallback):
     with the active adapter's tensors alone, which is what Trainer reads to resume and for
     `load_best_model_at_end`, and the two files of `Attachment.save`: `pk.attach(model, folder)`
     loads it. Trainer logs the base's keys as missing where it loads one; a checkpoint of another
-    adapter is an error. Without the callback the base is written too, every time.
+    adapter is an error. Without the callback the base is written too, every time. Of several
+    processes each must hold the same adapter when training begins (`Attachment.check_ranks`).
     """
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -31,3 +32,7 @@ class AdapterCheckpoint(TrainerCallback):
                 "attach to the whole model"
             )
         handle.only_adapter = True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """RuntimeError unless all processes hold one adapter."""
+        attachment(given["model"]).check_ranks()

@@ -24,8 +24,8 @@ def class_name(module: nn.Module, pattern: str) -> str:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether it is a LayerNorm or an RMSNorm, of whatever model."""
-    return type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+    """Whether it is a LayerNorm or an RMSNorm, of whatever model; Liger's say for which."""
+    return re.search(r"(Layer|RMS)Norm(For\w+)?$", type(module).__name__) is not None
 
 
 def parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:

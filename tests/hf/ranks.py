@@ -1,9 +1,11 @@
-"""Two processes of one group over gloo: started by a test, each saying what it found by name."""
+"""Two processes of one group over gloo: started by a test, each saying what it found by name; or
+forked from it, which costs no imports, for what needs one thread alone (a fork loses OpenMP's)."""
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import traceback
@@ -53,3 +55,35 @@ def main(check: Callable[[str, int], list[str]]) -> None:
             found[name] = [traceback.format_exc(limit=-3)]
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
+
+
+def forked(work: Callable[[int], Any], folder: Path) -> list[Any]:
+    """What `work(rank)` returns, or the exception that it raises, in each of two forked processes;
+    None of one that was killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    children = []
+    for rank in range(RANKS):
+        child = os.fork()
+        if child == 0:
+            try:
+                _work(work, rank, folder)
+            finally:
+                os._exit(1)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    answers = [folder / f"{rank}.pkl" for rank in range(RANKS)]
+    return [pickle.loads(each.read_bytes()) if each.exists() else None for each in answers]
+
+
+def _work(work: Callable[[int], Any], rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), RANKS)  # type: ignore[attr-defined]
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=LIMIT / 6)
+    )
+    try:
+        answer = work(rank)
+    except BaseException as error:
+        answer = type(error)(str(error))
+    (folder / f"{rank}.pkl").write_bytes(pickle.dumps(answer))

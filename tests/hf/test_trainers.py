@@ -177,6 +177,20 @@ def test_the_callback_wants_an_adapted_model(tmp_path: Path) -> None:
         _trainer(model, tmp_path, _callbacks("attach"))
 
 
+def test_trainer_asks_whether_all_ranks_hold_one_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, when training begins; what it says of others is in test_ranks.py."""
+    model = _adapted("attach")
+    asked: list[Any] = []
+    handle = type(pk.attachment(model))
+    monkeypatch.setattr(handle, "check_ranks", lambda self: asked.append(self))
+    trainer = _trainer(model, tmp_path, _callbacks("attach"), max_steps=1)
+    assert asked == []
+    trainer.train()
+    assert asked == [pk.attachment(model)]
+
+
 def test_trl_takes_a_method_for_its_peft_config(tmp_path: Path) -> None:
     """The reference is the model with the adapter off: the first loss is log 2, a later one not."""
     trl = pytest.importorskip("trl")

@@ -72,7 +72,7 @@ MUTANTS = [
     (_TENSORS, "    if lost:", "    if False:"),
     (
         _TENSORS,
-        "(_part_of(whole[name], tensor) if _is_sharded(tensor) else whole[name])",
+        "(_part_of(whole[name], tensor) if is_sharded(tensor) else whole[name])",
         "(whole[name])",
     ),
     (_TENSORS, "    if len(str(names)) <= _SHOWN:", "    if True:"),

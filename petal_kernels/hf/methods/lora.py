@@ -91,6 +91,12 @@ class Lora(Method):
         self._norms: dict[str, tuple[nn.Module, FrozenNorm]] = {}
         wanted = self.config.frozen_norms != "module"
         self._sites = norms_around(model, [s.path for s in chosen.linears]) if wanted else {}
+        if wanted and not self._sites:
+            chosen.notes.append(
+                f"frozen_norms={self.config.frozen_norms!r} changes nothing: no module in front of "
+                "the adapted linears gave the values of a known norm (one whose forward was "
+                "replaced is not asked; a kernel that needs a GPU cannot answer on the CPU)"
+            )
         self._split: set[str] = set()  # of MLPs that run in parts
         self._parents = {seen.path: seen.parent for seen in chosen.linears}
         layers: dict[int, Layer] = {}
@@ -114,6 +120,7 @@ class Lora(Method):
         saved = [seen for seen in chosen.every if seen.saved]
         taken = {id(seen.module): "modules_to_save trains whole" for seen in saved}
         taken |= {id(seen.module): "LoRA adapts" for seen in chosen.linears}
+        taken |= {id(s.module): f"stays: {s.read_by}" for s in chosen.every if s.read_by}
         return Tables(model, self.config.trainable_token_indices, taken)
 
     def _table(self, model: nn.Module) -> list[str] | None:
