@@ -14,6 +14,7 @@ at zero). "identity" is "zero" with the gate's bias set so that s * G = 1 at ste
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,9 @@ class GatedAdapter(nn.Module):
     add_input      False: the adapter's output replaces h in the sum
     variant        "paper", or "release" for the authors' checkpoints
     """
+
+    down: nn.Parameter
+    up: nn.Parameter
 
     def __init__(
         self,
@@ -91,8 +95,10 @@ class GatedAdapter(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-        self.down, self.down_bias = parameter(r, features), parameter(r)
-        self.up, self.up_bias = parameter(features, r), parameter(features)
+        self._make("down", parameter, r, features)
+        self.down_bias = parameter(r)
+        self._make("up", parameter, features, r)
+        self.up_bias = parameter(features)
         names = ("gate_down", "gate_down_bias", "gate_up", "gate_up_bias")
         for name in (*names, "gate_weight", "gate_bias"):
             self.register_parameter(name, None)
@@ -107,23 +113,37 @@ class GatedAdapter(nn.Module):
                 self.gate_bias = parameter(1)
         self.reset_parameters()
 
+    def _make(
+        self, name: str, parameter: Callable[..., nn.Parameter], rows: int, columns: int
+    ) -> None:
+        """What one of `projections` is, or is formed from."""
+        self.register_parameter(name, parameter(rows, columns))
+
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """The down-projection [r, features] and the up-projection [features, r]."""
+        return self.down, self.up
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        weights = [p for p in (self.down, self.up, self.gate_down, self.gate_up) if p is not None]
         for parameter in self.parameters():
             parameter.zero_()
+        self._reset_projections()
         if self.init == "normal":
-            vectors = [] if self.gate_weight is None else [self.gate_weight]
-            for weight in (*weights, *vectors):
-                weight.normal_(0.0, INIT_STD)
+            for weight in (self.gate_down, self.gate_up, self.gate_weight):
+                if weight is not None:
+                    weight.normal_(0.0, INIT_STD)
             return
-        for weight, bias in ((self.down, self.down_bias), (self.gate_down, self.gate_down_bias)):
-            if weight is not None:
-                bound = 1.0 / math.sqrt(weight.shape[1])
-                weight.uniform_(-bound, bound)
-                bias.uniform_(-bound, bound)
+        if self.gate_down is not None:
+            spread(self.gate_down, self.gate_down_bias)
         if self.init == "identity" and self.gate != "none":
             self._open_gate()
+
+    def _reset_projections(self) -> None:
+        if self.init == "normal":
+            self.down.normal_(0.0, INIT_STD)
+            self.up.normal_(0.0, INIT_STD)
+        else:
+            spread(self.down, self.down_bias)
 
     def _open_gate(self) -> None:
         """Sets the gate's bias so that scale * G is one."""
@@ -152,10 +172,11 @@ class GatedAdapter(nn.Module):
 
         Computed here it can be shared by all steps of a decoding loop.
         """
-        check_values("vision", check_rows("vision", vision, self.features), self.down)
+        check_values("vision", check_rows("vision", vision, self.features), self.down_bias)
         dtype = compute_dtype(vision)
         with autocast_off(vision):
-            return F.linear(vision.to(dtype), self.down.to(dtype), self.down_bias.to(dtype))
+            down, _ = self.projections()
+            return F.linear(vision.to(dtype), down.to(dtype), self.down_bias.to(dtype))
 
     def forward(
         self,
@@ -189,10 +210,11 @@ class GatedAdapter(nn.Module):
         same = residual is not None and residual is x
         x = None if x is None or not (same or self._reads_x) else near(x)
         with autocast_off(h):
+            down, up = self.projections()
             return gated_bottleneck(
                 near(h),
-                near.parameter(self.down),
-                near.parameter(self.up),
+                near.parameter(down),
+                near.parameter(up),
                 near.parameter(self.down_bias),
                 near.parameter(self.up_bias),
                 base="input" if self.add_input else None,
@@ -316,6 +338,13 @@ class RoutedAdapter(GatedAdapter):
             device=device,
             dtype=dtype,
         )
+
+
+def spread(weight: Tensor, bias: Tensor) -> None:
+    """Draws both as torch's own Linear does."""
+    bound = 1.0 / math.sqrt(weight.shape[1])
+    weight.uniform_(-bound, bound)
+    bias.uniform_(-bound, bound)
 
 
 def check_vision(vision: Tensor | None, route: str, rank: int, like: Tensor) -> None:

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from petal_kernels._runtime.autocast import autocast_off
 from petal_kernels.nn.base_weight import base_weight
+from petal_kernels.nn.compacter import CompacterAdapter
 from petal_kernels.nn.dora import DoRALinear
 from petal_kernels.nn.experts import InstructionExperts
 from petal_kernels.nn.gated_adapter import GatedAdapter
+from petal_kernels.nn.kronecker import PHMWeight
 from petal_kernels.nn.lora import LoRALinear
 from petal_kernels.nn.low_rank_experts import LowRankExperts
 from petal_kernels.nn.mode_approximation import ModeApproximation
@@ -96,9 +98,10 @@ def published_adapter(
     mask: Tensor | None = None,
 ) -> Tensor:
     """G * (h + up(act(route(down h)))), every gate expanded to a matrix; vision as [B, V, d]."""
-    z = _linear(h, m.down, m.down_bias)
-    v = None if vision is None else _linear(vision.to(h.dtype), m.down, m.down_bias)
-    y = _linear(_activate(m.activation, _route(m.route, z, v, m.variant)), m.up, m.up_bias)
+    down, up = (m.down, m.up) if not isinstance(m, CompacterAdapter) else published_phm(m)
+    z = _linear(h, down, m.down_bias)
+    v = None if vision is None else _linear(vision.to(h.dtype), down, m.down_bias)
+    y = _linear(_activate(m.activation, _route(m.route, z, v, m.variant)), up, m.up_bias)
     y = h + y if m.add_input else y
     seen = y if m.variant == "release" else h if m.add_input else torch.zeros_like(y)
     if m.gate == "none":
@@ -123,6 +126,21 @@ def published_adapter(
             kept = mask.to(gate.dtype).unsqueeze(-1)
             gate = (gate * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp_min(1)
     return m.scale * gate.expand_as(y) * y
+
+
+def published_phm(m: CompacterAdapter) -> tuple[Tensor, Tensor]:
+    """Both projections of an adapter."""
+    return published_kronecker(m.phm_down), published_kronecker(m.phm_up)
+
+
+def published_kronecker(m: PHMWeight) -> Tensor:
+    """sum_i kron(A_i, B_i), one product after the other."""
+    factors = m.factors()
+    total = torch.zeros(())
+    for i, a in enumerate(m.rules()):
+        b = factors[0][i] if len(factors) == 1 else factors[0][i] @ factors[1][i]
+        total = total.to(b) + torch.kron(a.to(b), b)
+    return total
 
 
 def published_value(m: ValueAdapter, values: Tensor, encoded: Tensor, layer: int) -> Tensor:

@@ -120,6 +120,7 @@ _experts: dict[str, Any] = {"experts": EXPERTS, "expert_r": 4}
 _release: dict[str, Any] = {"variant": "release"}
 _aurora = partial(pk.AuroraConfig, r=5, dropout=0.0, scale=0.8)
 _vlpet = partial(pk.VLPetConfig, r=6, value_r=4, scale=0.7)
+_shared = partial(pk.CompacterConfig, r=8, division=4, factor_r=2, share_rule=True)
 _lora = partial(pk.RoutingConfig, r=4, alpha=6.0)
 _adapter = partial(pk.RoutingConfig, r=4, kind="adapter")
 _mix = partial(pk.ExpertConfig, r=4, experts=EXPERTS)
@@ -149,6 +150,9 @@ ROWS = (
     Row("vlpet-t5", "t5", _vlpet),
     Row("vladapter-bart", "bart", partial(pk.VLAdapterConfig, r=6)),
     Row("vladapter-t5", "t5", partial(pk.VLAdapterConfig, r=6), like="vlpet-t5"),
+    Row("compacter-bart", "bart", partial(pk.CompacterConfig, r=6)),
+    Row("compacter-t5", "t5", _shared),
+    Row("compacter-llama", "llama", partial(_shared, factor_r=None), like="compacter-bart"),
     Row("lora-llama", "llama", _lora),
     Row("lora-llama-whole", "llama", partial(_lora, modules_to_save=["lm_head"])),
     Row("lora-gpt2", "gpt2", partial(_lora, train_bias=True)),

@@ -26,6 +26,7 @@ from petal_kernels.hf.walk import device_of, is_norm
 from petal_kernels.hf.whole import CopyPart
 from petal_kernels.nn.frozen_linear import compute_dtype
 from petal_kernels.nn.gated_adapter import GatedAdapter
+from petal_kernels.nn.kronecker import PHMRule
 from petal_kernels.nn.published import published_adapter
 from petal_kernels.nn.value_adapter import ValueAdapter
 
@@ -39,6 +40,7 @@ class InsertionAdapter(nn.Module):
         super().__init__()
         self.layers = nn.ModuleDict()
         self.value: ValueAdapter | None = None
+        self.rule: PHMRule | None = None  # one that several places' adapters read
 
     def add(self, layer: int, name: str, module: nn.Module) -> None:
         """Registers an adapter of one layer."""
