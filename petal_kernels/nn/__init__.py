@@ -5,7 +5,7 @@ from petal_kernels.nn.dora import DoRALinear
 from petal_kernels.nn.experts import ExpertAdapter, ExpertLoRALinear, InstructionExperts
 from petal_kernels.nn.frozen_linear import FrozenLinear, frozen_lowrank
 from petal_kernels.nn.gated_adapter import GatedAdapter, RoutedAdapter, VLAdapter
-from petal_kernels.nn.kronecker import PHMRule, PHMWeight
+from petal_kernels.nn.kronecker import PHMRule
 from petal_kernels.nn.lora import LoRALinear
 from petal_kernels.nn.mode_approximation import ModeApproximation
 from petal_kernels.nn.mutual_information import MutualInformationLoss
@@ -25,7 +25,6 @@ __all__ = [
     "ModeApproximation",
     "MutualInformationLoss",
     "PHMRule",
-    "PHMWeight",
     "RoutedAdapter",
     "RoutedLoRALinear",
     "ScaleShift",

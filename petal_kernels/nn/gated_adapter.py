@@ -203,8 +203,7 @@ class GatedAdapter(nn.Module):
         norm      a LayerNorm over the result.
         """
         self._check(h, x, vision, mask, dropout, residual, norm, training)
-        dtype = compute_dtype(h)
-        near = Near(dtype, h.device)
+        near = Near(compute_dtype(h), h.device)
         if vision is not None:
             vision = expand_vision(near(vision), h)
         same = residual is not None and residual is x

@@ -84,7 +84,7 @@ class PHMWeight(nn.Module):
         self.factor_r = None if factor_r is None else check_size("factor_r", factor_r)
         self.count = None if count is None else check_size("count", count)
         check_storage(device, dtype)
-        check_rule(rule, division)
+        check_rule(rule, division, count)
         kind = {"device": device, "dtype": dtype}
         self.rule: PHMRule | None = None
         if rule is None:
@@ -123,7 +123,7 @@ class PHMWeight(nn.Module):
         return [part for part in given if part is not None]
 
     def rules(self) -> Tensor:
-        """A [n, n, n], or [count, n, n, n] where it is this module's own."""
+        """A [n, n, n], or [count, n, n, n]."""
         rule: PHMRule = self.__dict__["shared_rule"] if self.rule is None else self.rule
         return rule.weight
 
@@ -163,12 +163,12 @@ def check_divided(name: str, size: object, division: object) -> int:
     return value
 
 
-def check_rule(rule: object, division: int) -> None:
-    """Raise unless `rule` is None or one rule of that division."""
+def check_rule(rule: object, division: int, count: int | None = None) -> None:
+    """Raise unless `rule` is None, or one rule of that division, or one for each of `count`."""
     if rule is None:
         return
     if not isinstance(rule, PHMRule):
         raise TypeError(f"rule: want None or a PHMRule, got a {type(rule).__name__}")
-    if rule.division != division or rule.count is not None:
+    if rule.division != division or rule.count not in (None, count):
         got = f"division={rule.division}, count={rule.count}"
-        raise ValueError(f"rule: want one rule of division={division}, got {got}")
+        raise ValueError(f"rule: want division={division}, count={count}, got {got}")

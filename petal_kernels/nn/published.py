@@ -134,12 +134,20 @@ def published_phm(m: CompacterAdapter) -> tuple[Tensor, Tensor]:
 
 
 def published_kronecker(m: PHMWeight) -> Tensor:
-    """sum_i kron(A_i, B_i), one product after the other."""
-    factors = m.factors()
-    total = torch.zeros(())
-    for i, a in enumerate(m.rules()):
-        b = factors[0][i] if len(factors) == 1 else factors[0][i] @ factors[1][i]
-        total = total.to(b) + torch.kron(a.to(b), b)
+    """sum_i kron(A_i, B_i), one product after the other; of several matrices, each by itself."""
+    if m.count is not None:
+        each = m.rules().expand(m.count, -1, -1, -1)
+        factors = zip(*m.factors(), strict=True)
+        return torch.stack([_kronecker(a, *b) for a, b in zip(each, factors, strict=True)])
+    return _kronecker(m.rules(), *m.factors())
+
+
+def _kronecker(rule: Tensor, *factors: Tensor) -> Tensor:
+    total: Tensor | float = 0.0
+    for a, *parts in zip(rule, *factors, strict=True):
+        b = parts[0] if len(parts) == 1 else parts[0] @ parts[1]
+        total = total + torch.kron(a.to(b), b)
+    assert isinstance(total, Tensor)
     return total
 
 

@@ -79,6 +79,17 @@ CASES = [
     ("vl-pet t5 middleY", vl_t5, pk.VLPetConfig(gate="middleY", **T5), 10_499_712),
     ("vl-pet t5 small", vl_t5, pk.VLPetConfig(gate="small", **T5), 10_518_168),
     ("vl-adapter bart", vl_bart, pk.VLAdapterConfig(**BART), 6_081_600),
+    # VL-BART's image-text runs: 30 adapters of 74,608, all norms, the visual embedding.
+    ("compacter bart", vl_bart, pk.CompacterConfig(**BART), 30 * 74_608 + 49_152 + 1_582_848),
+    # Compacter's own: 30 adapters of 2,592, of which 864 are biases, and one rule.
+    (
+        "compacter bart shared",
+        vl_bart,
+        pk.CompacterConfig(division=4, factor_r=1, share_rule=True, **BART),
+        30 * (2 * 4 * (768 // 4 + 96 // 4) + 864) + 64 + 49_152 + 1_582_848,
+    ),
+    # Every query and value of VL-BART's 18 attentions.
+    ("lora bart", vl_bart, pk.RoutingConfig(r=128, alpha=32), 7_077_888),
     ("routing gpt-2 lora", gpt2, pk.RoutingConfig(function="mul", **LORA), 4_783_104),
     (
         "routing gpt-2 adapter",

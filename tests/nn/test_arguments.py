@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import petal_kernels as pk
 from petal_kernels.nn import published
+from petal_kernels.nn.kronecker import PHMWeight
 
 D, OUT, R, B, L, E = 12, 8, 4, 3, 5, 4
 # Where parameters lie and how they begin: the modules' own tests.
-ELSEWHERE = {"self", "device", "dtype", "init", "own_base", "base"}
+ELSEWHERE = {"self", "device", "dtype", "init", "own_base", "base", "rule"}
 
 
 def draw(name: str, *shape: int) -> Tensor:
@@ -43,6 +44,16 @@ def adapter(m: Any, fused: bool) -> Tensor:
         return published.published_adapter(m, h, x, vision=vision, mask=mask)
     vision = None if vision is None else m.project(vision)
     return m(h, x, vision=vision, mask=mask)
+
+
+def rule(m: Any, fused: bool) -> Tensor:
+    """Rows through the matrices that its rules and factors of three columns each make."""
+    n, h = m.division, m.inputs["h"]
+    weight = PHMWeight(n * 5, D, n, rule=m, count=m.count, dtype=torch.float64)
+    with torch.no_grad():
+        weight.factor.copy_(draw("factor", *weight.factor.shape))
+    whole = weight() if fused else published.published_kronecker(weight)
+    return h @ whole.flatten(0, -2).mT.to(h)
 
 
 def lora(m: Any, fused: bool) -> Tensor:
@@ -149,6 +160,11 @@ MODULES: dict[str, tuple[Any, dict[str, Any], dict[str, list[Any]]]] = {
         "route": _ROUTES, "gate_r": [3], "gate_features": [7], "variant": ["release"],
         "features": [D],
     }),
+    "CompacterAdapter": (adapter, {"features": D, "r": R}, {
+        "division": [4, 1], "factor_r": [1, 2], "gate": _GATES, "gate_r": [3], "scale": [-0.7],
+        "activation": _ACTS, "variant": ["release"], "r": [6], "features": [D],
+    }),
+    "PHMRule": (rule, {"division": 2}, {"division": [3], "count": [2]}),
     "VLAdapter": (adapter, {"features": D}, {"r": [3], "activation": _ACTS, "features": [D]}),
     "RoutedAdapter": (adapter, {"features": D, "r": R, "route": "gram"}, {
         "activation": _ACTS, "add_input": [False], "variant": ["release"], "r": [3],
@@ -188,6 +204,8 @@ MODULES: dict[str, tuple[Any, dict[str, Any], dict[str, list[Any]]]] = {
 # What an argument needs beside it to be seen.
 BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     ("GatedAdapter", "gate_r"): {"gate": "large"},
+    ("CompacterAdapter", "gate_r"): {"gate": "large"},
+    ("CompacterAdapter", "variant"): {"gate": "small"},
     ("GatedAdapter", "gate_features"): {"gate": "large"},
     ("GatedAdapter", "variant"): {"gate": "small", "route": "gram"},
     ("RoutedLoRALinear", "dropout"): {"route": "none"},
