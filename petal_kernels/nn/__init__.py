@@ -1,6 +1,6 @@
 """The modules: parameters and initialisation; their forward is one call into `ops`."""
 
-from petal_kernels.nn.compacter import CompacterAdapter
+from petal_kernels.nn.compacter import CompacterAdapter, CompacterValueAdapter
 from petal_kernels.nn.dora import DoRALinear
 from petal_kernels.nn.experts import ExpertAdapter, ExpertLoRALinear, InstructionExperts
 from petal_kernels.nn.frozen_linear import FrozenLinear, frozen_lowrank
@@ -15,6 +15,7 @@ from petal_kernels.nn.value_adapter import ValueAdapter
 
 __all__ = [
     "CompacterAdapter",
+    "CompacterValueAdapter",
     "DoRALinear",
     "ExpertAdapter",
     "ExpertLoRALinear",

@@ -127,9 +127,12 @@ class PHMWeight(nn.Module):
         rule: PHMRule = self.__dict__["shared_rule"] if self.rule is None else self.rule
         return rule.weight
 
-    def forward(self) -> Tensor:
-        """W [(count,) out_features, in_features], float32 or wider."""
+    def forward(self, index: int | None = None) -> Tensor:
+        """W [(count,) out_features, in_features], float32 or wider; with `index` that one alone."""
         rule, factors, n = self.rules(), self.factors(), self.division
+        if index is not None:
+            factors = [part[index] for part in factors]
+            rule = rule[index] if rule.dim() > 3 else rule
         wide = torch.promote_types(factors[0].dtype, torch.float32)
         with autocast_off(factors[0]):
             parts = [part.to(wide) for part in factors]

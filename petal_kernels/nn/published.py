@@ -15,7 +15,7 @@ from torch import Tensor
 
 from petal_kernels._runtime.autocast import autocast_off
 from petal_kernels.nn.base_weight import base_weight
-from petal_kernels.nn.compacter import CompacterAdapter
+from petal_kernels.nn.compacter import CompacterAdapter, CompacterValueAdapter
 from petal_kernels.nn.dora import DoRALinear
 from petal_kernels.nn.experts import InstructionExperts
 from petal_kernels.nn.gated_adapter import GatedAdapter
@@ -154,8 +154,12 @@ def _kronecker(rule: Tensor, *factors: Tensor) -> Tensor:
 def published_value(m: ValueAdapter, values: Tensor, encoded: Tensor, layer: int) -> Tensor:
     """values + up(act(down encoded)) of one layer."""
     rows = slice(layer * m.r, (layer + 1) * m.r)
-    a = _activate(m.activation, _linear(encoded, m.down[rows], m.down_bias[rows]))
-    return values + _linear(a, m.up[layer], m.up_bias[layer])
+    if isinstance(m, CompacterValueAdapter):
+        down, up = (published_kronecker(each)[layer] for each in (m.phm_down, m.phm_up))
+    else:
+        down, up = m.down[rows], m.up[layer]
+    a = _activate(m.activation, _linear(encoded, down, m.down_bias[rows]))
+    return values + _linear(a, up, m.up_bias[layer])
 
 
 def published_lora(m: RoutedLoRALinear, y: Tensor, x: Tensor, vision: Tensor | None) -> Tensor:

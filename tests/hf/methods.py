@@ -120,6 +120,7 @@ _experts: dict[str, Any] = {"experts": EXPERTS, "expert_r": 4}
 _release: dict[str, Any] = {"variant": "release"}
 _aurora = partial(pk.AuroraConfig, r=5, dropout=0.0, scale=0.8)
 _vlpet = partial(pk.VLPetConfig, r=6, value_r=4, scale=0.7)
+_placed = partial(pk.VLPetConfig, r=6, value_r=4, module="lora")
 _shared = partial(pk.CompacterConfig, r=8, division=4, factor_r=2, share_rule=True)
 _lora = partial(pk.RoutingConfig, r=4, alpha=6.0)
 _adapter = partial(pk.RoutingConfig, r=4, kind="adapter")
@@ -148,6 +149,12 @@ ROWS = (
     Row("vlpet-bart-release", "bart", partial(_vlpet, gate="middleX", **_release),
         like="vlpet-bart-large"),
     Row("vlpet-t5", "t5", _vlpet),
+    Row("vlpet-bart-compacter", "bart", partial(_vlpet, module="compacter"),
+        like="vlpet-bart-large"),
+    Row("vlpet-t5-compacter", "t5", partial(_vlpet, module="compacter", gate="large", factor_r=1,
+        share_rule=True), like="vlpet-bart-large"),
+    Row("vlpet-bart-lora", "bart", partial(_placed, alpha=9.0), like="lora-llama"),
+    Row("vlpet-t5-lora", "t5", _placed, like="lora-llama"),
     Row("vladapter-bart", "bart", partial(pk.VLAdapterConfig, r=6)),
     Row("vladapter-t5", "t5", partial(pk.VLAdapterConfig, r=6), like="vlpet-t5"),
     Row("compacter-bart", "bart", partial(pk.CompacterConfig, r=6)),

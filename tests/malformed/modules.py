@@ -39,6 +39,9 @@ CONSTRUCTORS: dict[type[nn.Module], Callable[[], dict[str, Any]]] = {
         {"features": 2 * D, "r": 2 * R, "division": 2, "factor_r": 1, "gate": "large", "gate_r": 2}
         | _KIND
     ),
+    pk.nn.CompacterValueAdapter: lambda: (
+        {"in_features": 2 * D, "out_features": 4, "r": 2 * R, "layers": 2, "factor_r": 1} | _KIND
+    ),
     pk.nn.PHMRule: lambda: {"division": 2, "count": 3} | _KIND,
     pk.nn.VLAdapter: lambda: {"features": D, "r": R} | _KIND,
     pk.nn.RoutedAdapter: lambda: {"features": D, "r": R, "route": "gram"} | _KIND,

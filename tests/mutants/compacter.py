@@ -26,7 +26,7 @@ MUTANTS = [
     (_KRONECKER, "rule.count not in (None, count)", "False"),
     (_ADAPTER, "            rule=self.shared_rule,\n", ""),
     (_ADAPTER, "            factor_r=self.factor_r,\n", ""),
-    (_ADAPTER, 'if self.init != "normal":', "if False:"),
+    (_ADAPTER, 'if init != "normal":', "if False:"),
     (_ADAPTER, "return self.phm_down(), ", "return self.phm_down().detach(), "),
     (_METHOD, "        adapter.rule = self.rule", "        pass"),
     (_METHOD, "if config.share_rule:", "if False:"),

@@ -50,8 +50,9 @@ def rule(m: Any, fused: bool) -> Tensor:
     """Rows through the matrices that its rules and factors of three columns each make."""
     n, h = m.division, m.inputs["h"]
     weight = PHMWeight(n * 5, D, n, rule=m, count=m.count, dtype=torch.float64)
+    (factor,) = weight.factors()
     with torch.no_grad():
-        weight.factor.copy_(draw("factor", *weight.factor.shape))
+        factor.copy_(draw("factor", *factor.shape))
     whole = weight() if fused else published.published_kronecker(weight)
     return h @ whole.flatten(0, -2).mT.to(h)
 
@@ -163,6 +164,10 @@ MODULES: dict[str, tuple[Any, dict[str, Any], dict[str, list[Any]]]] = {
     "CompacterAdapter": (adapter, {"features": D, "r": R}, {
         "division": [4, 1], "factor_r": [1, 2], "gate": _GATES, "gate_r": [3], "scale": [-0.7],
         "activation": _ACTS, "variant": ["release"], "r": [6], "features": [D],
+    }),
+    "CompacterValueAdapter": (value, {"in_features": D, "out_features": OUT, "r": R}, {
+        "layers": [3], "activation": _ACTS, "r": [6], "in_features": [D], "out_features": [OUT],
+        "division": [4], "factor_r": [1],
     }),
     "PHMRule": (rule, {"division": 2}, {"division": [3], "count": [2]}),
     "VLAdapter": (adapter, {"features": D}, {"r": [3], "activation": _ACTS, "features": [D]}),

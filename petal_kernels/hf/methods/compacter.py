@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from petal_kernels.hf.config import CompacterConfig
+from petal_kernels.hf.config import CompacterConfig, VLPetConfig
 from petal_kernels.hf.found import Place
-from petal_kernels.hf.methods.insertion import InsertionAdapter
+from petal_kernels.hf.methods.insertion import InsertionAdapter, InsertionMethod
 from petal_kernels.hf.methods.vladapter import VLAdapter
 from petal_kernels.hf.report import Row
 from petal_kernels.hf.walk import device_of
@@ -22,15 +22,7 @@ class Compacter(VLAdapter):
     config: CompacterConfig  # type: ignore[assignment]
 
     def build(self) -> InsertionAdapter:
-        config, width = self.config, self.found.width()
-        if width % config.division:
-            raise ValueError(
-                f"division: want a divisor of the layers' width {width}, got {config.division}"
-            )
-        self.rule: PHMRule | None = None
-        if config.share_rule:
-            device = device_of(self.found.places[0].layer.module)
-            self.rule = PHMRule(config.division, device=device, dtype=config.dtype)
+        self.rule = rule_of(self, self.config)
         adapter = super().build()
         adapter.rule = self.rule
         return adapter
@@ -40,21 +32,49 @@ class Compacter(VLAdapter):
         return CompacterAdapter(
             self.features,
             config.r,
-            division=config.division,
-            factor_r=config.factor_r,
-            rule=self.rule,
             activation=config.activation,
             init=config.init,
+            **form_of(config),
+            rule=self.rule,
             **self.storage(place),
         )
 
     def shape_of(self, module: Any) -> str:
-        factor = "" if module.factor_r is None else f", factors of rank {module.factor_r}"
-        return f"{super().shape_of(module)}, division {module.division}{factor}"
+        return with_form(super().shape_of(module), module)
 
     def shared_rows(self) -> list[Row]:
-        rule = self.adapter.rule
-        if rule is None:
-            return []
-        shape = " x ".join(map(str, rule.weight.shape))
-        return [Row("petal.rule", "shared rule", shape, "", "", rule.weight.numel())]
+        return rule_rows(self.adapter)
+
+
+def rule_of(method: InsertionMethod, config: CompacterConfig | VLPetConfig) -> PHMRule | None:
+    """The rule that a model's adapters share, where they do; ValueError where the model is not as
+    wide as its division asks."""
+    width = method.found.width()
+    if width % config.division:
+        raise ValueError(
+            f"division: want a divisor of the layers' width {width}, got {config.division}"
+        )
+    if not config.share_rule:
+        return None
+    device = device_of(method.found.places[0].layer.module)
+    return PHMRule(config.division, device=device, dtype=config.dtype)
+
+
+def form_of(config: CompacterConfig | VLPetConfig) -> dict[str, Any]:
+    """How the adapters' projections are formed."""
+    return {"division": config.division, "factor_r": config.factor_r}
+
+
+def with_form(words: str, module: Any) -> str:
+    """An adapter in words, and how its projections are formed."""
+    factor = "" if module.factor_r is None else f", factors of rank {module.factor_r}"
+    return f"{words}, division {module.division}{factor}"
+
+
+def rule_rows(adapter: InsertionAdapter) -> list[Row]:
+    """A report's row of the shared rule."""
+    if adapter.rule is None:
+        return []
+    weight = adapter.rule.weight
+    shape = " x ".join(map(str, weight.shape))
+    return [Row("petal.rule", "shared rule", shape, "", "", weight.numel())]
