@@ -1,18 +1,22 @@
-"""Faults in Compacter: how its matrices are formed, drawn and shared."""
+"""Faults in Compacter, how its matrices are formed, drawn and shared; and in the modules other than
+its own that VL-PET's places take."""
 
 TESTS = [
     "tests/nn/test_compacter.py",
     "tests/nn/test_arguments.py",
     "tests/hf/test_methods.py",
     "tests/hf/test_counts.py",
+    "tests/hf/test_config.py",
     "-m",
     "not slow",
     "-k",
-    "ompacter or PHMRule",
+    "ompacter or PHMRule or vl-pet or vlpet-bart-lora or placed",
 ]
 
 _KRONECKER = "petal_kernels/nn/kronecker.py"
 _ADAPTER = "petal_kernels/nn/compacter.py"
+_VLPET = "petal_kernels/hf/methods/vlpet.py"
+_CONFIG = "petal_kernels/hf/block_config.py"
 _METHOD = "petal_kernels/hf/methods/compacter.py"
 
 MUTANTS = [
@@ -30,5 +34,13 @@ MUTANTS = [
     (_ADAPTER, "return self.phm_down(), ", "return self.phm_down().detach(), "),
     (_METHOD, "        adapter.rule = self.rule", "        pass"),
     (_METHOD, "if config.share_rule:", "if False:"),
-    (_METHOD, "            factor_r=config.factor_r,\n", ""),
+    (_ADAPTER, "            count=self.layers,\n", ""),
+    (_ADAPTER, "        formed: Tensor = self.phm_up(layer)", "        formed: Tensor = self.phm_up(0)"),
+    (_KRONECKER, "rule[index] if rule.dim() > 3 else rule", "rule[0] if rule.dim() > 3 else rule"),
+    (_VLPET, "config.r if place.role.startswith(\"encoder\") else", "config.r if True else"),
+    (_VLPET, "                alpha=config.alpha,\n", ""),
+    (_VLPET, "        adapter.rule = self.rule", "        pass"),
+    (_VLPET, "Linear(\"\", row.name, row.linear)", "Linear(\"\", row.name, \"fc1\")"),
+    (_CONFIG, "if name not in _OWN[self.module]:", "if False:"),
+    (_METHOD, ', "factor_r": config.factor_r}', "}"),
 ]
