@@ -12,15 +12,17 @@ from petal_kernels.nn.gated_adapter import GATES, INITS
 
 # What VLPetConfig's modules are given of the fields that are not every module's, and their values
 # where they are not read.
+_BOTTLENECK = ("gate_r", "activation", "scale", "value_scale", "init")
 _OWN = {
-    "adapter": ("gate_r", "activation", "scale", "init"),
-    "compacter": ("gate_r", "activation", "scale", "init", "division", "factor_r", "share_rule"),
+    "adapter": _BOTTLENECK,
+    "compacter": (*_BOTTLENECK, "division", "factor_r", "share_rule"),
     "lora": ("alpha", "dropout"),
 }
 _IDLE = {
     "gate_r": None,
     "activation": "gelu_tanh",
     "scale": 1.0,
+    "value_scale": 1.0,
     "init": "normal",
     "division": 2,
     "factor_r": None,
@@ -42,7 +44,7 @@ class VLPetConfig(AdapterConfig):
                   another module: VL-PET's designs without its gates. "lora" takes none.
     value_r       rank of the modules on the values of cross-attention; 0: none.
     activation    "gelu_tanh" (gelu_new), "gelu", "relu", "silu" or "identity".
-    scale         factor s of the gated sum.
+    scale, value_scale   factors of the gated sum, and of the update of the values.
     init          "normal" (as on BART), "zero" (as on T5) or "identity" (s * G = 1 at step 0).
     variant       "release": what the authors' code does (`ops/gated_bottleneck/reference.py`).
     train_norms   the encoder's norms are trained whole.
@@ -66,6 +68,7 @@ class VLPetConfig(AdapterConfig):
     share_rule: bool = False
     alpha: float | None = None
     dropout: float = 0.0
+    value_scale: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +88,8 @@ class VLPetConfig(AdapterConfig):
         ok = self.gate_r is None or is_size(self.gate_r, 1)
         want(ok, "gate_r", "None or an integer >= 1", self.gate_r)
         want(is_size(self.value_r, 0), "value_r", "an integer >= 0", self.value_r)
-        want(is_finite(self.scale), "scale", "a finite number", self.scale)
+        for name in ("scale", "value_scale"):
+            want(is_finite(getattr(self, name)), name, "a finite number", getattr(self, name))
         for name in ("train_norms", "share_rule"):
             want(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
         if self.module == "compacter":

@@ -160,8 +160,10 @@ class RoutingConfig(AdapterConfig):
     own sake: LoraConfig).
 
     kind          "lora" (query and value projections) or "adapter" (after every block).
-    function      "none", "add", "mul", "expand", "gram" or "gram_relu"; all but "none" read the
-                  vision features given by `with attachment.vision(features):`.
+    function      "none", "add", "mul", "expand", "gram", "gram_relu" or "xt"; all but "none" read
+                  the vision features given by `with attachment.vision(features):`. "xt", and
+                  add and mul of several features with variant="release", join token by token
+                  and want as many features as the text has tokens.
     alpha         LoRA's scale is alpha / r (default alpha = r).
     groups        "separate" (every projection routes by itself) or "merged" (the released code of
                   GPT-2's fused projections).

@@ -103,7 +103,7 @@ class CompacterAdapter(GatedAdapter):
 class CompacterValueAdapter(ValueAdapter):
     """ValueAdapter with projections of PHM, a rule and factors for each layer.
 
-    in_features, out_features, r, layers, activation   as ValueAdapter's
+    in_features, out_features, r, layers, activation, scale   as ValueAdapter's
     division, factor_r, rule, init                     as CompacterAdapter's; division divides all
                                                        three sizes, a given rule serves all layers
     """
@@ -125,6 +125,7 @@ class CompacterValueAdapter(ValueAdapter):
         factor_r: int | None = None,
         rule: PHMRule | None = None,
         activation: str = "gelu_tanh",
+        scale: float = 1.0,
         init: str = "normal",
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -139,6 +140,7 @@ class CompacterValueAdapter(ValueAdapter):
             r,
             layers,
             activation=activation,
+            scale=scale,
             init=init,
             device=device,
             dtype=dtype,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +33,11 @@ from petal_kernels.nn.arguments import (
     check_values,
 )
 from petal_kernels.nn.frozen_linear import compute_dtype
+from petal_kernels.nn.vision_routes import check_vision, expand_vision, joined, joins
 from petal_kernels.ops.gated_bottleneck import gated_bottleneck
 
 GATES = ("none", "large", "middleX", "middleY", "small")
-ROUTES = ("none", "add", "mul", "expand", "gram", "gram_relu")
+ROUTES = ("none", "add", "mul", "expand", "gram", "gram_relu", "xt")
 INITS = ("normal", "zero", "identity")
 INIT_STD = 0.02
 
@@ -46,9 +48,11 @@ class GatedAdapter(nn.Module):
     features       width of h (and of x, except for the large gate: gate_features)
     r, gate_r      ranks of the adapter and of the large gate (default r)
     gate           "none", "large", "middleX", "middleY" or "small"
-    route          "none", "add", "mul", "expand", "gram" or "gram_relu": needs vision features
+    route          "none", "add", "mul", "expand", "gram", "gram_relu" or "xt": all but the first
+                   need vision features, "xt" as many tokens of them as h has
     add_input      False: the adapter's output replaces h in the sum
-    variant        "paper", or "release" for the authors' checkpoints
+    variant        "paper", or "release" for the authors' checkpoints: add and mul then join token
+                   by token where there are several vision tokens, and want as many as h has
     """
 
     down: nn.Parameter
@@ -209,17 +213,10 @@ class GatedAdapter(nn.Module):
         same = residual is not None and residual is x
         x = None if x is None or not (same or self._reads_x) else near(x)
         with autocast_off(h):
-            down, up = self.projections()
             return gated_bottleneck(
-                near(h),
-                near.parameter(down),
-                near.parameter(up),
-                near.parameter(self.down_bias),
-                near.parameter(self.up_bias),
-                base="input" if self.add_input else None,
+                **self._bottleneck(near(h), vision, near),
+                up_bias=near.parameter(self.up_bias),
                 activation=self.activation,
-                route=self.route,
-                vision=vision,
                 gate=self.gate,
                 gate_input=x,
                 gate_down=near.optional(self.gate_down),
@@ -238,6 +235,25 @@ class GatedAdapter(nn.Module):
                 variant=self.variant,
                 training=self.training if training is None else training,
             )
+
+    def _bottleneck(self, h: Tensor, vision: Tensor | None, near: Near) -> dict[str, Any]:
+        """What the operator makes z and q of, or q where it is formed here; and what z is added
+        to."""
+        down, up = self.projections()
+        given: dict[str, Any] = {"up": near.parameter(up)}
+        if vision is not None and joins(self.route, self.variant, vision):
+            z = F.linear(h, near(down), near(self.down_bias))
+            q = joined(self.route, z, vision)
+            base = h if self.add_input else None
+            return given | {"x": None, "down": None, "bottleneck": q, "base": base}
+        return given | {
+            "x": h,
+            "down": near.parameter(down),
+            "down_bias": near.parameter(self.down_bias),
+            "base": "input" if self.add_input else None,
+            "route": self.route,
+            "vision": vision,
+        }
 
     def _check(
         self,
@@ -260,7 +276,7 @@ class GatedAdapter(nn.Module):
             checks.check_tensor("x", x)
         elif self._reads_x:
             raise TypeError(f"x: want a Tensor with gate={self.gate!r}, got None")
-        check_vision(vision, self.route, self.r, h)
+        check_vision(vision, self.route, self.r, h, self.variant)
         if mask is not None:
             checks.check_mask("mask", mask, tuple(h.shape[:-1]))
         philox.check_probability(dropout)
@@ -344,34 +360,6 @@ def spread(weight: Tensor, bias: Tensor) -> None:
     bound = 1.0 / math.sqrt(weight.shape[1])
     weight.uniform_(-bound, bound)
     bias.uniform_(-bound, bound)
-
-
-def check_vision(vision: Tensor | None, route: str, rank: int, like: Tensor) -> None:
-    """Raise unless `vision` is what the route wants beside the rows `like`: [B, V, rank], or None
-    without a route."""
-    if route == "none":
-        if vision is not None:
-            got = type(vision).__name__
-            raise ValueError(f"vision: want None with route='none', got a {got}")
-        return
-    if vision is None:
-        raise TypeError(f"vision: want a Tensor with route={route!r}, got None")
-    check_rows("vision", vision, rank, lead=("B", "V"))
-    if vision.is_meta and not like.is_meta:
-        raise ValueError("vision: want a tensor with values, got one on device meta")
-    if vision.shape[1] < 1:
-        raise ValueError(f"vision: want V >= 1, got {list(vision.shape)}")
-    if like.shape[0] != vision.shape[0] and (not len(vision) or like.shape[0] % len(vision)):
-        raise ValueError(
-            f"vision: want features for a batch that divides the hidden states' {like.shape[0]}, "
-            f"got {vision.shape[0]}"
-        )
-
-
-def expand_vision(vision: Tensor, like: Tensor) -> Tensor:
-    """`vision` [B, V, r] for the batch of `like`: repeated where that is a multiple of B."""
-    want, have = like.shape[0], vision.shape[0]
-    return vision if want == have else vision.repeat_interleave(want // have, dim=0)
 
 
 class Near:

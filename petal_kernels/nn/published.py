@@ -83,7 +83,10 @@ def _route(name: str, z: Tensor, v: Tensor | None, variant: str) -> Tensor:
     if name in ("gram", "gram_relu"):
         t = v.reshape(v.shape[0], v.shape[2], v.shape[1]) if variant == "release" else v.mT
         return F.relu(z) @ F.relu(t) @ v if name == "gram_relu" else z @ t @ v
-    v = v.mean(dim=1, keepdim=True)
+    if name == "xt":
+        return z @ z.mT @ v
+    if variant == "paper":
+        v = v.mean(dim=1, keepdim=True)
     if name == "expand":
         return z @ v.expand(-1, z.shape[-1], -1)
     return z + v if name == "add" else z * v
@@ -159,7 +162,7 @@ def published_value(m: ValueAdapter, values: Tensor, encoded: Tensor, layer: int
     else:
         down, up = m.down[rows], m.up[layer]
     a = _activate(m.activation, _linear(encoded, down, m.down_bias[rows]))
-    return values + _linear(a, up, m.up_bias[layer])
+    return values + m.scale * _linear(a, up, m.up_bias[layer])
 
 
 def published_lora(m: RoutedLoRALinear, y: Tensor, x: Tensor, vision: Tensor | None) -> Tensor:

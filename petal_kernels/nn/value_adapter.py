@@ -1,6 +1,6 @@
 """VL-PET's value adapters: one bottleneck per decoder layer, all reading the encoder's output.
 
-    V_l' = V_l + act(E D_l^T + c_l) U_l^T + b_l,   V_l = W_v E + b_v in layer l's cross-attention
+    V_l' = V_l + s (act(E D_l^T + c_l) U_l^T + b_l),   V_l = W_v E + b_v in layer l's attention
 
 E is the same tensor for every layer, so the down-projections of all layers are one matrix: E is
 read once, and kept once for backward.
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from petal_kernels._runtime import checks
 from petal_kernels._runtime.autocast import autocast_off
 from petal_kernels._runtime.numerics import ACTIVATIONS
 from petal_kernels.nn.arguments import (
@@ -30,7 +31,8 @@ from petal_kernels.ops.gated_bottleneck import gated_bottleneck
 
 
 class ValueAdapter(nn.Module):
-    """The adapters of `layers` layers; `init` as GatedAdapter's ("normal" or "zero")."""
+    """The adapters of `layers` layers; `init` as GatedAdapter's ("normal" or "zero"), `scale` what
+    every update is multiplied by."""
 
     down: nn.Parameter
     up: nn.Parameter
@@ -43,6 +45,7 @@ class ValueAdapter(nn.Module):
         layers: int = 1,
         *,
         activation: str = "gelu_tanh",
+        scale: float = 1.0,
         init: str = "normal",
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -63,6 +66,7 @@ class ValueAdapter(nn.Module):
         self.r: int
         self.layers: int
         self.activation, self.init = activation, init
+        self.scale = checks.check_number("scale", scale)
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -117,12 +121,15 @@ class ValueAdapter(nn.Module):
         dtype = compute_dtype(values)
         near = Near(dtype, values.device)
         with autocast_off(values):
+            up, bias = self.up_of(layer), self.up_bias[layer]
+            if self.scale != 1.0:  # the operator's own is on the sum with the values
+                up, bias = self.scale * up, self.scale * bias
             return gated_bottleneck(
                 None,
                 None,
-                near.parameter(self.up_of(layer)),
+                near.parameter(up),
                 None,
-                near.parameter(self.up_bias[layer]),
+                near.parameter(bias),
                 base=near(values),
                 bottleneck=near(middle),
                 activation=self.activation,
@@ -132,4 +139,4 @@ class ValueAdapter(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
             f"layers={self.layers}, activation={self.activation!r}"
-        )
+        ) + (f", scale={self.scale}" if self.scale != 1.0 else "")

@@ -60,6 +60,8 @@ def gated_bottleneck(d: Draw) -> Case:
     vision = None
     if route != "none":
         tokens = d.pick(1, 1, 2, 3, d.size(most=40))
+        if variant == "release" and not route.startswith("gram"):
+            tokens = 1
         # Enters a gram twice: huge, its square alone overflows, and relu's zeros tell the orders
         # of the products apart.
         factor = 1 / d.scales[0] if route == "gram_relu" and d.scales[0] > 1 else 1.0

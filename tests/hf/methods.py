@@ -66,6 +66,13 @@ class Row:
         return self.around != "vision"
 
     @property
+    def joins(self) -> bool:
+        """Its route joins each vision token with one of the text."""
+        config = self.config()
+        released = config.variant == "release" and getattr(config, "function", "") in ("add", "mul")
+        return released or getattr(config, "function", "") == "xt"
+
+    @property
     def plain(self) -> bool:
         """Ordinary LoRA or adapters, which share nothing between layers."""
         return isinstance(self.config(), (pk.RoutingConfig, pk.LoraConfig)) and not self.around
@@ -85,7 +92,8 @@ class Row:
         generator = torch.Generator().manual_seed(seed + 50)
         around: Tensor | None = None
         if self.around in ("vision", "context"):
-            shape: tuple[int, ...] = (size, 3, family.width)
+            tokens = _positions(self.family, batch) if self.joins else 3
+            shape: tuple[int, ...] = (size, tokens, family.width)
             around = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
             around.requires_grad_(leaves == "all")
         if self.around == "domains":
@@ -198,6 +206,10 @@ ROWS = (
             like="route-adapter-qformer"),
     _vision("route-adapter-qformer", "blip2", partial(_adapter, function="mul")),
     _vision("route-adapter-blip", "caption", partial(_adapter, function="gram"),
+            like="route-adapter-qformer"),
+    _vision("route-lora-llama-xt", "llama", partial(_lora, function="xt"),
+            like="route-lora-llama"),
+    _vision("route-adapter-gpt2-release", "gpt2", partial(_adapter, function="mul", **_release),
             like="route-adapter-qformer"),
     Row("experts-lora-llama", "llama", _mix),
     Row("experts-lora-pooled-roberta", "roberta", partial(_mix, router_input="pooled")),

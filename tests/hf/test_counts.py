@@ -79,8 +79,8 @@ CASES = [
     ("vl-pet t5 middleX", vl_t5, pk.VLPetConfig(gate="middleX", **T5), 10_499_736),
     ("vl-pet t5 middleY", vl_t5, pk.VLPetConfig(gate="middleY", **T5), 10_499_712),
     ("vl-pet t5 small", vl_t5, pk.VLPetConfig(gate="small", **T5), 10_518_168),
-    # VL-PET's places on the other modules: the adapters alone, Compacter's, LoRA of the linears that
-    # end its blocks (768 -> 768 and 3072 -> 768) and of the values.
+    # VL-PET's places on the other modules: the adapters alone, Compacter's, LoRA of the linears
+    # that end its blocks (768 -> 768 and 3072 -> 768) and of the values.
     (
         "vl-pet bart without gates",
         vl_bart,

@@ -152,7 +152,7 @@ _LORA: dict[str, Any] = {
 }  # fmt: skip
 _WIDTHS = {"image_features": D, "features": OUT, "vocabulary": 6}
 _GATES = ["large", "middleX", "middleY", "small"]
-_ROUTES = ["add", "mul", "expand", "gram", "gram_relu"]
+_ROUTES = ["add", "mul", "expand", "gram", "gram_relu", "xt"]
 _ACTS = ["identity", "relu", "gelu", "silu"]
 # class: how it is run, what it is made with, and other values of each argument.
 MODULES: dict[str, tuple[Any, dict[str, Any], dict[str, list[Any]]]] = {
@@ -167,7 +167,7 @@ MODULES: dict[str, tuple[Any, dict[str, Any], dict[str, list[Any]]]] = {
     }),
     "CompacterValueAdapter": (value, {"in_features": D, "out_features": OUT, "r": R}, {
         "layers": [3], "activation": _ACTS, "r": [6], "in_features": [D], "out_features": [OUT],
-        "division": [4], "factor_r": [1],
+        "division": [4], "factor_r": [1], "scale": [-1.7],
     }),
     "PHMRule": (rule, {"division": 2}, {"division": [3], "count": [2]}),
     "VLAdapter": (adapter, {"features": D}, {"r": [3], "activation": _ACTS, "features": [D]}),
@@ -176,7 +176,7 @@ MODULES: dict[str, tuple[Any, dict[str, Any], dict[str, list[Any]]]] = {
         "features": [D], "route": _ROUTES[:3],
     }),
     "RoutedLoRALinear": (lora, {"r": R, "route": "gram", "parts": 2, "targets": (0, 1)}, {
-        "r": [3], "route": ["none", *_ROUTES[:3]], "parts": [4], "targets": [(1,)],
+        "r": [3], "route": ["none", *_ROUTES[:3], "xt"], "parts": [4], "targets": [(1,)],
         "groups": ["merged"], "alpha": [9.0], "dropout": [0.5], "variant": ["release"],
     }),
     "LoRALinear": (plain_lora, {"r": R}, {
@@ -187,6 +187,7 @@ MODULES: dict[str, tuple[Any, dict[str, Any], dict[str, list[Any]]]] = {
     }),
     "ValueAdapter": (value, {"in_features": D, "out_features": OUT, "r": R}, {
         "layers": [3], "activation": _ACTS, "r": [3], "in_features": [D], "out_features": [OUT],
+        "scale": [-1.7],
     }),
     "InstructionExperts": (experts, {"features": D, "experts": E, "r": R}, {
         **{k: v for k, v in _LORA.items() if k != "shared_down"}, "gate": ["mean"],

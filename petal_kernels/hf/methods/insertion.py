@@ -240,7 +240,7 @@ class AfterBlock(Part):
         """The adapter alone on a typical input of the block, as a layer would call it."""
         adapter: GatedAdapter = twin_of(self.adapter)
         h = x.to(compute_dtype(x))
-        vision = None if adapter.route == "none" else adapter.project(h)
+        vision = None if adapter.route == "none" else adapter.project(typical_vision(adapter, h))
         if self._norm_can_adapt(h, x):
             return self.finish(Pending(h, x, vision, None), adapter)
         out: Tensor = adapter(h, x if self.reads_input else None, vision=vision)
@@ -282,6 +282,13 @@ class PostNorm(Part):
         meets = isinstance(frame, InsertFrame)
         pending = frame.pending.pop(self.block.role, None) if meets else None
         return run(*args, **kwargs) if pending is None else self.block.finish(pending)
+
+
+def typical_vision(module: Any, x: Tensor) -> Tensor:
+    """Features for a route beside rows [B, L, D]: as many tokens, or one where more may mean
+    nothing."""
+    many = module.variant == "paper" or module.route not in ("add", "mul", "expand")
+    return x if many else x[:, :1]
 
 
 def vision_of(call: Call, route: str, role: str) -> Tensor | None:

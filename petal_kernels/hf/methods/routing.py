@@ -13,7 +13,13 @@ from petal_kernels.hf.config import RoutingConfig
 from petal_kernels.hf.context import Call
 from petal_kernels.hf.found import Place
 from petal_kernels.hf.method import Hand, Method
-from petal_kernels.hf.methods.insertion import BlocksMethod, block_rows, lora_rows, vision_of
+from petal_kernels.hf.methods.insertion import (
+    BlocksMethod,
+    block_rows,
+    lora_rows,
+    typical_vision,
+    vision_of,
+)
 from petal_kernels.hf.models import Block, Linear, Stack
 from petal_kernels.hf.parts import LayerPart
 from petal_kernels.hf.report import Rows
@@ -143,7 +149,7 @@ def sample_of(method: Method, wrapper: RoutedLinear, tokens: Rows) -> tuple[Any,
 
     def run() -> object:
         x = method.typical(lora.base, tokens)
-        return wrapper.fused(lora, x, None if lora.route == "none" else x)
+        return wrapper.fused(lora, x, None if lora.route == "none" else typical_vision(lora, x))
 
     return key, run
 

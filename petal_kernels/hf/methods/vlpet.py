@@ -71,6 +71,7 @@ class VLPet(BlocksMethod):
         sizes = reads, gives, config.value_r, len(targets)
         given: dict[str, Any] = {
             "activation": config.activation,
+            "scale": config.value_scale,
             "init": "normal" if config.init == "normal" else "zero",
             "device": device_of(targets[0].module),
             "dtype": config.dtype,
