@@ -39,7 +39,7 @@ class VLPetConfig(AdapterConfig):
 
     r, gate_r     ranks of the modules and of the large gate (default r).
     module        "adapter" (VL-PET's own), "compacter" (projections as CompacterConfig's) or "lora"
-                  (an update of the linear that ends a block, and of the values'; it folds).
+                  (an update of the linear that ends a block, and of the values'; these fold).
     gate          "large", "middleX", "middleY", "small" or "none"; default "large", and "none" with
                   another module: VL-PET's designs without its gates. "lora" takes none.
     value_r       rank of the modules on the values of cross-attention; 0: none.
