@@ -198,6 +198,7 @@ def test_placed_modules_are_as_their_config_says() -> None:
     config = pk.VLPetConfig(
         module="lora", r=6, value_r=4, alpha=9.0, dropout=0.25, train_norms=False
     )
+    model: Any
     model, attachment = attached("bart", config)
     layers = attachment.adapter.layers
     every = {f"{n}.{name}": m for n, places in layers.items() for name, m in places.items()}
@@ -210,8 +211,11 @@ def test_placed_modules_are_as_their_config_says() -> None:
     assert not attachment.merge().kept
     want = before + 9.0 / 6 * update.up[0] @ update.down
     torch.testing.assert_close(fc2.base.weight, want)
-    more = {"division": 4, "factor_r": 2, "share_rule": True, "value_scale": 0.3, "gate": "small"}
-    _, attachment = attached("bart", pk.VLPetConfig(module="compacter", r=8, value_r=4, **more))
+    config = pk.VLPetConfig(
+        module="compacter", r=8, value_r=4, division=4, factor_r=2, share_rule=True,
+        value_scale=0.3, gate="small",
+    )  # fmt: skip
+    _, attachment = attached("bart", config)
     value, place = attachment.adapter.value, attachment.adapter.place(0, "ffn")
     assert (value.r, value.scale, value.division, value.factor_r) == (4, 0.3, 4, 2)
     assert (place.r, place.gate, place.division, place.factor_r) == (8, "small", 4, 2)
