@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from petal_kernels import peft as peft
     from petal_kernels.hf import Attachment as Attachment
     from petal_kernels.hf import AuroraConfig as AuroraConfig
+    from petal_kernels.hf import CompacterConfig as CompacterConfig
     from petal_kernels.hf import ExpertConfig as ExpertConfig
     from petal_kernels.hf import LoraConfig as LoraConfig
     from petal_kernels.hf import PetalConfig as PetalConfig
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _CONFIGS = (
     "AuroraConfig",
+    "CompacterConfig",
     "ExpertConfig",
     "LoraConfig",
     "PetalConfig",
@@ -51,6 +53,7 @@ _LAZY = dict.fromkeys((*_HF, *_CONFIGS), "hf")
 __all__ = [
     "Attachment",
     "AuroraConfig",
+    "CompacterConfig",
     "ExpertConfig",
     "LoraConfig",
     "PetalConfig",

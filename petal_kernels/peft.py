@@ -6,6 +6,7 @@ own (`peft.LoraConfig`): `petal_kernels.fuse(model)` runs it by these operators.
 
 from petal_kernels.hf.tuners import (
     AuroraConfig,
+    CompacterConfig,
     ExpertConfig,
     PetalConfig,
     RoutingConfig,
@@ -15,6 +16,7 @@ from petal_kernels.hf.tuners import (
 
 __all__ = [
     "AuroraConfig",
+    "CompacterConfig",
     "ExpertConfig",
     "PetalConfig",
     "RoutingConfig",

@@ -144,6 +144,17 @@ METHODS: dict[str, Picture] = {
         },
         "f>h h>down down>act act>up h>sum up>sum sum>n",
     ),
+    "compacter": Picture(
+        "Compacter: a bottleneck whose projections are formed from small factors",
+        {
+            "f": Box(0, 0, "block", "frozen"), "h": Box(1, 0, "H"),
+            "down": Box(2, 1, "down"), "act": Box(3, 1, "act"), "up": Box(4, 1, "up"),
+            "a": Box(2, 2, "sum of A_i (x) B_i", "trained"),
+            "b": Box(4, 2, "sum of A_i (x) B_i", "trained"),
+            "sum": Box(5, 0, "+"), "n": Box(6, 0, "+ x, norm"),
+        },
+        "f>h h>down down>act act>up h>sum up>sum sum>n a>down b>up",
+    ),
     "routing": Picture(
         "Routing functions: text and picture meet in the bottleneck",
         {

@@ -37,7 +37,7 @@ AREAS = (
     ),
     Area(
         "Configs",
-        ("hf.config", "hf.adapter_config", "hf.lora_config", "hf.peft_config"),
+        ("hf.config", "hf.adapter_config", "hf.block_config", "hf.lora_config", "hf.peft_config"),
         "The first word is the field. Its values are in the config's docstring, on the page of its "
         "method and in the [API](api.md).",
     ),

@@ -8,6 +8,7 @@ from petal_kernels.hf.attach import attach, attachment, plan
 from petal_kernels.hf.attachment import Attachment
 from petal_kernels.hf.config import (
     AuroraConfig,
+    CompacterConfig,
     ExpertConfig,
     LoraConfig,
     PetalConfig,
@@ -26,6 +27,7 @@ __all__ = [
     "AdapterCheckpoint",
     "Attachment",
     "AuroraConfig",
+    "CompacterConfig",
     "ExpertConfig",
     "LoraConfig",
     "MergeReport",

@@ -8,6 +8,9 @@ from typing import Any, ClassVar, Literal
 from petal_kernels._runtime.numerics import ACTIVATIONS
 from petal_kernels.hf.adapter_config import VARIANTS as VARIANTS
 from petal_kernels.hf.adapter_config import AdapterConfig as AdapterConfig
+from petal_kernels.hf.block_config import CompacterConfig as CompacterConfig
+from petal_kernels.hf.block_config import VLAdapterConfig as VLAdapterConfig
+from petal_kernels.hf.block_config import VLPetConfig as VLPetConfig
 from petal_kernels.hf.fields import is_finite as _is_finite
 from petal_kernels.hf.fields import is_number as _is_number
 from petal_kernels.hf.fields import is_size as _is_size
@@ -15,7 +18,7 @@ from petal_kernels.hf.fields import one_of as _one_of
 from petal_kernels.hf.fields import want as _want
 from petal_kernels.hf.lora_config import LoraConfig as LoraConfig
 from petal_kernels.nn import low_rank_experts as moe
-from petal_kernels.nn.gated_adapter import GATES, INITS, ROUTES
+from petal_kernels.nn.gated_adapter import ROUTES
 
 _VARIANT_DEFAULTS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -152,71 +155,15 @@ class AuroraConfig(AdapterConfig):
 
 
 @dataclass
-class VLPetConfig(AdapterConfig):
-    """VL-PET: gated adapters after every encoder block, value adapters in the decoder.
-
-    r, gate_r     ranks of the adapters and of the large gate (default r).
-    gate          "large", "middleX", "middleY", "small" or "none".
-    value_r       rank of the adapters on the values of cross-attention; 0: none.
-    activation    "gelu_tanh" (gelu_new), "gelu", "relu", "silu" or "identity".
-    scale         factor s of the gated sum.
-    init          "normal" (as on BART), "zero" (as on T5) or "identity" (s * G = 1 at step 0).
-    variant       "release": what the authors' code does (`ops/gated_bottleneck/reference.py`).
-    train_norms   the encoder's norms are trained whole.
-    target_modules, modules_to_save, adapter_dtype   as in PetalConfig; roles in the report.
-    """
-
-    method: ClassVar[str] = "vlpet"
-    r: int = 96
-    gate: str = "large"
-    gate_r: int | None = None
-    value_r: int = 96
-    activation: str = "gelu_tanh"
-    scale: float = 1.0
-    init: str = "normal"
-    train_norms: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _one_of("gate", self.gate, GATES)
-        _one_of("activation", self.activation, ACTIVATIONS)
-        _one_of("init", self.init, INITS)
-        if self.gate_r is None:
-            self.gate_r = self.r
-        _want(_is_size(self.gate_r, 1), "gate_r", "None or an integer >= 1", self.gate_r)
-        _want(_is_size(self.value_r, 0), "value_r", "an integer >= 0", self.value_r)
-        _want(_is_finite(self.scale), "scale", "a finite number", self.scale)
-        _want(isinstance(self.train_norms, bool), "train_norms", "a bool", self.train_norms)
-
-
-@dataclass
-class VLAdapterConfig(AdapterConfig):
-    """VL-Adapter: a bottleneck after every block of encoder and decoder; fields as VLPetConfig's.
-
-    train_norms   every norm of the model is trained whole.
-    """
-
-    method: ClassVar[str] = "vladapter"
-    r: int = 96
-    activation: str = "gelu_tanh"
-    init: str = "normal"
-    train_norms: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _one_of("activation", self.activation, ACTIVATIONS)
-        _one_of("init", self.init, INITS[:2])
-        _want(isinstance(self.train_norms, bool), "train_norms", "a bool", self.train_norms)
-
-
-@dataclass
 class RoutingConfig(AdapterConfig):
     """Routing functions in low-rank bottlenecks; `function="none"` has none (LoRA for its
     own sake: LoraConfig).
 
     kind          "lora" (query and value projections) or "adapter" (after every block).
-    function      "none", "add", "mul", "expand", "gram" or "gram_relu"; all but "none" read the
-                  vision features given by `with attachment.vision(features):`.
+    function      "none", "add", "mul", "expand", "gram", "gram_relu" or "xt"; all but "none" read
+                  the vision features given by `with attachment.vision(features):`. "xt", and
+                  add and mul of several features with variant="release", join token by token
+                  and want as many features as the text has tokens.
     alpha         LoRA's scale is alpha / r (default alpha = r).
     groups        "separate" (every projection routes by itself) or "merged" (the released code of
                   GPT-2's fused projections).
@@ -307,6 +254,7 @@ METHODS: dict[str, type[AdapterConfig]] = {
         AuroraConfig,
         VLPetConfig,
         VLAdapterConfig,
+        CompacterConfig,
         RoutingConfig,
         ExpertConfig,
         LoraConfig,

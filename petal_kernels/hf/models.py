@@ -52,6 +52,7 @@ class Block(Row):
     reads: str
     raw: str = ""  # pre-LN families: whose input is the un-normalised residual stream
     norm: str = ""  # post-LN families: the norm of dropout(output) + input that follows
+    linear: str = ""  # the linear that ends the block
 
 
 @dataclass(frozen=True)
@@ -151,14 +152,19 @@ BLIP_TEXT = Stack(
     cross_block="crossattention",
 )
 
+
+def _bart_block(name: str, path: str, norm: str) -> Block:
+    return Block(name, path, path, linear=f"{path}.out_proj", norm=norm)
+
+
 BART = (
     Stack(
         "encoder",
         "BartEncoderLayer",
         tuple(attention("self", "self_attn", _PROJ)),
         (
-            Block("attention", "self_attn", "self_attn", norm="self_attn_layer_norm"),
-            Block("ffn", "fc2", "fc1", norm="final_layer_norm"),
+            _bart_block("attention", "self_attn", "self_attn_layer_norm"),
+            Block("ffn", "fc2", "fc1", linear="fc2", norm="final_layer_norm"),
         ),
     ),
     Stack(
@@ -169,9 +175,9 @@ BART = (
             *attention("cross", "encoder_attn", _PROJ),
         ),
         (
-            Block("attention", "self_attn", "self_attn", norm="self_attn_layer_norm"),
-            Block("cross", "encoder_attn", "encoder_attn", norm="encoder_attn_layer_norm"),
-            Block("ffn", "fc2", "fc1", norm="final_layer_norm"),
+            _bart_block("attention", "self_attn", "self_attn_layer_norm"),
+            _bart_block("cross", "encoder_attn", "encoder_attn_layer_norm"),
+            Block("ffn", "fc2", "fc1", linear="fc2", norm="final_layer_norm"),
         ),
     ),
 )
@@ -180,11 +186,15 @@ BART = (
 def _t5(name: str, numbers: dict[str, int], *, decodes: bool) -> Stack:
     """`numbers`: of the layer's children, whose input is the residual stream."""
     children = {"attention": "SelfAttention", "cross": "EncDecAttention", "ffn": "DenseReluDense"}
+    ends = {"attention": "o", "cross": "o", "ffn": "wo"}
     paths = {block: f"layer.{number}.{children[block]}" for block, number in numbers.items()}
     linears = tuple(attention("self", paths["attention"], ("q", "k", "v")))
     if "cross" in paths:
         linears += tuple(attention("cross", paths["cross"], ("q", "k", "v")))
-    blocks = (Block(b, path, path, raw=path.rpartition(".")[0]) for b, path in paths.items())
+    blocks = (
+        Block(b, path, path, raw=path.rpartition(".")[0], linear=f"{path}.{ends[b]}")
+        for b, path in paths.items()
+    )
     return Stack(name, "T5Block", linears, tuple(blocks), where=("is_decoder", decodes))
 
 

@@ -311,6 +311,7 @@ def _register(config: type[AdapterConfig]) -> Any:
 
 
 AuroraConfig = _register(own.AuroraConfig)
+CompacterConfig = _register(own.CompacterConfig)
 ExpertConfig = _register(own.ExpertConfig)
 PetalConfig = _register(own.PetalConfig)
 RoutingConfig = _register(own.RoutingConfig)

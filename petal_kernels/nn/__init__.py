@@ -1,9 +1,11 @@
 """The modules: parameters and initialisation; their forward is one call into `ops`."""
 
+from petal_kernels.nn.compacter import CompacterAdapter, CompacterValueAdapter
 from petal_kernels.nn.dora import DoRALinear
 from petal_kernels.nn.experts import ExpertAdapter, ExpertLoRALinear, InstructionExperts
 from petal_kernels.nn.frozen_linear import FrozenLinear, frozen_lowrank
 from petal_kernels.nn.gated_adapter import GatedAdapter, RoutedAdapter, VLAdapter
+from petal_kernels.nn.kronecker import PHMRule
 from petal_kernels.nn.lora import LoRALinear
 from petal_kernels.nn.mode_approximation import ModeApproximation
 from petal_kernels.nn.mutual_information import MutualInformationLoss
@@ -12,6 +14,8 @@ from petal_kernels.nn.routed_lora import RoutedLoRALinear
 from petal_kernels.nn.value_adapter import ValueAdapter
 
 __all__ = [
+    "CompacterAdapter",
+    "CompacterValueAdapter",
     "DoRALinear",
     "ExpertAdapter",
     "ExpertLoRALinear",
@@ -21,6 +25,7 @@ __all__ = [
     "LoRALinear",
     "ModeApproximation",
     "MutualInformationLoss",
+    "PHMRule",
     "RoutedAdapter",
     "RoutedLoRALinear",
     "ScaleShift",

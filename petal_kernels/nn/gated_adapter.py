@@ -14,6 +14,8 @@ at zero). "identity" is "zero" with the gate's bias set so that s * G = 1 at ste
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +33,11 @@ from petal_kernels.nn.arguments import (
     check_values,
 )
 from petal_kernels.nn.frozen_linear import compute_dtype
+from petal_kernels.nn.vision_routes import check_vision, expand_vision, joined, joins
 from petal_kernels.ops.gated_bottleneck import gated_bottleneck
 
 GATES = ("none", "large", "middleX", "middleY", "small")
-ROUTES = ("none", "add", "mul", "expand", "gram", "gram_relu")
+ROUTES = ("none", "add", "mul", "expand", "gram", "gram_relu", "xt")
 INITS = ("normal", "zero", "identity")
 INIT_STD = 0.02
 
@@ -45,10 +48,15 @@ class GatedAdapter(nn.Module):
     features       width of h (and of x, except for the large gate: gate_features)
     r, gate_r      ranks of the adapter and of the large gate (default r)
     gate           "none", "large", "middleX", "middleY" or "small"
-    route          "none", "add", "mul", "expand", "gram" or "gram_relu": needs vision features
+    route          "none", "add", "mul", "expand", "gram", "gram_relu" or "xt": all but the first
+                   need vision features, "xt" as many tokens of them as h has
     add_input      False: the adapter's output replaces h in the sum
-    variant        "paper", or "release" for the authors' checkpoints
+    variant        "paper", or "release" for the authors' checkpoints: add and mul then join token
+                   by token where there are several vision tokens, and want as many as h has
     """
+
+    down: nn.Parameter
+    up: nn.Parameter
 
     def __init__(
         self,
@@ -91,8 +99,10 @@ class GatedAdapter(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-        self.down, self.down_bias = parameter(r, features), parameter(r)
-        self.up, self.up_bias = parameter(features, r), parameter(features)
+        self._make("down", parameter, r, features)
+        self.down_bias = parameter(r)
+        self._make("up", parameter, features, r)
+        self.up_bias = parameter(features)
         names = ("gate_down", "gate_down_bias", "gate_up", "gate_up_bias")
         for name in (*names, "gate_weight", "gate_bias"):
             self.register_parameter(name, None)
@@ -107,23 +117,37 @@ class GatedAdapter(nn.Module):
                 self.gate_bias = parameter(1)
         self.reset_parameters()
 
+    def _make(
+        self, name: str, parameter: Callable[..., nn.Parameter], rows: int, columns: int
+    ) -> None:
+        """What one of `projections` is, or is formed from."""
+        self.register_parameter(name, parameter(rows, columns))
+
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """The down-projection [r, features] and the up-projection [features, r]."""
+        return self.down, self.up
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        weights = [p for p in (self.down, self.up, self.gate_down, self.gate_up) if p is not None]
         for parameter in self.parameters():
             parameter.zero_()
+        self._reset_projections()
         if self.init == "normal":
-            vectors = [] if self.gate_weight is None else [self.gate_weight]
-            for weight in (*weights, *vectors):
-                weight.normal_(0.0, INIT_STD)
+            for weight in (self.gate_down, self.gate_up, self.gate_weight):
+                if weight is not None:
+                    weight.normal_(0.0, INIT_STD)
             return
-        for weight, bias in ((self.down, self.down_bias), (self.gate_down, self.gate_down_bias)):
-            if weight is not None:
-                bound = 1.0 / math.sqrt(weight.shape[1])
-                weight.uniform_(-bound, bound)
-                bias.uniform_(-bound, bound)
+        if self.gate_down is not None:
+            spread(self.gate_down, self.gate_down_bias)
         if self.init == "identity" and self.gate != "none":
             self._open_gate()
+
+    def _reset_projections(self) -> None:
+        if self.init == "normal":
+            self.down.normal_(0.0, INIT_STD)
+            self.up.normal_(0.0, INIT_STD)
+        else:
+            spread(self.down, self.down_bias)
 
     def _open_gate(self) -> None:
         """Sets the gate's bias so that scale * G is one."""
@@ -152,10 +176,11 @@ class GatedAdapter(nn.Module):
 
         Computed here it can be shared by all steps of a decoding loop.
         """
-        check_values("vision", check_rows("vision", vision, self.features), self.down)
+        check_values("vision", check_rows("vision", vision, self.features), self.down_bias)
         dtype = compute_dtype(vision)
         with autocast_off(vision):
-            return F.linear(vision.to(dtype), self.down.to(dtype), self.down_bias.to(dtype))
+            down, _ = self.projections()
+            return F.linear(vision.to(dtype), down.to(dtype), self.down_bias.to(dtype))
 
     def forward(
         self,
@@ -182,23 +207,16 @@ class GatedAdapter(nn.Module):
         norm      a LayerNorm over the result.
         """
         self._check(h, x, vision, mask, dropout, residual, norm, training)
-        dtype = compute_dtype(h)
-        near = Near(dtype, h.device)
+        near = Near(compute_dtype(h), h.device)
         if vision is not None:
             vision = expand_vision(near(vision), h)
         same = residual is not None and residual is x
         x = None if x is None or not (same or self._reads_x) else near(x)
         with autocast_off(h):
             return gated_bottleneck(
-                near(h),
-                near.parameter(self.down),
-                near.parameter(self.up),
-                near.parameter(self.down_bias),
-                near.parameter(self.up_bias),
-                base="input" if self.add_input else None,
+                **self._bottleneck(near(h), vision, near),
+                up_bias=near.parameter(self.up_bias),
                 activation=self.activation,
-                route=self.route,
-                vision=vision,
                 gate=self.gate,
                 gate_input=x,
                 gate_down=near.optional(self.gate_down),
@@ -217,6 +235,25 @@ class GatedAdapter(nn.Module):
                 variant=self.variant,
                 training=self.training if training is None else training,
             )
+
+    def _bottleneck(self, h: Tensor, vision: Tensor | None, near: Near) -> dict[str, Any]:
+        """What the operator makes z and q of, or q where it is formed here; and what z is added
+        to."""
+        down, up = self.projections()
+        given: dict[str, Any] = {"up": near.parameter(up)}
+        if vision is not None and joins(self.route, self.variant, vision):
+            z = F.linear(h, near(down), near(self.down_bias))
+            q = joined(self.route, z, vision)
+            base = h if self.add_input else None
+            return given | {"x": None, "down": None, "bottleneck": q, "base": base}
+        return given | {
+            "x": h,
+            "down": near.parameter(down),
+            "down_bias": near.parameter(self.down_bias),
+            "base": "input" if self.add_input else None,
+            "route": self.route,
+            "vision": vision,
+        }
 
     def _check(
         self,
@@ -239,7 +276,7 @@ class GatedAdapter(nn.Module):
             checks.check_tensor("x", x)
         elif self._reads_x:
             raise TypeError(f"x: want a Tensor with gate={self.gate!r}, got None")
-        check_vision(vision, self.route, self.r, h)
+        check_vision(vision, self.route, self.r, h, self.variant)
         if mask is not None:
             checks.check_mask("mask", mask, tuple(h.shape[:-1]))
         philox.check_probability(dropout)
@@ -318,32 +355,11 @@ class RoutedAdapter(GatedAdapter):
         )
 
 
-def check_vision(vision: Tensor | None, route: str, rank: int, like: Tensor) -> None:
-    """Raise unless `vision` is what the route wants beside the rows `like`: [B, V, rank], or None
-    without a route."""
-    if route == "none":
-        if vision is not None:
-            got = type(vision).__name__
-            raise ValueError(f"vision: want None with route='none', got a {got}")
-        return
-    if vision is None:
-        raise TypeError(f"vision: want a Tensor with route={route!r}, got None")
-    check_rows("vision", vision, rank, lead=("B", "V"))
-    if vision.is_meta and not like.is_meta:
-        raise ValueError("vision: want a tensor with values, got one on device meta")
-    if vision.shape[1] < 1:
-        raise ValueError(f"vision: want V >= 1, got {list(vision.shape)}")
-    if like.shape[0] != vision.shape[0] and (not len(vision) or like.shape[0] % len(vision)):
-        raise ValueError(
-            f"vision: want features for a batch that divides the hidden states' {like.shape[0]}, "
-            f"got {vision.shape[0]}"
-        )
-
-
-def expand_vision(vision: Tensor, like: Tensor) -> Tensor:
-    """`vision` [B, V, r] for the batch of `like`: repeated where that is a multiple of B."""
-    want, have = like.shape[0], vision.shape[0]
-    return vision if want == have else vision.repeat_interleave(want // have, dim=0)
+def spread(weight: Tensor, bias: Tensor) -> None:
+    """Draws both as torch's own Linear does."""
+    bound = 1.0 / math.sqrt(weight.shape[1])
+    weight.uniform_(-bound, bound)
+    bias.uniform_(-bound, bound)
 
 
 class Near:

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from petal_kernels._runtime.autocast import autocast_off
 from petal_kernels.nn.base_weight import base_weight
+from petal_kernels.nn.compacter import CompacterAdapter, CompacterValueAdapter
 from petal_kernels.nn.dora import DoRALinear
 from petal_kernels.nn.experts import InstructionExperts
 from petal_kernels.nn.gated_adapter import GatedAdapter
+from petal_kernels.nn.kronecker import PHMWeight
 from petal_kernels.nn.lora import LoRALinear
 from petal_kernels.nn.low_rank_experts import LowRankExperts
 from petal_kernels.nn.mode_approximation import ModeApproximation
@@ -81,7 +83,10 @@ def _route(name: str, z: Tensor, v: Tensor | None, variant: str) -> Tensor:
     if name in ("gram", "gram_relu"):
         t = v.reshape(v.shape[0], v.shape[2], v.shape[1]) if variant == "release" else v.mT
         return F.relu(z) @ F.relu(t) @ v if name == "gram_relu" else z @ t @ v
-    v = v.mean(dim=1, keepdim=True)
+    if name == "xt":
+        return z @ z.mT @ v
+    if variant == "paper":
+        v = v.mean(dim=1, keepdim=True)
     if name == "expand":
         return z @ v.expand(-1, z.shape[-1], -1)
     return z + v if name == "add" else z * v
@@ -96,9 +101,10 @@ def published_adapter(
     mask: Tensor | None = None,
 ) -> Tensor:
     """G * (h + up(act(route(down h)))), every gate expanded to a matrix; vision as [B, V, d]."""
-    z = _linear(h, m.down, m.down_bias)
-    v = None if vision is None else _linear(vision.to(h.dtype), m.down, m.down_bias)
-    y = _linear(_activate(m.activation, _route(m.route, z, v, m.variant)), m.up, m.up_bias)
+    down, up = (m.down, m.up) if not isinstance(m, CompacterAdapter) else published_phm(m)
+    z = _linear(h, down, m.down_bias)
+    v = None if vision is None else _linear(vision.to(h.dtype), down, m.down_bias)
+    y = _linear(_activate(m.activation, _route(m.route, z, v, m.variant)), up, m.up_bias)
     y = h + y if m.add_input else y
     seen = y if m.variant == "release" else h if m.add_input else torch.zeros_like(y)
     if m.gate == "none":
@@ -125,11 +131,38 @@ def published_adapter(
     return m.scale * gate.expand_as(y) * y
 
 
+def published_phm(m: CompacterAdapter) -> tuple[Tensor, Tensor]:
+    """Both projections of an adapter."""
+    return published_kronecker(m.phm_down), published_kronecker(m.phm_up)
+
+
+def published_kronecker(m: PHMWeight) -> Tensor:
+    """sum_i kron(A_i, B_i), one product after the other; of several matrices, each by itself."""
+    if m.count is not None:
+        each = m.rules().expand(m.count, -1, -1, -1)
+        factors = zip(*m.factors(), strict=True)
+        return torch.stack([_kronecker(a, *b) for a, b in zip(each, factors, strict=True)])
+    return _kronecker(m.rules(), *m.factors())
+
+
+def _kronecker(rule: Tensor, *factors: Tensor) -> Tensor:
+    total: Tensor | float = 0.0
+    for a, *parts in zip(rule, *factors, strict=True):
+        b = parts[0] if len(parts) == 1 else parts[0] @ parts[1]
+        total = total + torch.kron(a.to(b), b)
+    assert isinstance(total, Tensor)
+    return total
+
+
 def published_value(m: ValueAdapter, values: Tensor, encoded: Tensor, layer: int) -> Tensor:
     """values + up(act(down encoded)) of one layer."""
     rows = slice(layer * m.r, (layer + 1) * m.r)
-    a = _activate(m.activation, _linear(encoded, m.down[rows], m.down_bias[rows]))
-    return values + _linear(a, m.up[layer], m.up_bias[layer])
+    if isinstance(m, CompacterValueAdapter):
+        down, up = (published_kronecker(each)[layer] for each in (m.phm_down, m.phm_up))
+    else:
+        down, up = m.down[rows], m.up[layer]
+    a = _activate(m.activation, _linear(encoded, down, m.down_bias[rows]))
+    return values + m.scale * _linear(a, up, m.up_bias[layer])
 
 
 def published_lora(m: RoutedLoRALinear, y: Tensor, x: Tensor, vision: Tensor | None) -> Tensor:

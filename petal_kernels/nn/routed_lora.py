@@ -35,7 +35,8 @@ from petal_kernels.nn.frozen_linear import (
     why_not_readable,
     with_bias,
 )
-from petal_kernels.nn.gated_adapter import ROUTES, Near, check_vision, expand_vision
+from petal_kernels.nn.gated_adapter import ROUTES, Near
+from petal_kernels.nn.vision_routes import check_vision, expand_vision, joined, joins
 from petal_kernels.ops.gated_bottleneck import gated_bottleneck
 
 GROUPS = ("separate", "merged")
@@ -199,16 +200,20 @@ class RoutedLoRALinear(nn.Module):
             if merged:
                 before, after = n * self.r, (len(self.targets) - 1 - n) * self.r
                 up, columns = F.pad(up, (before, after)), slice(None)
+            z, v = middle[..., columns], None if vision is None else vision[..., columns]
+            route = self.route
             with autocast_off(y):
+                if v is not None and joins(route, self.variant, v):
+                    z, v, route = joined(route, z, v), None, "none"
                 updated = gated_bottleneck(
                     None,
                     None,
                     up,
                     base=y if own else pieces[target],
-                    bottleneck=middle[..., columns],
+                    bottleneck=z,
                     activation="identity",
-                    route=self.route,
-                    vision=None if vision is None else vision[..., columns],
+                    route=route,
+                    vision=v,
                     variant=self.variant,
                     update_at=sum(self.widths[:target]) if own else None,
                 )
@@ -224,7 +229,7 @@ class RoutedLoRALinear(nn.Module):
         check_values("x", check_rows("x", x, self.in_features), self.down)
         if self.route != "none" and x.dim() != 3:
             raise ValueError(f"x: want shape [B, L, {self.in_features}], got {list(x.shape)}")
-        check_vision(vision, self.route, self.down.shape[0], x)
+        check_vision(vision, self.route, self.down.shape[0], x, self.variant)
 
     def extra_repr(self) -> str:
         return (

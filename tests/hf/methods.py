@@ -66,6 +66,13 @@ class Row:
         return self.around != "vision"
 
     @property
+    def joins(self) -> bool:
+        """Its route joins each vision token with one of the text."""
+        config = self.config()
+        released = config.variant == "release" and getattr(config, "function", "") in ("add", "mul")
+        return released or getattr(config, "function", "") == "xt"
+
+    @property
     def plain(self) -> bool:
         """Ordinary LoRA or adapters, which share nothing between layers."""
         return isinstance(self.config(), (pk.RoutingConfig, pk.LoraConfig)) and not self.around
@@ -85,7 +92,8 @@ class Row:
         generator = torch.Generator().manual_seed(seed + 50)
         around: Tensor | None = None
         if self.around in ("vision", "context"):
-            shape: tuple[int, ...] = (size, 3, family.width)
+            tokens = _positions(self.family, batch) if self.joins else 3
+            shape: tuple[int, ...] = (size, tokens, family.width)
             around = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
             around.requires_grad_(leaves == "all")
         if self.around == "domains":
@@ -120,6 +128,8 @@ _experts: dict[str, Any] = {"experts": EXPERTS, "expert_r": 4}
 _release: dict[str, Any] = {"variant": "release"}
 _aurora = partial(pk.AuroraConfig, r=5, dropout=0.0, scale=0.8)
 _vlpet = partial(pk.VLPetConfig, r=6, value_r=4, scale=0.7)
+_placed = partial(pk.VLPetConfig, r=6, value_r=4, module="lora")
+_shared = partial(pk.CompacterConfig, r=8, division=4, factor_r=2, share_rule=True)
 _lora = partial(pk.RoutingConfig, r=4, alpha=6.0)
 _adapter = partial(pk.RoutingConfig, r=4, kind="adapter")
 _mix = partial(pk.ExpertConfig, r=4, experts=EXPERTS)
@@ -147,8 +157,17 @@ ROWS = (
     Row("vlpet-bart-release", "bart", partial(_vlpet, gate="middleX", **_release),
         like="vlpet-bart-large"),
     Row("vlpet-t5", "t5", _vlpet),
+    Row("vlpet-bart-compacter", "bart", partial(_vlpet, module="compacter"),
+        like="vlpet-bart-large"),
+    Row("vlpet-t5-compacter", "t5", partial(_vlpet, module="compacter", gate="large", factor_r=1,
+        share_rule=True), like="vlpet-bart-large"),
+    Row("vlpet-bart-lora", "bart", partial(_placed, alpha=9.0), like="lora-llama"),
+    Row("vlpet-t5-lora", "t5", _placed, like="lora-llama"),
     Row("vladapter-bart", "bart", partial(pk.VLAdapterConfig, r=6)),
     Row("vladapter-t5", "t5", partial(pk.VLAdapterConfig, r=6), like="vlpet-t5"),
+    Row("compacter-bart", "bart", partial(pk.CompacterConfig, r=6)),
+    Row("compacter-t5", "t5", _shared),
+    Row("compacter-llama", "llama", partial(_shared, factor_r=None), like="compacter-bart"),
     Row("lora-llama", "llama", _lora),
     Row("lora-llama-whole", "llama", partial(_lora, modules_to_save=["lm_head"])),
     Row("lora-gpt2", "gpt2", partial(_lora, train_bias=True)),
@@ -187,6 +206,10 @@ ROWS = (
             like="route-adapter-qformer"),
     _vision("route-adapter-qformer", "blip2", partial(_adapter, function="mul")),
     _vision("route-adapter-blip", "caption", partial(_adapter, function="gram"),
+            like="route-adapter-qformer"),
+    _vision("route-lora-llama-xt", "llama", partial(_lora, function="xt"),
+            like="route-lora-llama"),
+    _vision("route-adapter-gpt2-release", "gpt2", partial(_adapter, function="mul", **_release),
             like="route-adapter-qformer"),
     Row("experts-lora-llama", "llama", _mix),
     Row("experts-lora-pooled-roberta", "roberta", partial(_mix, router_input="pooled")),

@@ -176,3 +176,32 @@ def test_a_dtype_may_be_torchs(dtype: torch.dtype) -> None:
     config = pk.VLPetConfig(adapter_dtype=dtype)  # type: ignore[arg-type]
     assert config.dtype is dtype
     assert config.to_dict()["adapter_dtype"] == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"module": "ia3"}, "module: want one of ('adapter', 'compacter', 'lora'), got 'ia3'"),
+        ({"module": "lora", "gate": "large"}, "gate: want one of ('none',), got 'large'"),
+        ({"module": "lora", "gate_r": 4}, "gate_r: want None with module='lora', got 4"),
+        ({"module": "lora", "scale": 0.3}, "scale: want 1.0 with module='lora', got 0.3"),
+        ({"alpha": 4.0}, "alpha: want None with module='adapter', got 4.0"),
+        ({"division": 4}, "division: want 2 with module='adapter', got 4"),
+        ({"module": "compacter", "dropout": 0.1}, "dropout: want 0.0 with module='compacter'"),
+        ({"module": "compacter", "r": 7}, "r: want a multiple of division=2, got 7"),
+        ({"module": "compacter", "value_r": 7}, "value_r: want a multiple of division=2, got 7"),
+    ],
+)
+def test_a_field_that_a_placed_module_does_not_read_is_refused(
+    values: dict[str, Any], message: str
+) -> None:
+    """Kind: a field that is set and decides nothing."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pk.VLPetConfig(**values)
+
+
+def test_gates_of_placed_modules() -> None:
+    gates = {m: pk.VLPetConfig(module=m).gate for m in ("adapter", "compacter", "lora")}
+    assert gates == {"adapter": "large", "compacter": "none", "lora": "none"}
+    config = pk.VLPetConfig(module="lora", alpha=4.0, dropout=0.1)
+    assert pk.VLPetConfig.from_dict(config.to_dict()) == config

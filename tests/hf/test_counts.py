@@ -64,6 +64,7 @@ def roberta() -> nn.Module:
 
 
 VISUAL = ["visual_embedding"]
+VISUAL_T5 = 2048 * 768 + 768 + 5 * 768 + 768 + 2 * 768 + 2 * 768  # its norms have no bias
 BART: dict[str, Any] = {"r": 96, "modules_to_save": VISUAL}
 T5: dict[str, Any] = {"r": 192, "scale": 0.3, "modules_to_save": VISUAL}
 LORA: dict[str, Any] = {"r": 128, "train_bias": True, "train_norms": True}
@@ -78,7 +79,56 @@ CASES = [
     ("vl-pet t5 middleX", vl_t5, pk.VLPetConfig(gate="middleX", **T5), 10_499_736),
     ("vl-pet t5 middleY", vl_t5, pk.VLPetConfig(gate="middleY", **T5), 10_499_712),
     ("vl-pet t5 small", vl_t5, pk.VLPetConfig(gate="small", **T5), 10_518_168),
+    # VL-PET's places on the other modules: the adapters alone, Compacter's, LoRA of the linears
+    # that end its blocks (768 -> 768 and 3072 -> 768) and of the values.
+    (
+        "vl-pet bart without gates",
+        vl_bart,
+        pk.VLPetConfig(gate="none", **BART),
+        18 * 148_320 + 19_968 + 1_582_848,
+    ),
+    (
+        "vl-pet bart compacter",
+        vl_bart,
+        pk.VLPetConfig(module="compacter", **BART),
+        18 * 74_608 + 19_968 + 1_582_848,
+    ),
+    (
+        "vl-pet bart compacter shared",
+        vl_bart,
+        pk.VLPetConfig(module="compacter", division=4, factor_r=1, share_rule=True, **BART),
+        18 * 2_592 + 64 + 19_968 + 1_582_848,
+    ),
+    (
+        "vl-pet bart compacter large",
+        vl_bart,
+        pk.VLPetConfig(module="compacter", gate="large", **BART),
+        18 * 74_608 + 12 * 148_320 + 19_968 + 1_582_848,
+    ),
+    (
+        "vl-pet bart lora",
+        vl_bart,
+        pk.VLPetConfig(module="lora", **BART),
+        96 * (6 * 1_536 + 6 * 3_840 + 6 * 1_536) + 19_968 + 1_582_848,
+    ),
+    (
+        "vl-pet t5 lora",
+        vl_t5,
+        pk.VLPetConfig(module="lora", r=192, modules_to_save=VISUAL),
+        192 * 12 * (1_536 + 3_840) + 96 * 12 * 1_536 + 25 * 768 + VISUAL_T5,
+    ),
     ("vl-adapter bart", vl_bart, pk.VLAdapterConfig(**BART), 6_081_600),
+    # VL-BART's image-text runs: 30 adapters of 74,608, all norms, the visual embedding.
+    ("compacter bart", vl_bart, pk.CompacterConfig(**BART), 30 * 74_608 + 49_152 + 1_582_848),
+    # Compacter's own: 30 adapters of 2,592, of which 864 are biases, and one rule.
+    (
+        "compacter bart shared",
+        vl_bart,
+        pk.CompacterConfig(division=4, factor_r=1, share_rule=True, **BART),
+        30 * (2 * 4 * (768 // 4 + 96 // 4) + 864) + 64 + 49_152 + 1_582_848,
+    ),
+    # Every query and value of VL-BART's 18 attentions.
+    ("lora bart", vl_bart, pk.RoutingConfig(r=128, alpha=32), 7_077_888),
     ("routing gpt-2 lora", gpt2, pk.RoutingConfig(function="mul", **LORA), 4_783_104),
     (
         "routing gpt-2 adapter",

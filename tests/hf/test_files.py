@@ -261,7 +261,7 @@ def test_a_newer_format(attachment: pk.Attachment, saved: Path) -> None:
         ({"format_version": "1"}, "format_version: want 1, got '1'"),
         (
             {"method": "nothing"},
-            "method: want one of ['aurora', 'experts', 'lora', 'petal', 'routing', "
+            "method: want one of ['aurora', 'compacter', 'experts', 'lora', 'petal', 'routing', "
             "'vladapter', 'vlpet'], got ",
         ),
         ({"base": None}, "missing ['base']"),

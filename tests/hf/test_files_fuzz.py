@@ -30,6 +30,10 @@ METHOD: dict[str, tuple[Callable[[], nn.Module], Callable[[], AdapterConfig]]] =
     "aurora": (lambda: tiny_blip.build("retrieval", F32), lambda: pk.AuroraConfig(r=3)),
     "vlpet": (lambda: tiny_text.build("bart", F32), lambda: pk.VLPetConfig(r=3, value_r=2)),
     "vladapter": (lambda: tiny_text.build("bart", F32), lambda: pk.VLAdapterConfig(r=3)),
+    "compacter": (
+        lambda: tiny_text.build("bart", F32),
+        lambda: pk.CompacterConfig(r=4, factor_r=1, share_rule=True),
+    ),
     "routing": (
         lambda: tiny_text.build("llama", F32),
         lambda: pk.RoutingConfig(r=3, alpha=6.0, target_modules=["q_proj", "v_proj"]),

@@ -191,3 +191,33 @@ def test_values_of_other_states_than_the_encoders_are_projected_anew() -> None:
         block.register_forward_pre_hook(doubled, with_kwargs=True)
         runs.append(step(model, attachment, "bart", attachment.config))
     close(*runs)
+
+
+def test_placed_modules_are_as_their_config_says() -> None:
+    """Kind: a field that both forms leave out, so that they agree."""
+    config = pk.VLPetConfig(
+        module="lora", r=6, value_r=4, alpha=9.0, dropout=0.25, train_norms=False
+    )
+    model: Any
+    model, attachment = attached("bart", config)
+    layers = attachment.adapter.layers
+    every = {f"{n}.{name}": m for n, places in layers.items() for name, m in places.items()}
+    ranks = {name.partition(".")[2]: m.r for name, m in every.items()}
+    assert ranks == {"encoder_attention": 6, "encoder_ffn": 6, "decoder_cross_value": 4}
+    assert len(every) == 6
+    assert all((m.scale, m.dropout) == (9.0 / m.r, 0.25) for m in every.values())
+    fc2, update = model.model.encoder.layers[0].fc2, every["0.encoder_ffn"]
+    before = fc2.base.weight.clone()
+    assert not attachment.merge().kept
+    want = before + 9.0 / 6 * update.up[0] @ update.down
+    torch.testing.assert_close(fc2.base.weight, want)
+    config = pk.VLPetConfig(
+        module="compacter", r=8, value_r=4, division=4, factor_r=2, share_rule=True,
+        value_scale=0.3, gate="small",
+    )  # fmt: skip
+    _, attachment = attached("bart", config)
+    value, place = attachment.adapter.value, attachment.adapter.place(0, "ffn")
+    assert (value.r, value.scale, value.division, value.factor_r) == (4, 0.3, 4, 2)
+    assert (place.r, place.gate, place.division, place.factor_r) == (8, "small", 4, 2)
+    rule = attachment.adapter.rule
+    assert all(m.phm_up.rules() is rule.weight for m in (value, place))

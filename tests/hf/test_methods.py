@@ -61,7 +61,10 @@ def _with_dropout(row: Row, form: str) -> tuple[nn.Module, Any]:
             module.p = P
         elif isinstance(getattr(module, "dropout", None), float) and "Layer" in repr(type(module)):
             module.dropout = P  # type: ignore[assignment]
-    names = [name for name in ("dropout", "lora_dropout") if hasattr(row.config(), name)]
+    config, names = row.config(), ["dropout", "lora_dropout"]
+    if getattr(config, "module", "lora") != "lora":  # adapters are before their layer's own
+        names.remove("dropout")
+    names = [name for name in names if hasattr(config, name)]
     return attached(row, form, model, row.config(**dict.fromkeys(names, P)))
 
 

@@ -39,7 +39,7 @@ _ROWS = ("features: half", "features: rank-1", "features: size+1@-[23]")
 LEGAL: dict[str, tuple[str, ...]] = {
     "report": ("tokens: first zero",),  # a call without rows
     "PetalConfig": ("use_cross_residual: bool", "experts: zero", "mix: negative"),
-    "VLPetConfig": ("value_r: zero",),
+    "VLPetConfig": ("value_r: zero", "value_scale: negative"),
     "LoraConfig": ("lora_alpha: *", "exclude_modules: string", "*_pattern: dict"),
     "save": ("directory: string",),
     "save_all": ("directory: string",),

@@ -35,6 +35,14 @@ CONSTRUCTORS: dict[type[nn.Module], Callable[[], dict[str, Any]]] = {
     pk.nn.GatedAdapter: lambda: (
         {"features": D, "r": R, "gate": "large", "gate_r": 2, "gate_features": 7} | _KIND
     ),
+    pk.nn.CompacterAdapter: lambda: (
+        {"features": 2 * D, "r": 2 * R, "division": 2, "factor_r": 1, "gate": "large", "gate_r": 2}
+        | _KIND
+    ),
+    pk.nn.CompacterValueAdapter: lambda: (
+        {"in_features": 2 * D, "out_features": 4, "r": 2 * R, "layers": 2, "factor_r": 1} | _KIND
+    ),
+    pk.nn.PHMRule: lambda: {"division": 2, "count": 3} | _KIND,
     pk.nn.VLAdapter: lambda: {"features": D, "r": R} | _KIND,
     pk.nn.RoutedAdapter: lambda: {"features": D, "r": R, "route": "gram"} | _KIND,
     pk.nn.RoutedLoRALinear: lambda: {

@@ -78,10 +78,10 @@ MUTANTS = [
     (_ADAPTER, "scale=self.scale,\n                dropout", "scale=1.0,\n                dropout"),
     (
         _ADAPTER,
-        "activation=self.activation,\n                route",
-        'activation="gelu_tanh",\n                route',
+        "activation=self.activation,\n                gate",
+        'activation="gelu_tanh",\n                gate',
     ),
-    (_ADAPTER, 'base="input" if self.add_input else None', 'base="input"'),
+    (_ADAPTER, '"base": "input" if self.add_input else None', '"base": "input"'),
     (
         _ADAPTER,
         "variant=self.variant,\n                training",

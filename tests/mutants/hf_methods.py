@@ -38,6 +38,7 @@ _ROUTING = "petal_kernels/hf/methods/routing.py"
 _VLPET = "petal_kernels/hf/methods/vlpet.py"
 _EMBEDDINGS = "petal_kernels/hf/methods/embeddings.py"
 _ADAPTER = "petal_kernels/nn/gated_adapter.py"
+_ROUTES = "petal_kernels/nn/vision_routes.py"
 _VALUE = "petal_kernels/nn/value_adapter.py"
 _LORA = "petal_kernels/nn/routed_lora.py"
 _LINEAR = "petal_kernels/nn/frozen_linear.py"
@@ -111,12 +112,12 @@ MUTANTS = [
     (_VLPET, "return shared.middles[self.number]", "return shared.middles[0]"),
     (_EMBEDDINGS, "            vectors = vectors.clone()", "            pass"),
     (
-        _ADAPTER,
+        _ROUTES,
         "vision.repeat_interleave(want // have, dim=0)",
         "vision.repeat(want // have, 1, 1)",
     ),
     (_ADAPTER, "bias.fill_(self._open_bias())", "bias.zero_()"),
-    (_VALUE, "rows = slice(layer * self.r, (layer + 1) * self.r)", "rows = slice(0, self.r)"),
+    (_VALUE, "self.down[layer * self.r : (layer + 1) * self.r]", "self.down[: self.r]"),
     (_LORA, "before, after = n * self.r,", "before, after = 0,"),
     (_LORA, "rows[target] = self.scale", "rows[0] = self.scale"),
     (_LINEAR, "part.dtype == dtype and not part.requires_grad", "part.dtype == dtype"),

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import petal_kernels as pk
 from petal_kernels.nn import published
+from petal_kernels.nn.kronecker import PHMWeight
 
 D, OUT, R, B, L, E = 12, 8, 4, 3, 5, 4
 # Where parameters lie and how they begin: the modules' own tests.
-ELSEWHERE = {"self", "device", "dtype", "init", "own_base", "base"}
+ELSEWHERE = {"self", "device", "dtype", "init", "own_base", "base", "rule"}
 
 
 def draw(name: str, *shape: int) -> Tensor:
@@ -43,6 +44,17 @@ def adapter(m: Any, fused: bool) -> Tensor:
         return published.published_adapter(m, h, x, vision=vision, mask=mask)
     vision = None if vision is None else m.project(vision)
     return m(h, x, vision=vision, mask=mask)
+
+
+def rule(m: Any, fused: bool) -> Tensor:
+    """Rows through the matrices that its rules and factors of three columns each make."""
+    n, h = m.division, m.inputs["h"]
+    weight = PHMWeight(n * 5, D, n, rule=m, count=m.count, dtype=torch.float64)
+    (factor,) = weight.factors()
+    with torch.no_grad():
+        factor.copy_(draw("factor", *factor.shape))
+    whole = weight() if fused else published.published_kronecker(weight)
+    return h @ whole.flatten(0, -2).mT.to(h)
 
 
 def lora(m: Any, fused: bool) -> Tensor:
@@ -140,7 +152,7 @@ _LORA: dict[str, Any] = {
 }  # fmt: skip
 _WIDTHS = {"image_features": D, "features": OUT, "vocabulary": 6}
 _GATES = ["large", "middleX", "middleY", "small"]
-_ROUTES = ["add", "mul", "expand", "gram", "gram_relu"]
+_ROUTES = ["add", "mul", "expand", "gram", "gram_relu", "xt"]
 _ACTS = ["identity", "relu", "gelu", "silu"]
 # class: how it is run, what it is made with, and other values of each argument.
 MODULES: dict[str, tuple[Any, dict[str, Any], dict[str, list[Any]]]] = {
@@ -149,13 +161,22 @@ MODULES: dict[str, tuple[Any, dict[str, Any], dict[str, list[Any]]]] = {
         "route": _ROUTES, "gate_r": [3], "gate_features": [7], "variant": ["release"],
         "features": [D],
     }),
+    "CompacterAdapter": (adapter, {"features": D, "r": R}, {
+        "division": [4, 1], "factor_r": [1, 2], "gate": _GATES, "gate_r": [3], "scale": [-0.7],
+        "activation": _ACTS, "variant": ["release"], "r": [6], "features": [D],
+    }),
+    "CompacterValueAdapter": (value, {"in_features": D, "out_features": OUT, "r": R}, {
+        "layers": [3], "activation": _ACTS, "r": [6], "in_features": [D], "out_features": [OUT],
+        "division": [4], "factor_r": [1], "scale": [-1.7],
+    }),
+    "PHMRule": (rule, {"division": 2}, {"division": [3], "count": [2]}),
     "VLAdapter": (adapter, {"features": D}, {"r": [3], "activation": _ACTS, "features": [D]}),
     "RoutedAdapter": (adapter, {"features": D, "r": R, "route": "gram"}, {
         "activation": _ACTS, "add_input": [False], "variant": ["release"], "r": [3],
         "features": [D], "route": _ROUTES[:3],
     }),
     "RoutedLoRALinear": (lora, {"r": R, "route": "gram", "parts": 2, "targets": (0, 1)}, {
-        "r": [3], "route": ["none", *_ROUTES[:3]], "parts": [4], "targets": [(1,)],
+        "r": [3], "route": ["none", *_ROUTES[:3], "xt"], "parts": [4], "targets": [(1,)],
         "groups": ["merged"], "alpha": [9.0], "dropout": [0.5], "variant": ["release"],
     }),
     "LoRALinear": (plain_lora, {"r": R}, {
@@ -166,6 +187,7 @@ MODULES: dict[str, tuple[Any, dict[str, Any], dict[str, list[Any]]]] = {
     }),
     "ValueAdapter": (value, {"in_features": D, "out_features": OUT, "r": R}, {
         "layers": [3], "activation": _ACTS, "r": [3], "in_features": [D], "out_features": [OUT],
+        "scale": [-1.7],
     }),
     "InstructionExperts": (experts, {"features": D, "experts": E, "r": R}, {
         **{k: v for k, v in _LORA.items() if k != "shared_down"}, "gate": ["mean"],
@@ -188,6 +210,8 @@ MODULES: dict[str, tuple[Any, dict[str, Any], dict[str, list[Any]]]] = {
 # What an argument needs beside it to be seen.
 BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     ("GatedAdapter", "gate_r"): {"gate": "large"},
+    ("CompacterAdapter", "gate_r"): {"gate": "large"},
+    ("CompacterAdapter", "variant"): {"gate": "small"},
     ("GatedAdapter", "gate_features"): {"gate": "large"},
     ("GatedAdapter", "variant"): {"gate": "small", "route": "gram"},
     ("RoutedLoRALinear", "dropout"): {"route": "none"},

@@ -15,6 +15,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "aurora": ("aurora", "Aurora"),
     "vlpet": ("vlpet", "VLPet"),
     "vladapter": ("vladapter", "VLAdapter"),
+    "compacter": ("compacter", "Compacter"),
     "routing": ("routing", "Routing"),
     "experts": ("experts", "Experts"),
     "lora": ("lora", "Lora"),

@@ -26,6 +26,7 @@ from petal_kernels.hf.walk import device_of, is_norm
 from petal_kernels.hf.whole import CopyPart
 from petal_kernels.nn.frozen_linear import compute_dtype
 from petal_kernels.nn.gated_adapter import GatedAdapter
+from petal_kernels.nn.kronecker import PHMRule
 from petal_kernels.nn.published import published_adapter
 from petal_kernels.nn.value_adapter import ValueAdapter
 
@@ -39,6 +40,7 @@ class InsertionAdapter(nn.Module):
         super().__init__()
         self.layers = nn.ModuleDict()
         self.value: ValueAdapter | None = None
+        self.rule: PHMRule | None = None  # one that several places' adapters read
 
     def add(self, layer: int, name: str, module: nn.Module) -> None:
         """Registers an adapter of one layer."""
@@ -238,7 +240,7 @@ class AfterBlock(Part):
         """The adapter alone on a typical input of the block, as a layer would call it."""
         adapter: GatedAdapter = twin_of(self.adapter)
         h = x.to(compute_dtype(x))
-        vision = None if adapter.route == "none" else adapter.project(h)
+        vision = None if adapter.route == "none" else adapter.project(typical_vision(adapter, h))
         if self._norm_can_adapt(h, x):
             return self.finish(Pending(h, x, vision, None), adapter)
         out: Tensor = adapter(h, x if self.reads_input else None, vision=vision)
@@ -280,6 +282,13 @@ class PostNorm(Part):
         meets = isinstance(frame, InsertFrame)
         pending = frame.pending.pop(self.block.role, None) if meets else None
         return run(*args, **kwargs) if pending is None else self.block.finish(pending)
+
+
+def typical_vision(module: Any, x: Tensor) -> Tensor:
+    """Features for a route beside rows [B, L, D]: as many tokens, or one where more may mean
+    nothing."""
+    many = module.variant == "paper" or module.route not in ("add", "mul", "expand")
+    return x if many else x[:, :1]
 
 
 def vision_of(call: Call, route: str, role: str) -> Tensor | None:

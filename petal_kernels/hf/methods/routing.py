@@ -12,8 +12,14 @@ from petal_kernels._runtime.dry_run import signature
 from petal_kernels.hf.config import RoutingConfig
 from petal_kernels.hf.context import Call
 from petal_kernels.hf.found import Place
-from petal_kernels.hf.method import Hand
-from petal_kernels.hf.methods.insertion import BlocksMethod, block_rows, lora_rows, vision_of
+from petal_kernels.hf.method import Hand, Method
+from petal_kernels.hf.methods.insertion import (
+    BlocksMethod,
+    block_rows,
+    lora_rows,
+    typical_vision,
+    vision_of,
+)
 from petal_kernels.hf.models import Block, Linear, Stack
 from petal_kernels.hf.parts import LayerPart
 from petal_kernels.hf.report import Rows
@@ -127,20 +133,30 @@ class Routing(BlocksMethod):
 
     def shape_of(self, module: Any) -> str:
         if isinstance(module, RoutedLoRALinear):
-            return f"{module.in_features} -> {module.out_features}, r {module.r}, {module.route}"
+            return f"{shape_of(module)}, {module.route}"
         return super().shape_of(module)
 
     def sample(self, place: Place, wrapper: Any, tokens: Rows) -> tuple[Any, Any]:
         if isinstance(place.row, Block):
             return super().sample(place, wrapper, tokens)
-        lora = twin_of(wrapper.used(), base=base_twin(wrapper.base))
-        key = signature(lora, wrapper.trained_bias())
+        return sample_of(self, wrapper, tokens)
 
-        def run() -> object:
-            x = self.typical(lora.base, tokens)
-            return wrapper.fused(lora, x, None if lora.route == "none" else x)
 
-        return key, run
+def sample_of(method: Method, wrapper: RoutedLinear, tokens: Rows) -> tuple[Any, Any]:
+    """What `Method.sample` says of such a wrapper."""
+    lora = twin_of(wrapper.used(), base=base_twin(wrapper.base))
+    key = signature(lora, wrapper.trained_bias())
+
+    def run() -> object:
+        x = method.typical(lora.base, tokens)
+        return wrapper.fused(lora, x, None if lora.route == "none" else typical_vision(lora, x))
+
+    return key, run
+
+
+def shape_of(module: RoutedLoRALinear) -> str:
+    """An update in words."""
+    return f"{module.in_features} -> {module.out_features}, r {module.r}"
 
 
 class RoutedLinear(LayerLinear):

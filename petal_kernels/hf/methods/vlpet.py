@@ -1,4 +1,4 @@
-"""VL-PET: gated adapters after every encoder block, value adapters in the decoder."""
+"""VL-PET: a module after every encoder block, another on the decoder's values."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from petal_kernels._runtime.dry_run import signature
 from petal_kernels.hf.config import VLPetConfig
 from petal_kernels.hf.found import Place
 from petal_kernels.hf.method import Hand
+from petal_kernels.hf.methods.compacter import form_of, rule_of, rule_rows, with_form
 from petal_kernels.hf.methods.insertion import (
     AN_ACTIVATION,
     BlocksMethod,
@@ -18,14 +19,17 @@ from petal_kernels.hf.methods.insertion import (
     block_rows,
     role_of,
 )
+from petal_kernels.hf.methods.routing import RoutedLinear, sample_of, shape_of
 from petal_kernels.hf.models import Block, Linear, Stack
 from petal_kernels.hf.parts import LayerPart, StackPart
 from petal_kernels.hf.report import Row, Rows
 from petal_kernels.hf.twins import base_twin, twin_of
 from petal_kernels.hf.walk import device_of
 from petal_kernels.hf.wrappers import LayerLinear
+from petal_kernels.nn.compacter import CompacterAdapter, CompacterValueAdapter
 from petal_kernels.nn.gated_adapter import GatedAdapter
 from petal_kernels.nn.published import published_value
+from petal_kernels.nn.routed_lora import RoutedLoRALinear
 from petal_kernels.nn.value_adapter import ValueAdapter
 
 
@@ -37,6 +41,9 @@ class VLPet(BlocksMethod):
     def rows(self, stack: Stack) -> Sequence[tuple[str, Linear | Block]] | None:
         if stack.name == "vision":
             return None
+        if stack.name == "encoder" and self.config.module == "lora":
+            ends = [row for row in stack.blocks if row.linear]
+            return [(role_of(stack, row), Linear("", row.name, row.linear)) for row in ends]
         if stack.name == "encoder":
             return block_rows(stack)
         values = stack.name == "decoder" and bool(self.config.value_r)
@@ -47,37 +54,60 @@ class VLPet(BlocksMethod):
         ]
 
     def build(self) -> InsertionAdapter:
-        adapter, targets, config = super().build(), self.found.at(Linear), self.config
-        if targets:
-            shapes = {place.shape for place in targets}
-            if len(shapes) != 1:
-                raise ValueError(f"model: want one shape for all values' projections, got {shapes}")
-            adapter.value = ValueAdapter(
-                *shapes.pop(),
-                config.value_r,
-                len(targets),
-                activation=config.activation,
-                init="normal" if config.init == "normal" else "zero",
-                device=device_of(targets[0].module),
-                dtype=config.dtype,
-            )
+        config = self.config
+        formed = config.module == "compacter"
+        self.rule = rule_of(self, config) if formed else None
+        adapter, targets = super().build(), self.found.at(Linear)
+        adapter.rule = self.rule
+        if targets and config.module != "lora":
+            adapter.value = self._values(targets)
         return adapter
+
+    def _values(self, targets: list[Place]) -> ValueAdapter:
+        config, shapes = self.config, {place.shape for place in targets}
+        if len(shapes) != 1:
+            raise ValueError(f"model: want one shape for all values' projections, got {shapes}")
+        reads, gives = shapes.pop()
+        sizes = reads, gives, config.value_r, len(targets)
+        given: dict[str, Any] = {
+            "activation": config.activation,
+            "scale": config.value_scale,
+            "init": "normal" if config.init == "normal" else "zero",
+            "device": device_of(targets[0].module),
+            "dtype": config.dtype,
+        }
+        if config.module == "compacter":
+            given |= {"rule": self.rule, **form_of(config)}
+            return CompacterValueAdapter(*sizes, **given)
+        return ValueAdapter(*sizes, **given)
 
     def module_of(self, place: Place) -> nn.Module | None:
         config = self.config
+        if config.module == "lora":
+            return RoutedLoRALinear(
+                place.module,
+                config.r if place.role.startswith("encoder") else config.value_r,
+                alpha=config.alpha,
+                dropout=config.dropout,
+                own_base=False,
+                device=device_of(place.module),
+                dtype=config.dtype,
+            )
         if isinstance(place.row, Linear):
             return None
-        return GatedAdapter(
-            self.features,
-            config.r,
-            gate=config.gate,
-            gate_r=config.gate_r,
-            activation=config.activation,
-            scale=config.scale,
-            init=config.init,
-            variant=config.variant,
+        given: dict[str, Any] = {
+            "gate": config.gate,
+            "gate_r": config.gate_r,
+            "activation": config.activation,
+            "scale": config.scale,
+            "init": config.init,
+            "variant": config.variant,
             **self.storage(place),
-        )
+        }
+        if config.module == "compacter":
+            given |= {"rule": self.rule, **form_of(config)}
+            return CompacterAdapter(self.features, config.r, **given)
+        return GatedAdapter(self.features, config.r, **given)
 
     def trained(self) -> dict[str, nn.Module]:
         return self.norms("encoder") if self.config.train_norms else {}
@@ -85,6 +115,9 @@ class VLPet(BlocksMethod):
     def install_place(self, place: Place, layer: LayerPart, hand: Hand) -> None:
         if isinstance(place.row, Block):
             super().install_place(place, layer, hand)
+        elif self.config.module == "lora":
+            lora: Any = self.trains(place)
+            hand.wrap(place, RoutedLinear(place.module, layer, place.role, lora, None))
         else:
             number = [p.path for p in self.found.at(Linear)].index(place.path)
             hand.wrap(place, ValueLinear(place.module, layer, number))
@@ -96,19 +129,28 @@ class VLPet(BlocksMethod):
         return Middles(encoded, self.adapter.value.project(encoded))
 
     def shape_of(self, module: Any) -> str:
-        return "shared product" if module is None else super().shape_of(module)
+        if module is None:
+            return "shared product"
+        if isinstance(module, RoutedLoRALinear):
+            return shape_of(module)
+        words = super().shape_of(module)
+        return with_form(words, module) if self.config.module == "compacter" else words
 
     def shared_rows(self) -> list[Row]:
-        value = self.adapter.value
+        rows, value = rule_rows(self.adapter), self.adapter.value
         if value is None:
-            return []
+            return rows
         count = sum(p.numel() for p in value.parameters() if p.requires_grad)
         shape = f"{value.layers} x {value.in_features} -> {value.out_features}, r {value.r}"
-        return [Row("petal.value", "value adapters", shape, "", "", count)]
+        if isinstance(value, CompacterValueAdapter):
+            shape = with_form(shape, value)
+        return [Row("petal.value", "value adapters", shape, "", "", count), *rows]
 
     def sample(self, place: Place, wrapper: Any, tokens: Rows) -> tuple[Any, Any]:
         if isinstance(place.row, Block):
             return super().sample(place, wrapper, tokens)
+        if isinstance(wrapper, RoutedLinear):
+            return sample_of(self, wrapper, tokens)
         base, adapter = base_twin(wrapper.base), twin_of(wrapper.used())
         key = signature(base, adapter, wrapper.training)
         return key, lambda: twin_of(wrapper, base=base).fused(adapter, self.typical(base, tokens))

@@ -241,7 +241,7 @@ def _check_gate(given: Given, lead: tuple[int, ...], out: int) -> None:
         _sizes(given, gate_bias=1)
 
 
-def _check_route(route: str, first: Tensor, rank: int, vision: Any) -> None:
+def _check_route(route: str, first: Tensor, rank: int, vision: Any, variant: str) -> None:
     if route == "none":
         _absent("with route='none'", vision=vision)
         return
@@ -256,6 +256,11 @@ def _check_route(route: str, first: Tensor, rank: int, vision: Any) -> None:
     _size("vision", vision, (first.shape[0], "V", rank))
     if vision.shape[1] < 1:
         raise ValueError(f"vision: want V >= 1, got {list(vision.shape)}")
+    if variant == "release" and route in ("add", "mul", "expand") and vision.shape[1] > 1:
+        raise ValueError(
+            f"vision: want V = 1 with route={route!r} and variant='release', whose code averages "
+            f"none (add and mul of V = L tokens: nn.GatedAdapter), got {list(vision.shape)}"
+        )
 
 
 def columns_to_update(given: Given) -> Tensor:
@@ -307,7 +312,7 @@ def check(given: Given) -> None:
     _check_gate(given, lead, out)
     if given.gate == "small" and first.dim() != 3:
         raise ValueError(f"x: want shape [B, L, D] with gate='small', got {list(first.shape)}")
-    _check_route(given.route, first, rank, given.vision)
+    _check_route(given.route, first, rank, given.vision, given.variant)
     if (given.norm_weight is None) != (given.norm_bias is None):
         missing = "norm_bias" if given.norm_bias is None else "norm_weight"
         raise TypeError(f"{missing}: want norm_weight and norm_bias together, got None")

@@ -51,6 +51,7 @@ CONFIGS: dict[str, Callable[[Options], Any]] = {
     "routing": lambda o: pk.RoutingConfig(function="mul", r=o.rank, **_targets(o), **_dropout(o)),
     "vlpet": lambda o: pk.VLPetConfig(r=o.rank, value_r=o.rank, **_targets(o)),
     "vladapter": lambda o: pk.VLAdapterConfig(r=o.rank, **_targets(o)),
+    "compacter": lambda o: pk.CompacterConfig(r=o.rank, **_targets(o)),
     "experts": lambda o: pk.ExpertConfig(r=o.rank, **_targets(o)),
 }
 METHODS = (*CONFIGS, "peft-lora", "full")
@@ -188,7 +189,7 @@ PRESETS: dict[str, Preset] = {
         "BART-base, an encoder-decoder",
         models.bart,
         models.bart_batch,
-        ("vlpet", "vladapter", *_TEXT),
+        ("vlpet", "vladapter", "compacter", *_TEXT),
     ),
     "gpt2-vit": Preset(
         "GPT-2 (small) after a frozen ViT-base",

@@ -79,6 +79,9 @@ CASES: dict[str, Case] = {
     ),
     "vlpet": _text("bart", lambda: pk.VLPetConfig(r=4, value_r=3)),
     "vladapter": _text("t5", lambda: pk.VLAdapterConfig(r=4)),
+    "compacter": _text(
+        "bart", lambda: pk.CompacterConfig(r=4, division=2, factor_r=2, share_rule=True)
+    ),
     "routing_lora": _text("llama", lambda: pk.RoutingConfig(r=4, alpha=6.0)),
     "routing_whole": Case(
         _with_biases,

@@ -52,7 +52,7 @@ def combination(gate: str, route: str, activation: str, variant: str) -> Case:
         gate=gate,
         gate_rank=27,
         route=route,
-        vision=4,
+        vision=4 if variant == "paper" or "gram" in route else 1,
         activation=activation,
         variant=variant,
         dropout=0.2,
