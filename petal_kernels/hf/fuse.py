@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from petal_kernels._runtime import checks
+from petal_kernels._runtime import checks, keywords
 from petal_kernels.hf.fuse_report import fuse_report
 from petal_kernels.hf.linears import Seen, walk
 from petal_kernels.hf.methods.lora_parts import fused_mlp, one_input_parts
@@ -31,6 +31,7 @@ from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.arguments import check_module
 
 
+@keywords.checked()
 def fuse(
     model: nn.Module, *, recompute_mlp: bool = False, tokens: tuple[int, int] = (8, 128)
 ) -> Report:
