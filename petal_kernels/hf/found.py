@@ -90,7 +90,8 @@ class Found:
     path: str  # of the family's own root in the model
     root: nn.Module
     stacks: list[Site]
-    notes: list[str] = field(default_factory=list)  # what is left as it is, for the report
+    notes: list[str] = field(default_factory=list)  # what is left as it is: said at once
+    outside: list[str] = field(default_factory=list)  # what was never asked for: the report says it
 
     @property
     def layers(self) -> list[Layer]:

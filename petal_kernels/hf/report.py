@@ -161,7 +161,8 @@ def make_report(
     declined = {path: why for path, w in wrappers.items() if (why := method.why_called(w.base))}
     counts = (parameters, trainable, stored)
     grouped = method.groups_rows
-    return Report(rows, implementation, *counts, declined, tokens, method.found.notes, grouped)
+    notes = [*method.found.notes, *method.found.outside]
+    return Report(rows, implementation, *counts, declined, tokens, notes, grouped)
 
 
 def check_tokens(tokens: Any) -> None:
