@@ -30,6 +30,7 @@ from petal_kernels.hf import formats, tensors
 from petal_kernels.hf.asked import Read, asked, checked, in_file
 from petal_kernels.hf.attachment import Attachment
 from petal_kernels.hf.config import METHODS, AdapterConfig
+from petal_kernels.hf.frozen import frozen_of_peft
 from petal_kernels.hf.holders import check_holders, check_wrapped
 from petal_kernels.hf.merging import HANDLE, NAME
 from petal_kernels.hf.methods import method_of
@@ -78,13 +79,14 @@ def attach(
     check_name(name)
     config, saved = asked(config, model, checkpoint)
     check_holders(model)
+    frozen = frozen_of_peft(model)
     if saved is None:
         made = _attach(model, config, implementation, name)
         if checkpoint is not None:
             _load_checkpoint(made, checkpoint)
     else:
         made = _attach_saved(model, saved, config, implementation, name)
-    for note in made.method.found.notes:
+    for note in filter(None, (*made.method.found.notes, frozen)):
         warnings.warn(f"attach: {note}", stacklevel=3)
     return made
 
@@ -177,7 +179,8 @@ def _check_free(model: nn.Module) -> None:
     if getattr(model, NAME, None) is not None:
         raise ValueError(
             f"model: want a model without a {NAME!r} module, got one that has it (already "
-            "attached? detach it first)"
+            "attached? detach it first: pk.attachment(model).detach(); or give it a second adapter "
+            "beside this one: pk.attachment(model).add(name, config))"
         )
     for path, part in model.named_modules():
         if path and isinstance(getattr(part, NAME, None), nn.Module):

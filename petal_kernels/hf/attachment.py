@@ -49,6 +49,18 @@ class Attachment(Blocks, Routed, Several, Unloading):
         model.requires_grad_(False)
         self.installed.install(self)
 
+    def __repr__(self) -> str:
+        if not self.__dict__.get("_attached"):
+            return "Attachment(detached)"
+        trained = sum(p.numel() for p in self.adapter.parameters() if p.requires_grad)
+        names = [f"{name} (active)" if name == self.active else name for name in self._adapters]
+        merged = "" if self._merged is None else ", merged"
+        return (
+            f"Attachment({self.config.method} on a {type(self.model).__name__}: "
+            f"{len(self.found.places)} places, {trained:,} trained parameters{merged}; "
+            f"adapters: {', '.join(names)})"
+        )
+
     def _use(self, name: str, installed: Installed) -> None:
         """Makes an adapter the active one of this handle."""
         self.active, self.installed = name, installed

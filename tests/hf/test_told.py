@@ -3,7 +3,10 @@ adapter that is there already."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -26,7 +29,7 @@ def llava() -> Any:
 
 
 def refusal(model: nn.Module, config: Any) -> str:
-    with pytest.raises(ValueError, match="^(target_modules|modules_to_save): ") as refused:
+    with pytest.raises(ValueError, match=r"^(target_modules|modules_to_save): ") as refused:
         pk.attach(model, config)
     return str(refused.value)
 
@@ -107,3 +110,134 @@ def test_the_report_says_what_parts_leave_out(
     ]
     assert [str(w.message) for w in recwarn if "left out" in str(w.message)] == []
     assert [line in str(pk.plan(llava(), config)) for line in lines] == [True] * len(lines)
+
+
+# What is there already --------------------------------------------------------------------------
+
+LORA: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"]}
+
+
+def llama() -> Any:
+    return tiny_text.build("llama", torch.float32).train()
+
+
+IDS = torch.arange(6)[None]
+
+
+def told(model: nn.Module, **more: Any) -> list[str]:
+    """What a training forward warns of a frozen adapter."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(input_ids=IDS, **more)
+    return [str(w.message) for w in caught if "requires_grad=False since" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [pk.LoraConfig(**LORA), pk.RoutingConfig(r=2, kind="adapter"), pk.ExpertConfig(r=2)],
+    ids=lambda config: config.method,
+)
+def test_an_adapter_that_peft_froze_is_told_of_once(config: Any) -> None:
+    """Kind: an adapter that is not trained, and a loss that goes down all the same."""
+    peft = pytest.importorskip("peft")
+    model = llama()
+    att = pk.attach(model, config)
+    assert told(model) == []
+    trained = list(att.parameters())
+    outer = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["o_proj"]))
+    model.eval()
+    assert told(outer) == []
+    model.train()
+    with torch.no_grad():
+        assert told(outer) == []
+    with att.disabled():
+        assert told(outer) == []
+    (said,) = told(outer)
+    assert told(outer) == []
+    # The way out that it names.
+    assert "trained = list(att.parameters())" in said
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    outer(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in trained)
+
+
+def test_an_adapter_that_a_user_froze_is_told_of_wherever_the_model_runs() -> None:
+    model = llama()
+    pk.attach(model, pk.LoraConfig(**LORA))
+    model.requires_grad_(False)
+    twin = copy.deepcopy(model)
+    again: Any = pickle.loads(pickle.dumps(model))
+    twin.gradient_checkpointing_enable()
+    assert [len(told(each, use_cache=False)) for each in (model, again, twin, twin)] == [1, 1, 1, 0]
+
+
+def test_every_adapter_of_several_is_watched() -> None:
+    model = llama()
+    att = pk.attach(model, pk.LoraConfig(**LORA))
+    att.add("other", pk.LoraConfig(r=2, target_modules=["v_proj"]))
+    model.requires_grad_(False)  # of the active one alone
+    assert len(told(model)) == 1
+    att.switch("other")
+    assert told(model) == []
+    model.requires_grad_(False)
+    assert len(told(model)) == 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_attach_says_that_it_freezes_what_peft_trained(fused: bool) -> None:
+    """Kind: the same the other way round."""
+    peft = pytest.importorskip("peft")
+    outer = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    if fused:
+        pk.fuse(outer)
+    message = r"attach: 2 layers of PEFT's were trained and are frozen now, .*layers.0.self_attn.q_"
+    with pytest.warns(UserWarning, match=message) as caught:
+        att = pk.attach(outer, pk.LoraConfig(r=2, target_modules=["v_proj"]))
+    assert caught[-1].filename == __file__
+    att.detach()
+    outer.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pk.attach(outer, pk.LoraConfig(r=2, target_modules=["v_proj"]))
+
+
+def test_what_cannot_be_put_on_an_adapted_model_names_the_way_out() -> None:
+    """Kind: a refusal without one."""
+    model = llama()
+    att = pk.attach(model, pk.LoraConfig(**LORA))
+    config = pk.LoraConfig(r=2, target_modules=["v_proj"])
+    with pytest.raises(ValueError, match=r"with none; pk\.attach has adapted it, .*leave fuse out"):
+        pk.fuse(model)
+    ways = r"pk\.attachment\(model\)\.detach\(\); .*pk\.attachment\(model\)\.add\(name, config\)"
+    for again in (pk.attach, pk.plan):
+        with pytest.raises(ValueError, match=ways):
+            again(model, config)
+    with pytest.raises(ValueError, match=r"detach that first \(pk\.attachment\(model\) of the mod"):
+        pk.attach(model.model, pk.LoraConfig(**LORA))
+    pk.attachment(model).add("second", config)
+    assert att.names == ["default", "second"]
+    assert pk.attachment(model).detach() is model
+    with pytest.raises(ValueError, match=r"with none$"):
+        pk.fuse(model)
+
+
+def test_an_attachment_says_what_it_is() -> None:
+    """Kind: an object's address where a user prints it."""
+    model = llama()
+    att = pk.attach(model, pk.LoraConfig(**LORA))
+    count = sum(p.numel() for p in att.parameters())
+    assert repr(att) == (
+        f"Attachment(lora on a LlamaForCausalLM: 2 places, {count} trained parameters; adapters: "
+        "default (active))"
+    )
+    att.add("b", pk.RoutingConfig(r=2, kind="adapter"))
+    att.switch("b")
+    assert "Attachment(routing on a LlamaForCausalLM: 4 places" in str(att)
+    assert str(att).endswith("adapters: default, b (active))")
+    att.switch("default")
+    att.merge()
+    assert "parameters, merged; adapters" in repr(att)
+    att.detach()
+    assert repr(att) == "Attachment(detached)"
+    assert repr(pk.Attachment.__new__(pk.Attachment)) == "Attachment(detached)"
