@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from petal_kernels._runtime.backends import Explanation
-from petal_kernels._runtime.columns import columns
+from petal_kernels._runtime.columns import columns, rounded
 from petal_kernels._runtime.dry_run import dry_run
 from petal_kernels.hf.context import given
 from petal_kernels.hf.merging import ALL
@@ -82,7 +82,7 @@ class Report:
         lines += self.notes
         lines.append(
             f"{self.implementation}: {self.trainable:,} trainable parameters ({self.stored:,} "
-            f"stored), {self.percent:.3f} % of the model's {self.base_parameters:,}"
+            f"stored), {rounded(self.percent, 3)} % of the model's {self.base_parameters:,}"
         )
         return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """Faults in what a user is told of a mistake: which name was meant, and what to do instead."""
 
 TESTS = [
+    "tests/runtime/test_columns.py",
     "tests/runtime/test_keywords.py",
     "tests/hf/test_config.py",
     "tests/hf/test_told.py",
@@ -16,6 +17,8 @@ _ATTACHMENT = "petal_kernels/hf/attachment.py"
 _ATTACH = "petal_kernels/hf/attach.py"
 
 MUTANTS = [
+    ("petal_kernels/_runtime/columns.py", "value == 0 or float(text) != 0", "True"),
+    ("petal_kernels/_runtime/columns.py", "if value > 0 else", "if True else"),
     (_KEYWORDS, "if _WORDS.get(name) in known:", "if name in _WORDS:"),
     (_KEYWORDS, "get_close_matches(name.lower(), lower, 1, _LEAST)", "get_close_matches('', '')"),
     (_KEYWORDS, "return within[0] if within else", "return"),

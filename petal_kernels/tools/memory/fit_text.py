@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from petal_kernels._runtime.columns import columns as table
+from petal_kernels._runtime.columns import rounded
 from petal_kernels.memory.optimizer import Settings
 from petal_kernels.memory.records import mib
 from petal_kernels.tools import charts, page
@@ -20,7 +21,7 @@ SCHEMA = 1
 
 
 def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f}"
+    return rounded(size / 2**30, 2)
 
 
 def _there(found: Sequence[Column]) -> list[Column]:
