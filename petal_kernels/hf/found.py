@@ -190,7 +190,11 @@ def _family(model: nn.Module, families: dict[str, list[Stack]], structural: bool
         f"model: want a module whose config.model_type is one of {sorted(families)}"
         f"{' or that has layers of one attention' if structural else ''}, "
         f"got a {type(model).__name__} with model types {seen} and layers {layers[:8]}{whys}"
+        f"{'' if structural else _NO_TABLE}"
     )
+
+
+_NO_TABLE = "; LoraConfig, RoutingConfig and ExpertConfig need no table of models"
 
 
 class _Told:

@@ -271,7 +271,12 @@ class Chosen:
         some = [seen.path for seen in inside or every][:2]
         where = "" if len(inside) == len(every) else f" in parts={self.config.parts}"
         said = f"want names of linears{where}, or ends of their paths, such as {some}"
-        for name in () if isinstance(names, str) else names:
+        if isinstance(names, str):
+            meant = [name.strip() for name in names.split(",")]
+            if all(any(is_named(seen.path, [name]) for seen in every) for name in meant):
+                said += f"; a string is one expression for whole paths: want a list, {meant}"
+            return said
+        for name in names:
             near = closest(name, ends_like(name, inside))
             if near:
                 said += f"; did you mean {near!r}?"
@@ -317,6 +322,7 @@ class Chosen:
         kept = [seen for seen in found if not (without and is_named(seen.path, without))]
         if without and len(kept) == len(found):
             self.notes.append(f"exclude_modules={without!r} leaves out nothing")
+        self._note_patterns(found)
         kept = [seen for seen in kept if in_layers(seen.path, config)]
         if not kept:
             left = f"none is left of {len(found)}" if found else f"got none in {self._what()}"
@@ -326,6 +332,13 @@ class Chosen:
                 f"{config.layers_to_transform!r}, parts={config.parts}), {left}"
             )
         return kept
+
+    def _note_patterns(self, found: list[Seen]) -> None:
+        """Patterns that no linear's path ends with: what they ask for is nowhere."""
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self.config, name):
+                if not any(of_pattern({pattern: True}, seen.path, False) for seen in found):
+                    self.notes.append(f"{name}: {pattern!r} matches no linear that is adapted")
 
     def _what(self) -> str:
         return f"the {len(self.every)} modules of a {type(self.model).__name__}"

@@ -241,3 +241,56 @@ def test_an_attachment_says_what_it_is() -> None:
     att.detach()
     assert repr(att) == "Attachment(detached)"
     assert repr(pk.Attachment.__new__(pk.Attachment)) == "Attachment(detached)"
+
+
+# The first hour ---------------------------------------------------------------------------------
+
+
+def test_a_string_that_is_meant_as_names_is_told_so() -> None:
+    """Kind: a name in a place for an expression."""
+    for given, meant in (("q_proj", ["q_proj"]), ("q_proj, v_proj", ["q_proj", "v_proj"])):
+        text = refusal(llama(), pk.LoraConfig(target_modules=given))
+        assert text.endswith(f"a string is one expression for whole paths: want a list, {meant}")
+    assert "want a list" not in refusal(llama(), pk.LoraConfig(target_modules=".*nope"))
+
+
+def test_a_pattern_that_asks_for_nothing_is_told_of() -> None:
+    """Kind: an option that changes nothing and says nothing."""
+    patterns: dict[str, Any] = {"rank_pattern": {"q_proj": 4, "q_porj": 3}}
+    config = pk.LoraConfig(target_modules=["q_proj"], **patterns, alpha_pattern={"v_proj": 1})
+    with pytest.warns(UserWarning, match="matches no linear that is adapted") as caught:
+        pk.attach(llama(), config)
+    assert [str(w.message) for w in caught if "adapted" in str(w.message)] == [
+        "attach: rank_pattern: 'q_porj' matches no linear that is adapted",
+        "attach: alpha_pattern: 'v_proj' matches no linear that is adapted",
+    ]
+
+
+def test_a_method_that_does_not_know_the_model_names_those_that_need_no_table() -> None:
+    for config in (pk.PetalConfig(r=4), pk.AuroraConfig(r=4)):
+        with pytest.raises(ValueError, match=r"; LoraConfig, RoutingConfig and ExpertConfig need"):
+            pk.attach(llava(), config)
+    for other in (pk.LoraConfig(r=2), pk.RoutingConfig(r=2), pk.ExpertConfig(r=2)):
+        pk.attach(llava(), other)
+
+
+def test_a_handle_that_is_taken_for_the_model_says_where_that_is() -> None:
+    att = pk.attach(llama(), pk.LoraConfig(**LORA))
+    with pytest.raises(AttributeError, match=r"it is the handle, the model has it: att.model.tra"):
+        att.train()  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match=r"print\(att.report\(\)\) says it"):
+        att.print_trainable_parameters()  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match=r"no attribute 'quux'$"):
+        att.quux  # type: ignore[attr-defined]  # noqa: B018
+    assert not hasattr(pk.Attachment.__new__(pk.Attachment), "model")
+    assert pk.attachment(copy.deepcopy(att.model)).names == ["default"]
+
+
+def test_a_misspelt_name_of_the_package() -> None:
+    for name, meant in (("LoRAConfig", "LoraConfig"), ("attached", "attach")):
+        with pytest.raises(AttributeError, match=f"'{name}'; did you mean '{meant}'"):
+            getattr(pk, name)
+    with pytest.raises(AttributeError, match=r"no attribute 'quux'$"):
+        pk.quux  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no attribute '__wrapped__'$"):
+        pk.__wrapped__  # noqa: B018
