@@ -235,6 +235,8 @@ def test_an_attachment_says_what_it_is() -> None:
     att.switch("b")
     assert "Attachment(routing on a LlamaForCausalLM: 4 places" in str(att)
     assert str(att).endswith("adapters: default, b (active))")
+    model.requires_grad_(False)
+    assert " 0 trained parameters" in repr(att)
     att.switch("default")
     att.merge()
     assert "parameters, merged; adapters" in repr(att)
@@ -251,7 +253,8 @@ def test_a_string_that_is_meant_as_names_is_told_so() -> None:
     for given, meant in (("q_proj", ["q_proj"]), ("q_proj, v_proj", ["q_proj", "v_proj"])):
         text = refusal(llama(), pk.LoraConfig(target_modules=given))
         assert text.endswith(f"a string is one expression for whole paths: want a list, {meant}")
-    assert "want a list" not in refusal(llama(), pk.LoraConfig(target_modules=".*nope"))
+    for given in (".*nope", "q_proj, nope"):
+        assert "want a list" not in refusal(llama(), pk.LoraConfig(target_modules=given))
 
 
 def test_a_pattern_that_asks_for_nothing_is_told_of() -> None:
