@@ -260,7 +260,9 @@ class Chosen:
         missing = [group for group, hit in zip(groups, hits, strict=True) if not hit]
         if missing:
             names = missing[0] if isinstance(wanted, str) else [g[0] for g in missing]
-            raise ValueError(f"target_modules: {names} match nothing; {self._meant(names)}")
+            raise ValueError(
+                f"target_modules: {names} match nothing; want names of linears{self._meant(names)}"
+            )
         chosen = {id(s): s for hit in hits for s in self._adaptable(hit)}
         return [seen for seen in self.every if id(seen) in chosen]
 
@@ -270,7 +272,7 @@ class Chosen:
         inside = self._parts(every)
         some = [seen.path for seen in inside or every][:2]
         where = "" if len(inside) == len(every) else f" in parts={self.config.parts}"
-        said = f"want names of linears{where}, or ends of their paths, such as {some}"
+        said = f"{where}, or ends of their paths, such as {some}"
         if isinstance(names, str):
             meant = [name.strip() for name in names.split(",")]
             if all(any(is_named(seen.path, [name]) for seen in every) for name in meant):
