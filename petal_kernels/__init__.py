@@ -87,4 +87,10 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"{__name__}.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    said = f"module {__name__!r} has no attribute {name!r}"
+    if not name.startswith("_"):  # what Python and its tools ask every module for
+        from petal_kernels._runtime.keywords import closest
+
+        near = closest(name, __all__)
+        said += f"; did you mean {near!r}?" if near else ""
+    raise AttributeError(said, name=name)

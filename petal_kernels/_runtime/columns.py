@@ -1,4 +1,4 @@
-"""A table as text: what reports on a terminal are laid out by."""
+"""A table as text, and its figures: what reports on a terminal are laid out by."""
 
 from __future__ import annotations
 
@@ -22,3 +22,13 @@ def columns(
         ]
         out.append((indent + "  ".join(cells)).rstrip())
     return "\n".join(out)
+
+
+def rounded(value: float, digits: int) -> str:
+    """A figure with that many digits; one that is not zero and would round to it says below what it
+    is: `< 0.01`."""
+    text = f"{value:.{digits}f}"
+    if value == 0 or float(text) != 0:
+        return text
+    least = f"{10.0**-digits:.{digits}f}"
+    return f"< {least}" if value > 0 else f"> -{least}"

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from petal_kernels._runtime.keywords import check
 from petal_kernels.hf.fields import check_pattern, is_size, names, one_of, plain, want
 
 VARIANTS = ("paper", "release")
@@ -22,11 +23,16 @@ class AdapterConfig:
     """What the configs of all methods share."""
 
     method: ClassVar[str] = ""
+    elsewhere: ClassVar[dict[str, str]] = {}  # names that others have, and what to say of them
     r: int = 64
     variant: str = "paper"
     target_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     adapter_dtype: str = "float32"
+
+    def __new__(cls, *_: Any, **values: Any) -> AdapterConfig:
+        check(cls.__init__, values, f"{cls.__name__}: got an unknown field", lambda: cls.elsewhere)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -54,9 +60,9 @@ class AdapterConfig:
         if not isinstance(values, dict):
             raise TypeError(f"values: want a dict, got a {type(values).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(str(key) for key in set(values) - set(known))
-        if unknown:
+        strange = sorted(str(key) for key in set(values) - set(known))
+        if strange:
             raise ValueError(
-                f"values: want {cls.__name__}'s keys among {known}, got unknown {unknown}"
+                f"values: want {cls.__name__}'s keys among {known}, got unknown {strange}"
             )
         return cls(**values)

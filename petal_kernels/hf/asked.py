@@ -44,9 +44,11 @@ def checked(config: Any, model: nn.Module) -> AdapterConfig:
     if is_peft(config):
         return from_peft(config, model)
     if not isinstance(config, AdapterConfig):
+        got = f"a {type(config).__name__}"
+        if isinstance(config, type):
+            got = f"the class {config.__name__}; call it: {config.__name__}(...)"
         raise TypeError(
-            f"config: want a PetalConfig, another method's config or a path, got a "
-            f"{type(config).__name__}"
+            f"config: want a PetalConfig, another method's config or a path, got {got}"
         )
     return dataclasses.replace(config)
 

@@ -17,6 +17,7 @@ From then on the model runs itself: parts and wrappers call the method, which ca
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from typing import Any
@@ -24,10 +25,12 @@ from typing import Any
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from petal_kernels._runtime import keywords
 from petal_kernels.hf import formats, tensors
 from petal_kernels.hf.asked import Read, asked, checked, in_file
 from petal_kernels.hf.attachment import Attachment
-from petal_kernels.hf.config import AdapterConfig
+from petal_kernels.hf.config import METHODS, AdapterConfig
+from petal_kernels.hf.frozen import frozen_of_peft
 from petal_kernels.hf.holders import check_holders, check_wrapped
 from petal_kernels.hf.merging import HANDLE, NAME
 from petal_kernels.hf.methods import method_of
@@ -37,6 +40,19 @@ from petal_kernels.hf.twins import skeleton
 from petal_kernels.nn.arguments import check_choice
 
 
+def _of_configs() -> dict[str, str]:
+    """What is said of a config's field that is given to `attach` itself."""
+    having: dict[str, list[str]] = {}
+    for config in METHODS.values():
+        for field in dataclasses.fields(config):
+            having.setdefault(field.name, []).append(config.__name__)
+    return {
+        name: f"a field of {', '.join(configs)}: want it in the config, {configs[0]}({name}=...)"
+        for name, configs in having.items()
+    }
+
+
+@keywords.checked(_of_configs)
 def attach(
     model: nn.Module,
     config: AdapterConfig | str | os.PathLike[str] | Any,
@@ -63,17 +79,19 @@ def attach(
     check_name(name)
     config, saved = asked(config, model, checkpoint)
     check_holders(model)
+    frozen = frozen_of_peft(model)
     if saved is None:
         made = _attach(model, config, implementation, name)
         if checkpoint is not None:
             _load_checkpoint(made, checkpoint)
     else:
         made = _attach_saved(model, saved, config, implementation, name)
-    for note in made.method.found.notes:
-        warnings.warn(f"attach: {note}", stacklevel=2)
+    for note in filter(None, (*made.method.found.notes, frozen)):
+        warnings.warn(f"attach: {note}", stacklevel=3)
     return made
 
 
+@keywords.checked(_of_configs)
 def plan(
     model: nn.Module,
     config: AdapterConfig | str | os.PathLike[str] | Any,
@@ -161,7 +179,8 @@ def _check_free(model: nn.Module) -> None:
     if getattr(model, NAME, None) is not None:
         raise ValueError(
             f"model: want a model without a {NAME!r} module, got one that has it (already "
-            "attached? detach it first)"
+            "attached? detach it first: pk.attachment(model).detach(); or give it a second adapter "
+            "beside this one: pk.attachment(model).add(name, config))"
         )
     for path, part in model.named_modules():
         if path and isinstance(getattr(part, NAME, None), nn.Module):

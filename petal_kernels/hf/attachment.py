@@ -7,6 +7,7 @@ Nothing is patched but the instance. One module named `petal` on the model holds
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -48,6 +49,29 @@ class Attachment(Blocks, Routed, Several, Unloading):
         self._attached = True
         model.requires_grad_(False)
         self.installed.install(self)
+
+    def __repr__(self) -> str:
+        if not self.__dict__.get("_attached"):
+            return "Attachment(detached)"
+        trained = sum(p.numel() for p in self.adapter.parameters() if p.requires_grad)
+        names = [f"{name} (active)" if name == self.active else name for name in self._adapters]
+        merged = "" if self._merged is None else ", merged"
+        return (
+            f"Attachment({self.config.method} on a {type(self.model).__name__}: "
+            f"{len(self.found.places)} places, {trained:,} trained parameters{merged}; "
+            f"adapters: {', '.join(names)})"
+        )
+
+    if not TYPE_CHECKING:  # else every name would be one
+
+        def __getattr__(self, name: str) -> Any:
+            said = f"{type(self).__name__!r} object has no attribute {name!r}"
+            model = None if name.startswith("_") else self.__dict__.get("model")
+            if name == "print_trainable_parameters":
+                said += "; print(att.report()) says it"
+            elif model is not None and hasattr(model, name):
+                said += f"; it is the handle, the model has it: att.model.{name}"
+            raise AttributeError(said, name=name, obj=self)
 
     def _use(self, name: str, installed: Installed) -> None:
         """Makes an adapter the active one of this handle."""

@@ -90,7 +90,8 @@ class Found:
     path: str  # of the family's own root in the model
     root: nn.Module
     stacks: list[Site]
-    notes: list[str] = field(default_factory=list)  # what is left as it is, for the report
+    notes: list[str] = field(default_factory=list)  # what is left as it is: said at once
+    outside: list[str] = field(default_factory=list)  # what was never asked for: the report says it
 
     @property
     def layers(self) -> list[Layer]:
@@ -189,7 +190,11 @@ def _family(model: nn.Module, families: dict[str, list[Stack]], structural: bool
         f"model: want a module whose config.model_type is one of {sorted(families)}"
         f"{' or that has layers of one attention' if structural else ''}, "
         f"got a {type(model).__name__} with model types {seen} and layers {layers[:8]}{whys}"
+        f"{'' if structural else _NO_TABLE}"
     )
+
+
+_NO_TABLE = "; LoraConfig, RoutingConfig and ExpertConfig need no table of models"
 
 
 class _Told:

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from petal_kernels._runtime import checks
+from petal_kernels._runtime import checks, keywords
 from petal_kernels.hf.fuse_report import fuse_report
 from petal_kernels.hf.linears import Seen, walk
 from petal_kernels.hf.methods.lora_parts import fused_mlp, one_input_parts
-from petal_kernels.hf.parts import Both, Part, adapted_class, own_class
+from petal_kernels.hf.parts import Adapted, Both, Part, adapted_class, own_class
 from petal_kernels.hf.peft_layers import (
     Around,
     FusedLora,
@@ -31,6 +31,7 @@ from petal_kernels.hf.wrappers import AdaptedLinear
 from petal_kernels.nn.arguments import check_module
 
 
+@keywords.checked()
 def fuse(
     model: nn.Module, *, recompute_mlp: bool = False, tokens: tuple[int, int] = (8, 128)
 ) -> Report:
@@ -98,6 +99,8 @@ def _check_some(model: nn.Module, layers: Mapping[str, Seen], declined: Mapping[
     if layers:
         path, why = next(iter(declined.items()))
         what = f"{len(layers)} others, {path or 'itself'} first: {why}"
+    if any(_is_attached(module) or isinstance(module, Adapted) for module in model.modules()):
+        what += "; pk.attach has adapted it, and runs by these operators already: leave fuse out"
     raise ValueError(
         f"model: want a model with LoRA layers of PEFT's, got a {type(model).__name__} with {what}"
     )

@@ -36,7 +36,7 @@ def check_holders(model: nn.Module) -> None:
             f"attach: {len(loose)} parameters of the {type(holders[-1]).__name__} that holds this "
             f"{type(model).__name__} stay trainable, {loose[0]} first; freeze them "
             "(requires_grad_(False) on the whole model before attach) unless that is meant",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

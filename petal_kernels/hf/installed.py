@@ -14,6 +14,7 @@ from torch import nn
 from petal_kernels.hf import tensors
 from petal_kernels.hf.config import AdapterConfig
 from petal_kernels.hf.found import Place
+from petal_kernels.hf.frozen import Watch
 from petal_kernels.hf.merging import HANDLE, NAME, leave_merged_out, need_all, need_no_merged
 from petal_kernels.hf.method import Method
 from petal_kernels.hf.parts import (
@@ -26,8 +27,8 @@ from petal_kernels.hf.parts import (
     PatchedForward,
     Readable,
     adapted_class,
-    holds,
     own_class,
+    within,
 )
 from petal_kernels.hf.unloading import GuardedSave, guard_saves
 from petal_kernels.hf.walk import is_a, joined, parent_of, uses_of
@@ -63,6 +64,7 @@ class Installed:
         self.method.install(self)
         self._uses = {}
         self._bind_copies()
+        self._watch()
         self._guard_embeddings()
         self.adapter._register_state_dict_hook(leave_merged_out)
         for hook in (need_no_merged, need_all):
@@ -102,7 +104,7 @@ class Installed:
         if isinstance(place.module, FrozenLinear):
             raise ValueError(
                 f"model: want linears without an adapter, got one at {place.path}; detach that "
-                "first"
+                "first (pk.attachment(model) of the model that has it is its handle)"
             )
         if any(map(tensors.is_sharded, place.module._parameters.values())):
             raise ValueError(
@@ -165,9 +167,16 @@ class Installed:
                 module = self.model.get_submodule(path)
                 # Whether or not checkpointing is on yet.
                 layered = is_a(module, "GradientCheckpointingLayer")
-                if layered and not holds(module.__dict__.get("_petal"), LayerPart):
+                if layered and within(module.__dict__.get("_petal"), LayerPart) is None:
                     self.take(module, LayerPart(self.method, -1, -1))
                 path = path.rpartition(".")[0]
+
+    def _watch(self) -> None:
+        """Lets the first layer look whether somebody froze the adapter."""
+        parts = (within(module.__dict__["_petal"], LayerPart) for module, _, _ in self.taken)
+        first = next((part for part in parts if part is not None), None)
+        if first is not None:
+            first.watch = Watch(self.method)
 
     def _guard_embeddings(self) -> None:
         """Lets checkpointed models compile: see `FrozenVectors`."""

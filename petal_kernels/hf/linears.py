@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from petal_kernels.hf.lora_config import LoraConfig
+from petal_kernels._runtime.keywords import closest
+from petal_kernels.hf.lora_config import PARTS, LoraConfig
 from petal_kernels.hf.whole import extra_modules
 from petal_kernels.nn.routed_lora import linear_features
 
@@ -170,6 +171,18 @@ def is_named(path: str, names: Sequence[str] | str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
+def above(path: str) -> list[str]:
+    """The paths of the modules around one, from the outermost."""
+    names = path.split(".")
+    return [".".join(names[:count]) for count in range(1, len(names))]
+
+
+def ends_like(name: str, found: Sequence[Seen]) -> list[str]:
+    """The ends of the paths that have as many names as `name` has."""
+    count = name.count(".") + 1
+    return list(dict.fromkeys(".".join(seen.path.split(".")[-count:]) for seen in found))
+
+
 def in_layers(path: str, config: LoraConfig) -> bool:
     """Whether `layers_to_transform` has the path's layer. As in PEFT the number stands behind a
     name, `layers_pattern` or any, that has something before it."""
@@ -201,6 +214,7 @@ class Chosen:
         """`table`: the paths that are meant where `target_modules` is None."""
         self.model, self.config = model, config
         self.notes: list[str] = []
+        self.outside: list[str] = []  # what `parts` leaves out, in words
         self.every = list(walk(model))
         whole = extra_modules(model, config.modules_to_save, ()).values()
         saved = {id(child) for module in whole for child in module.modules()}
@@ -232,6 +246,7 @@ class Chosen:
             self.notes.append(
                 f"left as they are: {len(read)} linears, {read[0]} first: {read[0].read_by}"
             )
+        self._note_outside(found)
         return self._parts(found)
 
     def _linears(self) -> Iterator[Seen]:
@@ -256,13 +271,39 @@ class Chosen:
         missing = [group for group, hit in zip(groups, hits, strict=True) if not hit]
         if missing:
             names = missing[0] if isinstance(wanted, str) else [g[0] for g in missing]
-            some = [seen.path for seen in self._linears()][:2]
             raise ValueError(
-                f"target_modules: {names} match nothing; want names of linears, or ends of their "
-                f"paths, such as {some}"
+                f"target_modules: {names} match nothing; want names of linears{self._meant(names)}"
             )
         chosen = {id(s): s for hit in hits for s in self._adaptable(hit)}
         return [seen for seen in self.every if id(seen) in chosen]
+
+    def _meant(self, names: list[str] | str) -> str:
+        """What names that match nothing may mean: linears in `parts` first."""
+        every = [seen for seen in self._linears() if not seen.why_not]
+        inside = self._parts(every)
+        some = [seen.path for seen in inside or every][:2]
+        where = "" if len(inside) == len(every) else f" in parts={self.config.parts}"
+        said = f"{where}, or ends of their paths, such as {some}"
+        if isinstance(names, str):
+            meant = [name.strip() for name in names.split(",")]
+            if all(any(is_named(seen.path, [name]) for seen in every) for name in meant):
+                said += f"; a string is one expression for whole paths: want a list, {meant}"
+            return said
+        for name in names:
+            near = closest(name, ends_like(name, inside))
+            if near:
+                said += f"; did you mean {near!r}?"
+                continue
+            near = closest(name, ends_like(name, every))
+            if near:
+                other = next(seen for seen in every if is_named(seen.path, [near]))
+                said += f"; {near!r} is in {self._with(other.part)}"
+        return said
+
+    def _with(self, part: str) -> str:
+        """A part that is left out, and the option that has it."""
+        wanted = tuple(each for each in PARTS if each in (*self.config.parts, part))
+        return f"the part {part!r}: want it in parts, as in parts={wanted}"
 
     def _adaptable(self, hit: list[Seen]) -> list[Seen]:
         """Of what one name matches, what is adapted; ValueError where it is nothing."""
@@ -275,8 +316,8 @@ class Chosen:
         found = self._parts(linears)
         if not found:
             raise ValueError(
-                f"target_modules: {linears[0]} is in the part {linears[0].part!r}; want it in "
-                f"parts, got {self.config.parts}"
+                f"target_modules: {linears[0]} is in {self._with(linears[0].part)}, got "
+                f"{self.config.parts}"
             )
         beside = [s for s in linears if s not in found]
         others = [s for s in hit if s.why_not and (s.saved or s.module._parameters)]
@@ -294,6 +335,7 @@ class Chosen:
         kept = [seen for seen in found if not (without and is_named(seen.path, without))]
         if without and len(kept) == len(found):
             self.notes.append(f"exclude_modules={without!r} leaves out nothing")
+        self._note_patterns(found)
         kept = [seen for seen in kept if in_layers(seen.path, config)]
         if not kept:
             left = f"none is left of {len(found)}" if found else f"got none in {self._what()}"
@@ -304,8 +346,33 @@ class Chosen:
             )
         return kept
 
+    def _note_patterns(self, found: list[Seen]) -> None:
+        """Patterns that no linear's path ends with: what they ask for is nowhere."""
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self.config, name):
+                if not any(of_pattern({pattern: True}, seen.path, False) for seen in found):
+                    self.notes.append(f"{name}: {pattern!r} matches no linear that is adapted")
+
     def _what(self) -> str:
         return f"the {len(self.every)} modules of a {type(self.model).__name__}"
+
+    def _note_outside(self, found: list[Seen]) -> None:
+        """A line for each module all of whose linears are in parts that are left out."""
+        shared = {path for seen in self._parts(found) for path in above(seen.path)}
+        layers = {seen.path for seen in self.every if isinstance(seen.parent, nn.ModuleList)}
+        left: dict[str, list[str]] = {}
+        for seen in found:
+            if seen.part not in self.config.parts:
+                paths = [*above(seen.path), seen.path]
+                root = next(path for path in paths if path not in shared)
+                left.setdefault(root, []).append(seen.path)
+        for root, paths in left.items():
+            held = [next((p for p in above(path) if p in layers), "") for path in paths]
+            count = len(set(filter(None, held)))
+            where = f" in {count} layer{'s'[: count - 1]}" if count else ""
+            self.outside.append(
+                f"{root}: left out by parts={self.config.parts}, {len(paths)} linears{where}"
+            )
 
     def _note_tied(self) -> None:
         tied = embeddings_of(self.model)

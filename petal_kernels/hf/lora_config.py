@@ -22,6 +22,11 @@ PARTS = ("language", "projector", "vision")
 BIASES = ("none", "all", "lora_only")
 NORMS = ("module", "fused", "folded")
 ALL_LINEAR = "all-linear"
+# Of PEFT's config, what says where it comes from, or what is read from the base's class here.
+SAYS_NOTHING = (
+    *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("peft_version", "fan_in_fan_out", "runtime_config"),
+)
 
 
 @dataclass
@@ -59,6 +64,10 @@ class LoraConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "lora"
+    elsewhere: ClassVar[dict[str, str]] = dict.fromkeys(
+        (*SAYS_NOTHING, "inference_mode"),
+        "a field of peft.LoraConfig that says nothing here: leave it out",
+    )
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0

@@ -8,7 +8,7 @@ name, the module its place, its children and its hooks; `detach` assigns the own
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from petal_kernels.hf.context import (
 
 if TYPE_CHECKING:
     from petal_kernels.hf.found import Layer, Site
+    from petal_kernels.hf.frozen import Watch
     from petal_kernels.hf.method import Hand, Method
 
 Run = Callable[..., Any]
@@ -63,11 +64,15 @@ class Both(Part):
         return self.outer.forward(module, inner, args, kwargs)
 
 
-def holds(part: Part | None, kind: type[Part]) -> bool:
-    """Whether a part, or one of those that it joins, is of that kind."""
+PartT = TypeVar("PartT", bound=Part)
+
+
+def within(part: Part | None, kind: type[PartT]) -> PartT | None:
+    """A part, or one of those that it joins, of that kind."""
     if isinstance(part, Both):
-        return holds(part.outer, kind) or holds(part.inner, kind)
-    return isinstance(part, kind)
+        found = within(part.outer, kind)
+        return within(part.inner, kind) if found is None else found
+    return part if isinstance(part, kind) else None
 
 
 class Adapted:
@@ -176,12 +181,16 @@ class LayerPart(Part):
     one: a compiled graph or a plain forward sees an ordinary layer.
     """
 
+    watch: Watch | None = None  # of one layer for all
+
     def __init__(
         self, method: Method, index: int, stack: int, frame: type[Frame] | None = None
     ) -> None:
         self.method, self.index, self.stack, self.frame = method, index, stack, frame
 
     def call(self, module: nn.Module, run: Run, args: Any, kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and self.watch is not None:
+            self.watch.look(module)
         plain = self.frame is None
         if plain and (torch.compiler.is_compiling() or not _is_checkpointed(module)):
             return run(*args, **kwargs)

@@ -12,18 +12,13 @@ from typing import Any
 from torch import nn
 
 from petal_kernels.hf.linears import is_named
-from petal_kernels.hf.lora_config import PARTS, LoraConfig
+from petal_kernels.hf.lora_config import PARTS, SAYS_NOTHING, LoraConfig
 
 # What means the same here.
 _SAME = (
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save"),
     *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora"),
     *("use_dora", "bias", "init_lora_weights", "trainable_token_indices"),
-)
-# What says where a config comes from, or what is read from the base's class here.
-_SAYS_NOTHING = (
-    *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
-    *("peft_version", "fan_in_fan_out", "runtime_config"),
 )
 # What is neither set nor empty in an adapter_config.json.
 _OFF = {"qalora_group_size": 16, "megatron_core": "megatron.core"}
@@ -102,7 +97,7 @@ def to_json(
 def _taken(values: Mapping[str, Any], defaults: Mapping[str, Any], model: nn.Module) -> LoraConfig:
     for name, default in defaults.items():
         value = values.get(name)
-        if name not in (*_SAME, *_SAYS_NOTHING) and value != default:
+        if name not in (*_SAME, *SAYS_NOTHING) and value != default:
             raise ValueError(
                 f"{name}: want {default!r}, all that attach supports of it in a config of PEFT, "
                 f"got {value!r}"

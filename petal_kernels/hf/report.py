@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from petal_kernels._runtime.backends import Explanation
-from petal_kernels._runtime.columns import columns
+from petal_kernels._runtime.columns import columns, rounded
 from petal_kernels._runtime.dry_run import dry_run
 from petal_kernels.hf.context import given
 from petal_kernels.hf.merging import ALL
@@ -82,7 +82,7 @@ class Report:
         lines += self.notes
         lines.append(
             f"{self.implementation}: {self.trainable:,} trainable parameters ({self.stored:,} "
-            f"stored), {self.percent:.3f} % of the model's {self.base_parameters:,}"
+            f"stored), {rounded(self.percent, 3)} % of the model's {self.base_parameters:,}"
         )
         return "\n".join(lines)
 
@@ -161,7 +161,8 @@ def make_report(
     declined = {path: why for path, w in wrappers.items() if (why := method.why_called(w.base))}
     counts = (parameters, trainable, stored)
     grouped = method.groups_rows
-    return Report(rows, implementation, *counts, declined, tokens, method.found.notes, grouped)
+    notes = [*method.found.notes, *method.found.outside]
+    return Report(rows, implementation, *counts, declined, tokens, notes, grouped)
 
 
 def check_tokens(tokens: Any) -> None:

@@ -24,6 +24,7 @@ from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
+from petal_kernels._runtime.keywords import check
 from petal_kernels.hf import config as own
 from petal_kernels.hf.adapter_config import AdapterConfig
 from petal_kernels.hf.attach import attach
@@ -38,6 +39,10 @@ class _Face(peft.PeftConfig):
     """What the configs share; their fields are those of the config that each stands for."""
 
     own: ClassVar[type[AdapterConfig]]
+
+    def __new__(cls, *_: Any, **values: Any) -> _Face:
+        check(cls.__init__, values, f"{cls.__name__}: got an unknown field")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
+from petal_kernels._runtime.keywords import closest
 from petal_kernels.hf.config import AdapterConfig
 
 
@@ -82,9 +83,12 @@ def select_named(
         kept = [site for site in sites if any(_is_named(site, name) for name in wanted)]
         missing = [name for name in wanted if not any(_is_named(site, name) for site in sites)]
         if missing:
+            ends = {site.path.rpartition(".")[2] for site in sites}
+            near = [closest(name, [*known, *sorted(ends)]) for name in missing]
+            meant = "".join(f"; did you mean {name!r}?" for name in filter(None, near))
             raise ValueError(
                 f"target_modules: {missing} match nothing; want names among the roles {known} or "
-                f"ends of module paths such as {[site.path for site in sites[:2]]}"
+                f"ends of module paths such as {[site.path for site in sites[:2]]}{meant}"
             )
     if not kept:
         raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petal_kernels._runtime.keywords import closest
 from petal_kernels.hf.context import now
 from petal_kernels.hf.names import canonical, prefixes_of
 from petal_kernels.hf.parts import Part, Run
@@ -190,7 +191,12 @@ def extra_modules(
         }
         matches = matches or _elsewhere(model, name)
         if not matches:
-            raise ValueError(f"modules_to_save: want names of modules of the model, got {name!r}")
+            ends = {path.rpartition(".")[2] for path, _ in model.named_modules()} - {""}
+            near = closest(name, sorted(ends))
+            meant = f"; did you mean {near!r}?" if near else ""
+            raise ValueError(
+                f"modules_to_save: want names of modules of the model, got {name!r}{meant}"
+            )
         extra.update(matches)
     taken = {id(module) for module in adapted}
     for path, module in extra.items():

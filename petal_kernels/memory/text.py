@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
-from petal_kernels._runtime.columns import columns
+from petal_kernels._runtime.columns import columns, rounded
 from petal_kernels.memory.advice import advise
 from petal_kernels.memory.reasons import display_name
 from petal_kernels.memory.records import MODEL, Saved, mib
@@ -33,7 +33,7 @@ def cells(row: Row, whole: bool = False) -> list[str]:
         place = "..." + place[3 - _WIDEST :]
     return [
         mib(row.bytes),
-        f"{100 * row.share:.1f}",
+        rounded(100 * row.share, 1),
         str(row.count) + (f" (+{row.also})" if row.also else ""),
         row.role,
         place,

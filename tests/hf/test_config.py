@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import pickle
 import re
 from typing import Any
 
@@ -205,3 +208,81 @@ def test_gates_of_placed_modules() -> None:
     assert gates == {"adapter": "large", "compacter": "none", "lora": "none"}
     config = pk.VLPetConfig(module="lora", alpha=4.0, dropout=0.1)
     assert pk.VLPetConfig.from_dict(config.to_dict()) == config
+
+
+OURS = [getattr(pk, name) for name in pk.__all__ if name.endswith("Config")]
+
+
+@pytest.mark.parametrize("peft", [False, True])
+@pytest.mark.parametrize("config", OURS, ids=lambda config: config.__name__)
+def test_a_field_that_a_config_has_not_is_refused_by_name(config: Any, peft: bool) -> None:
+    """Kind: Python's bare TypeError of a config, which knows what was meant. Every field, misspelt;
+    of PEFT's configs of the same name too."""
+    if peft:
+        pytest.importorskip("peft")
+        config = getattr(pk.peft, config.__name__, None)
+        if config is None:  # LoRA is PEFT's own
+            return
+    fields = [field.name for field in dataclasses.fields(config) if len(field.name) > 3]
+    assert len(fields) > 5
+    for field in fields:
+        typo = field[:-2] + field[-1] + field[-2]
+        typo = f"{field}s" if typo == field else typo
+        message = f"^{config.__name__}: got an unknown field '{typo}'; did you mean '{field}'"
+        with pytest.raises(TypeError, match=message):
+            config(**{typo: None})
+    with pytest.raises(TypeError, match=r"'rank'; did you mean 'r'\?$"):
+        config(rank=8)
+    with pytest.raises(TypeError, match=r"unknown field 'quux'; want some of .*target_modules"):
+        config(r=4, quux=1)
+    made = config(r=4)
+    assert dataclasses.replace(made, r=5).r == 5
+    assert copy.deepcopy(made) == pickle.loads(pickle.dumps(made)) == made
+
+
+def test_a_field_of_pefts_that_says_nothing_is_told_so() -> None:
+    for name in ("task_type", "inference_mode"):
+        message = f"'{name}', a field of peft.LoraConfig that says nothing here: leave it out"
+        values: dict[str, Any] = {name: None}
+        with pytest.raises(TypeError, match=message):
+            pk.LoraConfig(**values)
+
+
+def test_a_config_with_an_init_of_its_own_takes_what_that_takes() -> None:
+    class Mine(pk.LoraConfig):
+        def __init__(self, rank: int) -> None:
+            super().__init__(r=rank)
+
+    assert Mine(rank=4).r == 4
+    with pytest.raises(TypeError, match="Mine: got an unknown field 'rnk'; did you mean 'rank'"):
+        Mine(rnk=4)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("function", [pk.attach, pk.plan, pk.fuse], ids=lambda f: f.__name__)
+def test_an_argument_that_a_function_has_not_is_refused_by_name(function: Any) -> None:
+    """Kind: the same of the calls that take a model, before anything is looked at."""
+    model = torch.nn.Linear(2, 2)
+    name = function.__name__
+    mistyped = {"attach": "implementaton", "plan": "tokns", "fuse": "recompute"}[name]
+    meant = {"attach": "implementation", "plan": "tokens", "fuse": "recompute_mlp"}[name]
+    message = f"^{name}: got an unknown argument '{mistyped}'; did you mean '{meant}'"
+    with pytest.raises(TypeError, match=message):
+        function(model, **{mistyped: 1})
+    if name != "fuse":
+        message = r"'lora_alpha', a field of LoraConfig: want it in the config, LoraConfig\(lora_al"
+        with pytest.raises(TypeError, match=message):
+            function(model, pk.LoraConfig(), lora_alpha=8)
+
+
+def test_a_class_is_no_config() -> None:
+    """Kind: parentheses that were forgotten."""
+    with pytest.raises(TypeError, match=r"got the class LoraConfig; call it: LoraConfig\(\.\.\.\)"):
+        pk.attach(torch.nn.Linear(2, 2), pk.LoraConfig)
+
+
+def test_a_warning_of_attach_is_of_the_line_that_called_it() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    config = pk.LoraConfig(r=2, target_modules=["0"], exclude_modules=["1"])
+    with pytest.warns(UserWarning, match="leaves out nothing") as caught:
+        pk.attach(model, config)
+    assert caught[0].filename == __file__

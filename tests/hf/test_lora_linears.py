@@ -177,7 +177,7 @@ def test_what_torch_reads_without_a_call_is_not_adapted() -> None:
         (
             {"target_modules": ["linear_1"]},
             "target_modules: model.multi_modal_projector.linear_1, a Linear is in the part "
-            "'projector'; want it in parts, got ('language',)",
+            "'projector': want it in parts, as in parts=('language', 'projector'), got ('langu",
         ),
     ],
     ids=str,

@@ -3,6 +3,7 @@ and what came, before anything runs."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ def public() -> Iterator[Any]:
     modules_ = [getattr(pk.nn, name) for name in pk.nn.__all__]
     for value in [*(getattr(pk, name) for name in pk.__all__), *modules_]:
         if callable(value) and value is not Attachment:
-            yield value
+            yield inspect.unwrap(value)
     for value in (getattr(pk.memory, name) for name in pk.memory.__all__):
         if value not in RESULTS:
             yield value

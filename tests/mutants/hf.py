@@ -182,7 +182,7 @@ MUTANTS = [
     (_HOLDERS, "(*model.modules(), *holders)", "model.modules()"),
     (_HOLDERS, "    if loose:\n", "    if False:\n"),
     (_ATTACH, '        if made.__dict__.get("_attached"):\n            made.detach()\n', ""),
-    (_ATTACH, "    for note in made.method.found.notes:", "    for note in []:"),
+    (_ATTACH, "(*made.method.found.notes, frozen)", "(frozen,)"),
     (_WHOLE, "            if id(parameter) in self._known:", "            if False:"),
     (
         _WHOLE,

@@ -3,6 +3,7 @@ quantised weights, pictures, the search, the order of changes."""
 
 TESTS = [
     "tests/tools/test_memory_budget.py",
+    "tests/tools/test_memory_planner.py",
     "tests/tools/test_memory_fit.py",
     "tests/tools/test_memory_config.py",
     "-m",
@@ -14,6 +15,7 @@ _FAKE = "petal_kernels/memory/fake.py"
 _BUDGET = "petal_kernels/tools/memory/budget.py"
 _CONFIGS = "petal_kernels/tools/memory/configs.py"
 _FIT = "petal_kernels/tools/memory/fit.py"
+_PLANNER = "petal_kernels/tools/memory/planner.py"
 _PICTURES = "petal_kernels/tools/memory/pictures.py"
 _QUANTISED = "petal_kernels/tools/memory/quantised.py"
 _TOWERS = "petal_kernels/tools/memory/towers.py"
@@ -36,5 +38,14 @@ MUTANTS = [
     (_FIT, "return low\n", "return high\n"),
     (_FIT, "for name in self.fields)", "for name in ())"),
     (_FIT, "next((t for t in tried if t.fits), None)\n        if", "tried[-1]\n        if"),
+    (_FIT, "guess = left * batch // grows if grows > 0 else 2 * batch", "guess = 2 * batch"),
+    (_FIT, "guess = left * batch // grows if grows > 0 else batch // 2", "guess = batch // 2"),
+    (_FIT, "        self.tell(said if fits else", "        print(said if fits else"),
+    (_FIT, "        fits = self.fits(whole)\n", "        fits = self.changes(options) and False\n"),
+    (_FIT, "            found = several if several.fits else found\n", ""),
+    (_FIT, "low, high, found = 1, len(asked), last", "low, high, found = 0, 0, last"),
+    (_FIT, 'option="--frozen-norms folded"', 'option="--frozen-norms fused"'),
+    (_FIT, "how = tuple((c.option, c.code) for c in several)", "how = ()"),
+    (_PLANNER, "self._kept.items()][:1])", "self._kept.items()][-1:])"),
     (_TOWERS, "if inside(r.module, seen.path)", ""),
 ]

@@ -56,7 +56,7 @@ MUTANTS = [
     (_LAYER, "lora_dropout=self.dropout", "lora_dropout=0.0"),
     (_LAYER, "kept / (x.numel() * x.itemsize)", "kept / x.numel()"),
     (_LAYER, "sizes.rank, sizes.dropout, dtype", "8, sizes.dropout, dtype"),
-    (_LAYER, "{k.times_x:.2f}", "{k.times_x:.1f}"),
+    (_LAYER, "rounded(k.times_x, 2)", "rounded(k.times_x, 1)"),
     (_LAYER, "{frozen.times_x:.2f}", "{adapted[0].times_x:.2f}"),
     (_MODELS, "intermediate_size=11008", "intermediate_size=11000"),
     (_APP, "if args.targets is None else (args.targets,)", ""),

@@ -211,7 +211,8 @@ def test_the_report_is_a_table_a_sentence_and_the_changes() -> None:
     said = ["a title", "a picture", "GiB at the peak", "12.00", "not one sample does",
             "petal: not here: no Q-Former", "The frozen tower eye has 3072.0 MiB of weights",
             "lora: Batch 4 does not fit x (9.5 GiB): 2560.0 MiB too much",
-            "The cheapest way: gradient checkpointing (9216.0 MiB).",
+            "The cheapest way: gradient checkpointing (9216.0 MiB): "
+            "model.gradient_checkpointing_enable().", "How to make them", "--frozen-norms fused",
             "Changes by their cost in time", "+ 50 % of its products"]  # fmt: skip
     assert [text for text in said if text not in shown] == []
     lines = shown.splitlines()
@@ -220,10 +221,13 @@ def test_the_report_is_a_table_a_sentence_and_the_changes() -> None:
     data = fit_text.document(columns, ADAMW, "c", {})
     assert json.loads(json.dumps(data)) == json.loads(json.dumps(data, default=str))
     assert data["methods"][0]["answer"]["need"] == 9 * GIB
+    assert data["methods"][0]["answer"]["how"] == [
+        {"option": "--checkpointing", "code": "model.gradient_checkpointing_enable()"}
+    ]
     assert data["methods"][1]["why_not"] == "no Q-Former"
     pytest.importorskip("matplotlib")
     page = fit_text.page_of(columns, ADAMW, "the command", {"torch": "x"})
-    assert [t for t in (*said[3:7], *said[9:], "the command") if t not in page] == []
+    assert [t for t in (*said[3:7], *said[10:], "the command") if t not in page] == []
 
 
 def verdict_of(need: float, size: float, answer: fit.Tried | None = None) -> str:

@@ -112,7 +112,8 @@ class Lora(Method):
         self._biased = self._biases(model, {seen.path for seen in chosen.linears})
         self._tables = self._find_tables(model, chosen)
         kind = getattr(getattr(root, "config", None), "model_type", None)
-        return Found(str(kind or type(root).__name__), path, root, [site], chosen.notes)
+        model_type = str(kind or type(root).__name__)
+        return Found(model_type, path, root, [site], chosen.notes, chosen.outside)
 
     def _find_tables(self, model: nn.Module, chosen: Chosen) -> Tables | None:
         if self.config.trainable_token_indices is None:

@@ -7,13 +7,14 @@ import sys
 import time
 
 from petal_kernels._runtime.columns import columns as aligned
+from petal_kernels._runtime.columns import rounded
 from petal_kernels.tools.bench.results import Report, Row, Table
 from petal_kernels.tools.bench.scenarios import IN_WORDS
 from petal_kernels.tools.colours import BOLD, FAINT, RED, painted
 
 
 def _mega(value: int | None) -> str:
-    return "" if value is None else f"{value / 1e6:.2f}"
+    return "" if value is None else rounded(value / 1e6, 2)
 
 
 def speedup(row: Row) -> str:
@@ -27,15 +28,15 @@ def columns(table: Table) -> list[tuple[str, list[str]]]:
     rows = list(table.rows.values())
     found = [
         ("provider", list(table.rows)),
-        ("ms", [f"{r.timing.median:.3f}" for r in rows]),
-        ("p20", [f"{r.timing.p20:.3f}" for r in rows]),
-        ("p80", [f"{r.timing.p80:.3f}" for r in rows]),
-        ("wall ms", ["" if r.wall is None else f"{r.wall.median:.3f}" for r in rows]),
+        ("ms", [rounded(r.timing.median, 3) for r in rows]),
+        ("p20", [rounded(r.timing.p20, 3) for r in rows]),
+        ("p80", [rounded(r.timing.p80, 3) for r in rows]),
+        ("wall ms", ["" if r.wall is None else rounded(r.wall.median, 3) for r in rows]),
         ("x published", [speedup(r) for r in rows]),
         ("launches", ["" if r.launches is None else str(r.launches) for r in rows]),
         ("saved MB", [_mega(r.saved_bytes) for r in rows]),
         ("peak MB", [_mega(r.peak_bytes) for r in rows]),
-        ("% of roof", ["" if r.roof is None else f"{100 * r.roof:.0f}" for r in rows]),
+        ("% of roof", ["" if r.roof is None else rounded(100 * r.roof, 0) for r in rows]),
         ("error ratio", ["" if r.errors is None else str(r.errors) for r in rows]),
     ]
     return [(name, cells) for name, cells in found if any(cells)]
@@ -45,7 +46,8 @@ def least(table: Table) -> str:
     """Bytes and flops by formula, in words; empty where there is none."""
     if table.moved is None or table.work is None:
         return ""
-    return f"by formula {table.moved / 1e6:.1f} MB moved, {table.work / 1e9:.2f} GFLOP"
+    moved, work = rounded(table.moved / 1e6, 1), rounded(table.work / 1e9, 2)
+    return f"by formula {moved} MB moved, {work} GFLOP"
 
 
 def notes(table: Table) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from petal_kernels._runtime.columns import rounded
 from petal_kernels.tools import environment, parity
 from petal_kernels.tools.parity import GRADIENT_FACTOR, OUTPUT_FACTOR
 
@@ -58,7 +59,7 @@ class Errors:
         return self.worst > ANOTHER_FUNCTION
 
     def __str__(self) -> str:
-        return f"{self.outputs:.2f} / {self.gradients:.2f}"
+        return f"{rounded(self.outputs, 2)} / {rounded(self.gradients, 2)}"
 
 
 def _like(got: Tensor | None, exact: Tensor, plain: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import InstructBlipForConditionalGeneration
 
 import petal_kernels as pk
 from petal_kernels._runtime.backends import default_backend
+from petal_kernels._runtime.columns import rounded
 from petal_kernels.tools import exits
 from petal_kernels.tools.argument_types import seed
 from petal_kernels.tools.demo import methods_run, report, tasks
@@ -166,8 +167,8 @@ def run(options: Options) -> int:
     (options.out / "layers.txt").write_text(f"{layers}\n")
     names = sorted({row.backend for row in layers.rows} - {""})
     print(
-        f"  PETAL attached: {layers.trainable:,} trainable parameters, {layers.percent:.2f} % of "
-        f"the model's; backend {', '.join(names)}"
+        f"  PETAL attached: {layers.trainable:,} trainable parameters, "
+        f"{rounded(layers.percent, 2)} % of the model's; backend {', '.join(names)}"
     )
     if options.resume:
         checkpoint = checkpoints(options.out)[-1]
@@ -220,7 +221,7 @@ def _show_model(model: nn.Module, train: Cached, held: Cached) -> None:
 def _show_comparison(comparison: Comparison) -> None:
     print(f"  loss curves, {comparison.verdict}")
     ms, saved = comparison.milliseconds, comparison.saved_bytes
-    share = f"{comparison.trainable_percent:.2f} %"
+    share = f"{rounded(comparison.trainable_percent, 2)} %"
     rows = []
     for name, label in (
         ("frozen", "no adapter"),

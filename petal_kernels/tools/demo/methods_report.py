@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from petal_kernels._runtime.columns import rounded
 from petal_kernels.tools.demo import tasks
 from petal_kernels.tools.demo.methods import old_accuracy
 from petal_kernels.tools.demo.report import _FUSED, _GREY, _PUBLISHED
@@ -48,13 +49,13 @@ def _row(figures: dict[str, Any]) -> list[str]:
     before, after = figures["before"], figures["after"]
     return [
         figures["label"],
-        f"{comparison['trainable_percent']:.2f} %",
+        f"{rounded(comparison['trainable_percent'], 2)} %",
         f"{before[question]:.1%}",
         f"{after[question]:.1%}",
         f"{old_accuracy(before):.1%}",
         f"{old_accuracy(after):.1%}",
         *(f"{comparison['milliseconds'][form]:.1f}" for form in _FORMS),
-        *(f"{comparison['saved_bytes'][form] / 1e6:.2f}" for form in _FORMS),
+        *(rounded(comparison["saved_bytes"][form] / 1e6, 2) for form in _FORMS),
         "coincide" if comparison["agrees"] else "DIFFER",
     ]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from petal_kernels._runtime.columns import rounded
 from petal_kernels.tools.demo import methods, methods_report, report, tasks
 from petal_kernels.tools.demo import model as small
 from petal_kernels.tools.demo.compare import compare
@@ -84,8 +85,8 @@ def run_one(method: Method, train: Cached, held: Cached, options: MethodOptions)
     heading(f"{method.label} on a small {method.kind.upper()}")
     backends = ", ".join(sorted({row.backend for row in layers.rows} - {""}))
     print(
-        f"  {layers.trainable:,} trainable parameters, {layers.percent:.2f} % of the backbone's; "
-        f"backend {backends}"
+        f"  {layers.trainable:,} trainable parameters, {rounded(layers.percent, 2)} % of the "
+        f"backbone's; backend {backends}"
     )
     with attachment.disabled():
         before = all_accuracies(trainer.form, held)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from petal_kernels._runtime.columns import rounded
 from petal_kernels.tools import environment
 from petal_kernels.tools.demo import data
 
@@ -50,7 +51,7 @@ def write_curves(path: Path, figures: dict[str, Any]) -> None:
     draw_bars(axes[1][2], comparison["saved_bytes"], "MB kept for backward", 1e-6)
     losses = training["losses"]
     axes[1][0].plot(range(1, len(losses) + 1), losses, color=_FUSED, lw=0.8)
-    title = f"Training the adapter (fused): {percent:.2f} % of the parameters"
+    title = f"Training the adapter (fused): {rounded(percent, 2)} % of the parameters"
     axes[1][0].set(title=title, xlabel="step", ylabel="loss")
     draw_accuracy(axes[1][1], figures)
     if training["expert_usage"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from petal_kernels._runtime.columns import rounded
 from petal_kernels.tools.colours import BOLD, GREEN, RED, YELLOW, painted
 from petal_kernels.tools.doctor.selfcheck import Line
 
@@ -64,7 +65,7 @@ def line(found: Line) -> str:
     if found.status == "refused":
         return f"{head}{found.reason}"
     dtypes = " ".join(_SHORT[d] for d in found.dtypes)
-    text = f"{head}{found.checks:3} checks, worst {found.ratio:.2f}  {dtypes}"
+    text = f"{head}{found.checks:3} checks, worst {rounded(found.ratio, 2)}  {dtypes}"
     for fault in found.faults[:_SHOWN_FAULTS]:
         text += f"\n{'':>31}{fault}"
     if len(found.faults) > _SHOWN_FAULTS:

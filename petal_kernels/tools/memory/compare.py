@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import petal_kernels as pk
 from petal_kernels import memory
-from petal_kernels._runtime.columns import columns
+from petal_kernels._runtime.columns import columns, rounded
 from petal_kernels.memory.records import mib
 from petal_kernels.tools.memory.lora_forms import installed, peft_lora, restated_lora
 
@@ -145,7 +145,7 @@ def title(layer: Layer) -> str:
 
 def table(kept: Sequence[Kept]) -> str:
     """The figures, and how they count."""
-    rows = [[k.label, mib(k.bytes), f"{k.times_x:.2f}x"] for k in kept]
+    rows = [[k.label, mib(k.bytes), f"{rounded(k.times_x, 2)}x"] for k in kept]
     shown = columns(("form", "kept for backward", "of x's bytes"), rows, right=(1, 2))
     said = "Parameters are not counted; x is, once. Dropout keeps its mask as on CUDA, in bytes."
     return f"{shown}\n\n{said}"

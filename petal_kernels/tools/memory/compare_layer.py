@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import petal_kernels as pk
 from petal_kernels import memory
-from petal_kernels._runtime.columns import columns
+from petal_kernels._runtime.columns import columns, rounded
 from petal_kernels.tools.memory import models
 from petal_kernels.tools.memory.compare import Kept
 from petal_kernels.tools.memory.lora_forms import (
@@ -135,7 +135,7 @@ def table(kept: Sequence[Kept]) -> str:
     targets = list(dict.fromkeys(k.targets for k in adapted))
     found: dict[str, dict[str, str]] = {}
     for k in adapted:
-        found.setdefault(k.label, {})[k.targets] = f"{k.times_x:.2f}"
+        found.setdefault(k.label, {})[k.targets] = rounded(k.times_x, 2)
     rows = [[label, *(cells[each] for each in targets)] for label, cells in found.items()]
     shown = columns(("form", *targets), rows, right=tuple(range(1, len(targets) + 1)))
     return (

@@ -7,8 +7,18 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from petal_kernels.memory.optimizer import Settings, settings_of
-from petal_kernels.tools.memory.budget import FSDP, ZERO2, Budget, sharded
+from petal_kernels.memory.optimizer import STATES, Settings, settings_of
+from petal_kernels.memory.records import mib
+from petal_kernels.tools.memory.budget import (
+    CONTEXT,
+    FROZEN,
+    FSDP,
+    GRADIENTS,
+    TRAINED,
+    ZERO2,
+    Budget,
+    sharded,
+)
 from petal_kernels.tools.memory.gpus import Gpu
 from petal_kernels.tools.memory.options import Options
 
@@ -30,6 +40,8 @@ class Change:
     optimizer: str = ""
     methods: tuple[str, ...] = ()
     full_cost: str = ""  # of a model that is trained whole
+    option: str = ""  # of this command
+    code: str = ""  # the line in a user's own
 
     def applies(self, options: Options, optimizer: Settings, heeded: Collection[str]) -> bool:
         """Whether it would change anything."""
@@ -48,33 +60,93 @@ class Change:
 # In the order of their cost in time. With a frozen base a product has a forward and the gradient of
 # its input: a forward that runs again is half as much once more; of a whole model a third.
 CHANGES = (
-    Change("SDPA attention", "none: faster", {"attention": "sdpa"}),
     Change(
-        "fused layers (method lora)", "none: faster", {"method": "lora"}, methods=("peft-lora",)
+        "SDPA attention",
+        "none: faster",
+        {"attention": "sdpa"},
+        option="--attention sdpa",
+        code='from_pretrained(..., attn_implementation="sdpa")',
     ),
-    Change("frozen norms fused", "none: faster", {"frozen_norms": "fused"}, methods=("lora",)),
-    Change("bfloat16 adapters", "none; they round", {"adapter_dtype": "bfloat16"}),
-    Change("AdamW in 8 bits", "none to speak of; states round", optimizer="adamw8bit"),
-    Change("norms folded", "each norm once more", {"frozen_norms": "folded"}, methods=("lora",)),
-    Change("MLPs recomputed", "an MLP's gate and up once more", {"recompute_mlp": True}),
+    Change(
+        "fused layers (method lora)",
+        "none: faster",
+        {"method": "lora"},
+        methods=("peft-lora",),
+        option="--method lora",
+        code="pk.attach(model, pk.LoraConfig(...)), or pk.fuse(peft_model)",
+    ),
+    Change(
+        "frozen norms fused",
+        "none: faster",
+        {"frozen_norms": "fused"},
+        methods=("lora",),
+        option="--frozen-norms fused",
+        code='LoraConfig(frozen_norms="fused")',
+    ),
+    Change(
+        "bfloat16 adapters",
+        "none; they round",
+        {"adapter_dtype": "bfloat16"},
+        option="--adapter-dtype bfloat16",
+        code='adapter_dtype="bfloat16" in the config',
+    ),
+    Change(
+        "AdamW in 8 bits",
+        "none to speak of; states round",
+        optimizer="adamw8bit",
+        option="--optimizer adamw8bit",
+        code="bitsandbytes.optim.AdamW8bit(parameters)",
+    ),
+    Change(
+        "norms folded",
+        "each norm once more",
+        {"frozen_norms": "folded"},
+        methods=("lora",),
+        option="--frozen-norms folded",
+        code='LoraConfig(frozen_norms="folded")',
+    ),
+    Change(
+        "MLPs recomputed",
+        "an MLP's gate and up once more",
+        {"recompute_mlp": True},
+        option="--recompute-mlp",
+        code="LoraConfig(recompute_mlp=True)",
+    ),
     Change(
         "gradient checkpointing",
         "each layer's forward once more: + 50 % of its products",
         {"checkpointing": True},
         full_cost="each layer's forward once more: + 33 % of its products",
+        option="--checkpointing",
+        code="model.gradient_checkpointing_enable()",
     ),
-    Change("base in nf4", "each weight decoded twice a step; it rounds", {"base": "nf4"}),
+    Change(
+        "base in nf4",
+        "each weight decoded twice a step; it rounds",
+        {"base": "nf4"},
+        option="--base nf4",
+        code='BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")',
+    ),
 )
+# What does not grow with the batch.
+_FIXED = (FROZEN, TRAINED, GRADIENTS, STATES, CONTEXT)
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A change, or several, and the need with them; `options` and `optimizer` make it again."""
+    """A change, or several, the need with them, and how each is made: the option of this command,
+    and the line of code."""
 
     label: str
     cost: str
     budget: Budget
     fits: bool
+    how: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def code(self) -> str:
+        """The lines of code."""
+        return "; ".join(code for _, code in self.how)
 
 
 @dataclass(frozen=True)
@@ -108,6 +180,7 @@ class Planner:
 
     need   the need of a step with these options and this optimizer
     say    shown while a run takes its seconds
+    tell   what was found, as it is found: the verdict first, then each change
     """
 
     need: Need
@@ -115,6 +188,7 @@ class Planner:
     optimizer: Settings
     heeded: Collection[str]
     say: Callable[[str], None] = lambda _: None
+    tell: Callable[[str], None] = lambda _: None
     _known: dict[tuple[Options, Settings], Budget] = field(default_factory=dict)
 
     def budget(self, options: Options, optimizer: Settings | None = None) -> Budget:
@@ -135,10 +209,12 @@ class Planner:
     def verdict(self, options: Options) -> Verdict:
         """All of it. Where the step fits no change is tried."""
         whole = self.budget(options)
+        fits = self.fits(whole)
+        left = mib(abs(self.gpu.total - whole.need))
+        said = f"fits {self.gpu}, {left} to spare" if fits else f"does not fit {self.gpu}"
+        self.tell(said if fits else f"{said}: {left} too much")
+        tried, answer = ([], None) if fits else self.changes(options)
         largest = self.largest_batch(options) if "batch" in self.heeded else None
-        if self.fits(whole):
-            return Verdict(self.gpu, whole, largest, [], None)
-        tried, answer = self.changes(options)
         return Verdict(self.gpu, whole, largest, tried, answer)
 
     def largest_batch(self, options: Options) -> int:
@@ -148,20 +224,30 @@ class Planner:
         guess = options.batch
         known: dict[int, int] = {}
         while high != low + 1 and low < MOST_SAMPLES:
-            known[guess] = self.budget(dataclasses.replace(options, batch=guess)).need
+            found = self.budget(dataclasses.replace(options, batch=guess))
+            known[guess] = found.need
             fits = known[guess] <= self.gpu.total
             self.say(f"batch {guess}: {known[guess] / 2**30:.1f} GiB, {'fits' if fits else 'no'}")
             low, high = (guess, high) if fits else (low, guess)
-            guess = self._guess(known, low, high)
+            guess = self._guess(known, low, high) if len(known) > 1 else self._second(found, guess)
         return low
+
+    def _second(self, whole: Budget, batch: int) -> int:
+        """The batch to ask after the first, on the right side of it: what does not grow with the
+        batch is known by its name."""
+        grows = whole.need - sum(whole.parts.get(name, 0) for name in _FIXED)
+        left = self.gpu.total - (whole.need - grows)
+        if self.fits(whole):
+            guess = left * batch // grows if grows > 0 else 2 * batch
+            return min(max(guess, batch + 1), MOST_SAMPLES)
+        guess = left * batch // grows if grows > 0 else batch // 2
+        return min(max(guess, 1), batch - 1)
 
     def _guess(self, known: dict[int, int], low: int, high: int) -> int:
         """The next batch to ask, strictly between `low` and `high` where both are known."""
         if len(known) > _STRAIGHT and high:
             return (low + high) // 2
         at = sorted(known)[-2:]
-        if len(at) == 1:
-            return max(1, at[0] // 2) if not low else 2 * at[0]
         slope = max(1.0, (known[at[1]] - known[at[0]]) / (at[1] - at[0]))
         guess = at[0] + int((self.gpu.total - known[at[0]]) / slope)
         if low and not high:
@@ -183,12 +269,29 @@ class Planner:
         if not asked:
             return tried, None
         last = self._try(asked, options)  # where all together are too few, no part is enough
-        for end in range(2, len(asked) + 1 if last.fits else 0):
-            several = self._try(asked[:end], options)
-            if several.fits:
-                return tried, several
+        if last.fits:
+            return tried, self._fewest(asked, options, tried, last)
         engines = self._engines(last.budget, f"{last.label}, ")
         return tried, next((t for t in engines if t.fits), None)
+
+    def _fewest(
+        self, asked: list[Change], options: Options, alone: list[Tried], last: Tried
+    ) -> Tried:
+        """The fewest of the first changes that fit together: the first guess is where what each
+        saves alone adds up, then one on this side or that of it. A change is taken to save."""
+        much, wanted = self.budget(options).need - self.gpu.total, len(asked)
+        for count, each in enumerate(alone[: len(asked)], 1):
+            much -= self.budget(options).need - each.budget.need
+            if much <= 0:
+                wanted = count
+                break
+        low, high, found = 1, len(asked), last  # too few, enough
+        while high > low + 1:
+            count = min(max(wanted, low + 1), high - 1)
+            several = self._try(asked[:count], options)
+            low, high = (low, count) if several.fits else (count, high)
+            found = several if several.fits else found
+        return found
 
     def _try(self, several: list[Change], options: Options) -> Tried:
         changed, optimizer = options, self.optimizer
@@ -200,7 +303,11 @@ class Planner:
         self.say(f"with {label} ...")
         found = self.budget(changed, optimizer)
         cost = "; ".join(dict.fromkeys(c.cost_of(options) for c in several))
-        return Tried(label, cost, found, self.fits(found))
+        how = tuple((c.option, c.code) for c in several)
+        tried = Tried(label, cost, found, self.fits(found), how)
+        fits = "fits" if tried.fits else "does not fit"
+        self.tell(f"with {label}: {mib(found.need)}, {fits}; {tried.code}")
+        return tried
 
     def _engines(self, whole: Budget, before: str) -> list[Tried]:
         """The fewest GPUs on which each engine makes it fit, or the most that are asked."""

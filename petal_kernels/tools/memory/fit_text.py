@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from petal_kernels._runtime.columns import columns as table
+from petal_kernels._runtime.columns import rounded
 from petal_kernels.memory.optimizer import Settings
 from petal_kernels.memory.records import mib
 from petal_kernels.tools import charts, page
@@ -20,7 +21,7 @@ SCHEMA = 1
 
 
 def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f}"
+    return rounded(size / 2**30, 2)
 
 
 def _there(found: Sequence[Column]) -> list[Column]:
@@ -60,7 +61,8 @@ def verdict(found: Verdict, batch: int | None) -> str:
     if found.answer is None:
         return f"{text} None of the changes is enough."
     need = mib(found.answer.budget.need)
-    return f"{text} The cheapest way: {found.answer.label} ({need})."
+    how = f": {found.answer.code}" if found.answer.code else ""
+    return f"{text} The cheapest way: {found.answer.label} ({need}){how}."
 
 
 def _changes(found: Verdict) -> list[list[str]]:
@@ -74,6 +76,14 @@ def _changes(found: Verdict) -> list[list[str]]:
     return [row(tried) for tried in found.changes]
 
 
+def _how(found: Verdict) -> list[list[str]]:
+    """How each change is made."""
+    answer = [] if found.answer is None or found.answer in found.changes else [found.answer]
+    pairs = dict.fromkeys(pair for tried in (*found.changes, *answer) for pair in tried.how)
+    return [list(pair) for pair in pairs]
+
+
+_HOW = ("of this command", "in your code")
 _CHANGES = ("change", "GiB", "", "fits", "cost in time")
 
 
@@ -109,6 +119,8 @@ def report(found: Sequence[Column], optimizer: Settings) -> str:
             name = f" ({column.method})" if len(there) > 1 else ""
             lines += ["", f"Changes by their cost in time{name}"]
             lines += [table(_CHANGES, _changes(column.verdict), right=(1, 2))]
+            how = _how(column.verdict)
+            lines += ["", f"How to make them{name}", table(_HOW, how, right=())] if how else []
     return "\n".join(lines)
 
 
@@ -156,6 +168,7 @@ def _change(tried: Tried) -> dict[str, Any]:
         "need": tried.budget.need,
         "fits": tried.fits,
         "parts": tried.budget.parts,
+        "how": [{"option": option, "code": code} for option, code in tried.how],
     }
 
 
@@ -184,8 +197,10 @@ def page_of(
     ]
     for column in there:
         if column.verdict is not None and column.verdict.changes:
-            changes = page.table(_CHANGES, _changes(column.verdict))
+            tables = [page.table(_CHANGES, _changes(column.verdict))]
+            how = _how(column.verdict)
+            tables += [page.table(_HOW, how)] if how else []
             sections.append(
-                page.section(f"Changes by their cost in time: {column.method}", changes)
+                page.section(f"Changes by their cost in time: {column.method}", *tables)
             )
     return page.document(title, sections, environment=where)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from petal_kernels import memory
+from petal_kernels._runtime.columns import rounded
 from petal_kernels.memory.advice import advise
 from petal_kernels.memory.optimizer import Settings
 from petal_kernels.memory.records import MODEL, mib
@@ -58,7 +59,7 @@ def comparison(title: str, kept: Sequence[Kept], command: str, environment: Any)
     largest = {k.name: {"kept": k.bytes / 2**20} for k in kept}
     table = page.table(
         ("form", "kept", "times x"),
-        [(k.name, mib(k.bytes), f"{k.times_x:.2f}x") for k in kept],
+        [(k.name, mib(k.bytes), f"{rounded(k.times_x, 2)}x") for k in kept],
     )
     bars = charts.inline(charts.bars(largest, title="Kept for backward", unit="MiB"))
     sections = [page.section(title, bars, table, page.paragraph(f"Reproduce: {command}", "faint"))]

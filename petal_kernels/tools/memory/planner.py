@@ -44,8 +44,8 @@ class Column:
 
 
 class Needs:
-    """Budgets of a subject's steps; of the last two options the profile stays, so that another
-    optimizer needs no run."""
+    """Budgets of a subject's steps; of the first options and the last the profile stays, so that
+    another optimizer needs no run."""
 
     def __init__(self, of: Subject, reserve: int) -> None:
         self._of, self._reserve = of, reserve
@@ -56,7 +56,8 @@ class Needs:
         if options not in self._kept:
             step = self._of.build(options)
             found = whatif.run(step), step
-            self._kept = dict([*self._kept.items()][-1:]) | {options: found}
+            first = dict([*self._kept.items()][:1])
+            self._kept = first | {options: found}
         return self._kept[options]
 
     def __call__(self, options: Options, optimizer: Settings) -> Budget:
@@ -113,7 +114,7 @@ def _column(args: argparse.Namespace, optimizer: Settings, method: str | None) -
     column = Column(found.options.method or "the step", found.title, found.options)
     reserve = gpus.RESERVE if args.reserve is None else args.reserve
     needs = Needs(found, int(reserve * gpus.GIB))
-    say = _progress(args, column.method)
+    say, tell = _progress(args, column.method)
     say("as it is ...")
     try:
         column.budget = needs(found.options, optimizer)
@@ -128,15 +129,19 @@ def _column(args: argparse.Namespace, optimizer: Settings, method: str | None) -
     column.said = step.said
     column.tower = towers.tower(profile, model_of(step))
     if args.gpu is not None:
-        planner = Planner(needs, args.gpu, optimizer, found.heeded, say)
+        planner = Planner(needs, args.gpu, optimizer, found.heeded, say, tell)
         planner.known(found.options, column.budget)
         column.verdict = planner.verdict(found.options)
     say("")
     return column
 
 
-def _progress(args: argparse.Namespace, method: str) -> Callable[[str], None]:
-    """What is said on stderr while runs take their seconds: one line on a terminal."""
+Say = Callable[[str], None]
+
+
+def _progress(args: argparse.Namespace, method: str) -> tuple[Say, Say]:
+    """What is said on stderr while runs take their seconds: what runs now, one line on a terminal;
+    and what was found, lines that stay."""
 
     def say(text: str) -> None:
         if str(args.json) == "-":
@@ -147,4 +152,9 @@ def _progress(args: argparse.Namespace, method: str) -> Callable[[str], None]:
         elif text:
             print(f"{method}: {text}", file=sys.stderr, flush=True)
 
-    return say
+    def tell(text: str) -> None:
+        say("")
+        if str(args.json) != "-":
+            print(f"{method}: {text}", file=sys.stderr, flush=True)
+
+    return say, tell
