@@ -71,6 +71,9 @@ def check(mine: Callable[[], Held], group: ProcessGroup | None) -> None:
     another than that of its rank 0."""
     from torch import distributed as dist
 
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        got = type(group).__name__
+        raise TypeError(f"group: want None or a torch.distributed.ProcessGroup, got a {got}")
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
     told: list[Any] = [None] * dist.get_world_size(group)

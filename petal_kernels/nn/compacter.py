@@ -91,7 +91,7 @@ class CompacterAdapter(GatedAdapter):
 
     def projections(self) -> tuple[Tensor, Tensor]:
         """down [r, features] and up [features, r], formed; float32 or wider."""
-        return self.phm_down(), self.phm_up()
+        return self.phm_down.formed(), self.phm_up.formed()
 
     def _reset_projections(self) -> None:
         draw(self.phm_down, self.phm_up, self.init)
@@ -160,14 +160,14 @@ class CompacterValueAdapter(ValueAdapter):
         )
         self.add_module(f"phm_{name}", weight)
 
-    def downs(self, layer: int | None = None) -> Tensor:
+    def _downs(self, layer: int | None = None) -> Tensor:
         """As ValueAdapter's, formed; float32 or wider."""
-        formed: Tensor = self.phm_down(layer)
+        formed: Tensor = self.phm_down.formed(layer)
         return formed.reshape(-1, self.in_features)
 
-    def up_of(self, layer: int) -> Tensor:
+    def _up_of(self, layer: int) -> Tensor:
         """As ValueAdapter's, formed; float32 or wider."""
-        formed: Tensor = self.phm_up(layer)
+        formed: Tensor = self.phm_up.formed(layer)
         return formed
 
     def _reset_projections(self) -> None:

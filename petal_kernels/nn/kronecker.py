@@ -127,8 +127,13 @@ class PHMWeight(nn.Module):
         rule: PHMRule = self.__dict__["shared_rule"] if self.rule is None else self.rule
         return rule.weight
 
-    def forward(self, index: int | None = None) -> Tensor:
-        """W [(count,) out_features, in_features], float32 or wider; with `index` that one alone."""
+    def forward(self) -> Tensor:
+        """W [(count,) out_features, in_features], float32 or wider."""
+        return self.formed()
+
+    def formed(self, index: int | None = None) -> Tensor:
+        """The same, seen by no hook: an adapter's part of its own call; with `index` that matrix
+        alone."""
         rule, factors, n = self.rules(), self.factors(), self.division
         if index is not None:
             factors = [part[index] for part in factors]

@@ -81,11 +81,11 @@ class ValueAdapter(nn.Module):
         """What `downs` or `up_of` gives, or is formed from."""
         self.register_parameter(name, parameter(*shape))
 
-    def downs(self, layer: int | None = None) -> Tensor:
+    def _downs(self, layer: int | None = None) -> Tensor:
         """The down-projections of all layers, [layers r, in_features], or one, [r, in_features]."""
         return self.down if layer is None else self.down[layer * self.r : (layer + 1) * self.r]
 
-    def up_of(self, layer: int) -> Tensor:
+    def _up_of(self, layer: int) -> Tensor:
         """One layer's up-projection [out_features, r]."""
         return self.up[layer]
 
@@ -110,7 +110,7 @@ class ValueAdapter(nn.Module):
         near = Near(compute_dtype(encoded), self.down_bias.device)
         rows = slice(None) if layer is None else slice(layer * self.r, (layer + 1) * self.r)
         with autocast_off(encoded):
-            middle = F.linear(near(encoded), near(self.downs(layer)), near(self.down_bias[rows]))
+            middle = F.linear(near(encoded), near(self._downs(layer)), near(self.down_bias[rows]))
         return tuple(middle.split(self.r, dim=-1))
 
     def forward(self, values: Tensor, middle: Tensor, layer: int = 0) -> Tensor:
@@ -121,7 +121,7 @@ class ValueAdapter(nn.Module):
         dtype = compute_dtype(values)
         near = Near(dtype, values.device)
         with autocast_off(values):
-            up, bias = self.up_of(layer), self.up_bias[layer]
+            up, bias = self._up_of(layer), self.up_bias[layer]
             if self.scale != 1.0:  # the operator's own is on the sum with the values
                 up, bias = self.scale * up, self.scale * bias
             return gated_bottleneck(

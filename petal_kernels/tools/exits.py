@@ -101,7 +101,7 @@ def run(command: Callable[[], int], program: str) -> int:
             if sys.stdout is not None:  # Python has none where the descriptor is closed
                 sys.stdout.flush()
     except KeyboardInterrupt:  # while the last of the output was written
-        return _said("\ninterrupted", INTERRUPTED)
+        return _interrupted()
     except BrokenPipeError:
         _hush()
         return READER_GONE
@@ -118,7 +118,7 @@ def _code(command: Callable[[], int], program: str) -> int:
             return _said(stop.code, REFUSED)
         raise
     except KeyboardInterrupt:
-        return _said("\ninterrupted", INTERRUPTED)
+        return _interrupted()
     except (Refusal, BackendUnavailable) as error:
         return _said(f"{program}: error: {error}", REFUSED)
     except Exception as error:
@@ -126,6 +126,14 @@ def _code(command: Callable[[], int], program: str) -> int:
             raise
         traceback.print_exc()
         return REFUSED
+
+
+def _interrupted() -> int:
+    # Python keeps in mind that an interrupt left code which was run from a string (an import is
+    # full of it), though it was caught further out, and would end by the signal; until other such
+    # code is run.
+    exec("")
+    return _said("\ninterrupted", INTERRUPTED)
 
 
 def _said(text: str, code: int) -> int:

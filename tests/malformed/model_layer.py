@@ -232,6 +232,7 @@ def _several(attachment: Any) -> list[tuple[str, Callable[..., Any], Callable[[]
         ("remove", removing(attachment), lambda: {"name": "b"}, "lora"),
         ("combine", undone(attachment.combine), lambda: dict(half), "lora"),
         ("save_all", attachment.save_all, lambda: {"directory": folder()}, "lora"),
+        ("check_ranks", attachment.check_ranks, dict, "lora"),
     ]
 
 

@@ -42,22 +42,22 @@ def record_backends() -> Iterator[list[Used]]:
 
 
 def _watched_calls(op: Operator, prepared: Callable[..., Any], used: list[Used]) -> Any:
-    """Compiled code takes the C++ kernels alone."""
-    choose = getattr(op.module("function"), "choose", None)
+    """Compiled code takes the C++ kernels alone; one that runs other operators' too goes the whole
+    way here, so that each is seen."""
+    choose: Callable[..., Any] | None = getattr(op.module("function"), "choose", None)
+    if choose is None:
+        return lambda *_: None
 
-    def watch(*call: Any) -> Any:
-        run = prepared(*call)
+    def watch(call: Any, trains: bool, plan: str, backend: str) -> Any:
+        run = prepared(call, trains, plan, backend)
         if run is None:
             return None
-        plan = None
-        if choose is not None:
-            given, trains, *rest = call
-            plan = choose(given, not trains, *rest)[1]
+        found = Used(op.name, "native", choose(call, not trains, plan, backend)[1])
 
         def watched(*tensors: Any) -> Any:
             ys = run(*tensors)
             if ys is not None:
-                used.append(Used(op.name, "native", plan))
+                used.append(found)
             return ys
 
         return watched

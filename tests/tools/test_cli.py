@@ -171,6 +171,16 @@ def test_control_c() -> None:
         assert process.wait(60) == 130
 
 
+def test_an_interrupt_in_code_that_is_run_from_a_string_ends_like_any() -> None:
+    """As an import is full of it: Python would end by the signal though it was caught."""
+    code = (
+        "import sys; from petal_kernels.tools import exits;"
+        "sys.exit(exits.run(lambda: exec('raise KeyboardInterrupt'), 'program'))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert (ended.returncode, ended.stderr) == (130, b"\ninterrupted\n")
+
+
 def test_where_results_go_is_looked_at_before(tmp_path: Path) -> None:
     """Kind: hours of work, and then nowhere to write it."""
     older, there = tmp_path / "older.json", tmp_path / "new" / "deep" / "x.json"
